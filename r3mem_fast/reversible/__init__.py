@@ -1,0 +1,18 @@
+"""Reversible networks from pretrained Transformers: conversion, the autograd node, and its checks."""
+
+from .check import GradientReport, InverseReport, check_gradients, check_inverse
+from .convert import check_integrity, make_reversible, restore
+from .coupling import MomentumCoupling
+from .node import IntegrityError
+
+__all__ = [
+    "GradientReport",
+    "IntegrityError",
+    "InverseReport",
+    "MomentumCoupling",
+    "check_gradients",
+    "check_integrity",
+    "check_inverse",
+    "make_reversible",
+    "restore",
+]

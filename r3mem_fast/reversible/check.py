@@ -1,0 +1,178 @@
+"""Proofs on the user's own model: the inverse is exact, and the gradients are those of stored activations."""
+
+import contextlib
+import dataclasses
+
+import torch
+
+
+from .convert import stack_of
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseReport:
+    """What `check_inverse` found.
+
+    exact: every layer's reconstructed streams equal the forward pass's, bit for bit.
+    max_abs_error: the largest difference of a position, in the hidden state's units.
+    first_inexact_layer: counted from the last layer down, the first whose input differs; None if exact.
+    layer_errors: with `per_layer`, the error of each layer's input, layer 0 first; else None.
+    side_bytes, stream_bytes: what the pass keeps between forward and backward. checkpoint_bytes: one hidden state a
+    layer, which gradient checkpointing keeps.
+    max_abs_position: of the residual stream; must stay below 2**(31 - fraction_bits).
+    """
+
+    exact: bool
+    layers: int
+    tokens: int
+    dtype: str
+    bits: list[int]
+    fraction_bits: int
+    max_abs_error: float
+    first_inexact_layer: int | None
+    layer_errors: list[float] | None
+    side_bytes: int
+    stream_bytes: int
+    checkpoint_bytes: int
+    max_abs_position: float
+
+    def __str__(self):
+        if self.exact:
+            verdict = "exact, bit for bit"
+        else:
+            verdict = f"NOT exact: layer {self.first_inexact_layer}, error up to {self.max_abs_error:.3g}"
+        kept = self.side_bytes + self.stream_bytes
+        return (
+            f"inverse of {self.layers} layers over {self.tokens} tokens ({self.dtype}): {verdict}; "
+            f"keeps {kept:,} bytes, checkpointing {self.checkpoint_bytes:,}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientReport:
+    """What `check_gradients` found: `max_relative_error` is the largest `|g - g_stored| / |g_stored|` (2-norms) of a
+    parameter, `worst_parameter` its name; `loss` and `loss_stored` are bit-equal where nothing is random."""
+
+    max_relative_error: float
+    worst_parameter: str
+    parameters: int
+    loss: float
+    loss_stored: float
+
+    def __str__(self):
+        return (
+            f"gradients of {self.parameters} parameters: relative difference from stored activations at most "
+            f"{self.max_relative_error:.2e} ({self.worst_parameter})"
+        )
+
+
+def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseReport:
+    """Run a reversible model forward, then backward from its final streams alone, and compare every layer.
+
+    input_ids: int64 `[batch, tokens]`; further inputs (attention_mask, ...) as the model takes them. per_layer: report
+    the error of every layer. Keeps all streams of the forward pass to compare with: 8 bytes an element and layer.
+    The model's mode, gradients and random state stay as they are. Raises ValueError if it is not reversible.
+    """
+    stack = stack_of(model)
+    recording = _Recording()
+    with _restored_random_state(), _attribute(stack, "recording", recording), torch.enable_grad():
+        model(input_ids=input_ids, use_cache=False, **inputs)
+        state = recording.state
+        kept = [tensor for step in state.steps if (tensor := step.side) is not None]
+        report = {
+            "layers": state.level,
+            "tokens": input_ids.numel(),
+            "dtype": str(state.dtype).removeprefix("torch."),
+            "bits": list(stack.bits),
+            "fraction_bits": state.fraction_bits,
+            "side_bytes": sum(side.nbytes for side in kept),
+            "stream_bytes": state.position.nbytes + state.velocity.nbytes,
+            "checkpoint_bytes": state.level * state.position.numel() * state.dtype.itemsize,
+        }
+        errors, exact = [0.0] * state.level, [True] * state.level
+        while state.level:
+            index = state.level - 1
+            hidden = state.input_of(index)
+            position_error = _largest(state.position.long() - recording.positions[index])
+            branch, _, _ = state.steps[index].evaluate_again(hidden)
+            state.finish(index, branch.detach(), None, None)
+            velocity_error = _largest(state.velocity.long() - recording.velocities[index])
+            errors[index] = position_error * 2.0**-state.fraction_bits
+            exact[index] = position_error == velocity_error == 0
+    inexact = [index for index, equal in enumerate(exact) if not equal]
+    return InverseReport(
+        exact=not inexact,
+        max_abs_error=max(errors),
+        first_inexact_layer=max(inexact, default=None),
+        layer_errors=errors if per_layer else None,
+        max_abs_position=max(_largest(p) for p in recording.positions) * 2.0**-state.fraction_bits,
+        **report,
+    )
+
+
+def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientReport:
+    """Compare a reversible model's gradients with those of the same network with stored activations.
+
+    input_ids: int64 `[batch, tokens]`; labels default to them. Every parameter that requires a gradient is compared.
+    The parameters' `.grad`, the model's mode and the random state stay as they are. The reference pass stores all
+    activations, so it needs the memory of plain training. Raises ValueError if the model is not reversible, or has
+    no parameter that requires a gradient.
+    """
+    stack = stack_of(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("no parameter of the model requires a gradient")
+    labels = input_ids if labels is None else labels
+
+    def gradients():
+        with _restored_random_state(), torch.enable_grad():
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False, **inputs).loss
+            return loss.item(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+
+    loss, computed = gradients()
+    with _attribute(stack, "stored", True):
+        loss_stored, expected = gradients()
+    errors = {
+        name: _relative_error(a, b) for name, a, b in zip(parameters, computed, expected, strict=True)
+    }
+    worst = max(errors, key=errors.get)
+    return GradientReport(errors[worst], worst, len(errors), loss, loss_stored)
+
+
+def _relative_error(computed, expected):
+    if computed is None or expected is None:
+        return 0.0 if computed is expected else float("inf")
+    difference, norm = (computed - expected).double().norm().item(), expected.double().norm().item()
+    return difference / norm if norm else (0.0 if difference == 0.0 else float("inf"))
+
+
+def _largest(tensor):
+    return tensor.abs().amax().item()
+
+
+class _Recording:
+    """Copies of both streams at every level of a forward pass, level 0 first."""
+
+    def begin(self, state):
+        self.state, self.positions, self.velocities = state, [], []
+        self.append(state)
+
+    def append(self, state):
+        self.positions.append(state.position.clone())
+        self.velocities.append(state.velocity.clone())
+
+
+@contextlib.contextmanager
+def _attribute(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _restored_random_state():
+    with torch.random.fork_rng():
+        yield

