@@ -95,9 +95,7 @@ def momentum_gradient(grad_output, grad_velocity, *, bits, bits_above, dtype) ->
     """
     _check_bits(bits)
     _check_bits(bits_above)
-    return reference.momentum_gradient(
-        grad_output, grad_velocity, bits=bits, bits_above=bits_above, dtype=dtype
-    )
+    return reference.momentum_gradient(grad_output, grad_velocity, bits=bits, bits_above=bits_above, dtype=dtype)
 
 
 def momentum_backward(
@@ -138,9 +136,7 @@ def checksum(position, velocity) -> torch.Tensor:
 
 
 def _describe(value):
-    return (
-        f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
-    )
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
 
 
 def _check_float(name, value):

@@ -136,9 +136,7 @@ def momentum_gradient(grad_output, grad_velocity, *, bits, bits_above, dtype):
     return (grad_velocity * (1.0 - _momentum(bits))).to(dtype)
 
 
-def momentum_backward(
-    position, velocity, branch, side, grad_output, grad_branch, *, bits, fraction_bits, dtype, last
-):
+def momentum_backward(position, velocity, branch, side, grad_output, grad_branch, *, bits, fraction_bits, dtype, last):
     """One layer boundary backward, in place on both streams; returns (hidden, g_x).
 
     On entry `position` is this layer's x and `velocity` its v'. On exit `velocity` is v, and `position` is the x of

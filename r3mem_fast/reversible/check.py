@@ -132,9 +132,7 @@ def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientRepor
     loss, computed = gradients()
     with _attribute(stack, "stored", True):
         loss_stored, expected = gradients()
-    errors = {
-        name: _relative_error(a, b) for name, a, b in zip(parameters, computed, expected, strict=True)
-    }
+    errors = {name: _relative_error(a, b) for name, a, b in zip(parameters, computed, expected, strict=True)}
     worst = max(errors, key=errors.get)
     return GradientReport(errors[worst], worst, len(errors), loss, loss_stored)
 

@@ -57,9 +57,7 @@ def restore(model):
     """Undo `make_reversible`, in place; returns `model`. Raises ValueError if the model is not reversible."""
     stack, layers = reversible_layers(model)
     if wrapped := [type(layer).__name__ for layer in layers if "unreversed" not in vars(type(layer))]:
-        raise ValueError(
-            f"{wrapped[0]} was wrapped after make_reversible (by fully_shard?), which cannot be undone"
-        )
+        raise ValueError(f"{wrapped[0]} was wrapped after make_reversible (by fully_shard?), which cannot be undone")
     for layer in layers:
         layer.__class__ = type(layer).unreversed
         del layer.reversible

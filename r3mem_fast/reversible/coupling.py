@@ -25,9 +25,7 @@ class MomentumCoupling:
     def __post_init__(self):
         per_layer = [self.bits] if isinstance(self.bits, int) else list(self.bits)
         if not per_layer or any(b not in SIDE_BITS for b in per_layer):
-            raise ValueError(
-                f"bits must be one of {SIDE_BITS}, or a sequence of them, one a layer; got {self.bits!r}"
-            )
+            raise ValueError(f"bits must be one of {SIDE_BITS}, or a sequence of them, one a layer; got {self.bits!r}")
         if self.fraction_bits != "auto" and not (
             isinstance(self.fraction_bits, int) and 0 <= self.fraction_bits <= MAX_FRACTION_BITS
         ):

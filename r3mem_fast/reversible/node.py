@@ -284,9 +284,7 @@ def _layer_index(layer):
     for module in layer.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             return module.layer_idx
-    raise TypeError(
-        f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False"
-    )
+    raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
 
 
 @contextlib.contextmanager

@@ -18,8 +18,7 @@ class Surroundings:
         self._device = device
         # Both device types: a model on a GPU may still run an operation on the CPU.
         self._autocast = {
-            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in {device.type, "cpu"}
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {device.type, "cpu"}
         }
         self._random = None
 
