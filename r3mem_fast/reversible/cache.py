@@ -1,4 +1,4 @@
-"""Key-value caches while gradients are on: seen alike by both evaluations of a branch, written once, differentiable."""
+"""Key-value caches while gradients are on: seen alike by both evaluations, written once, differentiable."""
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer

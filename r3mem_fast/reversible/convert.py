@@ -34,8 +34,9 @@ def make_reversible(model, coupling=None, *, integrity="auto"):
         raise TypeError(f"coupling must be a MomentumCoupling, got {type(coupling).__name__}")
     if integrity not in _INTEGRITY:
         raise ValueError(f"integrity must be one of {_INTEGRITY}, got {integrity!r}")
+    _refuse_architecture(model)
     decoder, layers = find_decoder_layers(model)
-    _refuse_unsupported(model, layers)
+    _refuse_layers(layers)
     branches = [branch_of(type(layer)) for layer in layers]
     if generic := {type(layer).__name__ for layer in layers if branch_of(type(layer)) is generic_branch}:
         warnings.warn(
@@ -113,7 +114,7 @@ def _text_config(config):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _refuse_unsupported(model, layers):
+def _refuse_architecture(model):
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(
@@ -127,6 +128,9 @@ def _refuse_unsupported(model, layers):
                 f"{type(model).__name__} is a mixture of experts ({name}={getattr(text_config, name)}): its routing "
                 "adds in no fixed order, so its branches cannot be recomputed exactly"
             )
+
+
+def _refuse_layers(layers):
     for index, layer in enumerate(layers):
         if isinstance(vars(layer).get("reversible"), LayerLink):
             raise ValueError("the model is reversible already; call restore(model) first")

@@ -5,8 +5,10 @@ are run backward by the nodes, which re-evaluate their branch on the reconstruct
 """
 
 import contextlib
+import operator
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from r3mem_fast.kernels import coupling
@@ -28,6 +30,11 @@ class Step:
     """
 
     def __init__(self, layer, branch, kwargs, bits, device):
+        if any(isinstance(module, FSDPModule) for module in layer.modules() if module is not layer):
+            # Their hooks would see the inner backward pass, not the outer: each process would keep its own gradients.
+            raise ValueError(
+                f"fully_shard was called on a module inside a {type(layer).__name__}; shard reversible layers whole"
+            )
         self.layer, self._branch, self.bits = layer, branch, bits
         self.side = None
         self._surroundings = Surroundings(device)
@@ -40,9 +47,10 @@ class Step:
             self._past = past_of(self._cache, self._cache_index)
         self._leaves, self._structure = tree_flatten(kwargs)
         # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
+        self._parameters = list(layer.parameters())
         self._watched = [
             (tensor, tensor._version)
-            for tensor in [*self._arguments(), *layer.parameters()]
+            for tensor in [*self._arguments(), *self._parameters]
             if not tensor.is_inference()
         ]
 
@@ -80,6 +88,17 @@ class Step:
             branch, new_states = self._call(hidden.requires_grad_(), arguments, past)
         return branch, new_states, [hidden, *substitutes, *self._trainable()]
 
+    def value_again(self, hidden):
+        """Second evaluation for its value alone, outside the layer's own backward pass."""
+        # There FSDP2 gathers no parameters.
+        sharded = isinstance(self.layer, FSDPModule)
+        if sharded:
+            self.layer.unshard()
+        branch, _, _ = self.evaluate_again(hidden)
+        if sharded:
+            self.layer.reshard()
+        return branch.detach()
+
     def write_cache(self, new_states):
         """Append the new keys and values, outputs of this layer's node, to the cache that the caller passed."""
         if new_states:
@@ -97,6 +116,13 @@ class Step:
         return [p for p in self.layer.parameters() if p.requires_grad]
 
     def _check_unmodified(self):
+        parameters = list(self.layer.parameters())
+        if len(parameters) != len(self._parameters) or any(map(operator.is_not, parameters, self._parameters)):
+            raise RuntimeError(
+                f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass, which "
+                "FullyShardedDataParallel brings about with use_orig_params=True. Use fully_shard (FSDP2: "
+                "fsdp_version=2 in accelerate), or use_orig_params=False."
+            )
         for tensor, version in self._watched:
             if tensor._version != version:
                 names = [name for name, p in self.layer.named_parameters() if p is tensor]
@@ -169,8 +195,7 @@ class ReversibleState:
         while self.level > index + 1:  # layers above whose output has no part in the loss
             above = self.level - 1
             step = self.steps[above]
-            branch, _, _ = step.evaluate_again(self.input_of(above))
-            self.finish(above, branch.detach(), None, None)
+            self.finish(above, step.value_again(self.input_of(above)), None, None)
         if self._hidden is None:
             self._hidden = coupling.momentum_rewind(
                 self.position, self.velocity, fraction_bits=self.fraction_bits, dtype=self.dtype
@@ -273,10 +298,10 @@ class StoredValue(torch.autograd.Function):
 
 
 def poisoned(tensor, flags):
-    """`tensor`, or NaN throughout if any flag is set; without synchronising."""
+    """`tensor`, or NaN throughout if any flag is set, and its gradient likewise; without synchronising."""
     if tensor is None:
         return None
-    return torch.where((flags != 0).any(), torch.nan, tensor)
+    return tensor * torch.where((flags != 0).any(), torch.nan, 1.0)
 
 
 def _layer_index(layer):

@@ -1,0 +1,477 @@
+"""A training step's memory and time: plain, with checkpointing of three kinds, and reversible.
+
+    python -m bench.training --model smollm2-135m --tokens 512 --json
+
+Every arm trains the same LoRA adapters on the same text, in a process of its own. The processes stay resident and step
+in turns, one at a time, so that step i of all arms is measured under the same conditions and ratios are paired.
+One record an arm, with
+
+    live_bytes        bytes created up to the exit of the last decoder layer and alive after the forward pass, however
+                      held, without that layer's output, which the head needs in every arm
+    live_bytes_total  the same with the head, the logits and the loss
+    peak_rss          peak resident memory of the arm's process over its timed steps, in bytes: weights, libraries and
+                      the allocator's reserve are in it (off Linux, which can reset it: since the process began)
+    step_seconds      median time of forward, backward and optimizer step, with `step_seconds_quartiles`
+    loss              of the first step, adapters untrained: of the plain network, or of the momentum network
+    live_ratio, step_ratio    over checkpointing; the second is the median of the ratios within a round, with
+                              `step_ratio_quartiles`
+    note              what a reader must know about the arm
+
+and with several --depth, one more an arm: `bytes_per_layer`, live_bytes' slope between neighbouring depths.
+"""
+
+import argparse
+import contextlib
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import pydoc_data.topics
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from r3mem_fast import MomentumCoupling, load_model, make_reversible
+from r3mem_fast.kernels.coupling import side_bits_size
+from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
+from r3mem_fast.reversible.convert import find_decoder_layers
+
+from .environment import environment
+
+BASELINE = "checkpoint"
+ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every arm does. depth: decoder layers kept, None for all. threads: of PyTorch. text: a file, None for
+    the topics of Python's help."""
+
+    model: str = "smollm2-135m"
+    dtype: str = "bfloat16"
+    tokens: int = 512
+    batch: int = 1
+    depth: int | None = None
+    lora_rank: int = 16
+    text: str | None = None
+    threads: int = 1
+
+
+class Unavailable(Exception):
+    """An arm cannot run here; the message says why."""
+
+
+class TrainingArm:
+    """A model set up for one arm, its optimizer and its batch.
+
+    model: a causal language model with Llama's names of linear layers, changed in place. input_ids: `[batch, tokens]`.
+    note: what a reader must know about how the arm runs, or None. Raises Unavailable, ValueError for an unknown arm.
+    """
+
+    def __init__(self, arm, model, input_ids, *, lora_rank):
+        torch.manual_seed(0)
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=_LINEAR_LAYERS, lora_dropout=0.0)
+        self.model = get_peft_model(model, config).train()
+        # After the adapters: on a model with checkpointing, peft would make the embeddings' output want a gradient.
+        self.note = set_up(model, arm)
+        self.input_ids = input_ids
+        self.layers = find_decoder_layers(model)[1]
+        self.bits = int(arm[-1]) if arm.startswith("reversible") else None
+        self._optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+
+    def forward(self):
+        return self.model(input_ids=self.input_ids, labels=self.input_ids, use_cache=False).loss
+
+    def step(self):
+        """One training step; returns its loss."""
+        loss = self.forward()
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+    def live(self):
+        """`ForwardMemory` of a forward pass, which is then run backward without a step."""
+        loss, memory = forward_memory(self.forward, self.layers[-1])
+        loss.backward()
+        self._optimizer.zero_grad()
+        return memory
+
+
+def set_up(model, arm):
+    """Checkpointing or reversibility for `model`, by the arm's name; returns a note or None."""
+    if arm == "plain":
+        return None
+    if arm.startswith("reversible-b"):
+        make_reversible(model, MomentumCoupling(bits=int(arm.removeprefix("reversible-b"))))
+        return None
+    if arm == "checkpoint-every-4":
+        return _enable_checkpointing(model, every_n_layers=4)
+    if arm == "checkpoint-offload":
+        if torch.accelerator.is_available():
+            return _enable_checkpointing(model, offload=True)
+        _enable_checkpointing(model)
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = _checkpoint_on_host
+        return (
+            "no accelerator: transformers' own offload needs one to pin memory; save_on_cpu(pin_memory=False) copies "
+            "to the same memory, which is counted"
+        )
+    if arm == BASELINE:
+        return _enable_checkpointing(model)
+    raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS)}")
+
+
+def _enable_checkpointing(model, **options):
+    kwargs = {"use_reentrant": False}
+    # transformers 5.23; before that the old name, without options.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=kwargs, **options)
+    else:
+        if missing := options.keys() - inspect.signature(model.gradient_checkpointing_enable).parameters.keys():
+            raise Unavailable(f"this version of transformers has no {', '.join(missing)} for checkpointing")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **options)
+    # A gradient for the embeddings' output, which only reentrant checkpointing needs and no other arm computes.
+    model.disable_input_require_grads()
+
+
+def _checkpoint_on_host(function, *args):
+    with save_on_cpu():
+        return checkpoint(function, *args, use_reentrant=False)
+
+
+def load_arm(task, arm):
+    """The `TrainingArm` for a task. Raises ValueError if the text is too short or the model not as deep as asked."""
+    torch.set_num_threads(task.threads)
+    model, tokenizer = load_model(task.model, dtype=_DTYPES[task.dtype])
+    truncate(model, task.depth)
+    input_ids = _tokens(tokenizer, task)
+    return TrainingArm(arm, model, input_ids, lora_rank=task.lora_rank)
+
+
+def truncate(model, depth):
+    """Keep the first `depth` decoder layers, in place; None keeps all."""
+    if depth is None:
+        return
+    decoder, layers = find_decoder_layers(model)
+    if not 1 <= depth <= len(layers):
+        raise ValueError(f"depth must lie in 1..{len(layers)}, got {depth}")
+    decoder.layers = decoder.layers[:depth]
+    model.config.num_hidden_layers = depth
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:depth]
+
+
+def _tokens(tokenizer, task):
+    if task.text is None:
+        text = "\n".join(pydoc_data.topics.topics.values())
+    else:
+        text = Path(task.text).read_text(encoding="utf-8")
+    wanted = task.batch * task.tokens
+    # No token is longer than this in real text, and tokenising all of it would take seconds.
+    ids = tokenizer(text[: 64 * wanted + 1024], add_special_tokens=False, return_tensors="pt").input_ids[0]
+    if len(ids) < wanted:
+        raise ValueError(f"the text has {len(ids)} tokens, and batch × tokens is {wanted}")
+    return ids[:wanted].view(task.batch, task.tokens)
+
+
+def measure(task, arms, *, runs, progress=lambda line: None) -> list[dict]:
+    """Measure `arms`, each in a resident process of its own; one record each, in their order.
+
+    runs: rounds of one timed step an arm. progress: called with a line of text now and then.
+    Raises RuntimeError if a process fails.
+    """
+    with contextlib.ExitStack() as stack:
+        records, workers = {}, {}
+        for arm in arms:
+            records[arm] = {"arm": arm, **_settings(task)}
+            worker = stack.enter_context(_Worker(task, arm))
+            progress(f"{arm}: loading, first step, live bytes")
+            first = worker.ask("first")
+            records[arm].update(first)
+            if "live_bytes" in first:
+                workers[arm] = worker
+        for worker in workers.values():
+            worker.ask("reset")
+        seconds = {arm: [] for arm in workers}
+        for index in range(runs):
+            # There and back: what drifts during a round favours no arm.
+            order = list(workers) if index % 2 == 0 else list(reversed(workers))
+            for arm in order:
+                seconds[arm].append(workers[arm].ask("step"))
+            progress(
+                f"round {index + 1} of {runs}: " + ", ".join(f"{arm} {seconds[arm][-1]:.2f} s" for arm in workers)
+            )
+        for arm, worker in workers.items():
+            records[arm]["peak_rss"] = worker.ask("peak")
+    for arm, taken in seconds.items():
+        record = records[arm]
+        record["runs"] = runs
+        record["step_seconds"], record["step_seconds_quartiles"] = _median(taken)
+        if BASELINE in workers:
+            record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
+            ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=True)]
+            record["step_ratio"], record["step_ratio_quartiles"] = _median(ratios)
+    return list(records.values())
+
+
+def slopes(records) -> list[dict]:
+    """From records of several depths, one record an arm: `bytes_per_layer`, live_bytes' slope between neighbouring
+    depths, and for reversible arms `side_bytes_per_layer`, what it should be."""
+    found = []
+    for arm in dict.fromkeys(record["arm"] for record in records):
+        points = sorted((r["layers"], r["live_bytes"]) for r in records if r["arm"] == arm and "live_bytes" in r)
+        pairs = list(itertools.pairwise(points))
+        if not pairs:
+            continue
+        first = next(r for r in records if r["arm"] == arm and "live_bytes" in r)
+        record = {
+            "arm": arm,
+            "depths": [layers for layers, _ in points],
+            "bytes_per_layer": [_exact((b1 - b0) / (l1 - l0)) for (l0, b0), (l1, b1) in pairs],
+        }
+        if "side_bytes_per_layer" in first:
+            record["side_bytes_per_layer"] = first["side_bytes_per_layer"]
+        found.append(record)
+    return found
+
+
+def _exact(number):
+    return int(number) if number == int(number) else number
+
+
+def _median(values):
+    if len(values) < 2:
+        return values[0], [values[0], values[0]]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, [low, high]
+
+
+def _settings(task):
+    return {
+        "model": Path(task.model).name,
+        "dtype": task.dtype,
+        "batch": task.batch,
+        "tokens": task.tokens,
+        "lora_rank": task.lora_rank,
+        "text": "pydoc_data.topics" if task.text is None else Path(task.text).name,
+    }
+
+
+class _Worker:
+    """A process that holds one arm and works when asked."""
+
+    def __init__(self, task, arm):
+        self._arm = arm
+        # Spawned, not forked: its memory is its own, and PyTorch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(task, arm, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._connection.close()
+        if exception[0] is not None:
+            self._process.terminate()
+        self._process.join()
+
+    def ask(self, what):
+        try:
+            self._connection.send(what)
+            error, answer = self._connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"the process of arm {self._arm} ended; is there memory enough?") from None
+        if error is not None:
+            raise RuntimeError(f"arm {self._arm}: {error}")
+        return answer
+
+
+def _work(task, arm, connection):
+    # Progress bars of loading, and a deprecation that peft meets inside transformers.
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    training = None
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            what = connection.recv()
+            try:
+                if what == "first":
+                    try:
+                        training = load_arm(task, arm)
+                    except Unavailable as reason:
+                        connection.send((None, {"note": str(reason)}))
+                        continue
+                    answer = _first(training)
+                elif what == "reset":
+                    answer = reset_peak_rss()
+                elif what == "step":
+                    start = time.perf_counter()
+                    training.step()
+                    answer = time.perf_counter() - start
+                else:
+                    answer = peak_rss()
+            except Exception as error:
+                connection.send((f"{type(error).__name__}: {error}", None))
+            else:
+                connection.send((None, answer))
+
+
+def _first(training):
+    # The step first: it makes what stays for good (gradients' buffers, tables, caches), which is not the pass's own.
+    loss = training.step()
+    memory = training.live()
+    record = {
+        "layers": len(training.layers),
+        "live_bytes": memory.layers,
+        "live_bytes_total": memory.total,
+        "loss": loss,
+    }
+    if training.bits is not None:
+        elements = training.input_ids.numel() * training.model.config.hidden_size
+        record["side_bytes_per_layer"] = side_bits_size(elements, training.bits)
+    if training.note is not None:
+        record["note"] = training.note
+    return record
+
+
+def write_atomically(path, text):
+    """Write a text file whole, or not at all."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def table(records) -> str:
+    """The records as text, with ratios over checkpointing; notes below."""
+    heads = ("arm", "layers", "live MB", "ratio", "with head", "peak RSS MB", "step s", "ratio", "quartiles", "loss")
+    rows = [heads]
+    for record in records:
+        if "live_bytes" not in record:
+            rows.append((record["arm"], *["-"] * (len(heads) - 1)))
+            continue
+        peak, quartiles = record["peak_rss"], record.get("step_ratio_quartiles")
+        rows.append(
+            (
+                record["arm"],
+                str(record["layers"]),
+                f"{record['live_bytes'] / 1e6:.2f}",
+                f"{record['live_ratio']:.3f}" if "live_ratio" in record else "-",
+                f"{record['live_bytes_total'] / 1e6:.2f}",
+                f"{peak / 1e6:.0f}" if peak is not None else "-",
+                f"{record['step_seconds']:.3f}",
+                f"{record['step_ratio']:.3f}" if "step_ratio" in record else "-",
+                f"{quartiles[0]:.3f}–{quartiles[1]:.3f}" if quartiles is not None else "-",
+                f"{record['loss']:.4f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        row[0].ljust(widths[0])
+        + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    notes = dict.fromkeys(f"{record['arm']}: {record['note']}" for record in records if "note" in record)
+    return "\n".join([*lines, *notes])
+
+
+def slope_table(records) -> str:
+    return "\n".join(
+        f"{r['arm']}: {', '.join(f'{slope:,}' for slope in r['bytes_per_layer'])} bytes a layer"
+        + (f" (side bits: {r['side_bytes_per_layer']:,})" if "side_bytes_per_layer" in r else "")
+        for r in records
+    )
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="of the weights (%(default)s)")
+    parser.add_argument("--tokens", type=_positive, default=512, help="in a sequence (%(default)s)")
+    parser.add_argument("--batch", type=_positive, default=1, help="sequences (%(default)s)")
+    parser.add_argument("--depth", type=_positive_list, help="decoder layers kept, as in 8,16,30 (all)")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help=", ".join(ARMS))
+    parser.add_argument("--runs", type=_positive, default=7, help="timed steps an arm (%(default)s)")
+    parser.add_argument("--lora-rank", type=_positive, default=16, help="(%(default)s)")
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="(%(default)s)")
+    parser.add_argument("--text", help="a text file to train on, in place of Python's help topics")
+    parser.add_argument("--json", action="store_true", help="print one JSON line an arm")
+    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    options = parser.parse_args(arguments)
+    if unknown := [arm for arm in options.arms if arm not in ARMS]:
+        parser.error(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    # Before minutes of measuring, not after them.
+    if options.output and not Path(options.output).absolute().parent.is_dir():
+        parser.error(f"--output: there is no folder {Path(options.output).parent}")
+
+    def progress(line):
+        print(line, file=sys.stderr, flush=True)
+
+    records = []
+    try:
+        for depth in options.depth or [None]:
+            task = Task(
+                model=options.model,
+                dtype=options.dtype,
+                tokens=options.tokens,
+                batch=options.batch,
+                depth=depth,
+                lora_rank=options.lora_rank,
+                text=options.text,
+                threads=options.threads,
+            )
+            records += measure(task, options.arms, runs=options.runs, progress=progress)
+    except (RuntimeError, OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    lines = slopes(records) if options.depth and len(options.depth) > 1 else []
+    if options.json:
+        for record in [*records, *lines]:
+            print(json.dumps(record))
+    else:
+        print(table(records))
+        if lines:
+            print(slope_table(lines))
+    if options.output:
+        torch.set_num_threads(options.threads)
+        header = {"environment": environment()}
+        write_atomically(options.output, "".join(json.dumps(r) + "\n" for r in [header, *records, *lines]))
+
+
+def _positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _positive_list(text):
+    return [_positive(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

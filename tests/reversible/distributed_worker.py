@@ -1,0 +1,238 @@
+"""One process of a gloo group on the CPU, started by test_distributed.py: reads cases, answers with measurements.
+
+    python -m tests.reversible.distributed_worker RANK WORLD_SIZE STORE_FILE
+
+Each line of standard input is a JSON object: the name of a case, a function here, and its arguments. Each line of
+standard output is its result, or `{"error": traceback}`, after which the process ends, because the group may be out of
+step.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible
+from r3mem_fast.reversible.convert import find_decoder_layers
+from tests.reversible.tiny import build, token_ids
+
+STEPS = 2
+ROWS = 2  # of one microbatch
+LAYERS = 3
+
+# As fine as float32 at the size of these hidden states. On a coarser grid a last-bit difference between a product of 2
+# rows and one of 8 would at times become a whole grid step, which says nothing about the distribution.
+COUPLING = MomentumCoupling(bits=4, fraction_bits=24)
+
+
+def training(wrapper, first, tuning, microbatches=1, synchronise="last", **options):
+    """Train `STEPS` steps on every rank's share of the rows, and in one process on all of them.
+
+    wrapper: "ddp" or "fsdp2". first: what is called before the other, "make_reversible" or "wrap". tuning: "full",
+    "lora" or "lora_upper". synchronise: gradients are reduced after the "last" microbatch only, or "always". options:
+    of DDP.
+    Returns the largest relative differences and how often each layer's branch was evaluated, a value a step.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model, reference = tuned_model(tuning), make_reversible(tuned_model(tuning), COUPLING)
+    wrapped = reversible_and_wrapped(model, wrapper, first, options)
+    evaluations = count_evaluations(model)
+    optimizers = [torch.optim.SGD(trainable(m).values(), lr=0.05) for m in (model, reference)]
+    result = {"gradients": [], "parameters": [], "evaluations": []}
+    for step in range(STEPS):
+        ids = token_ids(batch=ROWS * microbatches * world_size, seed=step)
+        mine = ids.chunk(world_size)[rank].chunk(microbatches)
+        for index, rows in enumerate(mine):
+            with unsynchronised(wrapped, synchronise == "last" and index < microbatches - 1):
+                (wrapped(input_ids=rows, labels=rows).loss / microbatches).backward()
+        reference(input_ids=ids, labels=ids).loss.backward()
+        result["gradients"].append(largest_difference(model, reference, lambda p: p.grad))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        result["parameters"].append(largest_difference(model, reference, lambda p: p.detach()))
+        # Else a last-bit difference now would be ten of them in the next step's gradients, by the network's own doing.
+        copy_parameters(model, reference)
+        result["evaluations"].append(evaluations.copy())
+        evaluations[:] = [0] * LAYERS
+    return result
+
+
+def loss_below_the_last_layer():
+    """Two steps under FSDP2 of a loss on the output of layer 0: those above get no gradient, but are run backward."""
+    model, reference = sharded(make_reversible(tuned_model("full"), COUPLING)), tuned_model("full")
+    make_reversible(reference, COUPLING)
+    ids = token_ids(batch=ROWS * dist.get_world_size())
+    result = []
+    for _ in range(STEPS):
+        for network, rows in ((model, ids.chunk(dist.get_world_size())[dist.get_rank()]), (reference, ids)):
+            network.zero_grad()
+            network(input_ids=rows, output_hidden_states=True).hidden_states[1].pow(2).mean().backward()
+        reached = {name for name, p in trainable(reference).items() if p.grad is not None}
+        assert {name for name, p in trainable(model).items() if p.grad is not None} == reached
+        result.append(largest_difference(model, reference, lambda p: p.grad, reached))
+    return {"gradients": result}
+
+
+def update_between_passes(first):
+    """The error of a backward pass under FSDP2 after the parameters of a decoder layer were updated."""
+    model = reversible_and_wrapped(tuned_model("full"), "fsdp2", first, {})
+    ids = token_ids(seed=dist.get_rank())
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        for parameter in model.model.layers[1].parameters():
+            parameter.mul_(1.01)
+    return error_of(loss.backward)
+
+
+def sharding_within_layers(first):
+    """The error of a forward pass whose layers' MLPs are FSDP2 units of their own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = tuned_model("full")
+    if first == "make_reversible":
+        make_reversible(model, COUPLING)
+    for layer in model.model.layers:
+        fully_shard(layer.mlp, mesh=mesh)
+    sharded(model)
+    if first == "wrap":
+        make_reversible(model, COUPLING)
+    return error_of(lambda: model(input_ids=token_ids()))
+
+
+def checks(first):
+    """check_inverse's verdict on a sharded model, and check_gradients' error."""
+    model = reversible_and_wrapped(tuned_model("full"), "fsdp2", first, {})
+    ids = token_ids(seed=dist.get_rank())
+    return {"exact": check_inverse(model, ids).exact, **error_of(lambda: check_gradients(model, ids))}
+
+
+def error_of(function):
+    try:
+        function()
+    except Exception as error:
+        return {"raised": type(error).__name__, "message": str(error)}
+    return {"raised": None}
+
+
+def tuned_model(tuning):
+    # Larger matrices than at initialisation: attention must not be uniform, or its gradients would be rounding errors.
+    model = build(hidden_size=64, intermediate_size=96, head_dim=16, num_hidden_layers=LAYERS, scale=4.0)
+    if tuning == "full":
+        return model
+    upper = {"layers_to_transform": list(range(1, LAYERS))} if tuning == "lora_upper" else {}
+    # init_lora_weights=False: B is not zero, so A has a gradient in the first step too.
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"], init_lora_weights=False, **upper
+    )
+    return get_peft_model(model, config)
+
+
+def reversible_and_wrapped(model, wrapper, first, options):
+    if first == "make_reversible":
+        make_reversible(model, COUPLING)
+    wrapped = DistributedDataParallel(model, **options) if wrapper == "ddp" else sharded(model)
+    if first == "wrap":
+        make_reversible(model, COUPLING)
+    return wrapped
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in find_decoder_layers(model)[1]:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextlib.contextmanager
+def unsynchronised(wrapped, wanted):
+    """Keep gradients local in this microbatch, if wanted."""
+    if isinstance(wrapped, DistributedDataParallel):
+        with wrapped.no_sync() if wanted else contextlib.nullcontext():
+            yield
+    else:
+        wrapped.set_requires_gradient_sync(not wanted)
+        yield
+
+
+def count_evaluations(model):
+    counts = [0] * LAYERS
+
+    def counter(index):
+        def count(module, arguments):
+            counts[index] += 1
+
+        return count
+
+    for index, layer in enumerate(find_decoder_layers(model)[1]):
+        layer.self_attn.register_forward_pre_hook(counter(index))
+    return counts
+
+
+@torch.no_grad()
+def copy_parameters(source, target):
+    values = trainable(source)
+    for name, parameter in trainable(target).items():
+        parameter.copy_(whole(values[name]))
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def largest_difference(model, reference, value, names=None):
+    """The largest relative 2-norm difference of a trainable parameter's `value`. All ranks call it together."""
+    actual, expected = trainable(model), trainable(reference)
+    assert actual.keys() == expected.keys()
+    return max(relative_difference(whole(value(actual[n])), value(expected[n])) for n in sorted(names or expected))
+
+
+def relative_difference(actual, expected):
+    norm = expected.norm().item()
+    return (actual - expected).norm().item() / norm if norm else float("inf")
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+CASES = {
+    case.__name__: case
+    for case in (training, loss_below_the_last_layer, update_between_passes, sharding_within_layers, checks)
+}
+
+
+def main(rank, world_size, store_file):
+    # Answers have standard output to themselves; whatever else is printed goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store_file}",
+        rank=int(rank),
+        world_size=int(world_size),
+        timeout=datetime.timedelta(seconds=60),
+    )
+    for line in sys.stdin:
+        try:
+            arguments = json.loads(line)
+            answer = CASES[arguments.pop("case")](**arguments)
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+        if "error" in answer:
+            break
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

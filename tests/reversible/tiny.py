@@ -1,0 +1,118 @@
+"""Tiny random models of every family, and the same network with stored activations to compare with."""
+
+import contextlib
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from r3mem_fast.reversible.convert import stack_of
+
+_SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_dropout": 0.0,
+}
+_GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 128,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXACT_FAMILIES = {
+    "llama": _SMALL,
+    "mistral": {**_SMALL, "sliding_window": 8},
+    "qwen2": _SMALL,
+    "qwen3": {**_SMALL, "use_sliding_window": False},
+    "gpt2": _GPT2,
+}
+GENERIC_FAMILIES = {
+    "gemma2": {**_SMALL, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gpt_neox": {**_SMALL, "hidden_dropout": 0.0},
+    "olmo2": _SMALL,
+    "opt": {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+    },
+}
+
+
+def build(family="llama", dtype=torch.float32, scale=1.0, seed=0, **changes):
+    """A tiny random model in train mode; `scale` multiplies its matrices, so that branches matter."""
+    settings = {**EXACT_FAMILIES, **GENERIC_FAMILIES}[family]
+    config = CONFIG_MAPPING[family](**{**settings, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    return model.to(dtype).train()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual, expected, tolerance=1e-5):
+    """Relative 2-norm difference of every parameter's gradient; the same parameters have one."""
+    assert actual.keys() == expected.keys()
+    assert actual
+    largest = max(gradient.norm().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        norm = gradient.norm().item()
+        # A gradient that is zero but for rounding (a key bias under softmax) has no relative error of its own.
+        scale = norm if norm > 1e-6 * largest else largest
+        assert (actual[name] - gradient).norm().item() <= tolerance * scale, name
+
+
+def token_ids(batch=2, tokens=17, seed=1):
+    return torch.randint(3, 96, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def train_step(model, ids, **inputs):
+    """Forward and backward; returns the loss value and the gradients, and clears them."""
+    loss = model(input_ids=ids, labels=ids, **inputs).loss
+    loss.backward()
+    result = loss.item(), gradients(model)
+    model.zero_grad(set_to_none=True)
+    return result
+
+
+@contextlib.contextmanager
+def stored_activations(model):
+    """The same reversible network, with activations stored by autograd: what every gradient is compared with."""
+    stack = stack_of(model)
+    stack.stored = True
+    try:
+        yield
+    finally:
+        stack.stored = False
+
+
+def assert_gradients_as_stored(model, ids, tolerance=1e-5, **inputs):
+    loss, actual = train_step(model, ids, **inputs)
+    with stored_activations(model):
+        loss_stored, expected = train_step(model, ids, **inputs)
+    assert loss == loss_stored
+    assert_same_gradients(actual, expected, tolerance)
