@@ -44,7 +44,7 @@ def test_in_place_edit_between_layers(mode):
         output.mul_(2.0)
 
     model.model.layers[1].register_forward_hook(edit)
-    with mode(), pytest.raises(RuntimeError, match="layer 2 .LlamaDecoderLayer.*edited it in place"):
+    with mode(), pytest.raises(RuntimeError, match=r"layer 2 .LlamaDecoderLayer.*edited it in place"):
         model(token_ids())
 
 
@@ -112,7 +112,7 @@ def test_forward_set_on_a_layer_instance():
     model = build()
     layer = model.model.layers[3]
     layer.forward = layer.forward
-    with pytest.raises(ValueError, match="layer 3 .LlamaDecoderLayer. has a forward of its own"):
+    with pytest.raises(ValueError, match=r"layer 3 .LlamaDecoderLayer. has a forward of its own"):
         make_reversible(model)
 
 
@@ -141,7 +141,7 @@ def test_bits_out_of_the_set(bits):
 
 @pytest.mark.parametrize("fraction_bits", [-1, 25, 16.0, "automatic"])
 def test_fraction_bits_out_of_range(fraction_bits):
-    with pytest.raises(ValueError, match="fraction_bits must be 'auto' or an integer in 0..24"):
+    with pytest.raises(ValueError, match=r"fraction_bits must be 'auto' or an integer in 0..24"):
         MomentumCoupling(fraction_bits=fraction_bits)
 
 

@@ -67,7 +67,7 @@ def test_leaving_the_range_raises(gradients_on):
     model = build()
     make_huge(model)
     make_reversible(model)
-    with torch.set_grad_enabled(gradients_on), pytest.raises(IntegrityError, match="range of ±32768.*'auto'"):
+    with torch.set_grad_enabled(gradients_on), pytest.raises(IntegrityError, match=r"range of ±32768.*'auto'"):
         model(token_ids())
 
 
