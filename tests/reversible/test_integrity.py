@@ -25,7 +25,7 @@ def make_nan(model):
 
 
 def make_huge(model):
-    """|x| > 5e5 in the plain network, past the ±32768 of 16 fraction bits."""
+    """|x| > 5e5 in the plain network, past the ±131072 of 16 fraction bits."""
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1e9)
     with torch.no_grad():
         states = model.model(token_ids(), output_hidden_states=True).hidden_states
@@ -67,7 +67,7 @@ def test_leaving_the_range_raises(gradients_on):
     model = build()
     make_huge(model)
     make_reversible(model)
-    with torch.set_grad_enabled(gradients_on), pytest.raises(IntegrityError, match=r"range of ±32768.*'auto'"):
+    with torch.set_grad_enabled(gradients_on), pytest.raises(IntegrityError, match=r"range of ±131072.*'auto'"):
         model(token_ids())
 
 

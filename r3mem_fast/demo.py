@@ -1,0 +1,214 @@
+"""`r3mem demo`: a real model made reversible, proved exact, fine-tuned; what it kept, as table and picture."""
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+
+from .measure import StorageRecorder, forward_memory
+from .models import load_model
+from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
+from .reversible.convert import find_decoder_layers
+from .text import read_text, token_windows
+
+ARMS = ("plain", "checkpointing", "reversible")
+_TIMING_ROUNDS = 3
+_HELD_OUT = 4
+
+
+def run_demo(*, model_name, text, tokens, steps, dtype, bits, fraction_bits, device, output):
+    """The whole demonstration, printed as it goes. Writes a PNG to `output`.
+
+    Raises OSError or ValueError if the model, the text or the output's folder is not there.
+    """
+    output = Path(output)
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent} to write the picture to")
+    _pyplot()  # a missing matplotlib is told now, not after minutes of training
+    text = read_text(text)
+
+    print(f"Loading {model_name} in {dtype} ...", flush=True)
+    model, tokenizer = load_model(model_name, dtype=getattr(torch, dtype))
+    model.to(device)
+    windows = token_windows(tokenizer, text, tokens=tokens).to(device)
+    if len(windows) < _HELD_OUT + 1:
+        raise ValueError(f"the text has {len(windows)} windows of {tokens} tokens; {_HELD_OUT + 1} are needed")
+    # From all over the text, so that training and held-out windows are alike.
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    held_out, training = windows[order[:_HELD_OUT]], windows[order[_HELD_OUT:]]
+
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    coupling = MomentumCoupling(bits=bits, fraction_bits=fraction_bits)
+    batch = training[:1]
+    loss_plain = _loss(model, held_out)
+
+    print("Running every layer backward, and comparing with what ran forward ...", flush=True)
+    make_reversible(model, coupling)
+    inverse = check_inverse(model, batch)
+    print(f"  {inverse}")
+    gradients = check_gradients(model, batch)
+    print(f"  {gradients}", flush=True)
+    loss_before = _loss(model, held_out)
+    restore(model)
+
+    print("Measuring a training step: plain, with checkpointing, reversible ...", flush=True)
+    measured = _measure(model, coupling, batch)
+
+    make_reversible(model, coupling)
+    losses, seconds = _fine_tune(model, training, steps)
+    loss_after = _loss(model, held_out)
+    restore(model)
+    loss_plain_after = _loss(model, held_out)
+
+    _print_table(measured, exact=inverse.exact, bits=bits, tokens=tokens, dtype=dtype)
+    print(
+        f"\n{len(losses)} reversible steps in {seconds:.0f} s. Loss on {_HELD_OUT} held-out windows: "
+        f"{loss_before:.3f} before, {loss_after:.3f} after;\n"
+        f"the ordinary network: {loss_plain:.3f} before, {loss_plain_after:.3f} with the adapters trained reversibly."
+    )
+    _draw(output, measured, losses, bits=bits, title=f"{model_name}, {tokens} tokens, {dtype}, LoRA")
+    print(f"Picture: {output}")
+
+
+def _loss(model, windows):
+    """Mean next-token cross-entropy, in nats."""
+    model.eval()
+    with torch.no_grad():
+        return statistics.fmean(model(input_ids=w[None], labels=w[None]).loss.item() for w in windows)
+
+
+def _measure(model, coupling, batch):
+    """For each arm: bytes that the decoder layers keep, the same after every layer, and seconds a step."""
+    enable = {
+        "plain": lambda: None,
+        "checkpointing": lambda: _checkpointing(model, True),
+        "reversible": lambda: make_reversible(model, coupling),
+    }
+    disable = {
+        "plain": lambda: None,
+        "checkpointing": lambda: _checkpointing(model, False),
+        "reversible": lambda: restore(model),
+    }
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    measured = {arm: {"seconds": []} for arm in ARMS}
+
+    def forward():
+        return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    # Round 0 warms up, and measures memory. The arms take turns, so that a drift of the machine favours none.
+    for round_index in range(_TIMING_ROUNDS + 1):
+        for arm in ARMS:
+            enable[arm]()
+            if round_index == 0:
+                loss, memory = forward_memory(forward, find_decoder_layers(model)[1][-1])
+                measured[arm]["bytes"] = memory.layers
+                del loss
+                measured[arm]["bytes_by_layer"] = _bytes_by_layer(model, forward)
+            start = time.perf_counter()
+            torch.autograd.grad(forward(), trainable)
+            _synchronize(batch.device)
+            if round_index:
+                measured[arm]["seconds"].append(time.perf_counter() - start)
+            disable[arm]()
+    return measured
+
+
+def _bytes_by_layer(model, forward):
+    """Bytes alive at the exit of each decoder layer, without the hidden state that it hands on."""
+    recorder, found = StorageRecorder(), []
+
+    def note(module, args, output):
+        found.append(sum(storage.nbytes for storage in recorder.live()) - output.nbytes)
+
+    handles = [layer.register_forward_hook(note) for layer in find_decoder_layers(model)[1]]
+    try:
+        with recorder:
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _checkpointing(model, enabled):
+    base = model.get_base_model()
+    if not enabled:
+        base.gradient_checkpointing_disable()
+    elif hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # transformers before 5.23
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    # A gradient for the embeddings, which only reentrant checkpointing needs and no other arm computes.
+    base.disable_input_require_grads()
+
+
+def _fine_tune(model, windows, steps):
+    """AdamW on the adapters, one window a step; returns the losses and the seconds taken."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
+    model.train()
+    losses, start = [], time.perf_counter()
+    with tqdm(range(steps), desc="Fine-tuning", unit="step") as progress:
+        for step in progress:
+            window = windows[step % len(windows)][None]
+            loss = model(input_ids=window, labels=window).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses, time.perf_counter() - start
+
+
+def _print_table(measured, *, exact, bits, tokens, dtype):
+    baseline = measured["checkpointing"]
+    verdict = {"plain": "-", "checkpointing": "-", "reversible": "exact" if exact else "NOT EXACT"}
+    print(f"\n{tokens} tokens, {dtype}, {bits} side bits, LoRA on all linear layers")
+    print(f"{'':16}{'kept by the layers':>20}{'of checkpointing':>18}{'step':>9}{'ratio':>8}   reconstruction")
+    for arm in ARMS:
+        values = measured[arm]
+        ratio = statistics.median(a / b for a, b in zip(values["seconds"], baseline["seconds"], strict=True))
+        print(
+            f"{arm:16}{values['bytes'] / 1e6:17.2f} MB{values['bytes'] / baseline['bytes']:18.3f}"
+            f"{statistics.median(values['seconds']):7.2f} s{ratio:8.2f}   {verdict[arm]}"
+        )
+
+
+def _draw(output, measured, losses, *, bits, title):
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for arm in ARMS:
+        kept = [n / 1e6 for n in measured[arm]["bytes_by_layer"]]
+        left.plot(range(1, len(kept) + 1), kept, label=f"reversible, {bits} bits" if arm == "reversible" else arm)
+    left.set(xlabel="decoder layers passed", ylabel="kept for the backward pass (MB)", yscale="log", title=title)
+    left.legend()
+    left.grid(alpha=0.3)
+    right.plot(range(1, len(losses) + 1), losses)
+    right.set(xlabel="step", ylabel="training loss (nats per token)", title="reversible fine-tuning")
+    right.grid(alpha=0.3)
+    # Whole or not at all.
+    unfinished = output.with_name(f".{output.name}.tmp")
+    figure.savefig(unfinished, dpi=150, format="png")
+    os.replace(unfinished, output)
+    pyplot.close(figure)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise OSError("the demo draws with matplotlib: run `pip install 'r3mem_fast[demo]'`") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _synchronize(device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
