@@ -52,7 +52,8 @@ class GradientReport:
     """What `check_gradients` found.
 
     max_relative_error: the largest `|g - g_stored| / |g_stored|` (2-norms) of a parameter, `worst_parameter` its name.
-    Where `g_stored` is zero but for rounding, the difference is taken relative to the largest gradient.
+    Where `g_stored` is zero but for rounding, the difference is taken relative to the largest gradient. 0.0, in any
+    dtype, where the operators give the same bits for the same input.
     loss, loss_stored: of the two passes; equal, bit for bit.
     """
 

@@ -86,8 +86,9 @@ class ReversibleStack:
         if state.level == 0:
             hidden = StoredValue.apply(hidden, state.dequantized())
             state.surrogate_velocity = torch.zeros_like(hidden, dtype=torch.float32)
-        branch = self.branches[index](layer, hidden, kwargs)
-        state.surrogate_velocity = momentum * state.surrogate_velocity + (1.0 - momentum) * branch
+        # Through an alias and in float32: gradients are then added in the order of the reversible backward pass.
+        branch = self.branches[index](layer, hidden.view_as(hidden), kwargs)
+        state.surrogate_velocity = momentum * state.surrogate_velocity + (1.0 - momentum) * branch.float()
         surrogate = hidden + state.surrogate_velocity.to(hidden.dtype)
         state.begin_step(None, differentiable=False)
         with torch.no_grad():

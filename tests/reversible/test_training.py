@@ -98,7 +98,7 @@ def test_gradient_accumulation():
     _, whole = train_step(model, ids)
     for half in ids.chunk(2):
         (model(input_ids=half, labels=half).loss / 2).backward()
-    assert_same_gradients(gradients(model), whole)
+    assert_same_gradients(gradients(model), whole, 1e-5)
 
 
 def test_several_passes_in_flight():
@@ -110,7 +110,7 @@ def test_several_passes_in_flight():
     model(input_ids=first)
     for loss, wanted in zip(losses, expected, strict=True):
         loss.backward()
-        assert_same_gradients(gradients(model), wanted, 0.0)
+        assert_same_gradients(gradients(model), wanted)
         model.zero_grad()
     (model(input_ids=first, labels=first).loss + model(input_ids=second, labels=second).loss).backward()
     sums = {name: expected[0][name] + expected[1][name] for name in expected[0]}
@@ -166,7 +166,7 @@ def test_output_that_misses_the_loss():
     for levels in ([2], [1, 3], [0, 2, 4]):
         actual = computed(levels)
         with stored_activations(model):
-            assert_same_gradients(actual, computed(levels))
+            assert_same_gradients(actual, computed(levels), 1e-5)  # the losses' gradients add in another order
 
 
 def test_output_hidden_states_are_the_streams():
@@ -196,11 +196,11 @@ def test_autocast(weights, autocast):
         with torch.autocast("cpu", dtype=autocast):
             loss = model(input_ids=token_ids(), labels=token_ids()).loss
         loss.backward()
-    assert_same_gradients(actual, gradients(model), 0.1)
+    assert_same_gradients(actual, gradients(model))
     with torch.autocast("cpu", dtype=autocast):  # backward inside the region too
         model.zero_grad()
         model(input_ids=token_ids(), labels=token_ids()).loss.backward()
-    assert_same_gradients(gradients(model), actual, 0.1)
+    assert_same_gradients(gradients(model), actual)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -260,7 +260,7 @@ def test_use_cache_in_training_makes_no_cache():
     assert model(token_ids()).past_key_values is None
     with pytest.warns(UserWarning, match="use_cache=True while training"):
         assert train_step(model, token_ids(), use_cache=True)[0] == loss
-    assert_same_gradients(train_step(model, token_ids())[1], expected, 0.0)
+    assert_same_gradients(train_step(model, token_ids())[1], expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
