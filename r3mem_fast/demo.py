@@ -138,12 +138,12 @@ def _bytes_by_layer(model, forward):
 
 def _checkpointing(model, enabled):
     base = model.get_base_model()
+    # transformers before 5.23 has the old names only.
+    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
     if not enabled:
-        base.gradient_checkpointing_disable()
-    elif hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # transformers before 5.23
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(base, f"{kind}_checkpointing_disable")()
+        return
+    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     # A gradient for the embeddings, which only reentrant checkpointing needs and no other arm computes.
     base.disable_input_require_grads()
 

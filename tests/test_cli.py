@@ -1,0 +1,96 @@
+"""The `r3mem` command, as a user meets it: on a tiny model in a folder, and, slowly, on the embedded real one."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from r3mem_fast import load_model
+from r3mem_fast.cli import main
+from r3mem_fast.text import read_text, token_windows
+from tests.reversible.tiny import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a tokenizer of a letter a token."""
+    folder = tmp_path_factory.mktemp("model")
+    build(scale=2.0).save_pretrained(folder)
+    vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder)
+    return folder
+
+
+def test_check(folder, capsys):
+    arguments = ["check", str(folder), "--tokens", "40", "--bits", "2", "--device", "cpu", "--json", "--per-layer"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["exact"] is True and report["layers"] == 4 and report["bits"] == [2] * 4
+    assert report["layer_errors"] == [0.0] * 4 and report["tokens"] == 40
+    assert report["gradients"]["max_relative_error"] == 0.0 and report["gradients"]["parameters"] == 39
+    assert main(arguments[:-2]) == 0
+    assert "inverse of 4 layers over 40 tokens (float32): exact, bit for bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "no-such-folder/model/x"], "no-such-folder"),
+        (["check", "{folder}", "--text", "no-such-file.txt"], "No such file"),
+        (["check", "{folder}", "--text", "{empty}"], "holds no text"),
+        (["check", "{folder}", "--text", "{binary}"], "is not UTF-8 text"),
+        (["check", "{folder}", "--text", "{short}"], "the text has 5 tokens; 512 are needed"),
+        (["check", "{folder}", "--fraction-bits", "40"], "fraction_bits must be"),
+        (["demo", "--model", "{folder}", "--output", "no-such-folder/x.png"], "there is no folder no-such-folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line(folder, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00abc")
+    (tmp_path / "short").write_text("five!")
+    names = {"folder": folder, **{name: tmp_path / name for name in ("empty", "binary", "short")}}
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r3mem ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_env(capsys):
+    assert main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["torch"] == torch.__version__ and report["kernels"] == {"coupling": "reference"}
+    assert main(["env"]) == 0
+    assert "coupling: reference" in capsys.readouterr().out
+
+
+def test_demo_on_a_tiny_model(folder, tmp_path, capsys):
+    picture = tmp_path / "demo.png"
+    arguments = ["demo", "--model", str(folder), "--tokens", "32", "--steps", "3", "--device", "cpu"]
+    assert main([*arguments, "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "exact, bit for bit" in printed and "3 reversible steps" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+
+
+def test_token_windows(folder):
+    _, tokenizer = load_model(str(folder))
+    assert token_windows(tokenizer, "abcdefg", tokens=3).shape == (2, 3)
+    assert token_windows(tokenizer, "abcdefg", tokens=3, count=1).shape == (1, 3)
+    with pytest.raises(ValueError, match="the text has 7 tokens; 9 are needed"):
+        token_windows(tokenizer, "abcdefg", tokens=3, count=3)
+    assert "assert" in read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", ["1", "2", "4", "8"])
+def test_check_of_a_real_model(capsys, dtype, bits):
+    """SmolLM2-135M, 30 layers, real text: the inverse is exact and the gradients are those of stored activations."""
+    assert main(["check", "smollm2-135m", "--tokens", "64", "--dtype", dtype, "--bits", bits, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["exact"] and report["layers"] == 30
+    assert report["gradients"]["max_relative_error"] <= (1e-5 if dtype == "float32" else 0.1)
