@@ -8,6 +8,8 @@ import contextlib
 import operator
 
 import torch
+import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -30,7 +32,7 @@ class Step:
     """
 
     def __init__(self, layer, branch, kwargs, bits, device):
-        if any(isinstance(module, FSDPModule) for module in layer.modules() if module is not layer):
+        if dist.is_initialized() and any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer):
             # Their hooks would see the inner backward pass, not the outer: each process would keep its own gradients.
             raise ValueError(
                 f"fully_shard was called on a module inside a {type(layer).__name__}; shard reversible layers whole"
@@ -63,8 +65,9 @@ class Step:
 
     def evaluate(self, hidden):
         """First evaluation: (branch value, new keys and values for the cache), both without a graph."""
-        # With gradients on, as in the second evaluation: attention libraries choose their kernels by that.
-        with self._surroundings.recorded(), torch.enable_grad():
+        # With gradients on, as in the second evaluation: attention libraries choose their kernels by that. What
+        # autograd would save is let go at once, so that the layer's activations do not pile up.
+        with self._surroundings.recorded(), torch.enable_grad(), _nothing_saved():
             branch, new_states = self._call(hidden.detach().requires_grad_(), self._leaves, self._past)
         return branch.detach(), tuple(state.detach() for state in new_states)
 
@@ -113,11 +116,10 @@ class Step:
         return branch, view.new
 
     def _trainable(self):
-        return [p for p in self.layer.parameters() if p.requires_grad]
+        return [p for p in self._parameters if p.requires_grad]
 
     def _check_unmodified(self):
-        parameters = list(self.layer.parameters())
-        if len(parameters) != len(self._parameters) or any(map(operator.is_not, parameters, self._parameters)):
+        if dist.is_initialized() and not _same_objects(self._parameters, list(self.layer.parameters())):
             raise RuntimeError(
                 f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass, which "
                 "FullyShardedDataParallel brings about with use_orig_params=True. Use fully_shard (FSDP2: "
@@ -310,6 +312,14 @@ def _layer_index(layer):
         if isinstance(getattr(module, "layer_idx", None), int):
             return module.layer_idx
     raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
+
+
+def _same_objects(left, right):
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def _nothing_saved():
+    return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
 
 
 @contextlib.contextmanager
