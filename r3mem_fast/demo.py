@@ -1,5 +1,6 @@
 """`r3mem demo`: a real model made reversible, proved exact, fine-tuned; what it kept, as table and picture."""
 
+import itertools
 import os
 import statistics
 import time
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
-from .measure import StorageRecorder, forward_memory
+from .measure import StorageRecorder
 from .models import load_model
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers
@@ -71,7 +72,8 @@ def run_demo(*, model_name, text, tokens, steps, dtype, bits, fraction_bits, dev
         f"{loss_before:.3f} before, {loss_after:.3f} after;\n"
         f"the ordinary network: {loss_plain:.3f} before, {loss_plain_after:.3f} with the adapters trained reversibly."
     )
-    _draw(output, measured, losses, bits=bits, title=f"{model_name}, {tokens} tokens, {dtype}, LoRA")
+    title = f"{model_name}, {tokens} tokens, {dtype}, LoRA"
+    _draw(output, measured, losses, held_out=(loss_before, loss_after), bits=bits, title=title)
     print(f"Picture: {output}")
 
 
@@ -83,7 +85,7 @@ def _loss(model, windows):
 
 
 def _measure(model, coupling, batch):
-    """For each arm: bytes that the decoder layers keep, the same after every layer, and seconds a step."""
+    """For each arm: bytes that the decoder layers keep, accumulated over depth, and seconds of each step."""
     enable = {
         "plain": lambda: None,
         "checkpointing": lambda: _checkpointing(model, True),
@@ -106,9 +108,6 @@ def _measure(model, coupling, batch):
         for arm in ARMS:
             enable[arm]()
             if round_index == 0:
-                loss, memory = forward_memory(forward, find_decoder_layers(model)[1][-1])
-                measured[arm]["bytes"] = memory.layers
-                del loss
                 measured[arm]["bytes_by_layer"] = _bytes_by_layer(model, forward)
             start = time.perf_counter()
             torch.autograd.grad(forward(), trainable)
@@ -120,20 +119,31 @@ def _measure(model, coupling, batch):
 
 
 def _bytes_by_layer(model, forward):
-    """Bytes alive at the exit of each decoder layer, without the hidden state that it hands on."""
-    recorder, found = StorageRecorder(), []
+    """Bytes kept after the forward pass that came into being up to the exit of each decoder layer.
 
-    def note(module, args, output):
-        found.append(sum(storage.nbytes for storage in recorder.live()) - output.nbytes)
+    Without the last layer's output, which the head needs in every arm.
+    """
+    layers = find_decoder_layers(model)[1]
+    recorder = StorageRecorder(phase=0)
 
-    handles = [layer.register_forward_hook(note) for layer in find_decoder_layers(model)[1]]
+    def leave(module, args, output):
+        recorder.begin(recorder.phase + 1)
+        if module is layers[-1]:
+            recorder.relabel(output, len(layers))
+
+    handles = [layer.register_forward_hook(leave) for layer in layers]
     try:
         with recorder:
-            forward()
+            loss = forward()  # carries the graph: alive until the storages are counted
+        kept = [0] * len(layers)
+        for storage in recorder.live():
+            if storage.phase < len(layers):
+                kept[storage.phase] += storage.nbytes
+        del loss
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return list(itertools.accumulate(kept))
 
 
 def _checkpointing(model, enabled):
@@ -172,14 +182,15 @@ def _print_table(measured, *, exact, bits, tokens, dtype):
     print(f"{'':16}{'kept by the layers':>20}{'of checkpointing':>18}{'step':>9}{'ratio':>8}   reconstruction")
     for arm in ARMS:
         values = measured[arm]
+        kept = values["bytes_by_layer"][-1]
         ratio = statistics.median(a / b for a, b in zip(values["seconds"], baseline["seconds"], strict=True))
         print(
-            f"{arm:16}{values['bytes'] / 1e6:17.2f} MB{values['bytes'] / baseline['bytes']:18.3f}"
+            f"{arm:16}{kept / 1e6:17.2f} MB{kept / baseline['bytes_by_layer'][-1]:18.3f}"
             f"{statistics.median(values['seconds']):7.2f} s{ratio:8.2f}   {verdict[arm]}"
         )
 
 
-def _draw(output, measured, losses, *, bits, title):
+def _draw(output, measured, losses, *, held_out, bits, title):
     pyplot = _pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for arm in ARMS:
@@ -188,8 +199,10 @@ def _draw(output, measured, losses, *, bits, title):
     left.set(xlabel="decoder layers passed", ylabel="kept for the backward pass (MB)", yscale="log", title=title)
     left.legend()
     left.grid(alpha=0.3)
-    right.plot(range(1, len(losses) + 1), losses)
-    right.set(xlabel="step", ylabel="training loss (nats per token)", title="reversible fine-tuning")
+    right.plot(range(1, len(losses) + 1), losses, alpha=0.5, label="training, a window a step")
+    right.plot((0, len(losses)), held_out, "o--", label="held-out windows, before and after")
+    right.set(xlabel="step", ylabel="loss (nats per token)", title="reversible fine-tuning")
+    right.legend()
     right.grid(alpha=0.3)
     # Whole or not at all.
     unfinished = output.with_name(f".{output.name}.tmp")
