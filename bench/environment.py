@@ -1,6 +1,7 @@
 """What a measurement ran on: date, commit, machine, versions. It names no path and no host."""
 
 import datetime
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,8 @@ def environment() -> dict:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         **r3mem_fast.environment.environment(),
+        # By which timings on a busy machine can be told.
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
 
 

@@ -27,7 +27,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pydoc_data.topics
 import statistics
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from r3mem_fast import MomentumCoupling, load_model, make_reversible
 from r3mem_fast.kernels.coupling import side_bits_size
 from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
 from r3mem_fast.reversible.convert import find_decoder_layers
+from r3mem_fast.text import read_text, token_windows
 
 from .environment import environment
 
@@ -160,7 +160,7 @@ def load_arm(task, arm):
     torch.set_num_threads(task.threads)
     model, tokenizer = load_model(task.model, dtype=_DTYPES[task.dtype])
     truncate(model, task.depth)
-    input_ids = _tokens(tokenizer, task)
+    input_ids = token_windows(tokenizer, read_text(task.text), tokens=task.tokens, count=task.batch)
     return TrainingArm(arm, model, input_ids, lora_rank=task.lora_rank)
 
 
@@ -175,19 +175,6 @@ def truncate(model, depth):
     model.config.num_hidden_layers = depth
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:depth]
-
-
-def _tokens(tokenizer, task):
-    if task.text is None:
-        text = "\n".join(pydoc_data.topics.topics.values())
-    else:
-        text = Path(task.text).read_text(encoding="utf-8")
-    wanted = task.batch * task.tokens
-    # No token is longer than this in real text, and tokenising all of it would take seconds.
-    ids = tokenizer(text[: 64 * wanted + 1024], add_special_tokens=False, return_tensors="pt").input_ids[0]
-    if len(ids) < wanted:
-        raise ValueError(f"the text has {len(ids)} tokens, and batch × tokens is {wanted}")
-    return ids[:wanted].view(task.batch, task.tokens)
 
 
 def measure(task, arms, *, runs, progress=lambda line: None) -> list[dict]:

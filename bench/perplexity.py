@@ -1,0 +1,65 @@
+"""Perplexity of the reversible network, untrained, against the pretrained one: what side bits and grid cost.
+
+    python -m bench.perplexity --model smollm2-135m --json
+
+One record a setting: `bits`, `fraction_bits` (None: the ordinary network), `perplexity`, and `ratio` to the ordinary one.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+import torch
+
+from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
+from r3mem_fast.text import read_text, token_windows
+
+from .environment import environment
+from .training import write_atomically
+
+# Side bits on the default grid, then other grids.
+SETTINGS = [(8, 14), (4, 14), (2, 14), (1, 14), (4, 16), (4, 12), (4, 10)]
+
+
+def perplexity(model, windows):
+    with torch.no_grad():
+        return math.exp(statistics.fmean(model(input_ids=w[None], labels=w[None]).loss.item() for w in windows))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="in a window (%(default)s)")
+    parser.add_argument("--windows", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--text", help="a text file, in place of Python's help topics")
+    parser.add_argument("--json", action="store_true", help="print one JSON line a setting")
+    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    options = parser.parse_args(arguments)
+
+    model, tokenizer = load_model(options.model, dtype=torch.float32)
+    windows = token_windows(tokenizer, read_text(options.text), tokens=options.tokens, count=options.windows)
+    text = "pydoc_data.topics" if options.text is None else Path(options.text).name
+    common = {"model": Path(options.model).name, "dtype": "float32", "text": text, "tokens": windows.numel()}
+    plain = perplexity(model, windows)
+    records = [{**common, "bits": None, "fraction_bits": None, "perplexity": plain, "ratio": 1.0}]
+    for bits, fraction_bits in SETTINGS:
+        make_reversible(model, MomentumCoupling(bits=bits, fraction_bits=fraction_bits))
+        value = perplexity(model, windows)
+        restore(model)
+        setting = {"bits": bits, "fraction_bits": fraction_bits, "perplexity": value, "ratio": value / plain}
+        records.append({**common, **setting})
+    for r in records:
+        if options.json:
+            print(json.dumps(r))
+        else:
+            setting = "ordinary network" if r["bits"] is None else f"{r['bits']} bits, grid 2^-{r['fraction_bits']}"
+            print(f"{setting:24}{r['perplexity']:10.3f}{r['ratio']:10.4f}")
+    if options.output:
+        header = {"environment": environment()}
+        write_atomically(options.output, "".join(json.dumps(r) + "\n" for r in [header, *records]))
+
+
+if __name__ == "__main__":
+    main()
