@@ -20,9 +20,6 @@ from r3mem_fast import MomentumCoupling, load_model, make_reversible
 from r3mem_fast.reversible.convert import stack_of
 from r3mem_fast.text import read_text, token_windows
 
-from .environment import environment
-from .training import write_atomically
-
 
 class Run:
     """One training run. stored: keep activations, in place of reconstructing them."""
@@ -78,9 +75,7 @@ def main(arguments=None):
             print(f"{name:12}" + "  ".join(f"{loss:.4f}" for loss in curve[:: max(1, len(curve) // 10)]))
         print(f"largest difference of any of {options.steps} losses: {difference:.2e}")
     if options.output:
-        write_atomically(
-            options.output, "".join(json.dumps(r) + "\n" for r in ({"environment": environment()}, record))
-        )
+        write_records(options.output, [record])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m bench.perplexity --model smollm2-135m --json
 
-One record a setting: `bits`, `fraction_bits` (None: the ordinary network), `perplexity`, and `ratio` to the ordinary one.
+One record a setting: `bits`, `fraction_bits` (None: the ordinary network), `perplexity`, and its `ratio` to the
+ordinary network's.
 """
 
 import argparse
@@ -16,8 +17,7 @@ import torch
 from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
 from r3mem_fast.text import read_text, token_windows
 
-from .environment import environment
-from .training import write_atomically
+from .records import write_records
 
 # Side bits on the default grid, then other grids.
 SETTINGS = [(8, 14), (4, 14), (2, 14), (1, 14), (4, 16), (4, 12), (4, 10)]
@@ -57,8 +57,7 @@ def main(arguments=None):
             setting = "ordinary network" if r["bits"] is None else f"{r['bits']} bits, grid 2^-{r['fraction_bits']}"
             print(f"{setting:24}{r['perplexity']:10.3f}{r['ratio']:10.4f}")
     if options.output:
-        header = {"environment": environment()}
-        write_atomically(options.output, "".join(json.dumps(r) + "\n" for r in [header, *records]))
+        write_records(options.output, records)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,8 @@ import inspect
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
 from r3mem_fast.reversible.convert import find_decoder_layers
 from r3mem_fast.text import read_text, token_windows
 
-from .environment import environment
+from .records import write_records
 
 BASELINE = "checkpoint"
 ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
@@ -340,20 +338,6 @@ def _first(training):
     return record
 
 
-def write_atomically(path, text):
-    """Write a text file whole, or not at all."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def table(records) -> str:
     """The records as text, with ratios over checkpointing; notes below."""
     heads = ("arm", "layers", "live MB", "ratio", "with head", "peak RSS MB", "step s", "ratio", "quartiles", "loss")
@@ -445,8 +429,7 @@ def main(arguments=None):
             print(slope_table(lines))
     if options.output:
         torch.set_num_threads(options.threads)
-        header = {"environment": environment()}
-        write_atomically(options.output, "".join(json.dumps(r) + "\n" for r in [header, *records, *lines]))
+        write_records(options.output, [*records, *lines])
 
 
 def _positive(text):

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import training
-from bench.environment import environment
+from bench.records import environment
 from r3mem_fast.reversible.convert import find_decoder_layers
 
 LAYERS, HIDDEN, HEAD_DIM, TOKENS, VOCABULARY = 5, 32, 8, 16, 64

@@ -1,11 +1,28 @@
-"""What a measurement ran on: date, commit, machine, versions. It names no path and no host."""
+"""Result files: records as JSON lines, below what they were measured on. They name no path and no host."""
 
 import datetime
+import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import r3mem_fast.environment
+
+
+def write_records(path, records):
+    """Write the environment and the records, one JSON line each: the whole file, or nothing."""
+    path = Path(path)
+    text = "".join(json.dumps(line) + "\n" for line in [{"environment": environment()}, *records])
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def environment() -> dict:
