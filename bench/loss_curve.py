@@ -20,6 +20,8 @@ from r3mem_fast import MomentumCoupling, load_model, make_reversible
 from r3mem_fast.reversible.convert import stack_of
 from r3mem_fast.text import read_text, token_windows
 
+from .records import write_records
+
 
 class Run:
     """One training run. stored: keep activations, in place of reconstructing them."""

@@ -3,8 +3,26 @@ import os
 # Set before transformers is imported: a test that would reach for a model hub fails at once, here and in CI.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 from hypothesis import settings
 
 # The first example of a property pays for imports and compilation, so a deadline per example says nothing.
 settings.register_profile("r3mem", deadline=None)
 settings.load_profile("r3mem")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny Llama in a folder, with a tokenizer of a letter a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.reversible.tiny import build
+
+    folder = tmp_path_factory.mktemp("model")
+    build(scale=2.0).save_pretrained(folder)
+    vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder)
+    return folder

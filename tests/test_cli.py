@@ -4,25 +4,10 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from r3mem_fast import load_model
 from r3mem_fast.cli import main
 from r3mem_fast.text import read_text, token_windows
-from tests.reversible.tiny import build
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny Llama with a tokenizer of a letter a token."""
-    folder = tmp_path_factory.mktemp("model")
-    build(scale=2.0).save_pretrained(folder)
-    vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder)
-    return folder
 
 
 def test_check(folder, capsys):
