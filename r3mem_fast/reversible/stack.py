@@ -8,11 +8,15 @@ import threading
 import warnings
 
 import torch
-from transformers.utils import output_capturing
 
 from r3mem_fast.kernels import coupling
 
 from .node import IntegrityError, LayerNode, ReversibleState, Step, StoredValue, poisoned
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # transformers 5.0 to 5.1 or so: captured otherwise, and asked for by the layers' arguments
+    _active_collector = None
 
 # One bit for a velocity larger than every position that was seen, one for a longer or stranger text.
 _HEADROOM_BITS = 2
@@ -64,7 +68,7 @@ class ReversibleStack:
             step = Step(layer, branch_of, kwargs, bits, hidden.device)
             inputs = step.inputs()
             if torch.is_grad_enabled() and (hidden.requires_grad or inputs):
-                _refuse_captured_outputs()
+                _refuse_captured_outputs(kwargs)
                 hidden, *new_states = LayerNode.apply(self, state, step, hidden, *inputs)
                 step.write_cache(new_states)
                 return hidden
@@ -240,11 +244,12 @@ def _raise_for(flags, fraction_bits):
         )
 
 
-def _refuse_captured_outputs():
-    collector = getattr(output_capturing, "_active_collector", None)
-    captured = (collector.get() if collector is not None else None) or {}
-    if wrong := [key for key in captured if key != "hidden_states" and not key.startswith("_")]:
+def _refuse_captured_outputs(kwargs):
+    captured = {} if _active_collector is None else _active_collector.get() or {}
+    wrong = [key for key in captured if key != "hidden_states" and not key.startswith("_")]
+    if wrong or kwargs.get("output_attentions"):
+        name = wrong[0] if wrong else "attentions"
         raise ValueError(
-            f"output_{wrong[0]}=True while gradients are on: a reversible layer discards the graph of its first "
+            f"output_{name}=True while gradients are on: a reversible layer discards the graph of its first "
             "evaluation, so these tensors would carry no gradient. Use torch.no_grad(), or restore(model)."
         )
