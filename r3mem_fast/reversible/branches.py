@@ -7,6 +7,8 @@ For the families below the branch is computed as the sum of what the sublayers a
 import inspect
 import sys
 
+import torch
+
 
 def llama_branch(layer, hidden, kwargs):
     """Norm first, attention then MLP: Llama (and SmolLM2), Mistral, Qwen2, Qwen3."""
@@ -24,21 +26,21 @@ def gpt2_branch(layer, hidden, kwargs):
 
 
 def generic_branch(layer, hidden, kwargs):
-    """`layer(x) - x` in float32, for any layer that maps a hidden state to one of the same shape."""
-    output = layer_output(type(layer).unreversed.forward(layer, hidden, **kwargs))
+    """`layer(x) - x` in float32, for any layer that maps a hidden state to one of the same shape.
+
+    Raises TypeError if the layer returns other tensors beside its hidden state.
+    """
+    output = type(layer).unreversed.forward(layer, hidden, **kwargs)
+    # As older versions of transformers have it; the model's loop then expects a tuple from the reversible layer too.
+    layer.reversible.returns_tuple = isinstance(output, tuple)
+    if layer.reversible.returns_tuple:
+        output, *others = output
+        if any(other is not None for other in others):
+            raise TypeError(
+                "a decoder layer returned more than its hidden state (attention weights, router logits?); a "
+                "reversible layer cannot. Turn that output off, or call restore(model) first."
+            )
     return output.float() - hidden.float()
-
-
-def layer_output(output):
-    """The hidden state that a decoder layer returned. Raises TypeError if it returned other tensors beside it."""
-    if not isinstance(output, tuple):
-        return output
-    if any(extra is not None for extra in output[1:]):
-        raise TypeError(
-            "a decoder layer returned more than its hidden state (attention weights, router logits?); a reversible "
-            "layer cannot. Turn that output off, or call restore(model) first."
-        )
-    return output[0]
 
 
 # Module and class of a decoder layer, and its branch.
@@ -55,9 +57,12 @@ def branch_of(layer_class):
     """The branch function for a decoder layer class, `generic_branch` if it is none of the known ones.
 
     Known is what has the *forward function* of a known class: a subclass that overrides it is another layer, and one
-    that only wraps it (FSDP2's) is the same.
+    that only wraps it (FSDP2's) is the same. In older versions of transformers some of them return tuples: those are
+    not the functions that the branches here were written after.
     """
     forward = inspect.unwrap(layer_class.forward)
+    if inspect.signature(forward).return_annotation not in (torch.Tensor, "torch.Tensor"):
+        return generic_branch
     for (module, name), branch in _EXACT.items():
         known = getattr(sys.modules.get(module), name, None)
         if known is not None and inspect.unwrap(known.forward) is forward:

@@ -48,6 +48,7 @@ def make_reversible(model, coupling=None, *, integrity="auto"):
     stack = ReversibleStack(branches, coupling.bits_of_layers(len(layers)), fraction_bits, integrity)
     _turn_off_checkpointing(stack, decoder)
     for index, layer in enumerate(layers):
+        vars(layer).pop("forward", None)
         layer.__class__ = _reversible_class(type(layer))
         layer.reversible = LayerLink(stack, index, decoder)
     stack.hook = decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True)
@@ -134,7 +135,9 @@ def _refuse_layers(layers):
     for index, layer in enumerate(layers):
         if isinstance(vars(layer).get("reversible"), LayerLink):
             raise ValueError("the model is reversible already; call restore(model) first")
-        if "forward" in vars(layer):
+        own = vars(layer).get("forward")
+        # The class's own method, which transformers 5.0 leaves behind where it captured outputs, changes nothing.
+        if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
             raise ValueError(
                 f"layer {index} ({type(layer).__name__}) has a forward of its own, set on the instance (by an "
                 "accelerate hook, say), which would be bypassed. Call make_reversible before adding such hooks."
@@ -155,10 +158,14 @@ def _turn_off_checkpointing(stack, decoder):
 
 
 class LayerLink:
-    """A reversible layer's place: its stack, its index, and the decoder whose loop calls it."""
+    """A reversible layer's place: its stack, its index, and the decoder whose loop calls it.
+
+    returns_tuple: that loop expects `(hidden,)` of a layer.
+    """
 
     def __init__(self, stack, index, decoder):
         self.stack, self.index, self.decoder = stack, index, decoder
+        self.returns_tuple = False
 
 
 @functools.cache
@@ -175,7 +182,8 @@ def _reversible_class(base):
         del arguments["self"]
         hidden = arguments.pop(hidden_name)
         link = self.reversible
-        return link.stack.run(self, link.index, hidden, arguments)
+        output = link.stack.run(self, link.index, hidden, arguments)
+        return (output,) if link.returns_tuple else output
 
     def set_checkpointing(self, enable):
         if enable:

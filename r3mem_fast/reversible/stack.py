@@ -178,8 +178,9 @@ class ReversibleStack:
 
     def _observe(self, layer, hidden, kwargs):
         output = type(layer).unreversed.forward(layer, hidden, **kwargs)
-        state = output[0] if isinstance(output, tuple) else output
-        largest = torch.maximum(hidden.abs().amax(), state.abs().amax()).float()
+        layer.reversible.returns_tuple = isinstance(output, tuple)
+        output = output[0] if layer.reversible.returns_tuple else output
+        largest = torch.maximum(hidden.abs().amax(), output.abs().amax()).float()
         self._observed = torch.maximum(self._observed.to(largest.device), largest)
         return output
 

@@ -83,7 +83,7 @@ def test_two_branch_evaluations_a_step_also_with_gradient_checkpointing_asked_fo
 
 def test_gradient_checkpointing_that_was_on_before_is_turned_off():
     model = build()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     with pytest.warns(UserWarning, match="gradient checkpointing is turned off"):
         make_reversible(model)
     counts = evaluations(model)
