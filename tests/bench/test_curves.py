@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import loss_curve, perplexity
+from bench import exactness, loss_curve, perplexity
 
 
 def read(path):
@@ -28,3 +28,11 @@ def test_perplexity(folder, tmp_path, capsys):
     assert [record["bits"] for record in records] == [None, *(bits for bits, _ in perplexity.SETTINGS)]
     assert records[1]["ratio"] == pytest.approx(1.0, abs=0.1)
     assert len(capsys.readouterr().out.splitlines()) == len(records)
+
+
+def test_exactness(folder, tmp_path, capsys):
+    output = tmp_path / "exactness.jsonl"
+    assert exactness.main(["--model", str(folder), "--tokens", "20", "--output", str(output)]) == 0
+    records = read(output)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records
+    assert len(records) == 8 and all(record["exact"] for record in records)
