@@ -18,6 +18,7 @@ __all__ = [
     "NON_FINITE",
     "OUT_OF_RANGE",
     "SIDE_BITS",
+    "branch_checksum",
     "checksum",
     "dequantize",
     "momentum_backward",
@@ -133,6 +134,12 @@ def checksum(position, velocity) -> torch.Tensor:
     """A 64-bit checksum of both streams, int64 0-d; any single changed element changes it."""
     _check_streams(position, velocity)
     return reference.checksum(position, velocity)
+
+
+def branch_checksum(branch) -> torch.Tensor:
+    """A weaker and cheaper one of a branch value, int64 0-d: two evaluations that agree bit for bit agree in it."""
+    _check_float("branch", branch)
+    return reference.branch_checksum(branch)
 
 
 def _describe(value):

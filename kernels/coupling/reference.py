@@ -164,3 +164,11 @@ def checksum(position, velocity):
         weight = torch.arange(2 * start + 1, 2 * (start + x.numel()), 2, dtype=torch.int64, device=x.device)
         total += v.to(torch.int64).mul_(_VELOCITY_SALT).add_(x).mul_(weight).sum()
     return total
+
+
+def branch_checksum(branch):
+    """The sum of a branch's bit patterns as integers, modulo 2**64, int64 0-d: the same for any order of additions."""
+    flat = branch.reshape(-1)
+    if flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0:
+        return flat.view(torch.int64).sum()
+    return flat.view(torch.int16 if flat.element_size() == 2 else torch.int32).sum(dtype=torch.int64)

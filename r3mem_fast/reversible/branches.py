@@ -30,7 +30,8 @@ def generic_branch(layer, hidden, kwargs):
 
     Raises TypeError if the layer returns other tensors beside its hidden state.
     """
-    output = type(layer).unreversed.forward(layer, hidden, **kwargs)
+    # A copy: some layers add to their input in place.
+    output = type(layer).unreversed.forward(layer, hidden.clone(), **kwargs)
     # As older versions of transformers have it; the model's loop then expects a tuple from the reversible layer too.
     layer.reversible.returns_tuple = isinstance(output, tuple)
     if layer.reversible.returns_tuple:

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import math
 
 import torch
 
 from .convert import stack_of
+from .stack import raise_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +77,15 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
 
     input_ids: int64 `[batch, tokens]`; further inputs (attention_mask, ...) as the model takes them. per_layer: report
     the error of every layer. Keeps all streams of the forward pass to compare with: 8 bytes an element and layer.
-    The model's mode, gradients and random state stay as they are. Raises ValueError if it is not reversible.
+    The model's mode, gradients and random state stay as they are. Raises ValueError if it is not reversible,
+    IntegrityError if a value is not finite or out of range.
     """
     stack = stack_of(model)
     recording = _Recording()
     with _restored_random_state(), _attribute(stack, "recording", recording), torch.enable_grad():
         model(input_ids=input_ids, use_cache=False, **inputs)
         state = recording.state
+        raise_for(state.flags, state.fraction_bits)
         kept = [tensor for step in state.steps if (tensor := step.side) is not None]
         report = {
             "layers": state.level,
@@ -137,15 +141,19 @@ def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientRepor
     loss, computed = gradients()
     with _attribute(stack, "stored", True):
         loss_stored, expected = gradients()
+    stack.raise_pending()
     norms = [0.0 if g is None else g.double().norm().item() for g in expected]
     errors = {}
     for name, a, b, norm in zip(parameters, computed, expected, norms, strict=True):
         if a is None or b is None:
-            errors[name] = 0.0 if a is b else float("inf")
+            errors[name] = 0.0 if a is b else math.inf
             continue
         # A gradient that is zero but for rounding (a key bias under softmax) has no relative error of its own.
         noise = 8 * torch.finfo(b.dtype).eps * max(norms)
         difference = (a - b).double().norm().item()
+        if not math.isfinite(difference):
+            errors[name] = math.inf
+            continue
         errors[name] = difference and difference / (norm if norm > noise else max(norms))
     worst = max(errors, key=errors.get)
     return GradientReport(errors[worst], worst, len(errors), loss, loss_stored)

@@ -51,7 +51,10 @@ def make_reversible(model, coupling=None, *, integrity="auto"):
         vars(layer).pop("forward", None)
         layer.__class__ = _reversible_class(type(layer))
         layer.reversible = LayerLink(stack, index, decoder)
-    stack.hook = decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True)
+    stack.hooks = [
+        decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
+        decoder.register_forward_hook(stack.conclude, always_call=True),
+    ]
     return model
 
 
@@ -63,7 +66,8 @@ def restore(model):
     for layer in layers:
         layer.__class__ = type(layer).unreversed
         del layer.reversible
-    stack.hook.remove()
+    for hook in stack.hooks:
+        hook.remove()
     return model
 
 
@@ -132,6 +136,8 @@ def _refuse_architecture(model):
 
 
 def _refuse_layers(layers):
+    if len(set(layers)) < len(layers):
+        raise ValueError("the model runs one layer more than once, which is not supported")
     for index, layer in enumerate(layers):
         if isinstance(vars(layer).get("reversible"), LayerLink):
             raise ValueError("the model is reversible already; call restore(model) first")

@@ -18,7 +18,7 @@ from r3mem_fast.kernels import coupling
 from .cache import PastKeysValues, past_of
 from .surroundings import Surroundings
 
-_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class IntegrityError(RuntimeError):
@@ -40,7 +40,7 @@ class Step:
         self.layer, self._branch, self.bits = layer, branch, bits
         self.side = None
         self._surroundings = Surroundings(device)
-        self._cache_name = next((n for n in _CACHE_NAMES if kwargs.get(n) is not None), None)
+        self._cache_name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), None)
         self._cache, self._past = None, ()
         if self._cache_name is not None:
             kwargs = dict(kwargs)
@@ -50,6 +50,9 @@ class Step:
         self._leaves, self._structure = tree_flatten(kwargs)
         # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
         self._parameters = list(layer.parameters())
+        self._trainable = [p for p in self._parameters if p.requires_grad]
+        self._modes, self._hooks = _modes_and_hooks(layer)
+        self._checksum = None
         self._watched = [
             (tensor, tensor._version)
             for tensor in [*self._arguments(), *self._parameters]
@@ -61,15 +64,24 @@ class Step:
 
     def inputs(self):
         """Tensors beside the hidden state that want a gradient: arguments, then parameters (after any unshard)."""
-        return [*(tensor for tensor in self._arguments() if tensor.requires_grad), *self._trainable()]
+        return [*(tensor for tensor in self._arguments() if tensor.requires_grad), *self._trainable]
 
     def evaluate(self, hidden):
         """First evaluation: (branch value, new keys and values for the cache), both without a graph."""
         # With gradients on, as in the second evaluation: attention libraries choose their kernels by that. What
         # autograd would save is let go at once, so that the layer's activations do not pile up.
+        leaf = hidden.detach().requires_grad_()
+        leaf.register_hook(_refuse_capture)
         with self._surroundings.recorded(), torch.enable_grad(), _nothing_saved():
-            branch, new_states = self._call(hidden.detach().requires_grad_(), self._leaves, self._past)
-        return branch.detach(), tuple(state.detach() for state in new_states)
+            branch, new_states = self._call(leaf, self._leaves, self._past)
+        _refuse_outside_tensors(self.layer, (branch, *new_states), [leaf, *self.inputs()])
+        branch = branch.detach()
+        self._checksum = _value_on_cpu(coupling.branch_checksum(branch))
+        return branch, tuple(state.detach() for state in new_states)
+
+    def differs(self, branch):
+        """Whether a second evaluation's branch value is not the first one's: a bool on the CPU, else a tensor."""
+        return _value_on_cpu(coupling.branch_checksum(branch)) != self._checksum
 
     def evaluate_again(self, hidden):
         """Second evaluation, with a graph: (branch value, new keys and values, leaves that gradients go to).
@@ -89,7 +101,7 @@ class Step:
         past = tuple(leaf_of(tensor) for tensor in self._past)
         with self._surroundings.restored(), torch.enable_grad():
             branch, new_states = self._call(hidden.requires_grad_(), arguments, past)
-        return branch, new_states, [hidden, *substitutes, *self._trainable()]
+        return branch, new_states, [hidden, *substitutes, *self._trainable]
 
     def value_again(self, hidden):
         """Second evaluation for its value alone, outside the layer's own backward pass."""
@@ -115,15 +127,19 @@ class Step:
         branch = self._branch(self.layer, hidden, {**kwargs, self._cache_name: view})
         return branch, view.new
 
-    def _trainable(self):
-        return [p for p in self._parameters if p.requires_grad]
-
     def _check_unmodified(self):
-        if dist.is_initialized() and not _same_objects(self._parameters, list(self.layer.parameters())):
+        if not _same_objects(self._parameters, list(self.layer.parameters())):
             raise RuntimeError(
-                f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass, which "
-                "FullyShardedDataParallel brings about with use_orig_params=True. Use fully_shard (FSDP2: "
-                "fsdp_version=2 in accelerate), or use_orig_params=False."
+                f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass. With "
+                "functional_call, run backward inside of it too. FullyShardedDataParallel does this with "
+                "use_orig_params=True: use fully_shard (FSDP2: fsdp_version=2 in accelerate), or "
+                "use_orig_params=False."
+            )
+        modes, hooks = _modes_and_hooks(self.layer)
+        if modes != self._modes or not self._hooks <= hooks:
+            raise RuntimeError(
+                f"a {type(self.layer).__name__} is not set as it was in the forward pass: train() or eval(), the "
+                "active adapters, requires_grad or a hook changed. Run backward before changing it."
             )
         for tensor, version in self._watched:
             if tensor._version != version:
@@ -152,6 +168,7 @@ class ReversibleState:
         self._checksum = None
         self._grad_velocity = None
         self._bits_above = None
+        self._graph_task = None
         self._hidden = None  # while running backward: the dequantised position, one layer below the velocity
         self.recording = recording
         if recording is not None:
@@ -207,7 +224,9 @@ class ReversibleState:
 
     def branch_gradient(self, grad_output, index, dtype):
         """`g_f` of step `index` from the gradient of its output."""
-        if self._grad_velocity is None:
+        graph_task = torch._C._current_graph_task_id()
+        if graph_task != self._graph_task:  # another call of backward() starts with no gradient of its own
+            self._graph_task, self._bits_above = graph_task, None
             self._grad_velocity = torch.zeros_like(self.velocity, dtype=torch.float32)
         bits = self.steps[index].bits
         gradient = coupling.momentum_gradient(
@@ -264,7 +283,10 @@ class LayerNode(torch.autograd.Function):
         branch, new_states, leaves = state.steps[index].evaluate_again(hidden)
         if grad_output is None:  # only the keys and values have a part in the loss
             grad_output = torch.zeros_like(hidden)
-        outputs, grads = [branch], [state.branch_gradient(grad_output, index, branch.dtype)]
+        grad_branch = state.branch_gradient(grad_output, index, branch.dtype)
+        if ctx.stack.branch_differs(state, index, branch.detach()):
+            grad_branch = poisoned(grad_branch, state.flags)
+        outputs, grads = [branch], [grad_branch]
         for new_state, gradient in zip(new_states, grad_states, strict=True):
             if gradient is not None:
                 outputs.append(new_state)
@@ -281,7 +303,7 @@ class LayerNode(torch.autograd.Function):
             state.finish(index, branch.detach(), None, None)
         if index == state.start:
             state.verify()
-            ctx.stack.report(state.flags)
+            ctx.stack.report(state)
             grad_hidden = poisoned(grad_hidden, state.flags)
             grad_inputs = [poisoned(gradient, state.flags) for gradient in grad_inputs]
         return (None, None, None, grad_hidden, *grad_inputs)
@@ -318,8 +340,55 @@ def _same_objects(left, right):
     return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
+def _modes_and_hooks(layer):
+    """What, beside its parameters' values, a layer's second evaluation depends on.
+
+    Hooks that came after the first evaluation are no matter: transformers adds some to capture outputs.
+    """
+    modes = [(m.training, tuple(m.active_adapters) if hasattr(m, "lora_A") else None) for m in layer.modules()]
+    trainable = [p.requires_grad for p in layer.parameters()]
+    hooks = {(id(m), key) for m in layer.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks)}
+    return (modes, trainable), hooks
+
+
+def _value_on_cpu(scalar):
+    """A number where reading it costs nothing; elsewhere the tensor, since reading would synchronise."""
+    return scalar.item() if scalar.device.type == "cpu" else scalar
+
+
+def _refuse_outside_tensors(layer, outputs, known):
+    """Raise ValueError if a tensor that wants a gradient entered a branch by no argument and no parameter.
+
+    outputs: of the first evaluation. known: the tensors that gradients are delivered to.
+    """
+    leaves = {id(tensor) for tensor in known}
+    # Behind an argument that is no leaf lies somebody else's graph.
+    seen = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in leaves:
+            raise ValueError(
+                f"a tensor {list(leaf.shape)} that requires a gradient enters a {type(layer).__name__} from outside "
+                "(by a hook, say) and would get none. Register it as a parameter of the layer, or pass it as an "
+                "argument."
+            )
+        waiting += [function for function, _ in node.next_functions if function is not None]
+
+
 def _nothing_saved():
-    return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
+    return saved_tensors_hooks(lambda tensor: None, _refuse_capture)
+
+
+def _refuse_capture(_):
+    raise RuntimeError(
+        "a tensor captured inside a reversible layer (by a hook, say) has a part in the loss, and carries no gradient "
+        "there. Use output_hidden_states, compute that loss inside the layer, or call restore(model)."
+    )
 
 
 @contextlib.contextmanager

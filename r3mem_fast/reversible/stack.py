@@ -8,10 +8,12 @@ import threading
 import warnings
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from r3mem_fast.kernels import coupling
 
-from .node import IntegrityError, LayerNode, ReversibleState, Step, StoredValue, poisoned
+from .node import CACHE_NAMES, IntegrityError, LayerNode, ReversibleState, Step, StoredValue, poisoned
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -43,12 +45,21 @@ class ReversibleStack:
     def __deepcopy__(self, memo):
         clone = memo[id(self)] = copy.copy(self)
         clone._passing, clone._flags, clone.recording = _Passing(), None, None
+        clone.hooks = copy.deepcopy(self.hooks, memo)
         return clone
 
+    @torch.compiler.disable
     def run(self, layer, index, hidden, kwargs):
         """One layer's forward: called by the layer in place of its own."""
         if self._observed is not None:
             return self._observe(layer, hidden, kwargs)
+        if getattr(layer, "_is_replica", False):
+            raise RuntimeError(
+                "a reversible model does not run under nn.DataParallel, whose replicas have no parameters of their "
+                "own; use DistributedDataParallel (torchrun, accelerate launch), or show the process one GPU"
+            )
+        if forward_ad._current_level >= 0:
+            raise RuntimeError("a reversible layer has no forward-mode derivative; call restore(model) first")
         state = self._state_for(layer, index, hidden)
         bits = None if state.level == 0 else self.bits[index]
         if self.stored:
@@ -58,29 +69,30 @@ class ReversibleStack:
         if index < len(self.bits) - 1:
             self._passing.hand_on(state, hidden)
         else:
-            self._passing.clear()
             hidden = self._leave(state, hidden)
         return hidden
 
     def _run_reversible(self, layer, index, hidden, kwargs, state, bits):
         branch_of = self.branches[index]
-        if torch.is_grad_enabled() or self.recording is not None:
+        wanted = torch.is_grad_enabled() and (hidden.requires_grad or _any_requires_grad(layer, kwargs))
+        if wanted or self.recording is not None:
             step = Step(layer, branch_of, kwargs, bits, hidden.device)
-            inputs = step.inputs()
-            if torch.is_grad_enabled() and (hidden.requires_grad or inputs):
+            if wanted:
                 _refuse_captured_outputs(kwargs)
-                hidden, *new_states = LayerNode.apply(self, state, step, hidden, *inputs)
+                hidden, *new_states = LayerNode.apply(self, state, step, hidden, *step.inputs())
                 step.write_cache(new_states)
                 return hidden
-            if self.recording is not None:
-                state.begin_step(step, differentiable=True)
-                branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
-                step.write_cache(new_states)
-                return state.forward(branch, bits)
-            state.begin_step(step, differentiable=False)
-        else:
-            state.begin_step(None, differentiable=False)
+            state.begin_step(step, differentiable=True)
+            branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
+            step.write_cache(new_states)
+            return state.forward(branch, bits)
+        state.begin_step(None, differentiable=False)
         branch = branch_of(layer, state.dequantized() if state.level == 0 else hidden, kwargs)
+        if branch.requires_grad:
+            raise ValueError(
+                f"a tensor that requires a gradient enters a frozen {type(layer).__name__} from outside (by a hook, "
+                "say) and would get none. Register it as a parameter of the layer, or pass it as an argument."
+            )
         with _versioned_tensors():
             return state.forward(branch, bits)
 
@@ -116,13 +128,24 @@ class ReversibleStack:
         """The last layer's output. A range or non-finite flag makes it NaN, or raises."""
         if hidden.device.type == "cpu" and not state.flags.any():
             return hidden
-        self.report(state.flags)
+        self.report(state)
         return poisoned(hidden, state.flags)
 
-    def report(self, flags):
+    def branch_differs(self, state, index, branch):
+        """Compare a branch's two evaluations, and report. False if they are known to agree: never on a GPU."""
+        step = state.steps[index]
+        differs = step.differs(branch)
+        if differs is False:
+            return False
+        state.flags[coupling.CHECKSUM_MISMATCH] |= differs
+        self.report(state, f"layer {index} ({type(step.layer).__name__}): ")
+        return True
+
+    def report(self, state, where=""):
         """Take note of a pass's flags: raise IntegrityError now, where that is wanted, or when next asked."""
+        flags = state.flags
         if self.integrity == "raise" or (self.integrity == "auto" and flags.device.type == "cpu"):
-            _raise_for(flags, self.fraction_bits)
+            raise_for(flags, self.fraction_bits, where)
         elif self._flags is None or self._flags.device != flags.device:
             self._flags = flags.clone()
         else:
@@ -132,13 +155,21 @@ class ReversibleStack:
         """Raise IntegrityError if any pass since the last call set a flag. Synchronises."""
         flags, self._flags = self._flags, None
         if flags is not None:
-            _raise_for(flags, self.fraction_bits)
+            raise_for(flags, self.fraction_bits)
 
+    @torch.compiler.disable
+    def conclude(self, decoder, args, output):
+        """Forward hook of the decoder, called also if it raised: nothing stays behind, no flag goes unseen."""
+        state = self._passing.drop()
+        if state is not None and output is not None:  # the last layer was skipped
+            self.report(state)
+
+    @torch.compiler.disable
     def prepare(self, decoder, args, kwargs):
         """Forward pre-hook of the decoder: settle the cache and, in the first pass, the fraction bits."""
         if self._observed is not None:
             return None
-        self._passing.clear()
+        self._passing.drop()
         if self.fraction_bits is None:
             self._choose_fraction_bits(decoder, args, kwargs)
         if decoder.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
@@ -162,7 +193,7 @@ class ReversibleStack:
         self._observed = torch.zeros(())
         try:
             with torch.random.fork_rng(), torch.no_grad():
-                decoder.forward(*args, **{**kwargs, "past_key_values": None, "use_cache": False})
+                decoder.forward(*args, **_without_past(args, kwargs))
             largest = self._observed.item()
         finally:
             self._observed = None
@@ -185,33 +216,60 @@ class ReversibleStack:
         return output
 
 
+def _without_past(args, kwargs):
+    """The arguments of a pass over the new tokens alone: no cache, and no mask of what it holds."""
+    kwargs = {**kwargs, "past_key_values": None, "use_cache": False}
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    tokens = args[0] if tokens is None and args else tokens
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and tokens is not None:
+        kwargs["attention_mask"] = mask[..., -tokens.shape[1] :]
+    return kwargs
+
+
 class _Passing(threading.local):
     """The state on its way from one layer to the next, recognised by the very tensor that carries it."""
 
     def __init__(self):
-        self.clear()
+        self.drop()
 
-    def clear(self):
+    def drop(self):
+        """Forget the state, and return it if there was one."""
+        state = getattr(self, "_state", None)
         self._state = self._carrier = self._version = None
+        return state
+
+    def __reduce__(self):
+        raise TypeError("a reversible model cannot be pickled; call restore(model), or save its state_dict")
 
     def hand_on(self, state, hidden):
         # An alias: it keeps the memory from being reused, and shares the version counter.
         self._state, self._carrier = state, hidden.detach()
-        self._version = hidden._version
+        self._version, self._differentiable = hidden._version, hidden.requires_grad
 
     def take(self, hidden):
         """The state that `hidden` carries, or None if it is not, unchanged, what was handed on."""
-        state, carrier, version = self._state, self._carrier, self._version
-        self.clear()
+        carrier, version = self._carrier, self._version
+        state = self.drop()
         if (
             state is None
+            or not isinstance(hidden, torch.Tensor)
             or hidden.data_ptr() != carrier.data_ptr()
             or hidden.shape != carrier.shape
             or hidden.dtype != carrier.dtype
             or hidden._version != version
+            or (self._differentiable and torch.is_grad_enabled() and not hidden.requires_grad)
         ):
             return None
         return state
+
+
+def _any_requires_grad(layer, kwargs):
+    if any(p.requires_grad for p in layer.parameters()):
+        return True
+    cached = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
+    past = [t for cache in cached for c in getattr(cache, "layers", ()) for t in (c.keys, c.values)]
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in [*tree_leaves(kwargs), *past])
 
 
 @contextlib.contextmanager
@@ -224,7 +282,8 @@ def _versioned_tensors():
         yield
 
 
-def _raise_for(flags, fraction_bits):
+def raise_for(flags, fraction_bits, where=""):
+    """Raise IntegrityError for the flags that are set, if any."""
     non_finite, out_of_range, checksum_mismatch = flags.tolist()
     if non_finite:
         raise IntegrityError(
@@ -238,9 +297,9 @@ def _raise_for(flags, fraction_bits):
         )
     if checksum_mismatch:
         raise IntegrityError(
-            "the backward pass did not arrive at the streams that the forward pass started from, so its gradients "
-            "are wrong. Likely causes: a branch that is not deterministic (atomics, an unseeded random source), "
-            "parameters changed through .data between the passes, or global settings changed in between. "
+            f"{where}the backward pass did not find again what the forward pass computed, so its gradients would be "
+            "wrong. Likely causes: a branch that is not deterministic (atomics, a random source of its own), "
+            "parameters or buffers changed through .data between the passes, global settings changed in between. "
             "check_inverse(model, input_ids=..., per_layer=True) names the first layer that differs."
         )
 

@@ -179,3 +179,13 @@ def test_inputs_are_validated():
     for side in (None, torch.zeros(3, dtype=torch.uint8), torch.zeros(16)):
         with pytest.raises(ValueError, match=r"side must be uint8 \[16\] for 4 side bits, got"):
             coupling.momentum_backward(stream, stream.clone(), branch, side, None, None, last=False, **settings)
+
+
+@given(SIZES, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.data())
+def test_branch_checksum_sees_any_one_changed_bit(size, dtype, data):
+    branch = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    before = coupling.branch_checksum(branch)
+    assert coupling.branch_checksum(branch.clone()) == before
+    integers = branch.view(torch.int16 if branch.element_size() == 2 else torch.int32)
+    integers[data.draw(st.integers(0, size - 1))] ^= 1 << data.draw(st.integers(0, 14))
+    assert coupling.branch_checksum(branch) != before
