@@ -343,11 +343,13 @@ def _same_objects(left, right):
 def _modes_and_hooks(layer):
     """What, beside its parameters' values, a layer's second evaluation depends on.
 
-    Hooks that came after the first evaluation are no matter: transformers adds some to capture outputs.
+    Hooks that came after the first evaluation are no matter (transformers adds some to capture outputs), nor are those
+    of the layer itself, which run around the branch.
     """
     modes = [(m.training, tuple(m.active_adapters) if hasattr(m, "lora_A") else None) for m in layer.modules()]
     trainable = [p.requires_grad for p in layer.parameters()]
-    hooks = {(id(m), key) for m in layer.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks)}
+    inside = (m for m in layer.modules() if m is not layer)
+    hooks = {(id(m), key) for m in inside for key in (*m._forward_hooks, *m._forward_pre_hooks)}
     return (modes, trainable), hooks
 
 

@@ -112,6 +112,20 @@ def test_settings_changed_between_the_passes(change):
         loss.backward()
 
 
+def test_hooks_that_come_and_go_between_the_passes():
+    """Around a layer they are no matter; inside one, what they did is missing from the second evaluation."""
+    model = make_reversible(build())
+    handle = model.model.layers[2].register_forward_hook(lambda module, inputs, output: None)
+    loss = loss_of(model)
+    handle.remove()
+    loss.backward()
+    handle = model.model.layers[2].mlp.register_forward_hook(lambda module, inputs, output: None)
+    loss = loss_of(model)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="or a hook changed"):
+        loss.backward()
+
+
 def test_a_tensor_captured_inside_a_layer():
     model = make_reversible(build())
     captured = []
