@@ -2,14 +2,14 @@
 
     python -m bench.training --model smollm2-135m --tokens 512 --json
 
-Every arm trains the same LoRA adapters on the same text, in a process of its own. The processes stay resident and step
-in turns, one at a time, so that step i of all arms is measured under the same conditions and ratios are paired.
-One record an arm, with
+Every arm trains the same LoRA adapters on the same text. Memory is measured in a process of its own for each arm;
+steps are timed in one process for all, whose model is set up for each arm in turn, so that step i of all arms is
+measured under the same conditions and ratios are paired. One record an arm, with
 
     live_bytes        bytes created up to the exit of the last decoder layer and alive after the forward pass, however
                       held, without that layer's output, which the head needs in every arm
     live_bytes_total  the same with the head, the logits and the loss
-    peak_rss          peak resident memory of the arm's process over its timed steps, in bytes: weights, libraries and
+    peak_rss          peak resident memory of the arm's process over two steps, in bytes: weights, libraries and
                       the allocator's reserve are in it (off Linux, which can reset it: since the process began)
     step_seconds      median time of forward, backward and optimizer step, with `step_seconds_quartiles`
     loss              of the first step, adapters untrained: of the plain network, or of the momentum network
@@ -39,7 +39,7 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from r3mem_fast import MomentumCoupling, load_model, make_reversible
+from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
 from r3mem_fast.kernels.coupling import side_bits_size
 from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
 from r3mem_fast.reversible.convert import find_decoder_layers
@@ -49,6 +49,7 @@ from .records import write_records
 
 BASELINE = "checkpoint"
 ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
+_STEPS_FOR_PEAK = 2
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -101,6 +102,16 @@ class TrainingArm:
         self._optimizer.zero_grad()
         return loss.item()
 
+    def time_as(self, arm):
+        """Seconds of one training step of a plain arm's model, set up for `arm` and afterwards plain again."""
+        base = self.model.get_base_model()
+        set_up(base, arm)
+        start = time.perf_counter()
+        self.step()
+        seconds = time.perf_counter() - start
+        tear_down(base, arm)
+        return seconds
+
     def live(self):
         """`ForwardMemory` of a forward pass, which is then run backward without a step."""
         loss, memory = forward_memory(self.forward, self.layers[-1])
@@ -132,6 +143,16 @@ def set_up(model, arm):
     if arm == BASELINE:
         return _enable_checkpointing(model)
     raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS)}")
+
+
+def tear_down(model, arm):
+    """Undo `set_up`."""
+    if arm.startswith("reversible"):
+        restore(model)
+    elif arm.startswith(BASELINE):
+        # transformers 5.23; before that the old name.
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()
 
 
 def _enable_checkpointing(model, **options):
@@ -176,39 +197,36 @@ def truncate(model, depth):
 
 
 def measure(task, arms, *, runs, progress=lambda line: None) -> list[dict]:
-    """Measure `arms`, each in a resident process of its own; one record each, in their order.
+    """Measure `arms`; one record each, in their order.
 
     runs: rounds of one timed step an arm. progress: called with a line of text now and then.
     Raises RuntimeError if a process fails.
     """
-    with contextlib.ExitStack() as stack:
-        records, workers = {}, {}
-        for arm in arms:
-            records[arm] = {"arm": arm, **_settings(task)}
-            worker = stack.enter_context(_Worker(task, arm))
-            progress(f"{arm}: loading, first step, live bytes")
-            first = worker.ask("first")
-            records[arm].update(first)
-            if "live_bytes" in first:
-                workers[arm] = worker
-        for worker in workers.values():
-            worker.ask("reset")
-        seconds = {arm: [] for arm in workers}
+    records = {}
+    for arm in arms:
+        progress(f"{arm}: loading, first step, live bytes, peak memory")
+        with _Worker(task, arm) as worker:
+            records[arm] = {"arm": arm, **_settings(task), **worker.ask("first")}
+            if "live_bytes" in records[arm]:
+                worker.ask("reset")
+                for _ in range(_STEPS_FOR_PEAK):
+                    worker.ask("step")
+                records[arm]["peak_rss"] = worker.ask("peak")
+    seconds = {arm: [] for arm in arms if "live_bytes" in records[arm]}
+    # In one process, which changes from arm to arm: two processes differ in their memory's layout, and so in speed.
+    with _Worker(task, "plain") as worker:
+        worker.ask("first")
         for index in range(runs):
             # There and back: what drifts during a round favours no arm.
-            order = list(workers) if index % 2 == 0 else list(reversed(workers))
-            for arm in order:
-                seconds[arm].append(workers[arm].ask("step"))
-            progress(
-                f"round {index + 1} of {runs}: " + ", ".join(f"{arm} {seconds[arm][-1]:.2f} s" for arm in workers)
-            )
-        for arm, worker in workers.items():
-            records[arm]["peak_rss"] = worker.ask("peak")
+            for arm in list(seconds) if index % 2 == 0 else list(reversed(seconds)):
+                seconds[arm].append(worker.ask(f"time {arm}"))
+            taken = ", ".join(f"{arm} {values[-1]:.2f} s" for arm, values in seconds.items())
+            progress(f"round {index + 1} of {runs}: {taken}")
     for arm, taken in seconds.items():
         record = records[arm]
         record["runs"] = runs
         record["step_seconds"], record["step_seconds_quartiles"] = _median(taken)
-        if BASELINE in workers:
+        if BASELINE in seconds:
             record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
             ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=True)]
             record["step_ratio"], record["step_ratio_quartiles"] = _median(ratios)
@@ -309,9 +327,9 @@ def _work(task, arm, connection):
                 elif what == "reset":
                     answer = reset_peak_rss()
                 elif what == "step":
-                    start = time.perf_counter()
-                    training.step()
-                    answer = time.perf_counter() - start
+                    answer = training.step()
+                elif what.startswith("time "):
+                    answer = training.time_as(what.removeprefix("time "))
                 else:
                     answer = peak_rss()
             except Exception as error:
