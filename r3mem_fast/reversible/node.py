@@ -182,7 +182,7 @@ class ReversibleState:
         if differentiable and self.start is None:
             self.start = self.level
             self._checksum = coupling.checksum(self.position, self.velocity)
-        self.steps.append(step if self.start is not None else None)
+        self.steps.append(step)
 
     def forward(self, branch, bits):
         """Apply a branch value: the streams move up one level. Returns the new hidden state."""
@@ -194,7 +194,7 @@ class ReversibleState:
             fraction_bits=self.fraction_bits,
             flags=self.flags,
             dtype=self.dtype,
-            keep_side_bits=self.start is not None,
+            keep_side_bits=self.steps[self.level] is not None,
         )
         if side is not None:
             self.steps[self.level].side = side
@@ -214,6 +214,10 @@ class ReversibleState:
         while self.level > index + 1:  # layers above whose output has no part in the loss
             above = self.level - 1
             step = self.steps[above]
+            if step is None:
+                raise RuntimeError(
+                    f"layer {above} ran without gradients after layers that had them; what it added cannot be undone"
+                )
             self.finish(above, step.value_again(self.input_of(above)), None, None)
         if self._hidden is None:
             self._hidden = coupling.momentum_rewind(

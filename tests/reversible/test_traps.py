@@ -165,6 +165,22 @@ def test_fewer_layers_than_were_converted():
             model(token_ids())
 
 
+def test_upper_layers_without_gradients():
+    """A loss below them cannot be reached through them, which is said."""
+    model = make_reversible(build())
+    inner = model.model.layers[2].forward
+
+    def without_gradients(*args, **kwargs):
+        with torch.no_grad():
+            return inner(*args, **kwargs)
+
+    model.model.layers[2].forward = without_gradients
+    model.model.layers[3].requires_grad_(False)
+    states = model(token_ids(), output_hidden_states=True).hidden_states
+    with pytest.raises(RuntimeError, match=r"layer [23] ran without gradients after layers that had them"):
+        states[2].square().mean().backward()
+
+
 def test_restoring_a_copy_leaves_the_original():
     model = make_reversible(build())
     restore(copy.deepcopy(model))
