@@ -177,9 +177,9 @@ class ReversibleState:
     def dequantized(self):
         return coupling.dequantize(self.position, fraction_bits=self.fraction_bits, dtype=self.dtype)
 
-    def begin_step(self, step, differentiable):
-        """Append a step. `differentiable`: autograd can reach it, so that it must be reversible from here on."""
-        if differentiable and self.start is None:
+    def begin_step(self, step):
+        """Append a step; None for one that autograd cannot reach, which need not be reversible."""
+        if step is not None and self.start is None:
             self.start = self.level
             self._checksum = coupling.checksum(self.position, self.velocity)
         self.steps.append(step)
@@ -272,7 +272,7 @@ class LayerNode(torch.autograd.Function):
     def forward(ctx, stack, state, step, hidden, *inputs):
         ctx.set_materialize_grads(False)
         ctx.stack, ctx.state, ctx.index = stack, state, state.level
-        state.begin_step(step, differentiable=True)
+        state.begin_step(step)
         branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
         return (state.forward(branch, step.bits), *new_states)
 

@@ -82,11 +82,11 @@ class ReversibleStack:
                 hidden, *new_states = LayerNode.apply(self, state, step, hidden, *step.inputs())
                 step.write_cache(new_states)
                 return hidden
-            state.begin_step(step, differentiable=True)
+            state.begin_step(step)
             branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
             step.write_cache(new_states)
             return state.forward(branch, bits)
-        state.begin_step(None, differentiable=False)
+        state.begin_step(None)
         branch = branch_of(layer, state.dequantized() if state.level == 0 else hidden, kwargs)
         if branch.requires_grad:
             raise ValueError(
@@ -106,7 +106,7 @@ class ReversibleStack:
         branch = self.branches[index](layer, hidden.view_as(hidden), kwargs)
         state.surrogate_velocity = momentum * state.surrogate_velocity + (1.0 - momentum) * branch.float()
         surrogate = hidden + state.surrogate_velocity.to(hidden.dtype)
-        state.begin_step(None, differentiable=False)
+        state.begin_step(None)
         with torch.no_grad():
             value = state.forward(branch.detach(), bits)
         return StoredValue.apply(surrogate, value)
