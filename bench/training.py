@@ -40,7 +40,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
-from r3mem_fast.kernels.coupling import side_bits_size
+from r3mem_fast.kernels.coupling import kept_bytes, side_bits_size
 from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
 from r3mem_fast.reversible.convert import find_decoder_layers
 from r3mem_fast.text import read_text, token_windows
@@ -235,7 +235,7 @@ def measure(task, arms, *, runs, progress=lambda line: None) -> list[dict]:
 
 def slopes(records) -> list[dict]:
     """From records of several depths, one record an arm: `bytes_per_layer`, live_bytes' slope between neighbouring
-    depths, and for reversible arms `side_bytes_per_layer`, what it should be."""
+    depths, and for reversible arms what it should be the sum of."""
     found = []
     for arm in dict.fromkeys(record["arm"] for record in records):
         points = sorted((r["layers"], r["live_bytes"]) for r in records if r["arm"] == arm and "live_bytes" in r)
@@ -248,8 +248,9 @@ def slopes(records) -> list[dict]:
             "depths": [layers for layers, _ in points],
             "bytes_per_layer": [_exact((b1 - b0) / (l1 - l0)) for (l0, b0), (l1, b1) in pairs],
         }
-        if "side_bytes_per_layer" in first:
-            record["side_bytes_per_layer"] = first["side_bytes_per_layer"]
+        for part in ("side_bytes_per_layer", "checksum_bytes_per_layer"):
+            if part in first:
+                record[part] = first[part]
         found.append(record)
     return found
 
@@ -351,6 +352,7 @@ def _first(training):
     if training.bits is not None:
         elements = training.input_ids.numel() * training.model.config.hidden_size
         record["side_bytes_per_layer"] = side_bits_size(elements, training.bits)
+        record["checksum_bytes_per_layer"] = kept_bytes(elements, None)
     if training.note is not None:
         record["note"] = training.note
     return record
@@ -392,7 +394,11 @@ def table(records) -> str:
 def slope_table(records) -> str:
     return "\n".join(
         f"{r['arm']}: {', '.join(f'{slope:,}' for slope in r['bytes_per_layer'])} bytes a layer"
-        + (f" (side bits: {r['side_bytes_per_layer']:,})" if "side_bytes_per_layer" in r else "")
+        + (
+            f" (side bits {r['side_bytes_per_layer']:,}, checksums {r['checksum_bytes_per_layer']:,})"
+            if "side_bytes_per_layer" in r
+            else ""
+        )
         for r in records
     )
 

@@ -48,6 +48,7 @@ def _parser():
     env = commands.add_parser("env", help="show machine, versions and which kernels run")
     env.set_defaults(run=_env)
     env.add_argument("--json", action="store_true", help="print one JSON object")
+    env.add_argument("--device", help="whose kernels: cpu, cuda, ... (a GPU if there is one)")
     return parser
 
 
@@ -110,10 +111,11 @@ def _check(options):
 
 def _env(options):
     from .environment import environment
+    from .kernels.common.dispatch import choose
 
     report = environment()
-    # The Triton kernels are to come; until then there is one implementation.
-    report["kernels"] = {"coupling": "reference"}
+    choice = choose(_device(options))
+    report["kernels"] = {"coupling": f"{choice.implementation} ({choice.why})"}
     if options.json:
         print(json.dumps(report))
         return 0

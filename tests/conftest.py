@@ -4,7 +4,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Read when a kernel is defined. Kernels run only where a test asks for them: on the CPU the reference is the default.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The first example of a property pays for imports and compilation, so a deadline per example says nothing.
 settings.register_profile("r3mem", deadline=None)

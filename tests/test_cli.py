@@ -43,12 +43,17 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, capsys, arguments, messag
     assert len(errors) == 1 and message in errors[0]
 
 
-def test_env(capsys):
-    assert main(["env", "--json"]) == 0
+def test_env(capsys, monkeypatch):
+    monkeypatch.delenv("R3MEM_KERNELS", raising=False)
+    assert main(["env", "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["torch"] == torch.__version__ and report["kernels"] == {"coupling": "reference"}
-    assert main(["env"]) == 0
-    assert "coupling: reference" in capsys.readouterr().out
+    assert report["torch"] == torch.__version__
+    assert report["kernels"] == {"coupling": "reference (device type cpu)"}
+    assert main(["env", "--device", "cpu"]) == 0
+    assert "coupling: reference (device type cpu)" in capsys.readouterr().out
+    monkeypatch.setenv("R3MEM_KERNELS", "nonsense")
+    assert main(["env"]) == 2
+    assert "R3MEM_KERNELS must be reference or triton" in capsys.readouterr().err
 
 
 def test_demo_on_a_tiny_model(folder, tmp_path, capsys):

@@ -1,15 +1,19 @@
 """Momentum coupling: the reversible residual update on int32 fixed-point streams.
 
-`reference.py` is the specification: formulas and sources stand there. The functions below validate, then run it.
+`reference.py` is the specification, formulas and sources stand there; `triton.py` implements the same for GPUs, bit
+for bit. The functions below validate and call the operators `torch.ops.r3mem.*`, which run one of the two
+(`kernels/common/dispatch.py`).
 Streams are contiguous int32 tensors of one shape (usually `[batch, tokens, hidden]`), updated in place; `branch` is
-bfloat16, float16 or float32 of the same number of elements; `flags` is int32 `[3]`, indexed by `NON_FINITE`,
-`OUT_OF_RANGE` and `CHECKSUM_MISMATCH`, and only ever set. Nothing synchronises with a GPU.
+bfloat16, float16 or float32 of the same shape; `flags` is int32 `[3]`, indexed by `NON_FINITE`, `OUT_OF_RANGE` and
+`CHECKSUM_MISMATCH`, and only ever set. Nothing synchronises with a GPU. Autograd does not see through these functions.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from . import reference
-from .reference import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, side_bits_size
+from . import ops
+from .reference import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, TILE, num_tiles, side_bits_size
 
 __all__ = [
     "CHECKSUM_MISMATCH",
@@ -18,15 +22,15 @@ __all__ = [
     "NON_FINITE",
     "OUT_OF_RANGE",
     "SIDE_BITS",
-    "branch_checksum",
-    "checksum",
-    "dequantize",
+    "TILE",
+    "Kept",
+    "kept_bytes",
     "momentum_backward",
+    "momentum_enter",
     "momentum_forward",
     "momentum_gradient",
     "momentum_rewind",
     "new_flags",
-    "quantize",
     "side_bits_size",
 ]
 
@@ -35,111 +39,136 @@ MAX_FRACTION_BITS = 24
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+class Kept(NamedTuple):
+    """What one layer's forward pass leaves for its backward pass.
+
+    side: packed side bits, uint8 `[side_bits_size(numel, bits)]`, empty with `bits=None`. branch_sums: checksums of
+    the branch, int32 `[ceil(numel / TILE)]`. entry_sums: checksums of the streams before the layer, int64
+    `[ceil(numel / TILE)]`; empty unless asked for.
+    """
+
+    side: torch.Tensor
+    branch_sums: torch.Tensor
+    entry_sums: torch.Tensor
+
+
+def kept_bytes(numel, bits):
+    """Bytes of a layer's `Kept` without `entry_sums`, which one layer of a stack has."""
+    return (0 if bits is None else side_bits_size(numel, bits)) + 4 * num_tiles(numel)
+
+
 def new_flags(device):
     """A cleared `flags` tensor, int32 `[3]`."""
     return torch.zeros(3, dtype=torch.int32, device=device)
 
 
-def quantize(value, *, fraction_bits, flags):
-    """`round_half_even(value * 2**fraction_bits)`: a new int32 stream of the shape of `value`.
+def momentum_enter(hidden, *, fraction_bits, flags) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Open a stack: `(position, velocity, hidden')`, new tensors of the shape of `hidden`.
 
-    Raises TypeError for a dtype that is no supported float, ValueError for `fraction_bits` outside 0..24.
+    `position = round_half_even(hidden * 2**fraction_bits)`, `velocity = 0`, and hidden' is the position in hidden's
+    dtype. Raises TypeError for a dtype that is no supported float, ValueError for `fraction_bits` outside 0..24.
     """
-    _check_float("value", value)
+    _check_float("hidden", hidden)
+    _check_flags(flags, hidden)
     _check_fraction_bits(fraction_bits)
-    return reference.quantize(value, fraction_bits, flags).contiguous()
-
-
-def dequantize(stream, *, fraction_bits, dtype):
-    """`stream * 2**-fraction_bits` in `dtype`, a new tensor."""
-    _check_fraction_bits(fraction_bits)
-    return reference.dequantize(stream, fraction_bits, dtype)
+    return ops.momentum_enter(hidden, flags, fraction_bits)
 
 
 def momentum_forward(
-    position, velocity, branch, *, bits, fraction_bits, flags, dtype, keep_side_bits=True
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    position, velocity, branch, *, bits, fraction_bits, flags, dtype, keep=True, sum_streams=False
+) -> tuple[torch.Tensor, Kept | None]:
     """One layer forward: `position` becomes x', `velocity` v'.
 
-    bits: side bits per element, 1, 2, 4 or 8 (`m = 2**-bits`), or None for the first layer (`m = 0`, no side bits).
-    Returns `(hidden, side)`: x' in `dtype`, and the packed side bits, uint8 `[side_bits_size(numel, bits)]`, or None
-    where there are none or `keep_side_bits` is False.
+    bits: side bits per element, 1, 2, 4 or 8 (`m = 2**-bits`), or None for the first layer (`m = 0`, no side bits; v
+    counts as 0). keep: whether the layer will be run backward. sum_streams: take `Kept.entry_sums`, for the layer that
+    the backward pass ends at.
+    Returns `(hidden, kept)`: x' in `dtype`, and what the backward pass needs, or None without `keep`.
     Raises TypeError or ValueError for dtypes, shapes or settings that do not fit.
     """
     _check_streams(position, velocity, branch)
+    _check_flags(flags, position)
     _check_bits(bits)
     _check_fraction_bits(fraction_bits)
-    return reference.momentum_forward(
-        position,
-        velocity,
-        branch,
-        bits=bits,
-        fraction_bits=fraction_bits,
-        flags=flags,
-        dtype=dtype,
-        keep_side_bits=keep_side_bits,
+    hidden, *kept = ops.momentum_forward(
+        position, velocity, branch, flags, bits or 0, fraction_bits, dtype, keep, sum_streams
     )
+    return hidden, Kept(*kept) if keep else None
 
 
 def momentum_rewind(position, velocity, *, fraction_bits, dtype) -> torch.Tensor:
     """`position -= velocity`: from a layer's output to its input, returned in `dtype`. Opens a backward pass."""
     _check_streams(position, velocity)
     _check_fraction_bits(fraction_bits)
-    return reference.momentum_rewind(position, velocity, fraction_bits=fraction_bits, dtype=dtype)
+    return ops.momentum_rewind(position, velocity, fraction_bits, dtype)
 
 
-def momentum_gradient(grad_output, grad_velocity, *, bits, bits_above, dtype) -> torch.Tensor:
-    """The gradient of the branch, `(1 - m) g_v'`, in `dtype`; `grad_velocity` becomes this layer's `g_v'`.
+def momentum_gradient(
+    grad_output, grad_velocity, branch, kept, *, bits, bits_above, flags, dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `(gradient, grad_velocity)`: the gradient of the branch, `(1 - m) g_v'`, in `dtype`, and `g_v'`.
 
-    grad_output: `g_x'`, any float dtype. grad_velocity: float32, on entry the `g_v'` of the layer above, zeros at the
-    top. bits, bits_above: of this layer and of the one above (None: m = 0).
+    grad_output: `g_x'`, any supported float. grad_velocity: float32, contiguous, the `g_v'` of the layer above, which
+    is updated in place; None at the top, where a new one is made. branch: f(x), recomputed: a tile whose checksum
+    differs from `kept.branch_sums` sets `flags[CHECKSUM_MISMATCH]`, and its gradient is NaN. bits, bits_above: of this
+    layer and of the one above (None: m = 0). Raises TypeError or ValueError for what does not fit.
     """
     _check_bits(bits)
     _check_bits(bits_above)
-    return reference.momentum_gradient(grad_output, grad_velocity, bits=bits, bits_above=bits_above, dtype=dtype)
+    _check_float("branch", branch)
+    _check_float("grad_output", grad_output)
+    _check_flags(flags, branch)
+    _check_alike(branch=branch, grad_output=grad_output)
+    if grad_velocity is None:
+        return ops.momentum_gradient_top(grad_output, branch, kept.branch_sums, flags, bits or 0, dtype)
+    _check_alike(branch=branch, grad_velocity=grad_velocity)
+    if grad_velocity.dtype != torch.float32 or not grad_velocity.is_contiguous():
+        raise TypeError(f"grad_velocity must be a contiguous float32 tensor, got {_describe(grad_velocity)}")
+    gradient = ops.momentum_gradient(
+        grad_output, grad_velocity, branch, kept.branch_sums, flags, bits or 0, bits_above or 0, dtype
+    )
+    return gradient, grad_velocity
 
 
 def momentum_backward(
-    position, velocity, branch, side, grad_output, grad_branch, *, bits, fraction_bits, dtype, last
+    position, velocity, branch, kept, grad_output, grad_branch, *, bits, fraction_bits, flags, dtype, last
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """One layer boundary backward: `velocity` becomes v, `position` the x of the layer below (`x - v`).
 
-    branch: f(x), recomputed, bit for bit what the forward pass saw. side: the packed side bits (None with
-    `bits=None`). grad_output: `g_x'`; grad_branch: `J_f^T g_f`; both None where no gradient is wanted.
-    last: no layer lies below; `position` stays.
+    branch: f(x), recomputed, bit for bit what the forward pass saw. kept: of this layer's forward pass. grad_output:
+    `g_x'`; grad_branch: `J_f^T g_f`; both None where no gradient is wanted. last: no layer lies below; `position`
+    stays, and streams that differ from `kept.entry_sums` set `flags[CHECKSUM_MISMATCH]`.
     Returns `(hidden, grad)`: the new position in `dtype` (None with `last`), and `g_x = g_x' + J_f^T g_f` (or None).
+    Raises TypeError or ValueError for what does not fit.
     """
     _check_streams(position, velocity, branch)
+    _check_flags(flags, position)
     _check_bits(bits)
     _check_fraction_bits(fraction_bits)
-    if bits is not None:
-        expected = side_bits_size(velocity.numel(), bits)
-        if side is None or side.dtype != torch.uint8 or side.numel() != expected:
-            raise ValueError(f"side must be uint8 [{expected}] for {bits} side bits, got {_describe(side)}")
-    return reference.momentum_backward(
+    expected = 0 if bits is None else side_bits_size(velocity.numel(), bits)
+    if kept.side.dtype != torch.uint8 or kept.side.numel() != expected:
+        raise ValueError(f"kept.side must be uint8 [{expected}] for {bits} side bits, got {_describe(kept.side)}")
+    if last and kept.entry_sums.numel() != num_tiles(velocity.numel()):
+        raise ValueError("the last layer backward needs kept.entry_sums: run it forward with sum_streams=True")
+    if (grad_output is None) != (grad_branch is None):
+        raise ValueError("grad_output and grad_branch must both be given, or neither")
+    if grad_branch is not None:
+        _check_alike(branch=branch, grad_output=grad_output)
+        _check_alike(branch=branch, grad_branch=grad_branch)
+    hidden, grad = ops.momentum_backward(
         position,
         velocity,
         branch,
-        side,
+        kept.side,
+        kept.entry_sums,
         grad_output,
         grad_branch,
-        bits=bits,
-        fraction_bits=fraction_bits,
-        dtype=dtype,
-        last=last,
+        flags,
+        bits or 0,
+        fraction_bits,
+        dtype,
+        last,
     )
-
-
-def checksum(position, velocity) -> torch.Tensor:
-    """A 64-bit checksum of both streams, int64 0-d; any single changed element changes it."""
-    _check_streams(position, velocity)
-    return reference.checksum(position, velocity)
-
-
-def branch_checksum(branch) -> torch.Tensor:
-    """A weaker and cheaper one of a branch value, int64 0-d: two evaluations that agree bit for bit agree in it."""
-    _check_float("branch", branch)
-    return reference.branch_checksum(branch)
+    return None if last else hidden, None if grad_branch is None else grad
 
 
 def _describe(value):
@@ -151,16 +180,27 @@ def _check_float(name, value):
         raise TypeError(f"{name} must be bfloat16, float16 or float32, got {_describe(value)}")
 
 
+def _check_alike(**tensors):
+    (first, left), (second, right) = tensors.items()
+    if left.shape != right.shape:
+        raise ValueError(f"{second} {list(right.shape)} and {first} {list(left.shape)} must agree")
+    if left.device != right.device:
+        raise ValueError(f"{second} on {right.device} and {first} on {left.device} must be on one device")
+
+
+def _check_flags(flags, like):
+    if flags.dtype != torch.int32 or flags.shape != (3,) or flags.device != like.device:
+        raise ValueError(f"flags must be int32 [3] on {like.device}, got {_describe(flags)} on {flags.device}")
+
+
 def _check_streams(position, velocity, branch=None):
     for name, stream in (("position", position), ("velocity", velocity)):
         if stream.dtype != torch.int32 or not stream.is_contiguous():
             raise TypeError(f"{name} must be a contiguous int32 tensor, got {_describe(stream)}")
-    if position.shape != velocity.shape:
-        raise ValueError(f"position {list(position.shape)} and velocity {list(velocity.shape)} must agree")
+    _check_alike(position=position, velocity=velocity)
     if branch is not None:
         _check_float("branch", branch)
-        if branch.shape != position.shape:
-            raise ValueError(f"branch {list(branch.shape)} and position {list(position.shape)} must agree")
+        _check_alike(position=position, branch=branch)
 
 
 def _check_bits(bits):

@@ -86,14 +86,13 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
         model(input_ids=input_ids, use_cache=False, **inputs)
         state = recording.state
         raise_for(state.flags, state.fraction_bits)
-        kept = [tensor for step in state.steps if (tensor := step.side) is not None]
         report = {
             "layers": state.level,
             "tokens": input_ids.numel(),
             "dtype": str(state.dtype).removeprefix("torch."),
             "bits": list(stack.bits),
             "fraction_bits": state.fraction_bits,
-            "side_bytes": sum(side.nbytes for side in kept),
+            "side_bytes": sum(step.kept.side.nbytes for step in state.steps),
             "stream_bytes": state.position.nbytes + state.velocity.nbytes,
             "checkpoint_bytes": state.level * state.position.numel() * state.dtype.itemsize,
         }

@@ -28,7 +28,7 @@ class IntegrityError(RuntimeError):
 class Step:
     """One layer of one forward pass: what its branch is called with, and what its inverse needs.
 
-    bits: side bits of this layer, None for the first. side: its packed side bits, once known.
+    bits: side bits of this layer, None for the first. kept: what its forward pass left, once known.
     """
 
     def __init__(self, layer, branch, kwargs, bits, device):
@@ -38,7 +38,7 @@ class Step:
                 f"fully_shard was called on a module inside a {type(layer).__name__}; shard reversible layers whole"
             )
         self.layer, self._branch, self.bits = layer, branch, bits
-        self.side = None
+        self.kept = None
         self._surroundings = Surroundings(device)
         self._cache_name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), None)
         self._cache, self._past = None, ()
@@ -52,7 +52,6 @@ class Step:
         self._parameters = list(layer.parameters())
         self._trainable = [p for p in self._parameters if p.requires_grad]
         self._modes, self._hooks = _modes_and_hooks(layer)
-        self._checksum = None
         self._watched = [
             (tensor, tensor._version)
             for tensor in [*self._arguments(), *self._parameters]
@@ -75,13 +74,7 @@ class Step:
         with self._surroundings.recorded(), torch.enable_grad(), _nothing_saved():
             branch, new_states = self._call(leaf, self._leaves, self._past)
         _refuse_outside_tensors(self.layer, (branch, *new_states), [leaf, *self.inputs()])
-        branch = branch.detach()
-        self._checksum = _value_on_cpu(coupling.branch_checksum(branch))
-        return branch, tuple(state.detach() for state in new_states)
-
-    def differs(self, branch):
-        """Whether a second evaluation's branch value is not the first one's: a bool on the CPU, else a tensor."""
-        return _value_on_cpu(coupling.branch_checksum(branch)) != self._checksum
+        return branch.detach(), tuple(state.detach() for state in new_states)
 
     def evaluate_again(self, hidden):
         """Second evaluation, with a graph: (branch value, new keys and values, leaves that gradients go to).
@@ -162,10 +155,10 @@ class ReversibleState:
     def __init__(self, hidden, fraction_bits, recording=None):
         self.fraction_bits, self.dtype = fraction_bits, hidden.dtype
         self.flags = coupling.new_flags(hidden.device)
-        self.position = coupling.quantize(hidden, fraction_bits=fraction_bits, flags=self.flags)
-        self.velocity = torch.zeros_like(self.position)
+        self.position, self.velocity, self._entered = coupling.momentum_enter(
+            hidden, fraction_bits=fraction_bits, flags=self.flags
+        )
         self.level, self.start, self.steps = 0, None, []
-        self._checksum = None
         self._grad_velocity = None
         self._bits_above = None
         self._graph_task = None
@@ -174,19 +167,21 @@ class ReversibleState:
         if recording is not None:
             recording.begin(self)
 
-    def dequantized(self):
-        return coupling.dequantize(self.position, fraction_bits=self.fraction_bits, dtype=self.dtype)
+    def input_of_next(self, hidden):
+        """The hidden state that the next layer sees: `hidden`, or for the first layer its value on the grid."""
+        entered, self._entered = self._entered, None
+        return hidden if entered is None else entered
 
     def begin_step(self, step):
         """Append a step; None for one that autograd cannot reach, which need not be reversible."""
         if step is not None and self.start is None:
             self.start = self.level
-            self._checksum = coupling.checksum(self.position, self.velocity)
         self.steps.append(step)
 
     def forward(self, branch, bits):
         """Apply a branch value: the streams move up one level. Returns the new hidden state."""
-        hidden, side = coupling.momentum_forward(
+        step = self.steps[self.level]
+        hidden, kept = coupling.momentum_forward(
             self.position,
             self.velocity,
             branch,
@@ -194,10 +189,11 @@ class ReversibleState:
             fraction_bits=self.fraction_bits,
             flags=self.flags,
             dtype=self.dtype,
-            keep_side_bits=self.steps[self.level] is not None,
+            keep=step is not None,
+            sum_streams=self.level == self.start,
         )
-        if side is not None:
-            self.steps[self.level].side = side
+        if step is not None:
+            step.kept = kept
         self.level += 1
         if self.recording is not None:
             self.recording.append(self)
@@ -226,42 +222,55 @@ class ReversibleState:
         hidden, self._hidden = self._hidden, None
         return hidden
 
-    def branch_gradient(self, grad_output, index, dtype):
-        """`g_f` of step `index` from the gradient of its output."""
+    def begin_backward(self):
+        """Whether this is the first node of its call of backward(), which starts with no gradient of its own."""
         graph_task = torch._C._current_graph_task_id()
-        if graph_task != self._graph_task:  # another call of backward() starts with no gradient of its own
-            self._graph_task, self._bits_above = graph_task, None
-            self._grad_velocity = torch.zeros_like(self.velocity, dtype=torch.float32)
-        bits = self.steps[index].bits
-        gradient = coupling.momentum_gradient(
-            grad_output, self._grad_velocity, bits=bits, bits_above=self._bits_above, dtype=dtype
+        if graph_task == self._graph_task:
+            return False
+        self._graph_task, self._grad_velocity, self._bits_above = graph_task, None, None
+        return True
+
+    def branch_gradient(self, grad_output, index, branch):
+        """`g_f` of step `index` from the gradient of its output; NaN and a flag where `branch` is not what it was."""
+        step = self.steps[index]
+        gradient, self._grad_velocity = coupling.momentum_gradient(
+            grad_output,
+            self._grad_velocity,
+            branch,
+            step.kept,
+            bits=step.bits,
+            bits_above=self._bits_above,
+            flags=self.flags,
+            dtype=branch.dtype,
         )
-        self._bits_above = bits
+        self._bits_above = step.bits
         return gradient
 
     def finish(self, index, branch, grad_output, grad_branch):
-        """Undo step `index`, whose input is known; returns the gradient of its input."""
+        """Undo step `index`, whose input is known; returns the gradient of its input.
+
+        At `start` the streams are compared with what they were there in the forward pass.
+        """
         step, self.steps[index] = self.steps[index], None
         last = index == self.start
         self._hidden, gradient = coupling.momentum_backward(
             self.position,
             self.velocity,
             branch,
-            step.side,
+            step.kept,
             grad_output,
             grad_branch,
             bits=step.bits,
             fraction_bits=self.fraction_bits,
+            flags=self.flags,
             dtype=self.dtype,
             last=last,
         )
         self.level = index
         return gradient
 
-    def verify(self):
-        """At `start`: compare with the checksum taken there in the forward pass. Releases the streams."""
-        mismatch = coupling.checksum(self.position, self.velocity) != self._checksum
-        self.flags[coupling.CHECKSUM_MISMATCH] |= mismatch
+    def release(self):
+        """Let the streams go."""
         self.position = self.velocity = self._grad_velocity = None
 
 
@@ -273,7 +282,7 @@ class LayerNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.stack, ctx.state, ctx.index = stack, state, state.level
         state.begin_step(step)
-        branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
+        branch, new_states = step.evaluate(state.input_of_next(hidden))
         return (state.forward(branch, step.bits), *new_states)
 
     @staticmethod
@@ -282,14 +291,16 @@ class LayerNode(torch.autograd.Function):
             raise RuntimeError(
                 "a reversible layer has no second derivative (create_graph=True); call restore(model) first"
             )
-        state, index = ctx.state, ctx.index
+        stack, state, index = ctx.stack, ctx.state, ctx.index
+        if state.begin_backward():
+            # At its end, wherever that is: a pass may stop above the lowest layer.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: stack.report(state))
         hidden = state.input_of(index)
         branch, new_states, leaves = state.steps[index].evaluate_again(hidden)
         if grad_output is None:  # only the keys and values have a part in the loss
             grad_output = torch.zeros_like(hidden)
-        grad_branch = state.branch_gradient(grad_output, index, branch.dtype)
-        if ctx.stack.branch_differs(state, index, branch.detach()):
-            grad_branch = poisoned(grad_branch, state.flags)
+        grad_branch = state.branch_gradient(grad_output, index, branch.detach())
+        stack.report_if_known(state, f"layer {index} ({type(state.steps[index].layer).__name__}): ")
         outputs, grads = [branch], [grad_branch]
         for new_state, gradient in zip(new_states, grad_states, strict=True):
             if gradient is not None:
@@ -306,8 +317,8 @@ class LayerNode(torch.autograd.Function):
             grad_hidden, grad_inputs = None, list(gradients)
             state.finish(index, branch.detach(), None, None)
         if index == state.start:
-            state.verify()
-            ctx.stack.report(state)
+            state.release()
+            stack.report_if_known(state)
             grad_hidden = poisoned(grad_hidden, state.flags)
             grad_inputs = [poisoned(gradient, state.flags) for gradient in grad_inputs]
         return (None, None, None, grad_hidden, *grad_inputs)
@@ -355,11 +366,6 @@ def _modes_and_hooks(layer):
     inside = (m for m in layer.modules() if m is not layer)
     hooks = {(id(m), key) for m in inside for key in (*m._forward_hooks, *m._forward_pre_hooks)}
     return (modes, trainable), hooks
-
-
-def _value_on_cpu(scalar):
-    """A number where reading it costs nothing; elsewhere the tensor, since reading would synchronise."""
-    return scalar.item() if scalar.device.type == "cpu" else scalar
 
 
 def _refuse_outside_tensors(layer, outputs, known):

@@ -83,11 +83,11 @@ class ReversibleStack:
                 step.write_cache(new_states)
                 return hidden
             state.begin_step(step)
-            branch, new_states = step.evaluate(state.dequantized() if state.level == 0 else hidden)
+            branch, new_states = step.evaluate(state.input_of_next(hidden))
             step.write_cache(new_states)
             return state.forward(branch, bits)
         state.begin_step(None)
-        branch = branch_of(layer, state.dequantized() if state.level == 0 else hidden, kwargs)
+        branch = branch_of(layer, state.input_of_next(hidden), kwargs)
         if branch.requires_grad:
             raise ValueError(
                 f"a tensor that requires a gradient enters a frozen {type(layer).__name__} from outside (by a hook, "
@@ -100,7 +100,7 @@ class ReversibleStack:
         """The same values, differentiated by autograd through a float surrogate of the two streams."""
         momentum = 0.0 if bits is None else 2.0**-bits
         if state.level == 0:
-            hidden = StoredValue.apply(hidden, state.dequantized())
+            hidden = StoredValue.apply(hidden, state.input_of_next(hidden))
             state.surrogate_velocity = torch.zeros_like(hidden, dtype=torch.float32)
         # Through an alias and in float32: gradients are then added in the order of the reversible backward pass.
         branch = self.branches[index](layer, hidden.view_as(hidden), kwargs)
@@ -131,15 +131,10 @@ class ReversibleStack:
         self.report(state)
         return poisoned(hidden, state.flags)
 
-    def branch_differs(self, state, index, branch):
-        """Compare a branch's two evaluations, and report. False if they are known to agree: never on a GPU."""
-        step = state.steps[index]
-        differs = step.differs(branch)
-        if differs is False:
-            return False
-        state.flags[coupling.CHECKSUM_MISMATCH] |= differs
-        self.report(state, f"layer {index} ({type(step.layer).__name__}): ")
-        return True
+    def report_if_known(self, state, where=""):
+        """Report flags at once where reading them does not synchronise."""
+        if state.flags.device.type == "cpu" and state.flags.any():
+            self.report(state, where)
 
     def report(self, state, where=""):
         """Take note of a pass's flags: raise IntegrityError now, where that is wanted, or when next asked."""

@@ -44,12 +44,15 @@ class Surroundings:
 
 def _random_state(device):
     cpu = torch.get_rng_state()
-    return (cpu,) if device.type == "cpu" else (cpu, torch.get_device_module(device).get_rng_state(device))
+    # A CUDA graph under capture lets nobody read its generator. A branch that draws there is found by its checksum.
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return (cpu,)
+    return cpu, torch.get_device_module(device).get_rng_state(device)
 
 
 def _set_random_state(device, state):
     torch.set_rng_state(state[0])
-    if device.type != "cpu":
+    if len(state) > 1:
         torch.get_device_module(device).set_rng_state(state[1], device)
 
 

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import training
 from bench.records import environment
+from r3mem_fast.kernels import coupling
 from r3mem_fast.reversible.convert import find_decoder_layers
 
 LAYERS, HIDDEN, HEAD_DIM, TOKENS, VOCABULARY = 5, 32, 8, 16, 64
@@ -41,9 +42,10 @@ def tables(dtype):
 def test_a_reversible_arm_holds_its_streams_and_side_bits_and_nothing_else(bits, dtype):
     elements = 2 * TOKENS * HIDDEN
     arm = arm_of(f"reversible-b{bits}", dtype)
-    flags, checksum = 12, 8
+    flags, tiles = 12, -(-elements // coupling.TILE)
     side = (LAYERS - 1) * elements * bits // 8
-    assert arm.live().layers == 8 * elements + side + flags + checksum + tables(dtype)
+    checksums = LAYERS * 4 * tiles + 8 * tiles  # of every branch, and of the streams where they start
+    assert arm.live().layers == 8 * elements + side + flags + checksums + tables(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -59,9 +61,11 @@ def test_a_checkpointing_arm_holds_one_hidden_state_a_layer(dtype):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_a_layer_more_costs_the_side_bits_alone(bits):
+def test_a_layer_more_costs_its_side_bits_and_checksums_alone(bits):
+    """4 bytes of checksums for every 4096 elements."""
     live = [arm_of(f"reversible-b{bits}", depth=depth).live().layers for depth in (2, 3, LAYERS)]
-    slope = 2 * TOKENS * HIDDEN * bits // 8
+    elements = 2 * TOKENS * HIDDEN
+    slope = elements * bits // 8 + 4 * -(-elements // 4096)
     assert [live[1] - live[0], live[2] - live[1]] == [slope, (LAYERS - 3) * slope]
 
 
@@ -111,18 +115,24 @@ def record(arm, layers, live, **more):
 def test_slopes():
     records = [
         record("checkpoint", 8, 1000),
-        record("reversible-b4", 8, 500, side_bytes_per_layer=10),
+        record("reversible-b4", 8, 500, side_bytes_per_layer=8, checksum_bytes_per_layer=2),
         {"arm": "checkpoint-offload", "note": "not here"},
         record("checkpoint", 16, 1804),
-        record("reversible-b4", 16, 580, side_bytes_per_layer=10),
+        record("reversible-b4", 16, 580, side_bytes_per_layer=8, checksum_bytes_per_layer=2),
         record("checkpoint", 30, 3204),
-        record("reversible-b4", 30, 720, side_bytes_per_layer=10),
+        record("reversible-b4", 30, 720, side_bytes_per_layer=8, checksum_bytes_per_layer=2),
     ]
     assert training.slopes(records) == [
         {"arm": "checkpoint", "depths": [8, 16, 30], "bytes_per_layer": [100.5, 100]},
-        {"arm": "reversible-b4", "depths": [8, 16, 30], "bytes_per_layer": [10, 10], "side_bytes_per_layer": 10},
+        {
+            "arm": "reversible-b4",
+            "depths": [8, 16, 30],
+            "bytes_per_layer": [10, 10],
+            "side_bytes_per_layer": 8,
+            "checksum_bytes_per_layer": 2,
+        },
     ]
-    assert "10, 10 bytes a layer (side bits: 10)" in training.slope_table(training.slopes(records))
+    assert "10, 10 bytes a layer (side bits 8, checksums 2)" in training.slope_table(training.slopes(records))
 
 
 @pytest.fixture

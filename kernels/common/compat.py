@@ -1,0 +1,55 @@
+"""Every question about versions and about what this machine can run, asked here and nowhere else."""
+
+import functools
+import importlib.metadata
+import importlib.util
+
+import torch
+
+TRITON_RANGE = ((3, 6), (3, 10))  # from, up to but not including
+MIN_CUDA_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why Triton kernels cannot be compiled here, whatever the device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    version = importlib.metadata.version("triton")
+    low, high = (".".join(map(str, bound)) for bound in TRITON_RANGE)
+    if not TRITON_RANGE[0] <= _release(version) < TRITON_RANGE[1]:
+        return f"triton {version} is installed; these kernels are tested with {low} up to, not including, {high}"
+    return None
+
+
+def why_no_triton_on(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device`; None if they can (on a CPU: in the interpreter)."""
+    if reason := why_no_triton():
+        return reason
+    if device.type == "cpu":
+        return None if interpreting() else "Triton has no CPU backend, and TRITON_INTERPRET=1 is not set"
+    if device.type != "cuda":
+        return f"there are no Triton kernels for the device type {device.type!r}"
+    if torch.version.hip is None and not interpreting():
+        return _why_not_capable(device.index if device.index is not None else torch.cuda.current_device())
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter, which runs kernels on the CPU in NumPy, stands in for its compiler."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _why_not_capable(index):
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CUDA_CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (capability, MIN_CUDA_CAPABILITY))
+        return f"{torch.cuda.get_device_name(index)} has compute capability {have}; the kernels need {need}"
+    return None
+
+
+def _release(version):
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])

@@ -1,0 +1,171 @@
+"""The coupling as `torch.library` operators `torch.ops.r3mem.*`, with fake implementations.
+
+An operator returns tensors only: what is absent is an empty tensor there, and `bits` is 0 where the API says None.
+"""
+
+import torch
+
+from ..common.dispatch import choose
+from . import reference
+
+_library = torch.library.Library("r3mem", "FRAGMENT")
+
+
+def _implementation(position, *others):
+    """The module whose functions run for these tensors."""
+    dtypes = tuple(tensor.dtype for tensor in (position, *others) if tensor is not None)
+    if choose(position.device, dtypes).implementation == "reference":
+        return reference
+    from . import triton
+
+    return triton
+
+
+def _or_empty(tensor, like, dtype):
+    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
+
+
+def _or_none(tensor):
+    return tensor if tensor.numel() else None
+
+
+def _operator(schema):
+    """Define an operator by its schema; the function is its implementation on every device."""
+    name = schema.split("(")[0]
+
+    def define(function):
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.r3mem, name).default
+
+    return define
+
+
+@_operator("momentum_enter(Tensor hidden, Tensor(a!) flags, int fraction_bits) -> (Tensor, Tensor, Tensor)")
+def momentum_enter(hidden, flags, fraction_bits):
+    return _implementation(hidden).momentum_enter(hidden, fraction_bits=fraction_bits, flags=flags)
+
+
+@torch.library.register_fake("r3mem::momentum_enter", lib=_library)
+def _(hidden, flags, fraction_bits):
+    stream = torch.empty_like(hidden, dtype=torch.int32, memory_format=torch.contiguous_format)
+    return stream, torch.empty_like(stream), torch.empty_like(stream, dtype=hidden.dtype)
+
+
+@_operator(
+    "momentum_forward(Tensor(a!) position, Tensor(b!) velocity, Tensor branch, Tensor(c!) flags, int bits, "
+    "int fraction_bits, ScalarType dtype, bool keep, bool sum_streams) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def momentum_forward(position, velocity, branch, flags, bits, fraction_bits, dtype, keep, sum_streams):
+    hidden, side, sums, entry_sums = _implementation(position, branch).momentum_forward(
+        position,
+        velocity,
+        branch,
+        bits=bits or None,
+        fraction_bits=fraction_bits,
+        flags=flags,
+        dtype=dtype,
+        keep=keep,
+        sum_streams=sum_streams,
+    )
+    return (
+        hidden,
+        _or_empty(side, position, torch.uint8),
+        _or_empty(sums, position, torch.int32),
+        _or_empty(entry_sums, position, torch.int64),
+    )
+
+
+@torch.library.register_fake("r3mem::momentum_forward", lib=_library)
+def _(position, velocity, branch, flags, bits, fraction_bits, dtype, keep, sum_streams):
+    numel = position.numel()
+    side = reference.side_bits_size(numel, bits) if keep and bits else 0
+    tiles = reference.num_tiles(numel)
+    return (
+        torch.empty_like(position, dtype=dtype),
+        position.new_empty(side, dtype=torch.uint8),
+        position.new_empty(tiles if keep else 0, dtype=torch.int32),
+        position.new_empty(tiles if sum_streams else 0, dtype=torch.int64),
+    )
+
+
+@_operator("momentum_rewind(Tensor(a!) position, Tensor velocity, int fraction_bits, ScalarType dtype) -> Tensor")
+def momentum_rewind(position, velocity, fraction_bits, dtype):
+    return _implementation(position).momentum_rewind(position, velocity, fraction_bits=fraction_bits, dtype=dtype)
+
+
+@torch.library.register_fake("r3mem::momentum_rewind", lib=_library)
+def _(position, velocity, fraction_bits, dtype):
+    return torch.empty_like(position, dtype=dtype)
+
+
+@_operator(
+    "momentum_gradient(Tensor grad_output, Tensor(a!) grad_velocity, Tensor branch, Tensor sums, Tensor(b!) flags, "
+    "int bits, int bits_above, ScalarType dtype) -> Tensor"
+)
+def momentum_gradient(grad_output, grad_velocity, branch, sums, flags, bits, bits_above, dtype):
+    gradient, _ = _implementation(grad_velocity, grad_output, branch).momentum_gradient(
+        grad_output,
+        grad_velocity,
+        branch,
+        sums,
+        bits=bits or None,
+        bits_above=bits_above or None,
+        flags=flags,
+        dtype=dtype,
+    )
+    return gradient
+
+
+@torch.library.register_fake("r3mem::momentum_gradient", lib=_library)
+def _(grad_output, grad_velocity, branch, sums, flags, bits, bits_above, dtype):
+    return torch.empty_like(grad_velocity, dtype=dtype)
+
+
+@_operator(
+    "momentum_gradient_top(Tensor grad_output, Tensor branch, Tensor sums, Tensor(a!) flags, int bits, "
+    "ScalarType dtype) -> (Tensor, Tensor)"
+)
+def momentum_gradient_top(grad_output, branch, sums, flags, bits, dtype):
+    return _implementation(grad_output, branch).momentum_gradient(
+        grad_output, None, branch, sums, bits=bits or None, bits_above=None, flags=flags, dtype=dtype
+    )
+
+
+@torch.library.register_fake("r3mem::momentum_gradient_top", lib=_library)
+def _(grad_output, branch, sums, flags, bits, dtype):
+    grad_velocity = torch.empty_like(grad_output, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return torch.empty_like(grad_velocity, dtype=dtype), grad_velocity
+
+
+@_operator(
+    "momentum_backward(Tensor(a!) position, Tensor(b!) velocity, Tensor branch, Tensor side, Tensor entry_sums, "
+    "Tensor? grad_output, Tensor? grad_branch, Tensor(c!) flags, int bits, int fraction_bits, ScalarType dtype, "
+    "bool last) -> (Tensor, Tensor)"
+)
+def momentum_backward(
+    position, velocity, branch, side, entry_sums, grad_output, grad_branch, flags, bits, fraction_bits, dtype, last
+):
+    hidden, grad = _implementation(position, branch, grad_branch).momentum_backward(
+        position,
+        velocity,
+        branch,
+        _or_none(side),
+        _or_none(entry_sums),
+        grad_output,
+        grad_branch,
+        bits=bits or None,
+        fraction_bits=fraction_bits,
+        flags=flags,
+        dtype=dtype,
+        last=last,
+    )
+    return _or_empty(hidden, position, dtype), _or_empty(grad, position, dtype)
+
+
+@torch.library.register_fake("r3mem::momentum_backward", lib=_library)
+def _(position, velocity, branch, side, entry_sums, grad_output, grad_branch, flags, bits, fraction_bits, dtype, last):
+    hidden = position.new_empty(0, dtype=dtype) if last else torch.empty_like(position, dtype=dtype)
+    if grad_branch is None:
+        return hidden, position.new_empty(0, dtype=dtype)
+    return hidden, torch.empty_like(position, dtype=torch.result_type(grad_output, grad_branch))
