@@ -1,27 +1,35 @@
 """A training step's memory and time: plain, with checkpointing of three kinds, and reversible.
 
     python -m bench.training --model smollm2-135m --tokens 512 --json
+    python -m bench.training --model llama-3.1-8b-shape --tokens 8192 --device cuda --json     # random weights
 
-Every arm trains the same LoRA adapters on the same text. Memory is measured in a process of its own for each arm;
-steps are timed in one process for all, whose model is set up for each arm in turn, so that step i of all arms is
-measured under the same conditions and ratios are paired. One record an arm, with
+Every arm trains the same LoRA adapters on the same tokens. On the CPU memory is measured in a process of its own for
+each arm. Steps are timed in one process for all, whose model is set up for each arm in turn, so that step i of all
+arms is measured under the same conditions and ratios are paired; on a GPU memory is measured there too, and the arms
+with Liger's kernels, which cannot be taken out again, have a second process. One record an arm, with
 
     live_bytes        bytes created up to the exit of the last decoder layer and alive after the forward pass, however
                       held, without that layer's output, which the head needs in every arm
     live_bytes_total  the same with the head, the logits and the loss
-    peak_rss          peak resident memory of the arm's process over two steps, in bytes: weights, libraries and
-                      the allocator's reserve are in it (off Linux, which can reset it: since the process began)
+    max_memory_bytes  on a GPU: torch.cuda.max_memory_allocated of a training step, weights included
+    peak_rss          on the CPU: peak resident memory of the arm's process over two steps, in bytes: weights,
+                      libraries and the allocator's reserve are in it (off Linux, which can reset it: since the
+                      process began)
     step_seconds      median time of forward, backward and optimizer step, with `step_seconds_quartiles`
     loss              of the first step, adapters untrained: of the plain network, or of the momentum network
     live_ratio, step_ratio    over checkpointing; the second is the median of the ratios within a round, with
                               `step_ratio_quartiles`
-    note              what a reader must know about the arm
+    note              what a reader must know about the arm; alone, why it did not run (out of memory)
+
+The loss is the model's own, or with --loss fused (the default on a GPU) one that never holds the whole logits, the
+same in every arm.
 
 and with several --depth, one more an arm: `bytes_per_layer`, live_bytes' slope between neighbouring depths.
 """
 
 import argparse
 import contextlib
+import gc
 import inspect
 import itertools
 import json
@@ -39,16 +47,18 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
+from r3mem_fast import MomentumCoupling, make_reversible, restore
 from r3mem_fast.kernels.coupling import kept_bytes, side_bits_size
 from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
 from r3mem_fast.reversible.convert import find_decoder_layers
-from r3mem_fast.text import read_text, token_windows
 
+from .models import SHAPES, apply_liger, fused_linear_cross_entropy, has_liger, load
 from .records import write_records
 
 BASELINE = "checkpoint"
 ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
+LIGER = "-liger"  # an arm's name with this runs on Liger's kernels
+LIGER_ARMS = tuple(arm + LIGER for arm in (BASELINE, "checkpoint-offload", "reversible-b4"))
 _STEPS_FOR_PEAK = 2
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,7 +67,7 @@ _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 @dataclass(frozen=True)
 class Task:
     """What every arm does. depth: decoder layers kept, None for all. threads: of PyTorch. text: a file, None for
-    the topics of Python's help."""
+    the topics of Python's help. loss: `model` or `fused`."""
 
     model: str = "smollm2-135m"
     dtype: str = "bfloat16"
@@ -67,6 +77,8 @@ class Task:
     lora_rank: int = 16
     text: str | None = None
     threads: int = 1
+    device: str = "cpu"
+    loss: str = "model"
 
 
 class Unavailable(Exception):
@@ -80,18 +92,21 @@ class TrainingArm:
     note: what a reader must know about how the arm runs, or None. Raises Unavailable, ValueError for an unknown arm.
     """
 
-    def __init__(self, arm, model, input_ids, *, lora_rank):
+    def __init__(self, arm, model, input_ids, *, lora_rank, loss="model"):
         torch.manual_seed(0)
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=_LINEAR_LAYERS, lora_dropout=0.0)
         self.model = get_peft_model(model, config).train()
         # After the adapters: on a model with checkpointing, peft would make the embeddings' output want a gradient.
         self.note = set_up(model, arm)
-        self.input_ids = input_ids
+        self.input_ids, self.loss = input_ids, loss
         self.layers = find_decoder_layers(model)[1]
-        self.bits = int(arm[-1]) if arm.startswith("reversible") else None
         self._optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def forward(self):
+        if self.loss == "fused":
+            base = self.model.get_base_model()
+            hidden = base.model(input_ids=self.input_ids, use_cache=False).last_hidden_state
+            return fused_linear_cross_entropy(hidden, base.lm_head.weight, self.input_ids)
         return self.model(input_ids=self.input_ids, labels=self.input_ids, use_cache=False).loss
 
     def step(self):
@@ -106,11 +121,34 @@ class TrainingArm:
         """Seconds of one training step of a plain arm's model, set up for `arm` and afterwards plain again."""
         base = self.model.get_base_model()
         set_up(base, arm)
+        self._synchronize()
         start = time.perf_counter()
         self.step()
+        self._synchronize()
         seconds = time.perf_counter() - start
         tear_down(base, arm)
         return seconds
+
+    def measure_as(self, arm):
+        """`(note, loss, ForwardMemory, peak)` of a plain arm's model set up for `arm`, and afterwards plain again.
+
+        peak: `torch.cuda.max_memory_allocated` over some training steps.
+        """
+        base = self.model.get_base_model()
+        note = set_up(base, arm)
+        try:
+            loss, memory = self.step(), self.live()
+            torch.cuda.reset_peak_memory_stats(self.input_ids.device)
+            for _ in range(_STEPS_FOR_PEAK):
+                self.step()
+            return note, loss, memory, torch.cuda.max_memory_allocated(self.input_ids.device)
+        finally:
+            self._optimizer.zero_grad()
+            tear_down(base, arm)
+
+    def _synchronize(self):
+        if self.input_ids.is_cuda:
+            torch.cuda.synchronize(self.input_ids.device)
 
     def live(self):
         """`ForwardMemory` of a forward pass, which is then run backward without a step."""
@@ -121,7 +159,11 @@ class TrainingArm:
 
 
 def set_up(model, arm):
-    """Checkpointing or reversibility for `model`, by the arm's name; returns a note or None."""
+    """Checkpointing or reversibility for `model`, by the arm's name; returns a note or None.
+
+    Liger's kernels are put in where the model is loaded.
+    """
+    arm = arm.removesuffix(LIGER)
     if arm == "plain":
         return None
     if arm.startswith("reversible-b"):
@@ -142,7 +184,7 @@ def set_up(model, arm):
         )
     if arm == BASELINE:
         return _enable_checkpointing(model)
-    raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS)}")
+    raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
 
 
 def tear_down(model, arm):
@@ -177,10 +219,20 @@ def _checkpoint_on_host(function, *args):
 def load_arm(task, arm):
     """The `TrainingArm` for a task. Raises ValueError if the text is too short or the model not as deep as asked."""
     torch.set_num_threads(task.threads)
-    model, tokenizer = load_model(task.model, dtype=_DTYPES[task.dtype])
+    model, input_ids = load(
+        task.model,
+        dtype=_DTYPES[task.dtype],
+        device=task.device,
+        tokens=task.tokens,
+        batch=task.batch,
+        text=task.text,
+    )
     truncate(model, task.depth)
-    input_ids = token_windows(tokenizer, read_text(task.text), tokens=task.tokens, count=task.batch)
-    return TrainingArm(arm, model, input_ids, lora_rank=task.lora_rank)
+    if arm.endswith(LIGER):
+        if not has_liger() or not input_ids.is_cuda:
+            raise Unavailable("needs the package liger-kernel and a GPU")
+        apply_liger(model)
+    return TrainingArm(arm, model, input_ids, lora_rank=task.lora_rank, loss=task.loss)
 
 
 def truncate(model, depth):
@@ -202,6 +254,26 @@ def measure(task, arms, *, runs, progress=lambda line: None) -> list[dict]:
     runs: rounds of one timed step an arm. progress: called with a line of text now and then.
     Raises RuntimeError if a process fails.
     """
+    if task.device == "cpu":
+        records, seconds = _measure_on_cpu(task, arms, runs, progress)
+    else:
+        records, seconds = {}, {}
+        for ending in ("", LIGER):
+            group = [arm for arm in arms if arm.endswith(LIGER) == bool(ending)]
+            if group:
+                _measure_on_gpu(task, group, "plain" + ending, runs, progress, records, seconds)
+    for arm, taken in seconds.items():
+        record = records[arm]
+        record["runs"] = runs
+        record["step_seconds"], record["step_seconds_quartiles"] = _median(taken)
+        if BASELINE in seconds:
+            record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
+            ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=True)]
+            record["step_ratio"], record["step_ratio_quartiles"] = _median(ratios)
+    return [records[arm] for arm in arms]
+
+
+def _measure_on_cpu(task, arms, runs, progress):
     records = {}
     for arm in arms:
         progress(f"{arm}: loading, first step, live bytes, peak memory")
@@ -216,21 +288,31 @@ def measure(task, arms, *, runs, progress=lambda line: None) -> list[dict]:
     # In one process, which changes from arm to arm: two processes differ in their memory's layout, and so in speed.
     with _Worker(task, "plain") as worker:
         worker.ask("first")
-        for index in range(runs):
-            # There and back: what drifts during a round favours no arm.
-            for arm in list(seconds) if index % 2 == 0 else list(reversed(seconds)):
-                seconds[arm].append(worker.ask(f"time {arm}"))
-            taken = ", ".join(f"{arm} {values[-1]:.2f} s" for arm, values in seconds.items())
-            progress(f"round {index + 1} of {runs}: {taken}")
-    for arm, taken in seconds.items():
-        record = records[arm]
-        record["runs"] = runs
-        record["step_seconds"], record["step_seconds_quartiles"] = _median(taken)
-        if BASELINE in seconds:
-            record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
-            ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=True)]
-            record["step_ratio"], record["step_ratio_quartiles"] = _median(ratios)
-    return list(records.values())
+        _time(worker, seconds, runs, progress)
+    return records, seconds
+
+
+def _measure_on_gpu(task, arms, loaded, runs, progress, records, seconds):
+    """Fill `records` and `seconds` for arms of one process, which loads the arm `loaded`."""
+    progress(f"{', '.join(arms)}: loading")
+    with _Worker(task, loaded) as worker:
+        unavailable = worker.ask("load")
+        for arm in arms:
+            records[arm] = {"arm": arm, **_settings(task), **(unavailable or worker.ask(f"measure {arm}"))}
+            progress(f"{arm}: {records[arm].get('note', 'memory measured')}")
+        timed = {arm: [] for arm in arms if "live_bytes" in records[arm]}
+        _time(worker, timed, runs, progress)
+    seconds.update(timed)
+
+
+def _time(worker, seconds, runs, progress):
+    """Append `runs` timed steps to the list of every arm in `seconds`."""
+    for index in range(runs if seconds else 0):
+        # There and back: what drifts during a round favours no arm.
+        for arm in list(seconds) if index % 2 == 0 else list(reversed(seconds)):
+            seconds[arm].append(worker.ask(f"time {arm}"))
+        taken = ", ".join(f"{arm} {values[-1]:.2f} s" for arm, values in seconds.items())
+        progress(f"round {index + 1} of {runs}: {taken}")
 
 
 def slopes(records) -> list[dict]:
@@ -273,8 +355,16 @@ def _settings(task):
         "batch": task.batch,
         "tokens": task.tokens,
         "lora_rank": task.lora_rank,
-        "text": "pydoc_data.topics" if task.text is None else Path(task.text).name,
+        "text": _text(task),
+        "device": task.device,
+        "loss_kind": task.loss,
     }
+
+
+def _text(task):
+    if task.model in SHAPES:
+        return "random tokens"
+    return "pydoc_data.topics" if task.text is None else Path(task.text).name
 
 
 class _Worker:
@@ -318,17 +408,19 @@ def _work(task, arm, connection):
         while True:
             what = connection.recv()
             try:
-                if what == "first":
+                if what in ("first", "load"):
                     try:
                         training = load_arm(task, arm)
                     except Unavailable as reason:
                         connection.send((None, {"note": str(reason)}))
                         continue
-                    answer = _first(training)
+                    answer = _first(training, arm) if what == "first" else None
                 elif what == "reset":
                     answer = reset_peak_rss()
                 elif what == "step":
                     answer = training.step()
+                elif what.startswith("measure "):
+                    answer = _measured(training, what.removeprefix("measure "))
                 elif what.startswith("time "):
                     answer = training.time_as(what.removeprefix("time "))
                 else:
@@ -339,34 +431,52 @@ def _work(task, arm, connection):
                 connection.send((None, answer))
 
 
-def _first(training):
+def _first(training, arm):
     # The step first: it makes what stays for good (gradients' buffers, tables, caches), which is not the pass's own.
     loss = training.step()
-    memory = training.live()
+    return _record(training, arm, loss, training.live(), training.note)
+
+
+def _measured(training, arm):
+    try:
+        note, loss, memory, peak = training.measure_as(arm)
+    except Unavailable as reason:
+        return {"note": str(reason)}
+    except torch.OutOfMemoryError as error:
+        # Its traceback holds the tensors of the step.
+        error.__traceback__ = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        return {"note": "out of memory"}
+    return {**_record(training, arm, loss, memory, note), "max_memory_bytes": peak}
+
+
+def _record(training, arm, loss, memory, note):
     record = {
         "layers": len(training.layers),
         "live_bytes": memory.layers,
         "live_bytes_total": memory.total,
         "loss": loss,
     }
-    if training.bits is not None:
+    if arm.startswith("reversible"):
         elements = training.input_ids.numel() * training.model.config.hidden_size
-        record["side_bytes_per_layer"] = side_bits_size(elements, training.bits)
+        bits = int(arm.removesuffix(LIGER)[-1])
+        record["side_bytes_per_layer"] = side_bits_size(elements, bits)
         record["checksum_bytes_per_layer"] = kept_bytes(elements, None)
-    if training.note is not None:
-        record["note"] = training.note
+    if note is not None:
+        record["note"] = note
     return record
 
 
 def table(records) -> str:
     """The records as text, with ratios over checkpointing; notes below."""
-    heads = ("arm", "layers", "live MB", "ratio", "with head", "peak RSS MB", "step s", "ratio", "quartiles", "loss")
+    heads = ("arm", "layers", "live MB", "ratio", "with head", "peak MB", "step s", "ratio", "quartiles", "loss")
     rows = [heads]
     for record in records:
         if "live_bytes" not in record:
             rows.append((record["arm"], *["-"] * (len(heads) - 1)))
             continue
-        peak, quartiles = record["peak_rss"], record.get("step_ratio_quartiles")
+        peak, quartiles = record.get("max_memory_bytes", record.get("peak_rss")), record.get("step_ratio_quartiles")
         rows.append(
             (
                 record["arm"],
@@ -405,12 +515,18 @@ def slope_table(records) -> str:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help=f"smollm2-135m, a folder or a hub id; random weights: {', '.join(SHAPES)} (%(default)s)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="(a GPU if there is one)")
+    parser.add_argument("--loss", choices=["model", "fused"], help="(fused on a GPU, else the model's own)")
     parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="of the weights (%(default)s)")
     parser.add_argument("--tokens", type=_positive, default=512, help="in a sequence (%(default)s)")
     parser.add_argument("--batch", type=_positive, default=1, help="sequences (%(default)s)")
     parser.add_argument("--depth", type=_positive_list, help="decoder layers kept, as in 8,16,30 (all)")
-    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help=", ".join(ARMS))
+    parser.add_argument("--arms", type=lambda text: text.split(","), help=", ".join(ARMS + LIGER_ARMS))
     parser.add_argument("--runs", type=_positive, default=7, help="timed steps an arm (%(default)s)")
     parser.add_argument("--lora-rank", type=_positive, default=16, help="(%(default)s)")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="(%(default)s)")
@@ -418,8 +534,12 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="print one JSON line an arm")
     parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
     options = parser.parse_args(arguments)
-    if unknown := [arm for arm in options.arms if arm not in ARMS]:
-        parser.error(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
+    arms = options.arms or list(ARMS if device == "cpu" else ARMS + LIGER_ARMS)
+    if unknown := [arm for arm in arms if arm not in ARMS + LIGER_ARMS]:
+        parser.error(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
     # Before minutes of measuring, not after them.
     if options.output and not Path(options.output).absolute().parent.is_dir():
         parser.error(f"--output: there is no folder {Path(options.output).parent}")
@@ -439,8 +559,10 @@ def main(arguments=None):
                 lora_rank=options.lora_rank,
                 text=options.text,
                 threads=options.threads,
+                device=device,
+                loss=options.loss or ("model" if device == "cpu" else "fused"),
             )
-            records += measure(task, options.arms, runs=options.runs, progress=progress)
+            records += measure(task, arms, runs=options.runs, progress=progress)
     except (RuntimeError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     lines = slopes(records) if options.depth and len(options.depth) > 1 else []

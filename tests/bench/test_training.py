@@ -1,10 +1,12 @@
 import json
+import multiprocessing
+import threading
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import training
+from bench import context, models, training
 from bench.records import environment
 from r3mem_fast.kernels import coupling
 from r3mem_fast.reversible.convert import find_decoder_layers
@@ -157,7 +159,10 @@ def test_the_command(model_folder, capsys):
     captured = capsys.readouterr()
     checkpoint, reversible = lines = [json.loads(line) for line in captured.out.splitlines()]
     assert (checkpoint["arm"], reversible["arm"]) == ("checkpoint", "reversible-b4")
-    assert reversible["live_bytes"] == 8 * 24 * HIDDEN + (LAYERS - 1) * 24 * HIDDEN // 2 + 20 + 2 * 24 * 8 * 2 + 24 * 8
+    assert (
+        reversible["live_bytes"]
+        == 8 * 24 * HIDDEN + (LAYERS - 1) * 24 * HIDDEN // 2 + 12 + 4 * LAYERS + 8 + 2 * 24 * 8 * 2 + 24 * 8
+    )
     assert reversible["live_ratio"] == reversible["live_bytes"] / checkpoint["live_bytes"]
     assert checkpoint["live_ratio"] == checkpoint["step_ratio"] == 1
     low, high = reversible["step_ratio_quartiles"]
@@ -210,3 +215,94 @@ def test_the_table_shows_ratios_and_notes():
     text = training.table([measured, {"arm": "checkpoint-offload", "note": "not here"}])
     assert "0.900–1.100" in text
     assert text.splitlines()[-1] == "checkpoint-offload: not here"
+
+
+def test_the_fused_loss_is_the_models_own():
+    """Loss and gradients, over more than one chunk of tokens."""
+    found = []
+    for loss in ("model", "fused"):
+        ids = torch.arange(2 * TOKENS).view(2, TOKENS) % VOCABULARY
+        arm = training.TrainingArm("reversible-b4", tiny_llama(torch.float32), ids, lora_rank=2, loss=loss)
+        value = arm.forward()
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in arm.model.parameters() if p.requires_grad)])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_random_weights_of_a_shape(monkeypatch):
+    monkeypatch.setitem(models.SHAPES["smollm2-135m-shape"], "num_hidden_layers", 2)
+    task = training.Task(model="smollm2-135m-shape", tokens=8, loss="fused")
+    arm = training.load_arm(task, "checkpoint")
+    assert arm.input_ids.shape == (1, 8) and arm.model.dtype == torch.bfloat16
+    assert len(arm.layers) == 2 and 9 < arm.step() < 13  # log(49152) = 10.8
+    with pytest.raises(training.Unavailable, match="needs the package liger-kernel and a GPU"):
+        training.load_arm(task, "checkpoint-liger")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_asked_for_where_there_is_none(capsys):
+    with pytest.raises(SystemExit):
+        training.main(["--device", "cuda"])
+    assert "PyTorch sees no GPU here" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="PyTorch sees no GPU here"):
+        context.main([])
+
+
+@pytest.mark.parametrize("truth", [1, 5, 1000, 1024, 7777, 40000])
+@pytest.mark.parametrize("guess", [0, 900, 8000, 50000])
+def test_the_longest_context_is_bounded_by_trials_alone(truth, guess):
+    tried = {}
+
+    def fits(length):
+        assert length not in tried, "tried twice"
+        tried[length] = length <= truth
+        return tried[length]
+
+    low, high = context.longest(fits, guess=guess, granularity=16)
+    assert low == 0 or tried[low]
+    assert not tried[high] and low <= truth < high
+    assert high - low <= max(16, 0.03 * low) and low % 16 == high % 16 == 0
+    assert len(tried) < 20
+
+
+class ThreadWorker(training._Worker):
+    """The process of an arm, as a thread of this one, so that it can be told that there is a GPU."""
+
+    def __init__(self, task, arm):
+        self._arm = arm
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = threading.Thread(target=training._work, args=(task, arm, theirs))
+        self._process.start()
+
+
+def test_measuring_on_a_gpu(monkeypatch):
+    """The flow, with PyTorch's CUDA counters stood in for: one loading for all arms; what does not fit is noted."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12345)
+    monkeypatch.setattr(training, "_Worker", ThreadWorker)
+    monkeypatch.setitem(models.SHAPES["smollm2-135m-shape"], "num_hidden_layers", 3)
+    measure_as = training.TrainingArm.measure_as
+
+    def without_memory_for_plain(self, arm):
+        if arm == "plain":
+            raise torch.OutOfMemoryError("no")
+        return measure_as(self, arm)
+
+    monkeypatch.setattr(training.TrainingArm, "measure_as", without_memory_for_plain)
+    monkeypatch.setattr(training, "load", lambda name, **options: models.load(name, **{**options, "device": "cpu"}))
+    task = training.Task(model="smollm2-135m-shape", tokens=8, device="cuda", loss="fused")
+    arms = ["plain", "checkpoint-liger", "checkpoint", "reversible-b4"]
+    found = training.measure(task, arms, runs=2)
+    records = {record["arm"]: record for record in found}
+    assert list(records) == arms
+    assert records["plain"]["note"] == "out of memory"
+    assert records["checkpoint-liger"]["note"] == "needs the package liger-kernel and a GPU"
+    assert records["reversible-b4"]["step_ratio"] > 0 and records["reversible-b4"]["runs"] == 2
+    assert "step_seconds" not in records["plain"] and records["checkpoint"]["step_ratio"] == 1
+    assert records["checkpoint"]["max_memory_bytes"] == 12345
+    elements = 8 * 576
+    assert records["reversible-b4"]["side_bytes_per_layer"] == elements // 2
+    assert records["reversible-b4"]["checksum_bytes_per_layer"] == 8
+    assert records["reversible-b4"]["live_bytes"] < records["checkpoint"]["live_bytes"] * 2
+    assert "plain: out of memory" in training.table(found)

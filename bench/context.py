@@ -1,0 +1,150 @@
+"""The longest context that trains within a memory limit, and its tokens per second. Needs a GPU.
+
+    python -m bench.context --model llama-3.1-8b-shape --limits 24,48,80 --json
+
+One record an arm and limit (GB, 10**9 bytes, of PyTorch's allocator, weights included; the driver's own context comes
+on top):
+
+    tokens             the longest sequence of which a training step fitted, in steps of --granularity
+    fails_at           the shortest that was tried and did not; none but these two bound the truth
+    tokens_per_second  of training steps at `tokens`, the median of three
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+
+import torch
+
+from . import training
+from .models import SHAPES
+from .records import write_records
+
+DEFAULT_ARMS = ("checkpoint", "reversible-b4", "checkpoint-liger", "reversible-b4-liger")
+_STEPS = 3
+
+
+def longest(fits, *, guess, granularity, tolerance=0.03):
+    """`(the largest multiple of granularity found to fit, the smallest found not to)`.
+
+    fits: whether a length fits; called as rarely as may be, since it trains. The two differ by `tolerance` of the
+    first at most, or by one step. The first is 0 if not even one step fits.
+    """
+    length = max(granularity, _down(guess, granularity))
+    # Guesses are good: look closely around them first, then further and further.
+    stride = max(granularity, _down(length * tolerance, granularity))
+    if fits(length):
+        low, high = length, length + stride
+        while fits(high):
+            stride *= 2
+            low, high = high, high + stride
+    else:
+        low, high = max(0, length - stride), length
+        while low > 0 and not fits(low):
+            stride *= 2
+            low, high = max(0, low - stride), low
+    while high - low > max(granularity, tolerance * low):
+        middle = _down((low + high) / 2, granularity)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
+
+
+def _down(length, granularity):
+    return math.floor(length / granularity) * granularity
+
+
+def measure(options, arm, limits):
+    """Records of one arm at every limit, smallest first."""
+    device = torch.device("cuda")
+    total = torch.cuda.get_device_properties(device).total_memory
+    loaded = "plain" + (training.LIGER if arm.endswith(training.LIGER) else "")
+    task = training.Task(model=options.model, tokens=options.max_tokens, device="cuda", loss="fused")
+    trained = training.load_arm(task, loaded)
+    every_token = trained.input_ids
+    training.set_up(trained.model.get_base_model(), arm)
+
+    def peak_of(tokens):
+        trained.input_ids = every_token[:, :tokens]
+        torch.cuda.reset_peak_memory_stats(device)
+        trained.step()
+        return torch.cuda.max_memory_allocated(device)
+
+    def fits(tokens):
+        if tokens > every_token.shape[1]:
+            raise ValueError(f"--max-tokens {options.max_tokens} is too small for {arm}")
+        try:
+            peak_of(tokens)
+        except torch.OutOfMemoryError as error:
+            error.__traceback__ = None  # which holds the step's tensors
+            trained.model.zero_grad()
+            gc.collect()
+            torch.cuda.empty_cache()
+            return False
+        return True
+
+    peak_of(options.granularity)  # makes what stays: optimizer states, workspaces
+    short, long = 2 * options.granularity, 4 * options.granularity
+    constant, slope = _line((short, peak_of(short)), (long, peak_of(long)))
+    records = []
+    for limit in sorted(limits):
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total), device)
+        guess = int((limit * 1e9 - constant) / slope)
+        tokens, fails_at = longest(fits, guess=guess, granularity=options.granularity)
+        record = {"arm": arm, "model": options.model, "limit_gb": limit, "tokens": tokens, "fails_at": fails_at}
+        if tokens:
+            trained.input_ids = every_token[:, :tokens]
+            record["tokens_per_second"] = tokens / statistics.median(_seconds(trained) for _ in range(_STEPS))
+        records.append(record)
+        print(record, file=sys.stderr, flush=True)
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return records
+
+
+def _line(first, second):
+    slope = (second[1] - first[1]) / (second[0] - first[0])
+    return first[1] - slope * first[0], slope
+
+
+def _seconds(trained):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    trained.step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.context", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="llama-3.1-8b-shape", choices=SHAPES, help="random weights (%(default)s)")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(DEFAULT_ARMS))
+    parser.add_argument("--limits", type=lambda text: [float(part) for part in text.split(",")], default=[24, 48, 80])
+    parser.add_argument("--granularity", type=int, default=1024, help="tokens (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=1 << 19, help="never longer than this (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line a record")
+    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    options = parser.parse_args(arguments)
+    if unknown := [arm for arm in options.arms if arm not in training.ARMS + training.LIGER_ARMS]:
+        parser.error(f"unknown arm {unknown[0]!r}")
+    if not torch.cuda.is_available():
+        sys.exit(f"{parser.prog}: PyTorch sees no GPU here")
+    records = []
+    # Liger's arms last: its kernels are not taken out again.
+    for arm in sorted(options.arms, key=lambda arm: arm.endswith(training.LIGER)):
+        try:
+            records += measure(options, arm, options.limits)
+        except training.Unavailable as reason:
+            records.append({"arm": arm, "model": options.model, "note": str(reason)})
+        gc.collect()
+        torch.cuda.empty_cache()
+    for record in records:
+        print(json.dumps(record) if options.json else record)
+    if options.output:
+        write_records(options.output, records)
+
+
+if __name__ == "__main__":
+    main()

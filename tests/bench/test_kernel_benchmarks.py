@@ -1,0 +1,109 @@
+"""What is said of the kernels without a GPU is read from machine code and from loads, and can be found wanting."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import compile_gate, traffic
+from bench.coupling_cases import Case, cases
+from r3mem_fast.kernels import coupling
+
+SIZE = 2 * coupling.TILE + 48
+
+
+def without_interpreter():
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], env=without_interpreter(), capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target_without_spills_and_with_16_byte_accesses():
+    result = run("-m", "bench.compile_gate", "--json")
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(records) == 4 * len(cases([torch.bfloat16, torch.float16, torch.float32])) > 200
+    for record in records:
+        assert record["spills"] == record["fused"] == 0 and record["vector_bytes"] == 16
+        assert record["shared_bytes"] <= 64 and 0 < record["registers"] <= 255
+        assert set(record) >= {"kernel", "target", "dtype", "bits"}
+
+
+def test_the_gate_sees_narrow_accesses_and_fused_multiply_adds():
+    """Without the divisibility attributes, and with the compiler's default of fusing: what the launchers prevent."""
+    code = """
+import json, torch
+from bench import compile_gate
+from bench.coupling_cases import Case
+from r3mem_fast.kernels.common import launch
+case = Case("momentum_gradient", "training", 4, torch.float16)
+original, records = launch.specialise, []
+for change in ({}, {"attrs": {}}, {"options": {"num_warps": 4, "enable_fp_fusion": True}}):
+    launch.specialise = lambda *arguments: original(*arguments)._replace(**change)
+    records += [compile_gate.compile_case(case, target) for target in ("cuda:90", "hip:gfx942")]
+print(json.dumps([compile_gate.problems(record) for record in records]))
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    right, right_amd, narrow, narrow_amd, fused, _ = json.loads(result.stdout)
+    assert right == right_amd == []
+    assert "not 16" in narrow[0] and "not 16" in narrow_amd[0]
+    assert "fused multiply-adds" in fused[0]
+
+
+def test_what_the_gate_calls_a_problem():
+    right = {"target": "hip:gfx942", "spills": 0, "vector_bytes": 16, "fused": 0, "shared_bytes": 65536}
+    assert compile_gate.problems(right) == []
+    for wrong, message in [
+        ({"spills": 8}, "8 bytes of spills"),
+        ({"vector_bytes": 4}, "widest access 4 bytes, not 16"),
+        ({"fused": 2}, "2 fused multiply-adds"),
+        ({"shared_bytes": 65537}, "65537 bytes of shared memory"),
+        ({"error": "CompilationError: no"}, "CompilationError: no"),
+    ]:
+        assert compile_gate.problems({**right, **wrong}) == [message]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.parametrize("case", cases([torch.float32]), ids=lambda case: f"{case.name}-{case.bits}")
+def test_kernels_move_the_least_bytes(case):
+    record = traffic.count(case, SIZE)
+    assert 1 <= record["ratio"] <= 1.001
+    # Eager takes several times as much, except where there is little to fuse.
+    assert record["eager_ratio"] > (1.5 if case.operation in ("momentum_rewind", "momentum_gradient") else 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+def test_traffic_is_counted_at_loads_and_stores():
+    """By hand: x, v and f read, x, v, hidden, half a byte and the checksum written. Twice the work counts twice."""
+    from r3mem_fast.kernels.coupling import triton as kernels
+
+    case = Case("momentum_forward", "training", 4, torch.float32)
+    assert case.least_bytes(SIZE) == SIZE * (4 + 4 + 4 + 4 + 4 + 4) + SIZE // 2 - 24 + 32 + 3 * 4
+    counter = traffic.Traffic()
+    with counter.counted():
+        for _ in range(2):
+            case.call(kernels, *case.inputs(SIZE, "cpu"))
+    assert counter.loaded == 2 * SIZE * 12
+    assert counter.loaded + counter.stored == 2 * case.least_bytes(SIZE)
+
+
+def test_eager_traffic_counts_operands_and_results_but_not_views():
+    x, y = torch.ones(100), torch.ones(100)
+    with traffic.EagerTraffic() as eager:
+        x.view(10, 10)[0]
+        torch.empty(50)
+    assert eager.moved == 0
+    with eager:
+        x + y
+    assert eager.moved == 1200
+    with eager:
+        x.add_(y)
+        x.zero_()
+    assert eager.moved == 1200 + 1200 + 400
