@@ -12,8 +12,13 @@ import r3mem_fast.environment
 
 def write_records(path, records):
     """Write the environment and the records, one JSON line each: the whole file, or nothing."""
+    write_lines(path, [{"environment": environment()}, *records])
+
+
+def write_lines(path, lines):
+    """Write one JSON line each: the whole file, or nothing."""
     path = Path(path)
-    text = "".join(json.dumps(line) + "\n" for line in [{"environment": environment()}, *records])
+    text = "".join(json.dumps(line) + "\n" for line in lines)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

@@ -100,9 +100,8 @@ def pack_side_bits(velocity, bits):
     no shuffle, and both sides use wide accesses.
     """
     packed = torch.zeros(side_bits_size(velocity.numel(), bits), dtype=torch.uint8, device=velocity.device)
-    for index, low, target in _planes(velocity, packed, bits):
-        low = low.to(torch.uint8).bitwise_and_((1 << bits) - 1)
-        target.bitwise_or_(low.bitwise_left_shift_(index * bits))
+    for index, low, target in _planes(velocity.to(torch.uint8), packed, bits):
+        target.bitwise_or_(low.bitwise_and((1 << bits) - 1).bitwise_left_shift_(index * bits))
     return packed
 
 
@@ -114,9 +113,9 @@ def unpack_side_bits_(velocity, packed, bits):
     return velocity
 
 
-def _planes(velocity, packed, bits):
+def _planes(elements, packed, bits):
     """`(index, elements of this plane, their bytes)` for every plane: views, of all full tiles and of a short one."""
-    flat = velocity.view(-1)
+    flat = elements.view(-1)
     full = flat.numel() // TILE * TILE
     per_byte = 8 // bits
     if full:

@@ -18,6 +18,7 @@ DEVICE = "cuda" if GPU else "cpu"
 # The interpreter computes bfloat16 wrongly.
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16][: 3 if GPU else 2])
 BITS = st.sampled_from([None, 1, 2, 4, 8])
+FRACTION_BITS = st.sampled_from([0, 14, 16, 24])  # on a GPU, each is a compilation
 TILE = coupling.TILE
 SIZES = st.one_of(
     st.integers(1, 70), st.integers(TILE - 9, TILE + 9), st.integers(1, 3 * TILE), st.sampled_from([16, 2 * TILE])
@@ -66,7 +67,7 @@ class Draw:
 
 
 @settings(max_examples=60)
-@given(SIZES, BITS, st.integers(0, 24), DTYPES, DTYPES, st.booleans(), st.integers(0, 99))
+@given(SIZES, BITS, FRACTION_BITS, DTYPES, DTYPES, st.booleans(), st.integers(0, 99))
 def test_forward(size, bits, fraction_bits, dtype, branch_dtype, small, seed):
     """Any streams, any branch: wrapping sums, clamped and non-finite values, their flags, side bits, checksums."""
     draw = Draw(seed, size)
@@ -95,7 +96,7 @@ def test_forward(size, bits, fraction_bits, dtype, branch_dtype, small, seed):
 
 
 @settings(max_examples=60)
-@given(SIZES, BITS, st.integers(0, 24), DTYPES, st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(SIZES, BITS, FRACTION_BITS, DTYPES, st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_backward(size, bits, fraction_bits, dtype, last, with_gradients, corrupt, seed):
     draw = Draw(seed, size)
     position, velocity, branch = draw.stream(), draw.stream(), draw.values(dtype, special=True)
@@ -155,7 +156,7 @@ def test_gradient(size, bits, bits_above, dtype, grad_dtype, top, changed, seed)
 
 
 @settings(max_examples=40)
-@given(SIZES, st.integers(0, 24), DTYPES, st.integers(0, 99))
+@given(SIZES, FRACTION_BITS, DTYPES, st.integers(0, 99))
 def test_enter_and_rewind(size, fraction_bits, dtype, seed):
     draw = Draw(seed, size)
     hidden, velocity = draw.values(dtype, special=seed % 2 == 0), draw.stream()

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: kernels against the reference in every dtype, then speed and memory. Under 9 minutes.
+#
+#   bench/gpu.sh [FOLDER [STAGE...]]
+#
+# Leaves JSON lines in FOLDER (bench/results). Stages: kernels coupling smollm2 llama-8k llama-32k context, all of them
+# by default; besides, by name only, context-48 and context-80, which take longer. PYTHON names another interpreter.
+# A stage that fails or exceeds its time does not keep the others from running; then the exit status is 1.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+folder=${1:-bench/results}
+stages=("${@:2}")
+((${#stages[@]})) || stages=(kernels coupling smollm2 llama-8k llama-32k context)
+seconds_in_all=530
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "bench/gpu.sh: PYTHON=$python sees no GPU, so nothing was measured" >&2
+    exit 2
+fi
+mkdir -p "$folder"
+unset R3MEM_KERNELS TRITON_INTERPRET
+gpu=$("$python" -c 'import re, torch; print(re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower())')
+training() { "$python" -m bench.training --device cuda --json "$@"; }
+context() { "$python" -m bench.context --json --granularity 2048 "$@"; }
+
+run_stage() {
+    case $1 in
+    kernels) "$python" -m pytest -q -x tests/kernels tests/reversible/test_kernels.py ;;
+    coupling)
+        "$python" -m pytest -q bench --benchmark-only --benchmark-json "$folder/.coupling.json" >/dev/null &&
+            "$python" -m bench.report "$folder/.coupling.json" --output "$folder/coupling_$gpu.jsonl"
+        local status=$?
+        rm -f "$folder/.coupling.json"
+        return $status
+        ;;
+    smollm2)
+        training --model smollm2-135m-shape --tokens 8192 --runs 5 --output "$folder/training_smollm2_8k_$gpu.jsonl"
+        ;;
+    llama-8k)
+        training --model llama-3.1-8b-shape --tokens 8192 --runs 3 --output "$folder/training_llama8b_8k_$gpu.jsonl"
+        ;;
+    llama-32k)
+        training --model llama-3.1-8b-shape --tokens 32768 --runs 1 --output "$folder/training_llama8b_32k_$gpu.jsonl" \
+            --arms checkpoint,checkpoint-offload,reversible-b4
+        ;;
+    context) context --limits 24 --arms checkpoint,reversible-b4 --output "$folder/context_24gb_$gpu.jsonl" ;;
+    context-48 | context-80) context --limits "${1#context-}" --output "$folder/${1/-/_}gb_$gpu.jsonl" ;;
+    *)
+        echo "bench/gpu.sh: unknown stage $1" >&2
+        return 2
+        ;;
+    esac
+}
+
+export -f run_stage training context
+export python folder gpu
+failed=()
+for stage in "${stages[@]}"; do
+    left=$((seconds_in_all - SECONDS))
+    if ((left <= 0)); then
+        failed+=("$stage (no time left)")
+        continue
+    fi
+    echo "== $stage"
+    began=$SECONDS
+    # A stage may take half of what is left, so that one that hangs leaves something for the others.
+    limit=$((${#stages[@]} == 1 ? left : (left + 1) / 2))
+    timeout "$limit" bash -c 'run_stage "$1"' bash "$stage" || failed+=("$stage (status $?)")
+    echo "== $stage: $((SECONDS - began)) s"
+done
+echo "== all: $SECONDS s"
+if ((${#failed[@]})); then
+    printf 'bench/gpu.sh: failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

@@ -1,0 +1,47 @@
+"""The benchmark suite of the kernels runs, and its results name the machine but neither host nor path."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU: bench/gpu.sh")
+def test_the_suite_and_its_report(tmp_path, capsys):
+    result = tmp_path / "result.json"
+    command = [sys.executable, "-m", "pytest", "-q", "bench", "--benchmark-only", "--benchmark-max-time=0.05"]
+    subprocess.run([*command, f"--benchmark-json={result}"], cwd=ROOT, check=True, capture_output=True)
+    assert platform.node() not in result.read_text() and str(ROOT) not in result.read_text()
+    report.main([str(result), "--output", str(tmp_path / "lines.jsonl")])
+    table = capsys.readouterr().out
+    header, *records = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert header["environment"]["torch"] == torch.__version__
+    assert {record["implementation"] for record in records} == {"eager"}
+    assert [record["mib"] for record in records] == [1, 4] * 3
+    for record in records:
+        assert record["call_seconds"] > 0 and record["least_bytes"] > 10 * record["mib"] * 2**18
+        assert record["group"] in table
+
+
+def test_a_file_that_is_no_result(tmp_path, capsys):
+    for content in ("", "{}", "[1]"):
+        (tmp_path / "file").write_text(content)
+        with pytest.raises(SystemExit):
+            report.main([str(tmp_path / "file")])
+        assert "is no result of pytest --benchmark-json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_says_so():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run([ROOT / "bench" / "gpu.sh"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "sees no GPU, so nothing was measured" in result.stderr
