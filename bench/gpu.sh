@@ -28,9 +28,9 @@ run_stage() {
     case $1 in
     kernels) "$python" -m pytest -q -x tests/kernels tests/reversible/test_kernels.py ;;
     coupling)
-        "$python" -m pytest -q bench --benchmark-only --benchmark-json "$folder/.coupling.json" >/dev/null &&
-            "$python" -m bench.report "$folder/.coupling.json" --output "$folder/coupling_$gpu.jsonl"
+        "$python" -m pytest -q bench --benchmark-only --benchmark-json "$folder/.coupling.json" --benchmark-columns median
         local status=$?
+        "$python" -m bench.report "$folder/.coupling.json" --output "$folder/coupling_$gpu.jsonl" || status=$?
         rm -f "$folder/.coupling.json"
         return $status
         ;;

@@ -95,7 +95,10 @@ class TrainingArm:
     def __init__(self, arm, model, input_ids, *, lora_rank, loss="model"):
         torch.manual_seed(0)
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=_LINEAR_LAYERS, lora_dropout=0.0)
-        self.model = get_peft_model(model, config).train()
+        # On a GPU the adapters have the model's dtype: in float32, PEFT's default, they would be run without tensor
+        # cores and cast every activation up.
+        widen = not input_ids.is_cuda
+        self.model = get_peft_model(model, config, autocast_adapter_dtype=widen).train()
         # After the adapters: on a model with checkpointing, peft would make the embeddings' output want a gradient.
         self.note = set_up(model, arm)
         self.input_ids, self.loss = input_ids, loss
@@ -172,16 +175,19 @@ def set_up(model, arm):
     if arm == "checkpoint-every-4":
         return _enable_checkpointing(model, every_n_layers=4)
     if arm == "checkpoint-offload":
-        if torch.accelerator.is_available():
-            return _enable_checkpointing(model, offload=True)
+        if not torch.accelerator.is_available():
+            note = "no accelerator: transformers' own offload needs one to pin memory; save_on_cpu(pin_memory=False) "
+            note += "copies to the same memory, which is counted"
+        else:
+            try:
+                return _enable_checkpointing(model, offload=True)
+            except Unavailable as reason:
+                note = f"{reason}; save_on_cpu(pin_memory=True) in its place"
         _enable_checkpointing(model)
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = _checkpoint_on_host
-        return (
-            "no accelerator: transformers' own offload needs one to pin memory; save_on_cpu(pin_memory=False) copies "
-            "to the same memory, which is counted"
-        )
+        return note
     if arm == BASELINE:
         return _enable_checkpointing(model)
     raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
@@ -212,7 +218,7 @@ def _enable_checkpointing(model, **options):
 
 
 def _checkpoint_on_host(function, *args):
-    with save_on_cpu():
+    with save_on_cpu(pin_memory=torch.accelerator.is_available()):
         return checkpoint(function, *args, use_reentrant=False)
 
 

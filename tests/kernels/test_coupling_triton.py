@@ -101,9 +101,7 @@ def test_backward(size, bits, fraction_bits, dtype, last, with_gradients, corrup
     draw = Draw(seed, size)
     position, velocity, branch = draw.stream(), draw.stream(), draw.values(dtype, special=True)
     grad_output, grad_branch = (draw.values(dtype), draw.values(dtype)) if with_gradients else (None, None)
-    side = None if bits is None else draw.stream(0, 256).to(torch.uint8)[:1].expand(10**6)
-    if bits is not None:
-        side = side[: coupling.side_bits_size(size, bits)].contiguous()
+    side = None if bits is None else Draw(seed, coupling.side_bits_size(size, bits)).stream(0, 256).to(torch.uint8)
     common = {"bits": bits, "fraction_bits": fraction_bits, "dtype": dtype, "last": last}
     sums = None
     if last:  # what the streams will be: taken from a trial run

@@ -66,7 +66,7 @@ def test_launches_of_inference(kernels):
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])])
 def test_both_implementations_train_with_the_same_bits(bits, dtype, monkeypatch):
     """Loss and every gradient; and either runs backward what the other ran forward."""
     found = []
