@@ -58,8 +58,8 @@ def _down(length, granularity):
 
 
 def measure(options, arm, limits):
-    """Records of one arm at every limit, smallest first."""
-    device = torch.device("cuda")
+    """Yield records of one arm at every limit, smallest first."""
+    device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     loaded = "plain" + (training.LIGER if arm.endswith(training.LIGER) else "")
     task = training.Task(model=options.model, tokens=options.max_tokens, device="cuda", loss="fused")
@@ -89,7 +89,6 @@ def measure(options, arm, limits):
     peak_of(options.granularity)  # makes what stays: optimizer states, workspaces
     short, long = 2 * options.granularity, 4 * options.granularity
     constant, slope = _line((short, peak_of(short)), (long, peak_of(long)))
-    records = []
     for limit in sorted(limits):
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total), device)
         guess = int((limit * 1e9 - constant) / slope)
@@ -98,10 +97,8 @@ def measure(options, arm, limits):
         if tokens:
             trained.input_ids = every_token[:, :tokens]
             record["tokens_per_second"] = tokens / statistics.median(_seconds(trained) for _ in range(_STEPS))
-        records.append(record)
-        print(record, file=sys.stderr, flush=True)
+        yield record
     torch.cuda.set_per_process_memory_fraction(1.0, device)
-    return records
 
 
 def _line(first, second):
@@ -131,20 +128,25 @@ def main(arguments=None):
         parser.error(f"unknown arm {unknown[0]!r}")
     if not torch.cuda.is_available():
         sys.exit(f"{parser.prog}: PyTorch sees no GPU here")
-    records = []
+    records, failed = [], False
     # Liger's arms last: its kernels are not taken out again.
     for arm in sorted(options.arms, key=lambda arm: arm.endswith(training.LIGER)):
         try:
-            records += measure(options, arm, options.limits)
+            for record in measure(options, arm, options.limits):
+                records.append(record)
+                print(json.dumps(record) if options.json else record, flush=True)
+                if options.output:  # each at once: the next may take minutes, or all the time there is
+                    write_records(options.output, records)
         except training.Unavailable as reason:
-            records.append({"arm": arm, "model": options.model, "note": str(reason)})
+            print(f"{arm}: {reason}", file=sys.stderr)
+        except (torch.OutOfMemoryError, ValueError) as error:
+            print(f"{arm}: {type(error).__name__}: {error}", file=sys.stderr)
+            failed = True
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
         gc.collect()
         torch.cuda.empty_cache()
-    for record in records:
-        print(json.dumps(record) if options.json else record)
-    if options.output:
-        write_records(options.output, records)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

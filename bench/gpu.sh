@@ -13,6 +13,8 @@ folder=${1:-bench/results}
 stages=("${@:2}")
 ((${#stages[@]})) || stages=(kernels coupling smollm2 llama-8k llama-32k context)
 seconds_in_all=530
+# What a stage may take in a run of all; what one leaves over, the next may use.
+declare -A share=([kernels]=85 [coupling]=95 [smollm2]=65 [llama-8k]=100 [llama-32k]=105 [context]=80)
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "bench/gpu.sh: PYTHON=$python sees no GPU, so nothing was measured" >&2
@@ -38,7 +40,8 @@ run_stage() {
         training --model smollm2-135m-shape --tokens 8192 --runs 5 --output "$folder/training_smollm2_8k_$gpu.jsonl"
         ;;
     llama-8k)
-        training --model llama-3.1-8b-shape --tokens 8192 --runs 3 --output "$folder/training_llama8b_8k_$gpu.jsonl"
+        training --model llama-3.1-8b-shape --tokens 8192 --runs 2 --output "$folder/training_llama8b_8k_$gpu.jsonl" \
+            --arms checkpoint,checkpoint-offload,reversible-b4,reversible-b2,checkpoint-liger,reversible-b4-liger
         ;;
     llama-32k)
         training --model llama-3.1-8b-shape --tokens 32768 --runs 1 --output "$folder/training_llama8b_32k_$gpu.jsonl" \
@@ -56,6 +59,7 @@ run_stage() {
 export -f run_stage training context
 export python folder gpu
 failed=()
+granted=0
 for stage in "${stages[@]}"; do
     left=$((seconds_in_all - SECONDS))
     if ((left <= 0)); then
@@ -64,8 +68,10 @@ for stage in "${stages[@]}"; do
     fi
     echo "== $stage"
     began=$SECONDS
-    # A stage may take half of what is left, so that one that hangs leaves something for the others.
-    limit=$((${#stages[@]} == 1 ? left : (left + 1) / 2))
+    granted=$((granted + ${share[$stage]:-seconds_in_all}))
+    limit=$((granted - SECONDS < left ? granted - SECONDS : left))
+    ((${#stages[@]} > 1)) || limit=$left
+    ((limit > 0)) || limit=1 # timeout takes 0 for no limit
     timeout "$limit" bash -c 'run_stage "$1"' bash "$stage" || failed+=("$stage (status $?)")
     echo "== $stage: $((SECONDS - began)) s"
 done

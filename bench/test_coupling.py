@@ -21,7 +21,7 @@ from r3mem_fast.kernels.coupling import reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-MIB = [1, 4, 16, 64, 256, 1024] if GPU else [1, 4]
+MIB = [1, 16, 64, 256, 1024] if GPU else [1, 4]
 IMPLEMENTATIONS = ["triton", "eager", "compile"] if GPU else ["eager"]
 CASES = [
     Case("momentum_forward", "training", 4, torch.bfloat16),

@@ -11,6 +11,7 @@ with Liger's kernels, which cannot be taken out again, have a second process. On
     live_bytes        bytes created up to the exit of the last decoder layer and alive after the forward pass, however
                       held, without that layer's output, which the head needs in every arm
     live_bytes_total  the same with the head, the logits and the loss
+    live_host_bytes   on a GPU, whose memory the two above are: what the layers keep in host memory
     max_memory_bytes  on a GPU: torch.cuda.max_memory_allocated of a training step, weights included
     peak_rss          on the CPU: peak resident memory of the arm's process over two steps, in bytes: weights,
                       libraries and the allocator's reserve are in it (off Linux, which can reset it: since the
@@ -140,10 +141,10 @@ class TrainingArm:
         base = self.model.get_base_model()
         note = set_up(base, arm)
         try:
-            loss, memory = self.step(), self.live()
+            loss = self.step()
             torch.cuda.reset_peak_memory_stats(self.input_ids.device)
-            for _ in range(_STEPS_FOR_PEAK):
-                self.step()
+            memory = self.live()
+            self.step()
             return note, loss, memory, torch.cuda.max_memory_allocated(self.input_ids.device)
         finally:
             self._optimizer.zero_grad()
@@ -198,14 +199,14 @@ def tear_down(model, arm):
     if arm.startswith("reversible"):
         restore(model)
     elif arm.startswith(BASELINE):
-        # transformers 5.23; before that the old name.
+        # The name since transformers 5.23.
         disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         disable()
 
 
 def _enable_checkpointing(model, **options):
     kwargs = {"use_reentrant": False}
-    # transformers 5.23; before that the old name, without options.
+    # The name since transformers 5.23; versions before it may lack an option.
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None:
         enable(activation_checkpointing_kwargs=kwargs, **options)
@@ -254,29 +255,42 @@ def truncate(model, depth):
         model.config.layer_types = model.config.layer_types[:depth]
 
 
-def measure(task, arms, *, runs, progress=lambda line: None) -> list[dict]:
+def measure(task, arms, *, runs, progress=lambda line: None, save=lambda records: None) -> list[dict]:
     """Measure `arms`; one record each, in their order.
 
-    runs: rounds of one timed step an arm. progress: called with a line of text now and then.
+    runs: rounds of one timed step an arm. progress: called with a line of text now and then. save: on a GPU, called
+    with the records so far whenever there is more to them.
     Raises RuntimeError if a process fails.
     """
     if task.device == "cpu":
         records, seconds = _measure_on_cpu(task, arms, runs, progress)
-    else:
-        records, seconds = {}, {}
-        for ending in ("", LIGER):
-            group = [arm for arm in arms if arm.endswith(LIGER) == bool(ending)]
-            if group:
-                _measure_on_gpu(task, group, "plain" + ending, runs, progress, records, seconds)
+        return _completed(records, seconds, arms)
+    records, seconds = {}, {}
+
+    def more(line):
+        progress(line)
+        save(_completed(records, seconds, arms))
+
+    for ending in ("", LIGER):
+        group = [arm for arm in arms if arm.endswith(LIGER) == bool(ending)]
+        if group:
+            _measure_on_gpu(task, group, "plain" + ending, runs, more, records, seconds)
+    return _completed(records, seconds, arms)
+
+
+def _completed(records, seconds, arms):
+    """The records of `arms` so far, in order, with times and ratios from the rounds that all arms have run."""
     for arm, taken in seconds.items():
+        if not taken:
+            continue
         record = records[arm]
-        record["runs"] = runs
+        record["runs"] = len(taken)
         record["step_seconds"], record["step_seconds_quartiles"] = _median(taken)
-        if BASELINE in seconds:
+        if seconds.get(BASELINE):
             record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
-            ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=True)]
+            ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=False)]
             record["step_ratio"], record["step_ratio_quartiles"] = _median(ratios)
-    return [records[arm] for arm in arms]
+    return [records[arm] for arm in arms if arm in records]
 
 
 def _measure_on_cpu(task, arms, runs, progress):
@@ -306,9 +320,9 @@ def _measure_on_gpu(task, arms, loaded, runs, progress, records, seconds):
         for arm in arms:
             records[arm] = {"arm": arm, **_settings(task), **(unavailable or worker.ask(f"measure {arm}"))}
             progress(f"{arm}: {records[arm].get('note', 'memory measured')}")
-        timed = {arm: [] for arm in arms if "live_bytes" in records[arm]}
-        _time(worker, timed, runs, progress)
-    seconds.update(timed)
+        timed = [arm for arm in arms if "live_bytes" in records[arm]]
+        seconds.update({arm: [] for arm in timed})
+        _time(worker, {arm: seconds[arm] for arm in timed}, runs, progress)
 
 
 def _time(worker, seconds, runs, progress):
@@ -458,12 +472,11 @@ def _measured(training, arm):
 
 
 def _record(training, arm, loss, memory, note):
-    record = {
-        "layers": len(training.layers),
-        "live_bytes": memory.layers,
-        "live_bytes_total": memory.total,
-        "loss": loss,
-    }
+    record = {"layers": len(training.layers), "loss": loss}
+    device = training.input_ids.device
+    record["live_bytes"], record["live_bytes_total"] = _bytes(memory, lambda where: where == device)
+    if device.type != "cpu":
+        record["live_host_bytes"], _ = _bytes(memory, lambda where: where.type == "cpu")
     if arm.startswith("reversible"):
         elements = training.input_ids.numel() * training.model.config.hidden_size
         bits = int(arm.removesuffix(LIGER)[-1])
@@ -472,6 +485,13 @@ def _record(training, arm, loss, memory, note):
     if note is not None:
         record["note"] = note
     return record
+
+
+def _bytes(memory, counts):
+    """(of the layers, in all) of the storages on devices that count."""
+    storages = [storage for storage in memory.storages if counts(storage.device)]
+    of_layers = sum(storage.nbytes for storage in storages if storage.phase == "layers")
+    return of_layers, sum(storage.nbytes for storage in storages)
 
 
 def table(records) -> str:
@@ -554,6 +574,11 @@ def main(arguments=None):
         print(line, file=sys.stderr, flush=True)
 
     records = []
+
+    def save(more):
+        if options.output:
+            write_records(options.output, [*records, *more])
+
     try:
         for depth in options.depth or [None]:
             task = Task(
@@ -568,7 +593,7 @@ def main(arguments=None):
                 device=device,
                 loss=options.loss or ("model" if device == "cpu" else "fused"),
             )
-            records += measure(task, arms, runs=options.runs, progress=progress)
+            records += measure(task, arms, runs=options.runs, progress=progress, save=save)
     except (RuntimeError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     lines = slopes(records) if options.depth and len(options.depth) > 1 else []

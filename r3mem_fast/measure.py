@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_leaves
 class LiveStorage:
     """A tensor storage that a recorded block created and that is still alive.
 
-    nbytes: its size now. shape, dtype: of the first tensor seen on it. origin: the operator that returned that tensor,
-    or None if no operator did (`torch.get_rng_state`, `torch.from_numpy`). phase: the recorder's when it was created.
+    nbytes: its size now. device: where. shape, dtype: of the first tensor seen on it. origin: the operator that
+    returned that tensor, or None if no operator did (`torch.get_rng_state`, `torch.from_numpy`). phase: the recorder's
+    when it was created.
     """
 
     nbytes: int
+    device: torch.device
     shape: tuple[int, ...]
     dtype: torch.dtype
     origin: str | None
@@ -83,7 +85,7 @@ class StorageRecorder(TorchDispatchMode):
         for reference, *what in self._created.values():
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is not None:
-                found.append(LiveStorage(storage.nbytes(), *what))
+                found.append(LiveStorage(storage.nbytes(), storage.device, *what))
         return found
 
     def _note_undispatched(self):

@@ -1,7 +1,6 @@
 """Every question about versions and about what this machine can run, asked here and nowhere else."""
 
 import functools
-import importlib.metadata
 import importlib.util
 
 import torch
@@ -15,21 +14,30 @@ def why_no_triton() -> str | None:
     """Why Triton kernels cannot be compiled here, whatever the device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    version = importlib.metadata.version("triton")
+    import triton
+
+    version = triton.__version__  # not the distribution's, which has other names on other platforms
     low, high = (".".join(map(str, bound)) for bound in TRITON_RANGE)
     if not TRITON_RANGE[0] <= _release(version) < TRITON_RANGE[1]:
         return f"triton {version} is installed; these kernels are tested with {low} up to, not including, {high}"
     return None
 
 
-def why_no_triton_on(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on tensors of `device`; None if they can (on a CPU: in the interpreter)."""
+def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device` and `dtypes`; None if they can.
+
+    On a CPU they can in the interpreter.
+    """
     if reason := why_no_triton():
         return reason
+    if interpreting() and torch.bfloat16 in dtypes:
+        return "Triton's interpreter computes bfloat16 wrongly (use float16 or float32 there)"
     if device.type == "cpu":
         return None if interpreting() else "Triton has no CPU backend, and TRITON_INTERPRET=1 is not set"
     if device.type != "cuda":
         return f"there are no Triton kernels for the device type {device.type!r}"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU here"
     if torch.version.hip is None and not interpreting():
         return _why_not_capable(device.index if device.index is not None else torch.cuda.current_device())
     return None

@@ -31,13 +31,11 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> Choice
     """
     forced = os.environ.get(VARIABLE, "")
     if not forced:
-        return _automatic(device)
+        return _automatic(device, dtypes)
     if forced not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE} must be {' or '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
     if forced == "triton":
-        reason = why_no_triton_on(device)
-        if reason is None and interpreting() and torch.bfloat16 in dtypes:
-            reason = "Triton's interpreter computes bfloat16 wrongly (use float16 or float32 there)"
+        reason = why_no_triton_on(device, dtypes)
         if reason is not None:
             raise RuntimeError(f"{VARIABLE}=triton cannot run on {device}: {reason}")
         if interpreting():
@@ -45,9 +43,9 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> Choice
     return Choice(forced, f"{VARIABLE}={forced}")
 
 
-def _automatic(device):
+def _automatic(device, dtypes):
     if device.type == "cuda":
-        reason = why_no_triton_on(device)
+        reason = why_no_triton_on(device, dtypes)
         if reason is None:
             return Choice("triton", "a GPU")
         _say_once(f"the reference implementation runs on {device}, slowly: {reason}")

@@ -89,6 +89,7 @@ def momentum_forward(
     _check_flags(flags, position)
     _check_bits(bits)
     _check_fraction_bits(fraction_bits)
+    _check_dtype(dtype)
     hidden, *kept = ops.momentum_forward(
         position, velocity, branch, flags, bits or 0, fraction_bits, dtype, keep, sum_streams
     )
@@ -99,6 +100,7 @@ def momentum_rewind(position, velocity, *, fraction_bits, dtype) -> torch.Tensor
     """`position -= velocity`: from a layer's output to its input, returned in `dtype`. Opens a backward pass."""
     _check_streams(position, velocity)
     _check_fraction_bits(fraction_bits)
+    _check_dtype(dtype)
     return ops.momentum_rewind(position, velocity, fraction_bits, dtype)
 
 
@@ -117,6 +119,8 @@ def momentum_gradient(
     _check_float("branch", branch)
     _check_float("grad_output", grad_output)
     _check_flags(flags, branch)
+    _check_dtype(dtype)
+    _check_kept(kept, branch)
     _check_alike(branch=branch, grad_output=grad_output)
     if grad_velocity is None:
         return ops.momentum_gradient_top(grad_output, branch, kept.branch_sums, flags, bits or 0, dtype)
@@ -144,16 +148,14 @@ def momentum_backward(
     _check_flags(flags, position)
     _check_bits(bits)
     _check_fraction_bits(fraction_bits)
-    expected = 0 if bits is None else side_bits_size(velocity.numel(), bits)
-    if kept.side.dtype != torch.uint8 or kept.side.numel() != expected:
-        raise ValueError(f"kept.side must be uint8 [{expected}] for {bits} side bits, got {_describe(kept.side)}")
-    if last and kept.entry_sums.numel() != num_tiles(velocity.numel()):
-        raise ValueError("the last layer backward needs kept.entry_sums: run it forward with sum_streams=True")
+    _check_dtype(dtype)
+    _check_kept(kept, velocity, bits=bits, side=True, entry_sums=last)
     if (grad_output is None) != (grad_branch is None):
         raise ValueError("grad_output and grad_branch must both be given, or neither")
     if grad_branch is not None:
-        _check_alike(branch=branch, grad_output=grad_output)
-        _check_alike(branch=branch, grad_branch=grad_branch)
+        for name, gradient in (("grad_output", grad_output), ("grad_branch", grad_branch)):
+            _check_float(name, gradient)
+            _check_alike(branch=branch, **{name: gradient})
     hidden, grad = ops.momentum_backward(
         position,
         velocity,
@@ -175,6 +177,11 @@ def _describe(value):
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value).__name__)
 
 
+def _check_dtype(dtype):
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype}")
+
+
 def _check_float(name, value):
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be bfloat16, float16 or float32, got {_describe(value)}")
@@ -189,8 +196,27 @@ def _check_alike(**tensors):
 
 
 def _check_flags(flags, like):
-    if flags.dtype != torch.int32 or flags.shape != (3,) or flags.device != like.device:
-        raise ValueError(f"flags must be int32 [3] on {like.device}, got {_describe(flags)} on {flags.device}")
+    if flags.dtype != torch.int32 or flags.shape != (3,) or not flags.is_contiguous() or flags.device != like.device:
+        raise ValueError(
+            f"flags must be contiguous int32 [3] on {like.device}, got {_describe(flags)} on {flags.device}"
+        )
+
+
+def _check_kept(kept, like, *, bits=None, side=False, entry_sums=False):
+    """The fields that a function reads: of the right dtype, size and device, since a kernel does not look."""
+    numel = like.numel()
+    wanted = [("branch_sums", torch.int32, num_tiles(numel), "")]
+    if side:
+        wanted = [("side", torch.uint8, 0 if bits is None else side_bits_size(numel, bits), f" for {bits} side bits")]
+    if entry_sums:
+        wanted.append(("entry_sums", torch.int64, num_tiles(numel), ", of a forward pass with sum_streams=True"))
+    for name, dtype, size, note in wanted:
+        value = getattr(kept, name)
+        if value.dtype != dtype or value.shape != (size,) or value.device != like.device or not value.is_contiguous():
+            raise ValueError(
+                f"kept.{name} must be contiguous {dtype} [{size}] on {like.device}{note}, "
+                f"got {_describe(value)} on {value.device}"
+            )
 
 
 def _check_streams(position, velocity, branch=None):

@@ -11,10 +11,10 @@ from . import reference
 _library = torch.library.Library("r3mem", "FRAGMENT")
 
 
-def _implementation(position, *others):
-    """The module whose functions run for these tensors."""
-    dtypes = tuple(tensor.dtype for tensor in (position, *others) if tensor is not None)
-    if choose(position.device, dtypes).implementation == "reference":
+def _implementation(dtype, first, *others):
+    """The module whose functions run for these tensors and an output of `dtype`."""
+    dtypes = (dtype, *(tensor.dtype for tensor in (first, *others) if tensor is not None))
+    if choose(first.device, dtypes).implementation == "reference":
         return reference
     from . import triton
 
@@ -43,7 +43,7 @@ def _operator(schema):
 
 @_operator("momentum_enter(Tensor hidden, Tensor(a!) flags, int fraction_bits) -> (Tensor, Tensor, Tensor)")
 def momentum_enter(hidden, flags, fraction_bits):
-    return _implementation(hidden).momentum_enter(hidden, fraction_bits=fraction_bits, flags=flags)
+    return _implementation(hidden.dtype, hidden).momentum_enter(hidden, fraction_bits=fraction_bits, flags=flags)
 
 
 @torch.library.register_fake("r3mem::momentum_enter", lib=_library)
@@ -57,7 +57,7 @@ def _(hidden, flags, fraction_bits):
     "int fraction_bits, ScalarType dtype, bool keep, bool sum_streams) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def momentum_forward(position, velocity, branch, flags, bits, fraction_bits, dtype, keep, sum_streams):
-    hidden, side, sums, entry_sums = _implementation(position, branch).momentum_forward(
+    hidden, side, sums, entry_sums = _implementation(dtype, position, branch).momentum_forward(
         position,
         velocity,
         branch,
@@ -91,7 +91,9 @@ def _(position, velocity, branch, flags, bits, fraction_bits, dtype, keep, sum_s
 
 @_operator("momentum_rewind(Tensor(a!) position, Tensor velocity, int fraction_bits, ScalarType dtype) -> Tensor")
 def momentum_rewind(position, velocity, fraction_bits, dtype):
-    return _implementation(position).momentum_rewind(position, velocity, fraction_bits=fraction_bits, dtype=dtype)
+    return _implementation(dtype, position).momentum_rewind(
+        position, velocity, fraction_bits=fraction_bits, dtype=dtype
+    )
 
 
 @torch.library.register_fake("r3mem::momentum_rewind", lib=_library)
@@ -104,7 +106,7 @@ def _(position, velocity, fraction_bits, dtype):
     "int bits, int bits_above, ScalarType dtype) -> Tensor"
 )
 def momentum_gradient(grad_output, grad_velocity, branch, sums, flags, bits, bits_above, dtype):
-    gradient, _ = _implementation(grad_velocity, grad_output, branch).momentum_gradient(
+    gradient, _ = _implementation(dtype, grad_velocity, grad_output, branch).momentum_gradient(
         grad_output,
         grad_velocity,
         branch,
@@ -127,7 +129,7 @@ def _(grad_output, grad_velocity, branch, sums, flags, bits, bits_above, dtype):
     "ScalarType dtype) -> (Tensor, Tensor)"
 )
 def momentum_gradient_top(grad_output, branch, sums, flags, bits, dtype):
-    return _implementation(grad_output, branch).momentum_gradient(
+    return _implementation(dtype, grad_output, branch).momentum_gradient(
         grad_output, None, branch, sums, bits=bits or None, bits_above=None, flags=flags, dtype=dtype
     )
 
@@ -146,7 +148,7 @@ def _(grad_output, branch, sums, flags, bits, dtype):
 def momentum_backward(
     position, velocity, branch, side, entry_sums, grad_output, grad_branch, flags, bits, fraction_bits, dtype, last
 ):
-    hidden, grad = _implementation(position, branch, grad_branch).momentum_backward(
+    hidden, grad = _implementation(dtype, position, branch, grad_branch).momentum_backward(
         position,
         velocity,
         branch,

@@ -71,6 +71,8 @@ def quantize(value, fraction_bits, flags=None, *, gain=1.0):
     value (an infinity too) `flags[OUT_OF_RANGE]`. Without `flags` nothing is reported.
     """
     scaled = value.to(torch.float32) * (gain * 2.0**fraction_bits)
+    if scaled.numel() == 0:
+        return scaled.to(torch.int32)
     low, high = torch.aminmax(scaled)  # NaN if any element is
     in_range = (low >= -QUANTIZED_MAX) & (high <= QUANTIZED_MAX)
     if _is_true_on_cpu(in_range):
@@ -130,6 +132,8 @@ def _planes(elements, packed, bits):
 
 def _add_checked_(stream, addend, flags):
     """`stream += addend` with wrap-around, in place; sets `flags[OUT_OF_RANGE]` where the true sum does not fit."""
+    if stream.numel() == 0:
+        return stream
     if stream.device.type == "cpu":
         (low, high), (low_addend, high_addend) = torch.aminmax(stream), torch.aminmax(addend)
         if low.item() + low_addend.item() >= -(2**31) and high.item() + high_addend.item() < 2**31:
@@ -212,7 +216,7 @@ def momentum_backward(
         flags[CHECKSUM_MISMATCH] |= (stream_sums(position, velocity) != entry_sums).any()
     else:
         hidden = momentum_rewind(position, velocity, fraction_bits=fraction_bits, dtype=dtype)
-    grad = None if grad_branch is None else grad_output + grad_branch
+    grad = None if grad_branch is None else (grad_output + grad_branch).contiguous()
     return hidden, grad
 
 

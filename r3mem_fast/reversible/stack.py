@@ -38,13 +38,13 @@ class ReversibleStack:
         self.stored = False
         self.recording = None
         self.checkpointing_refused = False
-        self._flags = None
+        self._pending = {}  # flags of passes since they were last asked for, by device
         self._observed = None
         self._passing = _Passing()
 
     def __deepcopy__(self, memo):
         clone = memo[id(self)] = copy.copy(self)
-        clone._passing, clone._flags, clone.recording = _Passing(), None, None
+        clone._passing, clone._pending, clone.recording = _Passing(), {}, None
         clone.hooks = copy.deepcopy(self.hooks, memo)
         return clone
 
@@ -132,8 +132,8 @@ class ReversibleStack:
         return poisoned(hidden, state.flags)
 
     def report_if_known(self, state, where=""):
-        """Report flags at once where reading them does not synchronise."""
-        if state.flags.device.type == "cpu" and state.flags.any():
+        """Report flags now where reading them does not synchronise, or where raising at once was asked for."""
+        if (self.integrity == "raise" or state.flags.device.type == "cpu") and state.flags.any():
             self.report(state, where)
 
     def report(self, state, where=""):
@@ -141,15 +141,19 @@ class ReversibleStack:
         flags = state.flags
         if self.integrity == "raise" or (self.integrity == "auto" and flags.device.type == "cpu"):
             raise_for(flags, self.fraction_bits, where)
-        elif self._flags is None or self._flags.device != flags.device:
-            self._flags = flags.clone()
+        elif flags.device in self._pending:
+            # In place, always: a CUDA graph goes on writing where it wrote when it was captured.
+            self._pending[flags.device] |= flags
         else:
-            self._flags |= flags
+            with _versioned_tensors():
+                self._pending[flags.device] = flags.clone()
 
     def raise_pending(self):
         """Raise IntegrityError if any pass since the last call set a flag. Synchronises."""
-        flags, self._flags = self._flags, None
-        if flags is not None:
+        found = [flags.clone() for flags in self._pending.values()]
+        for flags in self._pending.values():
+            flags.zero_()
+        for flags in found:
             raise_for(flags, self.fraction_bits)
 
     @torch.compiler.disable

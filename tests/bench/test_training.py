@@ -154,7 +154,8 @@ def model_folder(tmp_path):
 @pytest.mark.slow
 def test_the_command(model_folder, capsys):
     output = model_folder.parent / "result.jsonl"
-    arguments = ["--model", str(model_folder), "--tokens", "24", "--runs", "3", "--arms", "checkpoint,reversible-b4"]
+    arguments = ["--model", str(model_folder), "--tokens", "24", "--runs", "3", "--device", "cpu"]
+    arguments += ["--arms", "checkpoint,reversible-b4"]
     training.main([*arguments, "--json", "--output", str(output)])
     captured = capsys.readouterr()
     checkpoint, reversible = lines = [json.loads(line) for line in captured.out.splitlines()]
@@ -178,7 +179,8 @@ def test_the_command(model_folder, capsys):
 @pytest.mark.slow
 def test_a_failing_arm_is_named(model_folder, capsys):
     with pytest.raises(SystemExit, match=r"arm checkpoint: ValueError: depth must lie in 1\.\.5, got 9"):
-        training.main(["--model", str(model_folder), "--tokens", "8", "--arms", "checkpoint", "--depth", "9"])
+        arguments = ["--model", str(model_folder), "--device", "cpu", "--tokens", "8", "--arms", "checkpoint"]
+        training.main([*arguments, "--depth", "9"])
 
 
 def test_wrong_arguments_are_refused_before_measuring(capsys, tmp_path):
@@ -293,7 +295,9 @@ def test_measuring_on_a_gpu(monkeypatch):
     monkeypatch.setattr(training, "load", lambda name, **options: models.load(name, **{**options, "device": "cpu"}))
     task = training.Task(model="smollm2-135m-shape", tokens=8, device="cuda", loss="fused")
     arms = ["plain", "checkpoint-liger", "checkpoint", "reversible-b4"]
-    found = training.measure(task, arms, runs=2)
+    saved = []
+    found = training.measure(task, arms, runs=2, save=lambda records: saved.append(len(records)))
+    assert saved == sorted(saved) and {1, 2, 3, 4} <= set(saved)
     records = {record["arm"]: record for record in found}
     assert list(records) == arms
     assert records["plain"]["note"] == "out of memory"

@@ -213,7 +213,7 @@ def test_inputs_are_validated():
         forward(stream, stream.clone(), branch.double(), **settings)
     with pytest.raises(ValueError, match="bits must be one of"):
         forward(stream, stream.clone(), branch, **{**settings, "bits": 3})
-    with pytest.raises(ValueError, match=r"flags must be int32 \[3\] on cpu, got torch.int64 \[3\] on cpu"):
+    with pytest.raises(ValueError, match=r"flags must be contiguous int32 \[3\] on cpu, got torch.int64 \[3\] on cpu"):
         forward(stream, stream.clone(), branch, **{**settings, "flags": flags.long()})
     with pytest.raises(ValueError, match="branch on meta and position on cpu must be on one device"):
         forward(stream, stream.clone(), branch.to("meta"), **settings)
@@ -223,11 +223,19 @@ def test_inputs_are_validated():
     backward = {**settings, "last": False}
     for side in (torch.zeros(3, dtype=torch.uint8), torch.zeros(16)):
         kept = coupling.Kept(side, sums, sums.long()[:0])
-        with pytest.raises(ValueError, match=r"kept.side must be uint8 \[16\] for 4 side bits, got"):
+        with pytest.raises(
+            ValueError, match=r"kept.side must be contiguous torch.uint8 \[16\] on cpu for 4 side bits"
+        ):
             coupling.momentum_backward(stream, stream.clone(), branch, kept, None, None, **backward)
     kept = coupling.Kept(torch.zeros(16, dtype=torch.uint8), sums, sums.long()[:0])
-    with pytest.raises(ValueError, match="run it forward with sum_streams=True"):
+    with pytest.raises(ValueError, match="of a forward pass with sum_streams=True"):
         coupling.momentum_backward(stream, stream.clone(), branch, kept, None, None, **{**backward, "last": True})
+    with pytest.raises(TypeError, match=r"grad_branch must be bfloat16, float16 or float32, got torch.float64"):
+        coupling.momentum_backward(stream, stream.clone(), branch, kept, branch, branch.double(), **backward)
+    with pytest.raises(TypeError, match=r"dtype must be torch.bfloat16, float16 or float32, got torch.float64"):
+        forward(stream, stream.clone(), branch, **{**settings, "dtype": torch.float64})
+    with pytest.raises(ValueError, match=r"flags must be contiguous int32"):
+        forward(stream, stream.clone(), branch, **{**settings, "flags": torch.zeros(3, 2, dtype=torch.int32)[:, 0]})
     with pytest.raises(ValueError, match="must both be given, or neither"):
         coupling.momentum_backward(stream, stream.clone(), branch, kept, branch, None, **backward)
     with pytest.raises(ValueError, match=r"grad_branch \[8\] and branch \[2, 8\] must agree"):
@@ -235,6 +243,9 @@ def test_inputs_are_validated():
     gradient = {"bits": 4, "bits_above": 4, "flags": flags, "dtype": torch.float32}
     with pytest.raises(TypeError, match="grad_velocity must be a contiguous float32"):
         coupling.momentum_gradient(branch, branch.half(), branch, kept, **gradient)
+    for wrong in (sums.expand(2), sums.long()):
+        with pytest.raises(ValueError, match=r"kept.branch_sums must be contiguous torch.int32 \[1\] on cpu"):
+            coupling.momentum_gradient(branch, None, branch, kept._replace(branch_sums=wrong), **gradient)
     with pytest.raises(ValueError, match=r"grad_output \[8\] and branch \[2, 8\] must agree"):
         coupling.momentum_gradient(branch[0], None, branch, kept, **gradient)
 

@@ -8,18 +8,20 @@ import torch
 from r3mem_fast.kernels import coupling
 
 SIZE = coupling.TILE + 24
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def arguments(operation, bits, last=False, top=False, gradients=True, keep=True, sum_streams=False):
+def arguments(operation, bits, last=False, gradients=True, keep=True, sum_streams=False, transposed=False):
     generator = torch.Generator().manual_seed(0)
 
     def stream():
-        return torch.randint(-999, 999, (2, SIZE // 2), generator=generator, dtype=torch.int32)
+        return torch.randint(-999, 999, (2, SIZE // 2), generator=generator, dtype=torch.int32).to(DEVICE)
 
     def values():
-        return torch.randn(2, SIZE // 2, generator=generator)
+        drawn = torch.randn(2, SIZE // 2, generator=generator).to(DEVICE)
+        return drawn.t().contiguous().t() if transposed else drawn
 
-    flags, tiles = coupling.new_flags("cpu"), 2
+    flags, tiles = coupling.new_flags(DEVICE), 2
     if operation == "momentum_enter":
         return values(), flags, 14
     if operation == "momentum_rewind":
@@ -32,8 +34,8 @@ def arguments(operation, bits, last=False, top=False, gradients=True, keep=True,
         return values(), branch, sums, flags, bits, torch.float16
     if operation == "momentum_gradient":
         return values(), values(), branch, sums, flags, bits, 4, torch.float16
-    side = torch.zeros(coupling.side_bits_size(SIZE, bits) if bits else 0, dtype=torch.uint8)
-    entry = torch.zeros(tiles if last else 0, dtype=torch.int64)
+    side = torch.zeros(coupling.side_bits_size(SIZE, bits) if bits else 0, dtype=torch.uint8, device=DEVICE)
+    entry = torch.zeros(tiles if last else 0, dtype=torch.int64, device=DEVICE)
     grads = (values(), values()) if gradients else (None, None)
     return stream(), stream(), values(), side, entry, *grads, flags, bits, 14, torch.float16, last
 
@@ -54,13 +56,22 @@ CALLS = [
 ]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("operation", "settings"), CALLS)
-def test_opcheck(operation, settings):
-    torch.library.opcheck(getattr(torch.ops.r3mem, operation).default, arguments(operation, **settings))
+def test_opcheck(operation, settings, transposed):
+    """With the implementation that the device has: the reference, or on a GPU the kernels."""
+    function = getattr(torch.ops.r3mem, operation).default
+    torch.library.opcheck(function, arguments(operation, **settings, transposed=transposed))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
 @pytest.mark.parametrize(("operation", "settings"), CALLS)
-def test_fakes_have_the_shapes_dtypes_and_strides_of_the_real_ones(operation, settings):
+def test_fakes_have_the_shapes_dtypes_and_strides_of_the_real_ones(
+    operation, settings, kernels, transposed, monkeypatch
+):
+    monkeypatch.setenv("R3MEM_KERNELS", kernels)
+    settings = {**settings, "transposed": transposed}
     function = getattr(torch.ops.r3mem, operation).default
     real = function(*arguments(operation, **settings))
     with torch._subclasses.FakeTensorMode() as mode:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -62,11 +63,14 @@ def test_forced_triton_in_the_interpreter(monkeypatch):
     flags = coupling.new_flags("cpu")
     with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
         coupling.momentum_enter(torch.ones(4, dtype=torch.bfloat16), fraction_bits=14, flags=flags)
+    stream = torch.ones(4, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):  # the output alone
+        coupling.momentum_rewind(stream, stream.clone(), fraction_bits=14, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
 def test_versions_of_triton_that_were_not_tested(monkeypatch, version):
-    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr("triton.__version__", version)
     assert compat.why_no_triton.__wrapped__() == (
         f"triton {version} is installed; these kernels are tested with 3.6 up to, not including, 3.10"
     )
@@ -74,8 +78,15 @@ def test_versions_of_triton_that_were_not_tested(monkeypatch, version):
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1+git8a9c5ba1", "3.9.9"])
 def test_versions_of_triton_that_were(monkeypatch, version):
-    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr("triton.__version__", version)
     assert compat.why_no_triton.__wrapped__() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_pytorch_does_not_see():
+    dispatch._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="PyTorch sees no GPU here"):
+        assert choose(torch.device("cuda")) == ("reference", "PyTorch sees no GPU here")
 
 
 def test_without_triton(monkeypatch):
@@ -87,7 +98,9 @@ def test_without_triton(monkeypatch):
     dispatch._say_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="the reference implementation runs on cuda, slowly: the package triton"):
         assert choose(torch.device("cuda")) == ("reference", reason)
-    assert choose(torch.device("cuda")) == ("reference", reason)  # a second warning would be an error here
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said once
+        assert choose(torch.device("cuda")) == ("reference", reason)
     monkeypatch.setenv(VARIABLE, "triton")
     with pytest.raises(RuntimeError, match="R3MEM_KERNELS=triton cannot run on cpu: the package triton"):
         choose(CPU)

@@ -164,3 +164,29 @@ def test_deterministic_dropout_and_lost_random_state_differ():
     make_noisy(model, layer=0)
     with pytest.raises(IntegrityError):
         train_step(model, token_ids())
+
+
+def test_raise_means_at_once_and_names_the_layer():
+    model = make_reversible(build(), integrity="raise")
+    loss = model(input_ids=token_ids(), labels=token_ids()).loss
+    model.model.layers[2].mlp.up_proj.weight.data.mul_(1.5)
+    with pytest.raises(IntegrityError, match=r"layer 2 \(LlamaDecoderLayer\): the backward pass did not find"):
+        loss.backward()
+    assert all(p.grad is None for layer in model.model.layers[:3] for p in layer.parameters())
+
+
+def test_pending_flags_stay_in_one_place():
+    """What a CUDA graph needs, which goes on writing where it wrote when captured: checks clear, never replace."""
+    model = make_reversible(build(), integrity="nan")
+    with torch.inference_mode():  # an inference tensor could not be updated later
+        model(token_ids())
+    train_step(model, token_ids())
+    pending = stack_of(model)._pending[torch.device("cpu")]
+    check_integrity(model)
+    train_step(model, token_ids())
+    assert stack_of(model)._pending[torch.device("cpu")] is pending
+    pending[0] = 1  # as a replay would
+    with pytest.raises(IntegrityError, match="NaN or an infinity"):
+        check_integrity(model)
+    check_integrity(model)
+    assert not pending.any()

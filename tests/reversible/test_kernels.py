@@ -2,67 +2,121 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible
+from r3mem_fast import (
+    IntegrityError,
+    MomentumCoupling,
+    check_gradients,
+    check_integrity,
+    check_inverse,
+    make_reversible,
+)
 from tests.reversible.tiny import build, token_ids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = 4
+OPERATIONS = ("momentum_enter", "momentum_forward", "momentum_rewind", "momentum_gradient", "momentum_backward")
 
 
-class Calls(TorchDispatchMode):
-    """Operators called, and those of ATen that saw an int32 stream (of a hidden state's shape)."""
+class OnStreams(TorchDispatchMode):
+    """ATen operators that see an int32 tensor of a stream's size, in whatever shape, and do more than allocate it."""
 
-    def __init__(self, shape):
+    def __init__(self, numel, found):
         super().__init__()
-        self.shape, self.coupling, self.on_streams = shape, [], []
+        self.numel, self.found = numel, found
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.namespace == "r3mem":
-            self.coupling.append(function.name().removeprefix("r3mem::"))
-        elif any(
-            isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int32 and leaf.shape == self.shape
+        of_streams = [
+            leaf
             for leaf in tree_leaves((args, kwargs, result))
-        ):
-            self.on_streams.append(function.name())
+            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int32 and leaf.numel() == self.numel
+        ]
+        if of_streams and function.namespace != "r3mem" and not function.name().startswith("aten::empty"):
+            self.found.append(function.name())
         return result
 
 
-@pytest.fixture(params=["reference", "triton"])
-def kernels(request, monkeypatch):
-    monkeypatch.setenv("R3MEM_KERNELS", request.param)
-    return request.param
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts kernel launches, and ATen operators on streams outside of the operators r3mem::* and inside of them.
+
+    Yields a function `(numel) -> (launches, on_streams)`, lists that grow from then on.
+    """
+    from r3mem_fast.kernels.common.launch import Launch
+    from r3mem_fast.kernels.coupling import triton as kernels
+
+    monkeypatch.setenv("R3MEM_KERNELS", "triton")
+    launches, on_streams, run = [], [], Launch.run
+
+    def run_counted(launch):
+        launches.append(launch.kernel.__name__.removesuffix("_kernel"))
+        with _disable_current_modes():  # the interpreter copies tensors about, a GPU does not
+            run(launch)
+
+    def watched(function, numel):
+        def call(*args, **kwargs):
+            with OnStreams(numel, on_streams):
+                return function(*args, **kwargs)
+
+        return call
+
+    def start(numel):
+        monkeypatch.setattr(Launch, "run", run_counted)
+        for name in OPERATIONS:
+            monkeypatch.setattr(kernels, name, watched(getattr(kernels, name), numel))
+        return launches, on_streams
+
+    return start
 
 
-def test_launches_of_a_training_step(kernels):
+def test_launches_of_a_training_step(counted):
     """Forward one a layer and one to enter, backward two a layer and one to begin; no other operator on a stream."""
     model = make_reversible(build().to(DEVICE))
     ids = token_ids().to(DEVICE)
-    with Calls((*ids.shape, model.config.hidden_size)) as forward:
+    numel = ids.numel() * model.config.hidden_size
+    launches, on_streams = counted(numel)
+    with OnStreams(numel, on_streams):
         loss = model(input_ids=ids, labels=ids).loss
-    assert forward.coupling == ["momentum_enter", *["momentum_forward"] * LAYERS]
-    # The engine's threads know of no mode: on the CPU there are none.
-    with Calls((*ids.shape, model.config.hidden_size)) as backward, torch.autograd.set_multithreading_enabled(False):
+    assert launches == ["momentum_enter", *["momentum_forward"] * LAYERS]
+    launches.clear()
+    # In this thread, so that the mode is on there.
+    with OnStreams(numel, on_streams), torch.autograd.set_multithreading_enabled(False):
         loss.backward()
-    expected = [
-        "momentum_gradient_top",
-        "momentum_backward",
-        *["momentum_gradient", "momentum_backward"] * (LAYERS - 1),
-    ]
-    assert backward.coupling == ["momentum_rewind", *expected]
-    assert forward.on_streams == backward.on_streams == []
+    assert launches == ["momentum_rewind", *["momentum_gradient", "momentum_backward"] * LAYERS]
+    assert on_streams == []
 
 
-def test_launches_of_inference(kernels):
+def test_launches_of_inference(counted):
     model = make_reversible(build().to(DEVICE)).eval()
     ids = token_ids().to(DEVICE)
-    with torch.no_grad(), Calls((*ids.shape, model.config.hidden_size)) as calls:
+    numel = ids.numel() * model.config.hidden_size
+    launches, on_streams = counted(numel)
+    with torch.no_grad(), OnStreams(numel, on_streams):
         model(input_ids=ids)
-    assert calls.coupling == ["momentum_enter", *["momentum_forward"] * LAYERS]
-    assert calls.on_streams == []
+    assert launches == ["momentum_enter", *["momentum_forward"] * LAYERS]
+    assert on_streams == []
+
+
+def test_the_count_sees_what_it_should_not_find(counted, monkeypatch):
+    """The reference under the operators, and an operator between the layers: both are seen."""
+    from r3mem_fast.kernels.coupling import reference
+    from r3mem_fast.kernels.coupling import triton as kernels
+
+    model = make_reversible(build().to(DEVICE)).eval()
+    ids = token_ids().to(DEVICE)
+    for name in OPERATIONS:
+        monkeypatch.setattr(kernels, name, getattr(reference, name))
+    launches, on_streams = counted(ids.numel() * model.config.hidden_size)
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert launches == [] and "aten::bitwise_right_shift_.Tensor_Scalar" in on_streams
+    on_streams.clear()
+    with OnStreams(12, on_streams):
+        torch.zeros(3, 4, dtype=torch.int32).view(-1)
+    assert on_streams == ["aten::zeros", "aten::view"]
 
 
 @pytest.mark.parametrize("bits", [1, 4])
@@ -93,8 +147,6 @@ def test_checks_pass_on_the_triton_kernels(monkeypatch):
 
 def test_a_branch_that_changes_is_found_by_the_triton_kernels(monkeypatch):
     """Without synchronising: gradients from the changed layer down are NaN, and the flag is kept for who asks."""
-    from r3mem_fast import IntegrityError, check_integrity
-
     monkeypatch.setenv("R3MEM_KERNELS", "triton")
     model = make_reversible(build().to(DEVICE), integrity="nan")
     ids = token_ids().to(DEVICE)
@@ -107,3 +159,38 @@ def test_a_branch_that_changes_is_found_by_the_triton_kernels(monkeypatch):
     with pytest.raises(IntegrityError, match="did not find again"):
         check_integrity(model)
     check_integrity(model)  # asked once, told once
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_training_step_in_a_cuda_graph():
+    """Replays give the gradients of an eager step, and a check after any replay hears of a branch that changed."""
+    model = make_reversible(build(scale=2.0).to(DEVICE, torch.bfloat16))
+    ids = token_ids().to(DEVICE)
+
+    def step():
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model.zero_grad(set_to_none=False)
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    check_integrity(model)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for parameter in model.parameters():
+            parameter.grad.zero_()
+        step()
+    for _ in range(2):
+        graph.replay()
+        check_integrity(model)
+        assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    graph.replay()
+    with pytest.raises(IntegrityError, match="NaN"):
+        check_integrity(model)
