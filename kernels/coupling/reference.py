@@ -70,7 +70,8 @@ def quantize(value, fraction_bits, flags=None, *, gain=1.0):
     The product is one float32 multiplication. NaN becomes 0. A NaN or an infinity sets `flags[NON_FINITE]`, a clamped
     value (an infinity too) `flags[OUT_OF_RANGE]`. Without `flags` nothing is reported.
     """
-    scaled = value.to(torch.float32) * (gain * 2.0**fraction_bits)
+    scale = gain * 2.0**fraction_bits
+    scaled = value * scale if value.dtype == torch.float32 else value.to(torch.float32).mul_(scale)
     if scaled.numel() == 0:
         return scaled.to(torch.int32)
     low, high = torch.aminmax(scaled)  # NaN if any element is
@@ -190,8 +191,9 @@ def momentum_gradient(grad_output, grad_velocity, branch, sums, *, bits, bits_ab
     else:
         grad_velocity.mul_(momentum_of(bits_above)).add_(grad_output)
     gradient = (grad_velocity * (1.0 - momentum_of(bits))).to(dtype)
-    differs = branch_sums(branch) != sums
-    if not _is_true_on_cpu(~differs.any()):
+    found = branch_sums(branch)
+    if branch.device.type != "cpu" or not torch.equal(found, sums):
+        differs = found != sums
         flags[CHECKSUM_MISMATCH] |= differs.any()
         of_element = differs.repeat_interleave(TILE, output_size=differs.numel() * TILE)[: gradient.numel()]
         gradient.masked_fill_(of_element.view(gradient.shape), torch.nan)
