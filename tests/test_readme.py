@@ -1,0 +1,72 @@
+"""The figures in the READMEs are those of the committed result files."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+def records(name):
+    lines = [json.loads(line) for line in (ROOT / "bench" / "results" / name).read_text().splitlines()]
+    assert {"date", "commit", "torch"} <= set(lines[0]["environment"])
+    return lines[1:]
+
+
+def rows(path, columns):
+    """Cells of the table rows of a Markdown file that have this many columns."""
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [row for row in cells if len(row) == columns and "---" not in row]
+
+
+def test_the_training_table():
+    found = rows("README.md", 6)[1:]
+    measured = records("training_smollm2_bf16.jsonl")
+    assert len(found) == len(measured) == 6
+    for (_, live, live_ratio, seconds, ratio, loss), record in zip(found, measured, strict=True):
+        low, high = record["step_ratio_quartiles"]
+        assert live == f"{record['live_bytes'] / 1e6:.2f} MB" and live_ratio == f"{record['live_ratio']:.3f}"
+        assert seconds == f"{record['step_seconds']:.2f}" and loss == f"{record['loss']:.3f}"
+        assert ratio == f"{record['step_ratio']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def test_the_slope():
+    slopes = {record["arm"]: record for record in records("depth_smollm2_bf16.jsonl") if "bytes_per_layer" in record}
+    reversible = slopes["reversible-b4"]
+    assert (reversible["side_bytes_per_layer"], reversible["checksum_bytes_per_layer"]) == (147_456, 288)
+    assert reversible["bytes_per_layer"] == [147_456 + 288] * 2
+    assert "147,456 bytes" in (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_kernels():
+    found = rows("kernels/coupling/README.md", 7)[1:]
+    traffic = [record for record in records("traffic.jsonl") if record["dtype"] == "bfloat16"]
+    gate = {
+        (record["kernel"], record["bits"], record["target"]): record
+        for record in records("compile_gate.jsonl")
+        if record["dtype"] == "bfloat16"
+    }
+    assert len(found) == len(traffic) == len(gate) / 4 == 19
+    for (name, bits, least, moved, eager, registers, shared), record in zip(found, traffic, strict=True):
+        compiled = [gate[record["kernel"], record["bits"], target] for target in TARGETS]
+        assert name == f"`{record['kernel']}`" and bits == ("–" if record["bits"] is None else str(record["bits"]))
+        assert least == f"{record['least_bytes_per_element']:.2f}" and moved == f"{record['ratio']:.4f}"
+        assert eager == f"{record['eager_ratio']:.2f}"
+        assert registers == " / ".join(str(variant["registers"]) for variant in compiled)
+        assert shared == str(max(variant["shared_bytes"] for variant in compiled))
+
+
+def test_what_no_kernel_does():
+    """No spills, 16-byte accesses, nothing fused: of all kernels, targets and dtypes."""
+    compiled = records("compile_gate.jsonl")
+    assert {record["target"] for record in compiled} == set(TARGETS)
+    assert all(r["spills"] == r["fused"] == 0 and r["vector_bytes"] == 16 for r in compiled)
+    assert max(record["ratio"] for record in records("traffic.jsonl")) <= 1.001
+
+
+def test_every_file_that_is_named_exists():
+    for path in ("README.md", "kernels/coupling/README.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text()):
+            assert ((ROOT / path).parent / link).exists(), f"{path} names {link}"
