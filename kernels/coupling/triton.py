@@ -160,7 +160,8 @@ def momentum_forward_kernel(
     for chunk in range(PLANE // LANES):
         lane = chunk * LANES + tl.arange(0, LANES)
         packed = tl.zeros([LANES], tl.int32)
-        for plane in tl.static_range(PLANES):
+        # Both planes of 4 side bits at a time, but not all eight of one: a thread would need 250 registers.
+        for plane in tl.range(PLANES, loop_unroll_factor=2 if PLANES == 2 else 1):
             first = start + plane * stride  # of this plane
             mask = lane < numel - first
             if PLANES > 1:
@@ -273,7 +274,7 @@ def momentum_backward_kernel(
         lane = chunk * LANES + tl.arange(0, LANES)
         if BITS > 0:
             packed = tl.load(side + program * (TILE * BITS // 8) + lane, mask=lane < stride, other=0).to(tl.int32)
-        for plane in tl.static_range(PLANES):
+        for plane in tl.range(PLANES, loop_unroll_factor=2 if PLANES == 2 else 1):
             first = start + plane * stride
             mask = lane < numel - first
             if PLANES > 1:

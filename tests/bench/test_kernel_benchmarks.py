@@ -31,7 +31,7 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_with_16_byte_
     assert len(records) == 4 * len(cases([torch.bfloat16, torch.float16, torch.float32])) > 200
     for record in records:
         assert record["spills"] == record["fused"] == 0 and record["vector_bytes"] == 16
-        assert record["shared_bytes"] <= 64 and 0 < record["registers"] <= 255
+        assert record["shared_bytes"] <= 64 and 0 < record["registers"] <= 128
         assert set(record) >= {"kernel", "target", "dtype", "bits"}
 
 
