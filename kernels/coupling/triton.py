@@ -301,36 +301,6 @@ def momentum_backward_kernel(
         tl.store(flags + _CHECKSUM_MISMATCH, 1, mask=tl.sum(mixed, axis=0) != tl.load(entry_sums + program))
 
 
-def momentum_enter(hidden, **settings):
-    launch, outputs = plan_momentum_enter(hidden, **settings)
-    launch.run()
-    return outputs
-
-
-def momentum_forward(*tensors, **settings):
-    launch, outputs = plan_momentum_forward(*tensors, **settings)
-    launch.run()
-    return outputs
-
-
-def momentum_rewind(*tensors, **settings):
-    launch, output = plan_momentum_rewind(*tensors, **settings)
-    launch.run()
-    return output
-
-
-def momentum_gradient(*tensors, **settings):
-    launch, outputs = plan_momentum_gradient(*tensors, **settings)
-    launch.run()
-    return outputs
-
-
-def momentum_backward(*tensors, **settings):
-    launch, outputs = plan_momentum_backward(*tensors, **settings)
-    launch.run()
-    return outputs
-
-
 def plan_momentum_enter(hidden, *, fraction_bits, flags):
     """The launch of `momentum_enter`, and its outputs, as yet unwritten. So for every plan below."""
     hidden = hidden.contiguous()
@@ -438,3 +408,21 @@ def _launch(kernel, numel, arguments, constexprs):
         threads=_LANES // 4,
         options={"enable_fp_fusion": False},
     )
+
+
+def _launched(plan):
+    """A function that runs what `plan` describes: arguments and results are those of the reference's."""
+
+    def run(*tensors, **settings):
+        launch, outputs = plan(*tensors, **settings)
+        launch.run()
+        return outputs
+
+    return run
+
+
+momentum_enter = _launched(plan_momentum_enter)
+momentum_forward = _launched(plan_momentum_forward)
+momentum_rewind = _launched(plan_momentum_rewind)
+momentum_gradient = _launched(plan_momentum_gradient)
+momentum_backward = _launched(plan_momentum_backward)
