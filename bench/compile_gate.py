@@ -24,7 +24,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 from .coupling_cases import DTYPES, cases
-from .records import write_records
+from .records import add_output_option, write_records
 
 # Elements of the arguments: divisible by 16, as every model's are.
 _NUMEL = 1 << 24
@@ -134,7 +134,7 @@ def main(arguments=None):
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES), help=", ".join(DTYPES))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="print one JSON line a record")
-    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    add_output_option(parser)
     options = parser.parse_args(arguments)
     for name, given, known in (("target", options.targets, TARGETS), ("dtype", options.dtypes, DTYPES)):
         if unknown := [value for value in given if value not in known]:

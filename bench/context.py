@@ -16,13 +16,12 @@ import json
 import math
 import statistics
 import sys
-import time
 
 import torch
 
 from . import training
 from .models import SHAPES
-from .records import write_records
+from .records import add_output_option, write_records
 
 DEFAULT_ARMS = ("checkpoint", "reversible-b4", "checkpoint-liger", "reversible-b4-liger")
 _STEPS = 3
@@ -79,10 +78,8 @@ def measure(options, arm, limits):
         try:
             peak_of(tokens)
         except torch.OutOfMemoryError as error:
-            error.__traceback__ = None  # which holds the step's tensors
             trained.model.zero_grad()
-            gc.collect()
-            torch.cuda.empty_cache()
+            training.recover(error)
             return False
         return True
 
@@ -96,7 +93,7 @@ def measure(options, arm, limits):
         record = {"arm": arm, "model": options.model, "limit_gb": limit, "tokens": tokens, "fails_at": fails_at}
         if tokens:
             trained.input_ids = every_token[:, :tokens]
-            record["tokens_per_second"] = tokens / statistics.median(_seconds(trained) for _ in range(_STEPS))
+            record["tokens_per_second"] = tokens / statistics.median(trained.timed_step() for _ in range(_STEPS))
         yield record
     torch.cuda.set_per_process_memory_fraction(1.0, device)
 
@@ -104,14 +101,6 @@ def measure(options, arm, limits):
 def _line(first, second):
     slope = (second[1] - first[1]) / (second[0] - first[0])
     return first[1] - slope * first[0], slope
-
-
-def _seconds(trained):
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    trained.step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main(arguments=None):
@@ -122,7 +111,7 @@ def main(arguments=None):
     parser.add_argument("--granularity", type=int, default=1024, help="tokens (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=1 << 19, help="never longer than this (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON line a record")
-    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    add_output_option(parser)
     options = parser.parse_args(arguments)
     if unknown := [arm for arm in options.arms if arm not in training.ARMS + training.LIGER_ARMS]:
         parser.error(f"unknown arm {unknown[0]!r}")

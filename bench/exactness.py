@@ -13,14 +13,14 @@ import json
 
 from r3mem_fast.cli import main as r3mem
 
-from .records import write_records
+from .records import add_output_option, write_records
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.exactness", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
     parser.add_argument("--tokens", default="512", help="of the text (%(default)s)")
-    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    add_output_option(parser)
     options = parser.parse_args(arguments)
     records, statuses = [], []
     for dtype, bits in itertools.product(["bfloat16", "float32"], ["1", "2", "4", "8"]):

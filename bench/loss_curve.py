@@ -20,7 +20,7 @@ from r3mem_fast import MomentumCoupling, load_model, make_reversible
 from r3mem_fast.reversible.convert import stack_of
 from r3mem_fast.text import read_text, token_windows
 
-from .records import write_records
+from .records import add_output_option, write_records
 
 
 class Run:
@@ -50,7 +50,7 @@ def main(arguments=None):
     parser.add_argument("--bits", type=int, default=4, choices=[1, 2, 4, 8], help="side bits (%(default)s)")
     parser.add_argument("--text", help="a text file to train on, in place of Python's help topics")
     parser.add_argument("--json", action="store_true", help="print the record as one JSON line")
-    parser.add_argument("--output", help="also write environment and record to this file, one JSON line each")
+    add_output_option(parser)
     options = parser.parse_args(arguments)
 
     reversible, stored = (Run(options.model, bits=options.bits, stored=stored) for stored in (False, True))

@@ -17,7 +17,7 @@ import torch
 from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
 from r3mem_fast.text import read_text, token_windows
 
-from .records import write_records
+from .records import add_output_option, write_records
 
 # Side bits on the default grid, then other grids.
 SETTINGS = [(8, 14), (4, 14), (2, 14), (1, 14), (4, 16), (4, 12), (4, 10)]
@@ -35,7 +35,7 @@ def main(arguments=None):
     parser.add_argument("--windows", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--text", help="a text file, in place of Python's help topics")
     parser.add_argument("--json", action="store_true", help="print one JSON line a setting")
-    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    add_output_option(parser)
     options = parser.parse_args(arguments)
 
     model, tokenizer = load_model(options.model, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """Result files: records as JSON lines, below what they were measured on. They name no path and no host."""
 
+import argparse
 import datetime
 import json
 import os
@@ -8,6 +9,18 @@ import tempfile
 from pathlib import Path
 
 import r3mem_fast.environment
+
+
+def add_output_option(parser):
+    """Give `parser` the option --output, for `write_records`: refused before minutes of measuring, not after."""
+    text = "also write environment and records to this file, one JSON line each"
+    parser.add_argument("--output", type=_file_in_a_folder, help=text)
+
+
+def _file_in_a_folder(path):
+    if not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(path).parent}")
+    return path
 
 
 def write_records(path, records):

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from r3mem_fast.kernels.coupling import TILE, reference
 
 from .coupling_cases import DTYPES, cases
-from .records import write_records
+from .records import add_output_option, write_records
 
 LIMIT = 1.05
 # Some full tiles and a short one.
@@ -138,7 +138,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="print one JSON line a record")
-    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    add_output_option(parser)
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, below
     wanted = [case for case in cases(DTYPES.values()) if options.kernel in case.name]

@@ -53,15 +53,15 @@ from r3mem_fast.kernels.coupling import kept_bytes, side_bits_size
 from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
 from r3mem_fast.reversible.convert import find_decoder_layers
 
+from .coupling_cases import DTYPES
 from .models import SHAPES, apply_liger, fused_linear_cross_entropy, has_liger, load
-from .records import write_records
+from .records import add_output_option, write_records
 
 BASELINE = "checkpoint"
 ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
 LIGER = "-liger"  # an arm's name with this runs on Liger's kernels
 LIGER_ARMS = tuple(arm + LIGER for arm in (BASELINE, "checkpoint-offload", "reversible-b4"))
 _STEPS_FOR_PEAK = 2
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -125,13 +125,17 @@ class TrainingArm:
         """Seconds of one training step of a plain arm's model, set up for `arm` and afterwards plain again."""
         base = self.model.get_base_model()
         set_up(base, arm)
+        seconds = self.timed_step()
+        tear_down(base, arm)
+        return seconds
+
+    def timed_step(self):
+        """Seconds of one training step, on a GPU until it is done."""
         self._synchronize()
         start = time.perf_counter()
         self.step()
         self._synchronize()
-        seconds = time.perf_counter() - start
-        tear_down(base, arm)
-        return seconds
+        return time.perf_counter() - start
 
     def measure_as(self, arm):
         """`(note, loss, ForwardMemory, peak)` of a plain arm's model set up for `arm`, and afterwards plain again.
@@ -228,7 +232,7 @@ def load_arm(task, arm):
     torch.set_num_threads(task.threads)
     model, input_ids = load(
         task.model,
-        dtype=_DTYPES[task.dtype],
+        dtype=DTYPES[task.dtype],
         device=task.device,
         tokens=task.tokens,
         batch=task.batch,
@@ -457,26 +461,30 @@ def _first(training, arm):
     return _record(training, arm, loss, training.live(), training.note)
 
 
+def recover(error):
+    """Let go of what a step held that ran out of memory: the error's traceback has its tensors."""
+    error.__traceback__ = None
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _measured(training, arm):
     try:
         note, loss, memory, peak = training.measure_as(arm)
     except Unavailable as reason:
         return {"note": str(reason)}
     except torch.OutOfMemoryError as error:
-        # Its traceback holds the tensors of the step.
-        error.__traceback__ = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        recover(error)
         return {"note": "out of memory"}
     return {**_record(training, arm, loss, memory, note), "max_memory_bytes": peak}
 
 
 def _record(training, arm, loss, memory, note):
     record = {"layers": len(training.layers), "loss": loss}
-    device = training.input_ids.device
-    record["live_bytes"], record["live_bytes_total"] = _bytes(memory, lambda where: where == device)
-    if device.type != "cpu":
-        record["live_host_bytes"], _ = _bytes(memory, lambda where: where.type == "cpu")
+    device = training.input_ids.device.type
+    record["live_bytes"], record["live_bytes_total"] = memory.on(device).layers, memory.on(device).total
+    if device != "cpu":
+        record["live_host_bytes"] = memory.on("cpu").layers
     if arm.startswith("reversible"):
         elements = training.input_ids.numel() * training.model.config.hidden_size
         bits = int(arm.removesuffix(LIGER)[-1])
@@ -485,13 +493,6 @@ def _record(training, arm, loss, memory, note):
     if note is not None:
         record["note"] = note
     return record
-
-
-def _bytes(memory, counts):
-    """(of the layers, in all) of the storages on devices that count."""
-    storages = [storage for storage in memory.storages if counts(storage.device)]
-    of_layers = sum(storage.nbytes for storage in storages if storage.phase == "layers")
-    return of_layers, sum(storage.nbytes for storage in storages)
 
 
 def table(records) -> str:
@@ -548,7 +549,7 @@ def main(arguments=None):
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(a GPU if there is one)")
     parser.add_argument("--loss", choices=["model", "fused"], help="(fused on a GPU, else the model's own)")
-    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="of the weights (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the weights (%(default)s)")
     parser.add_argument("--tokens", type=_positive, default=512, help="in a sequence (%(default)s)")
     parser.add_argument("--batch", type=_positive, default=1, help="sequences (%(default)s)")
     parser.add_argument("--depth", type=_positive_list, help="decoder layers kept, as in 8,16,30 (all)")
@@ -558,7 +559,7 @@ def main(arguments=None):
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="(%(default)s)")
     parser.add_argument("--text", help="a text file to train on, in place of Python's help topics")
     parser.add_argument("--json", action="store_true", help="print one JSON line an arm")
-    parser.add_argument("--output", help="also write environment and records to this file, one JSON line each")
+    add_output_option(parser)
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -566,9 +567,6 @@ def main(arguments=None):
     arms = options.arms or list(ARMS if device == "cpu" else ARMS + LIGER_ARMS)
     if unknown := [arm for arm in arms if arm not in ARMS + LIGER_ARMS]:
         parser.error(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
-    # Before minutes of measuring, not after them.
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        parser.error(f"--output: there is no folder {Path(options.output).parent}")
 
     def progress(line):
         print(line, file=sys.stderr, flush=True)

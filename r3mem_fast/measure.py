@@ -110,9 +110,19 @@ class ForwardMemory:
     total: everything, head and loss too.
     """
 
-    layers: int
-    total: int
     storages: list[LiveStorage]
+
+    @property
+    def layers(self) -> int:
+        return sum(storage.nbytes for storage in self.storages if storage.phase == "layers")
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes for storage in self.storages)
+
+    def on(self, device_type: str) -> "ForwardMemory":
+        """What of it lies in the memory of this type of device."""
+        return ForwardMemory([storage for storage in self.storages if storage.device.type == device_type])
 
 
 def forward_memory(forward, last_layer) -> tuple[object, ForwardMemory]:
@@ -138,8 +148,7 @@ def forward_memory(forward, last_layer) -> tuple[object, ForwardMemory]:
         handle.remove()
     if recorder.phase != "head":
         raise RuntimeError(f"the forward pass did not run the layer given, a {type(last_layer).__name__}")
-    layers = sum(storage.nbytes for storage in storages if storage.phase == "layers")
-    return result, ForwardMemory(layers, sum(storage.nbytes for storage in storages), storages)
+    return result, ForwardMemory(storages)
 
 
 def reset_peak_rss():

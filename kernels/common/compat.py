@@ -36,7 +36,7 @@ def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ())
         return None if interpreting() else "Triton has no CPU backend, and TRITON_INTERPRET=1 is not set"
     if device.type != "cuda":
         return f"there are no Triton kernels for the device type {device.type!r}"
-    if not torch.cuda.is_available():
+    if not _sees_gpu():
         return "PyTorch sees no GPU here"
     if torch.version.hip is None and not interpreting():
         return _why_not_capable(device.index if device.index is not None else torch.cuda.current_device())
@@ -48,6 +48,17 @@ def interpreting() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def threads_per_warp() -> int:
+    """Of the GPU in this process: 32 on NVIDIA's, 64 on AMD's that these kernels support."""
+    return 32 if torch.version.hip is None else 64
+
+
+@functools.cache
+def _sees_gpu():
+    return torch.cuda.is_available()
 
 
 @functools.cache

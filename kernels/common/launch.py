@@ -1,9 +1,10 @@
 """How a Triton kernel is launched, and the same launch described for the ahead-of-time compiler."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
+
+from .compat import threads_per_warp
 
 # Triton specialises on pointers and integers that this divides; without it, it emits no wide access.
 DIVISIBILITY = 16
@@ -42,7 +43,7 @@ class Launch(NamedTuple):
                 self._run()
 
     def _run(self):
-        warps = self.threads // _threads_per_warp()
+        warps = self.threads // threads_per_warp()
         self.kernel[(self.grid,)](**self.arguments, **self.constexprs, num_warps=warps, **self.options)
 
 
@@ -82,9 +83,3 @@ def specialise(launch: Launch, threads_per_warp: int) -> Specialisation:
             attrs[(position,)] = [["tt.divisibility", DIVISIBILITY]]
     options = {**launch.options, "num_warps": launch.threads // threads_per_warp}
     return Specialisation(signature, constexprs, attrs, options)
-
-
-@functools.cache
-def _threads_per_warp():
-    """Of the GPU in this process: 32 on NVIDIA's, 64 on AMD's that these kernels support."""
-    return 32 if torch.version.hip is None else 64

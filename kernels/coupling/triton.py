@@ -13,7 +13,7 @@ Between `momentum_gradient` and `momentum_backward` of a layer stands that layer
 with the first of the layer below would save 2 of these 40 bytes; it would be wrong wherever something else than that
 layer uses the hidden state, whose gradient autograd adds in between.
 
-`enable_fp_fusion=False` in all of them: a fused multiply-add would quantise another value than the reference, and
+`enable_fp_fusion=False` in all of them: a fused multiply-add could quantise another value than the reference, and
 another one forward than backward.
 """
 
@@ -334,9 +334,7 @@ def plan_momentum_forward(
         "flags": flags,
         "last_plane": 0 if side is None else side_bits_plane(numel, bits),
     }
-    constexprs = {**_scale(fraction_bits, 1.0 - momentum_of(bits)), "BITS": bits or 0}
-    planes = 1 if side is None else 8 // bits
-    constexprs["PLANES"] = planes
+    constexprs = _of_bits(bits, fraction_bits, packed=side is not None)
     return _launch(momentum_forward_kernel, numel, arguments, constexprs), (hidden, side, sums, entry_sums)
 
 
@@ -389,9 +387,14 @@ def plan_momentum_backward(
         "flags": flags,
         "last_plane": 0 if bits is None else side_bits_plane(numel, bits),
     }
-    planes = 1 if bits is None else 8 // bits
-    constexprs = {**_scale(fraction_bits, 1.0 - momentum_of(bits)), "BITS": bits or 0, "PLANES": planes}
+    constexprs = _of_bits(bits, fraction_bits, packed=bits is not None)
     return _launch(momentum_backward_kernel, numel, arguments, constexprs), (hidden, grad)
+
+
+def _of_bits(bits, fraction_bits, *, packed):
+    """packed: whether the kernel reads or writes side bits."""
+    planes = 8 // bits if packed else 1
+    return {**_scale(fraction_bits, 1.0 - momentum_of(bits)), "BITS": bits or 0, "PLANES": planes}
 
 
 def _scale(fraction_bits, gain):
