@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import ops
+from . import ops, reference
 from .reference import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, TILE, num_tiles, side_bits_size
 
 __all__ = [
@@ -24,6 +24,10 @@ __all__ = [
     "SIDE_BITS",
     "TILE",
     "Kept",
+    "inverse_backward",
+    "inverse_forward",
+    "inverse_gradient",
+    "inverse_rewind",
     "kept_bytes",
     "momentum_backward",
     "momentum_enter",
@@ -150,12 +154,7 @@ def momentum_backward(
     _check_fraction_bits(fraction_bits)
     _check_dtype(dtype)
     _check_kept(kept, velocity, bits=bits, side=True, entry_sums=last)
-    if (grad_output is None) != (grad_branch is None):
-        raise ValueError("grad_output and grad_branch must both be given, or neither")
-    if grad_branch is not None:
-        for name, gradient in (("grad_output", grad_output), ("grad_branch", grad_branch)):
-            _check_float(name, gradient)
-            _check_alike(branch=branch, **{name: gradient})
+    _check_gradients(branch, grad_output, grad_branch)
     hidden, grad = ops.momentum_backward(
         position,
         velocity,
@@ -171,6 +170,90 @@ def momentum_backward(
         last,
     )
     return None if last else hidden, None if grad_branch is None else grad
+
+
+def inverse_forward(
+    position, velocity, branch, *, bits, fraction_bits, flags, dtype, keep=True, sum_streams=False
+) -> tuple[torch.Tensor, Kept | None]:
+    """One layer of the inverse form (see `reference.py`): `position` becomes x', `velocity` u'.
+
+    Arguments, results and errors as of `momentum_forward`, but `bits` is always a number, and `kept` has no side bits.
+    The four functions of this form run in PyTorch on every device: it is not the default, and no kernel is written for it.
+    """
+    _check_streams(position, velocity, branch)
+    _check_flags(flags, position)
+    _check_bits(bits, required=True)
+    _check_fraction_bits(fraction_bits)
+    _check_dtype(dtype)
+    hidden, branch_sums, entry_sums = reference.inverse_forward(
+        position,
+        velocity,
+        branch,
+        bits=bits,
+        fraction_bits=fraction_bits,
+        flags=flags,
+        dtype=dtype,
+        keep=keep,
+        sum_streams=sum_streams,
+    )
+    if not keep:
+        return hidden, None
+    side = torch.empty(0, dtype=torch.uint8, device=position.device)
+    entry_sums = torch.empty(0, dtype=torch.int64, device=position.device) if entry_sums is None else entry_sums
+    return hidden, Kept(side, branch_sums, entry_sums)
+
+
+inverse_rewind = momentum_rewind
+
+
+def inverse_gradient(
+    grad_output, grad_velocity, branch, kept, *, bits, bits_above, flags, dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `momentum_gradient`, for a layer of the inverse form: the gradient of the branch is `(1 - m) / m g_u'`."""
+    _check_bits(bits, required=True)
+    _check_bits(bits_above, required=grad_velocity is not None)
+    _check_float("branch", branch)
+    _check_float("grad_output", grad_output)
+    _check_flags(flags, branch)
+    _check_dtype(dtype)
+    _check_kept(kept, branch)
+    _check_alike(branch=branch, grad_output=grad_output)
+    return reference.inverse_gradient(
+        grad_output,
+        grad_velocity,
+        branch,
+        kept.branch_sums,
+        bits=bits,
+        bits_above=bits_above,
+        flags=flags,
+        dtype=dtype,
+    )
+
+
+def inverse_backward(
+    position, velocity, branch, kept, grad_output, grad_branch, *, bits, fraction_bits, flags, dtype, last
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As `momentum_backward`, for a layer of the inverse form: `velocity` becomes u, `position` `x - u`."""
+    _check_streams(position, velocity, branch)
+    _check_flags(flags, position)
+    _check_bits(bits, required=True)
+    _check_fraction_bits(fraction_bits)
+    _check_dtype(dtype)
+    _check_kept(kept, velocity, entry_sums=last)
+    _check_gradients(branch, grad_output, grad_branch)
+    return reference.inverse_backward(
+        position,
+        velocity,
+        branch,
+        kept.entry_sums,
+        grad_output,
+        grad_branch,
+        bits=bits,
+        fraction_bits=fraction_bits,
+        flags=flags,
+        dtype=dtype,
+        last=last,
+    )
 
 
 def _describe(value):
@@ -193,6 +276,15 @@ def _check_alike(**tensors):
         raise ValueError(f"{second} {list(right.shape)} and {first} {list(left.shape)} must agree")
     if left.device != right.device:
         raise ValueError(f"{second} on {right.device} and {first} on {left.device} must be on one device")
+
+
+def _check_gradients(branch, grad_output, grad_branch):
+    if (grad_output is None) != (grad_branch is None):
+        raise ValueError("grad_output and grad_branch must both be given, or neither")
+    if grad_branch is not None:
+        for name, gradient in (("grad_output", grad_output), ("grad_branch", grad_branch)):
+            _check_float(name, gradient)
+            _check_alike(branch=branch, **{name: gradient})
 
 
 def _check_flags(flags, like):
@@ -229,7 +321,9 @@ def _check_streams(position, velocity, branch=None):
         _check_alike(position=position, branch=branch)
 
 
-def _check_bits(bits):
+def _check_bits(bits, *, required=False):
+    if bits is None and required:
+        raise ValueError(f"bits must be one of {SIDE_BITS}: no layer of the inverse form has m = 0")
     if bits is not None and bits not in SIDE_BITS:
         raise ValueError(f"bits must be one of {SIDE_BITS}, or None for a layer with m = 0, got {bits!r}")
 

@@ -16,7 +16,16 @@ The vector-Jacobian product, with gradients g of the loss (Q and its inverse pas
 
     g_v' += g_x';   g_f = (1 - m) g_v';   g_x = g_x' + J_f^T g_f;   g_v = m g_v'
 
-Momentum residual networks: Sander et al. 2021, arXiv 2102.07870, eq. 4; the bits that a lossy `>>` drops: MacKay et
+Reading backward in the coupling's own inverse form (DESIGN 2.6), with u = -v and u = 0 at its first layer, needs no
+side bits, since what is shifted out on the way back is what was shifted in:
+
+    forward   u' = (u + Q((1 - m) f)) << bits
+              x' = x + u'
+    inverse   x  = x' - u'
+              u  = (u' >> bits) - Q((1 - m) f)
+    gradient  g_u' += g_x';   g_f = (1 - m) / m g_u';   g_x = g_x' + J_f^T g_f;   g_u = g_u' / m
+
+It amplifies u by 1 / m a layer; leaving the range sets a flag. Momentum residual networks: Sander et al. 2021, arXiv 2102.07870, eq. 4; the bits that a lossy `>>` drops: MacKay et
 al. 2018, arXiv 1810.10999, section 4.
 
 Elements are taken in tiles of `TILE` consecutive ones. Side bits are packed, and checksums summed, tile by tile, so
@@ -185,12 +194,17 @@ def momentum_gradient(grad_output, grad_velocity, branch, sums, *, bits, bits_ab
     None at the top, where it is 0. `branch` is the recomputed value: a tile whose checksum is not that of the forward
     pass, `sums`, sets `flags[CHECKSUM_MISMATCH]` and its gradient is NaN.
     """
+    carried, gain = momentum_of(bits_above), 1.0 - momentum_of(bits)
+    return _gradient(grad_output, grad_velocity, branch, sums, carried, gain, flags, dtype)
+
+
+def _gradient(grad_output, grad_velocity, branch, sums, carried, gain, flags, dtype):
     if grad_velocity is None:
         wide = torch.promote_types(grad_output.dtype, torch.float32)
         grad_velocity = grad_output.to(wide, copy=True, memory_format=torch.contiguous_format)
     else:
-        grad_velocity.mul_(momentum_of(bits_above)).add_(grad_output)
-    gradient = (grad_velocity * (1.0 - momentum_of(bits))).to(dtype)
+        grad_velocity.mul_(carried).add_(grad_output)
+    gradient = (grad_velocity * gain).to(dtype)
     found = branch_sums(branch)
     if branch.device.type != "cpu" or not torch.equal(found, sums):
         differs = found != sums
@@ -213,6 +227,10 @@ def momentum_backward(
     velocity -= quantize(branch, fraction_bits, gain=1.0 - momentum_of(bits))  # the forward pass set the flags
     if bits is not None:
         unpack_side_bits_(velocity.bitwise_left_shift_(bits), side, bits)
+    return _step_down(position, velocity, entry_sums, grad_output, grad_branch, fraction_bits, flags, dtype, last)
+
+
+def _step_down(position, velocity, entry_sums, grad_output, grad_branch, fraction_bits, flags, dtype, last):
     if last:
         hidden = None
         flags[CHECKSUM_MISMATCH] |= (stream_sums(position, velocity) != entry_sums).any()
@@ -220,6 +238,38 @@ def momentum_backward(
         hidden = momentum_rewind(position, velocity, fraction_bits=fraction_bits, dtype=dtype)
     grad = None if grad_branch is None else (grad_output + grad_branch).contiguous()
     return hidden, grad
+
+
+def inverse_forward(position, velocity, branch, *, bits, fraction_bits, flags, dtype, keep=True, sum_streams=False):
+    """One layer of the inverse form, in place on both streams; returns (hidden, sums, stream sums).
+
+    hidden: x' dequantised to `dtype`. `branch_sums` with `keep`, `stream_sums` of the streams on entry with
+    `sum_streams`, else None.
+    """
+    stream_sums_before = stream_sums(position, velocity) if sum_streams else None
+    _add_checked_(velocity, quantize(branch, fraction_bits, flags, gain=1.0 - momentum_of(bits)), flags)
+    shifted = velocity << bits
+    flags[OUT_OF_RANGE] |= (velocity != shifted >> bits).any()
+    velocity.copy_(shifted)
+    _add_checked_(position, velocity, flags)
+    sums = branch_sums(branch) if keep else None
+    return dequantize(position, fraction_bits, dtype), sums, stream_sums_before
+
+
+def inverse_gradient(grad_output, grad_velocity, branch, sums, *, bits, bits_above, flags, dtype):
+    """As `momentum_gradient`, for a layer of the inverse form: `g_u' = g_u'_above / m_above + g_x'`."""
+    carried = None if bits_above is None else 1.0 / momentum_of(bits_above)
+    gain = (1.0 - momentum_of(bits)) / momentum_of(bits)
+    return _gradient(grad_output, grad_velocity, branch, sums, carried, gain, flags, dtype)
+
+
+def inverse_backward(
+    position, velocity, branch, entry_sums, grad_output, grad_branch, *, bits, fraction_bits, flags, dtype, last
+):
+    """As `momentum_backward`, for a layer of the inverse form; `position` becomes `x - u`."""
+    velocity.bitwise_right_shift_(bits)
+    velocity -= quantize(branch, fraction_bits, gain=1.0 - momentum_of(bits))
+    return _step_down(position, velocity, entry_sums, grad_output, grad_branch, fraction_bits, flags, dtype, last)
 
 
 def stream_sums(position, velocity):

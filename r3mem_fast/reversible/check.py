@@ -17,7 +17,7 @@ class InverseReport:
     exact: every layer's reconstructed streams equal the forward pass's, bit for bit.
     max_abs_error: the largest difference of a position, in the hidden state's units.
     first_inexact_layer: counted from the last layer down, the first whose input differs; None if exact.
-    layer_errors: with `per_layer`, the error of each layer's input, layer 0 first; else None.
+    layer_errors: with `per_layer`, the error of each layer's input, in the order in which they ran; else None.
     side_bytes, stream_bytes: what the pass keeps between forward and backward. checkpoint_bytes: one hidden state a
     layer, which gradient checkpointing keeps.
     max_abs_position: of the residual stream; must stay below 2**(31 - fraction_bits).
@@ -93,7 +93,7 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
             "bits": list(stack.bits),
             "fraction_bits": state.fraction_bits,
             "side_bytes": sum(step.kept.side.nbytes for step in state.steps),
-            "stream_bytes": state.position.nbytes + state.velocity.nbytes,
+            "stream_bytes": state.position.nbytes + sum(v.nbytes for v in state.velocities.values()),
             "checkpoint_bytes": state.level * state.position.numel() * state.dtype.itemsize,
         }
         errors, exact = [0.0] * state.level, [True] * state.level
@@ -102,14 +102,17 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
             hidden = state.input_of(index)
             position_error = _largest(state.position.long() - recording.positions[index])
             state.finish(index, state.steps[index].value_again(hidden), None, None)
-            velocity_error = _largest(state.velocity.long() - recording.velocities[index])
+            velocity_error = max(
+                _largest(velocity.long() - recording.velocities[index].get(form, 0))
+                for form, velocity in state.velocities.items()
+            )
             errors[index] = position_error * 2.0**-state.fraction_bits
             exact[index] = position_error == velocity_error == 0
     inexact = [index for index, equal in enumerate(exact) if not equal]
     return InverseReport(
         exact=not inexact,
         max_abs_error=max(errors),
-        first_inexact_layer=max(inexact, default=None),
+        first_inexact_layer=stack.route.order[max(inexact)] if inexact else None,
         layer_errors=errors if per_layer else None,
         max_abs_position=max(_largest(p) for p in recording.positions) * 2.0**-state.fraction_bits,
         **report,
@@ -171,7 +174,7 @@ class _Recording:
 
     def append(self, state):
         self.positions.append(state.position.clone())
-        self.velocities.append(state.velocity.clone())
+        self.velocities.append({form: velocity.clone() for form, velocity in state.velocities.items()})
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def find_decoder_layers(model):
     Raises TypeError if the model has no list of `config.num_hidden_layers` layers of one kind.
     """
     config = getattr(model, "config", None)
-    depth = getattr(_text_config(config), "num_hidden_layers", None)
+    depth = getattr(text_config(config), "num_hidden_layers", None)
     candidates = [
         (owner, child)
         for owner in model.modules()
@@ -115,8 +115,8 @@ def find_decoder_layers(model):
     return owner, list(layers)
 
 
-def _text_config(config):
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def text_config(config):
+    return config.gettext_config() if hasattr(config, "gettext_config") else config
 
 
 def _refuse_architecture(model):
@@ -126,11 +126,11 @@ def _refuse_architecture(model):
             f"{type(model).__name__} has cross-attention to an encoder; only decoder-only models can be made "
             "reversible"
         )
-    text_config = _text_config(config)
+    config = text_config(config)
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if (getattr(text_config, name, None) or 0) > 1:
+        if (getattr(config, name, None) or 0) > 1:
             raise ValueError(
-                f"{type(model).__name__} is a mixture of experts ({name}={getattr(text_config, name)}): its routing "
+                f"{type(model).__name__} is a mixture of experts ({name}={getattr(config, name)}): its routing "
                 "adds in no fixed order, so its branches cannot be recomputed exactly"
             )
 

@@ -6,6 +6,7 @@ are run backward by the nodes, which re-evaluate their branch on the reconstruct
 
 import contextlib
 import operator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,20 +26,43 @@ class IntegrityError(RuntimeError):
     """The streams cannot be trusted: reconstruction failed, a value left the range, or a value is not finite."""
 
 
+class Update(NamedTuple):
+    """How a layer's branch joins the streams: with the momentum `m = 2**-bits`, or 0 where `bits` is None.
+
+    form: "momentum", or "inverse" for a layer that is read backward in the coupling's inverse form.
+    """
+
+    form: str
+    bits: int | None
+
+
+class _Operations(NamedTuple):
+    forward: callable
+    rewind: callable
+    gradient: callable
+    backward: callable
+
+
+_FORMS = {
+    form: _Operations(*(getattr(coupling, f"{form}_{operation}") for operation in _Operations._fields))
+    for form in ("momentum", "inverse")
+}
+
+
 class Step:
     """One layer of one forward pass: what its branch is called with, and what its inverse needs.
 
-    bits: side bits of this layer, None for the first. kept: what its forward pass left, once known.
+    Once it has run forward: update, how its branch joined the streams; kept, what that left; opens, whether the layers
+    below have another form or are out of autograd's reach, so that the streams are verified here.
     """
 
-    def __init__(self, layer, branch, kwargs, bits, device):
+    def __init__(self, layer, branch, kwargs, device):
         if dist.is_initialized() and any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer):
             # Their hooks would see the inner backward pass, not the outer: each process would keep its own gradients.
             raise ValueError(
                 f"fully_shard was called on a module inside a {type(layer).__name__}; shard reversible layers whole"
             )
-        self.layer, self._branch, self.bits = layer, branch, bits
-        self.kept = None
+        self.layer, self._branch = layer, branch
         self._surroundings = Surroundings(device)
         self._cache_name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), None)
         self._cache, self._past = None, ()
@@ -146,21 +170,23 @@ class Step:
 
 
 class ReversibleState:
-    """The two streams of one forward pass. `level` counts the layers that they have passed.
+    """The streams of one forward pass. `level` counts the layers that they have passed.
 
-    position, velocity: int32, the shape of the hidden state. flags: int32 [3], see the coupling kernels.
-    start: the first step that autograd can reach (None: none so far); from there on side bits are kept.
+    position: int32, the shape of the hidden state. velocities: by form, the same; the one of the other form waits.
+    flags: int32 [3], see the coupling kernels. start: the first step that autograd can reach (None: none so far); from there on side bits are kept.
     """
 
     def __init__(self, hidden, fraction_bits, recording=None):
         self.fraction_bits, self.dtype = fraction_bits, hidden.dtype
         self.flags = coupling.new_flags(hidden.device)
-        self.position, self.velocity, self._entered = coupling.momentum_enter(
+        self.position, velocity, self._entered = coupling.momentum_enter(
             hidden, fraction_bits=fraction_bits, flags=self.flags
         )
+        self.velocities = {"momentum": velocity}
         self.level, self.start, self.steps = 0, None, []
-        self._grad_velocity = None
-        self._bits_above = None
+        self._form = None  # of the layer below, while running forward
+        self._grad_velocities = {}
+        self._bits_above = {}
         self._graph_task = None
         self._hidden = None  # while running backward: the dequantised position, one layer below the velocity
         self.recording = recording
@@ -178,22 +204,26 @@ class ReversibleState:
             self.start = self.level
         self.steps.append(step)
 
-    def forward(self, branch, bits):
+    def forward(self, branch, update):
         """Apply a branch value: the streams move up one level. Returns the new hidden state."""
-        step = self.steps[self.level]
-        hidden, kept = coupling.momentum_forward(
+        step, form = self.steps[self.level], update.form
+        if form not in self.velocities:
+            self.velocities[form] = torch.zeros_like(self.position)
+        opens = step is not None and (self.level == self.start or form != self._form)
+        hidden, kept = _FORMS[form].forward(
             self.position,
-            self.velocity,
+            self.velocities[form],
             branch,
-            bits=bits,
+            bits=update.bits,
             fraction_bits=self.fraction_bits,
             flags=self.flags,
             dtype=self.dtype,
             keep=step is not None,
-            sum_streams=self.level == self.start,
+            sum_streams=opens,
         )
         if step is not None:
-            step.kept = kept
+            step.update, step.kept, step.opens = update, kept, opens
+        self._form = form
         self.level += 1
         if self.recording is not None:
             self.recording.append(self)
@@ -216,8 +246,9 @@ class ReversibleState:
                 )
             self.finish(above, step.value_again(self.input_of(above)), None, None)
         if self._hidden is None:
-            self._hidden = coupling.momentum_rewind(
-                self.position, self.velocity, fraction_bits=self.fraction_bits, dtype=self.dtype
+            form = self.steps[index].update.form
+            self._hidden = _FORMS[form].rewind(
+                self.position, self.velocities[form], fraction_bits=self.fraction_bits, dtype=self.dtype
             )
         hidden, self._hidden = self._hidden, None
         return hidden
@@ -227,63 +258,64 @@ class ReversibleState:
         graph_task = torch._C._current_graph_task_id()
         if graph_task == self._graph_task:
             return False
-        self._graph_task, self._grad_velocity, self._bits_above = graph_task, None, None
+        self._graph_task, self._grad_velocities, self._bits_above = graph_task, {}, {}
         return True
 
     def branch_gradient(self, grad_output, index, branch):
         """`g_f` of step `index` from the gradient of its output; NaN and a flag where `branch` is not what it was."""
         step = self.steps[index]
-        gradient, self._grad_velocity = coupling.momentum_gradient(
+        form, bits = step.update
+        gradient, self._grad_velocities[form] = _FORMS[form].gradient(
             grad_output,
-            self._grad_velocity,
+            self._grad_velocities.get(form),
             branch,
             step.kept,
-            bits=step.bits,
-            bits_above=self._bits_above,
+            bits=bits,
+            bits_above=self._bits_above.get(form),
             flags=self.flags,
             dtype=branch.dtype,
         )
-        self._bits_above = step.bits
+        self._bits_above[form] = bits
         return gradient
 
     def finish(self, index, branch, grad_output, grad_branch):
         """Undo step `index`, whose input is known; returns the gradient of its input.
 
-        At `start` the streams are compared with what they were there in the forward pass.
+        Where the step opens, the streams are compared with what they were there in the forward pass.
         """
         step, self.steps[index] = self.steps[index], None
-        last = index == self.start
-        self._hidden, gradient = coupling.momentum_backward(
+        form, bits = step.update
+        self._hidden, gradient = _FORMS[form].backward(
             self.position,
-            self.velocity,
+            self.velocities[form],
             branch,
             step.kept,
             grad_output,
             grad_branch,
-            bits=step.bits,
+            bits=bits,
             fraction_bits=self.fraction_bits,
             flags=self.flags,
             dtype=self.dtype,
-            last=last,
+            last=step.opens,
         )
         self.level = index
         return gradient
 
     def release(self):
         """Let the streams go."""
-        self.position = self.velocity = self._grad_velocity = None
+        self.position = self.velocities = self._grad_velocities = None
 
 
 class LayerNode(torch.autograd.Function):
     """One reversible layer: `(hidden, *step.inputs()) -> (hidden', *new keys and values)`."""
 
     @staticmethod
-    def forward(ctx, stack, state, step, hidden, *inputs):
+    def forward(ctx, stack, state, step, update, hidden, *inputs):
         ctx.set_materialize_grads(False)
         ctx.stack, ctx.state, ctx.index = stack, state, state.level
         state.begin_step(step)
         branch, new_states = step.evaluate(state.input_of_next(hidden))
-        return (state.forward(branch, step.bits), *new_states)
+        return (state.forward(branch, update), *new_states)
 
     @staticmethod
     def backward(ctx, grad_output, *grad_states):
@@ -306,11 +338,11 @@ class LayerNode(torch.autograd.Function):
             if gradient is not None:
                 outputs.append(new_state)
                 grads.append(gradient)
-        if not ctx.needs_input_grad[3]:  # the layers below, and what lies before them, are frozen
+        if not ctx.needs_input_grad[4]:  # the layers below, and what lies before them, are frozen
             leaves = leaves[1:]
         with _hooks_paused(leaves):
             gradients = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             grad_branch, *grad_inputs = gradients
             grad_hidden = state.finish(index, branch.detach(), grad_output, grad_branch)
         else:
@@ -321,7 +353,7 @@ class LayerNode(torch.autograd.Function):
             stack.report_if_known(state)
             grad_hidden = poisoned(grad_hidden, state.flags)
             grad_inputs = [poisoned(gradient, state.flags) for gradient in grad_inputs]
-        return (None, None, None, grad_hidden, *grad_inputs)
+        return (None, None, None, None, grad_hidden, *grad_inputs)
 
 
 class StoredValue(torch.autograd.Function):

@@ -1,11 +1,13 @@
 """The reversible stack of one model: carries the streams from layer to layer through the model's own loop."""
 
+import collections
 import contextlib
 import copy
 import inspect
 import math
 import threading
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -13,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from r3mem_fast.kernels import coupling
 
-from .node import CACHE_NAMES, IntegrityError, LayerNode, ReversibleState, Step, StoredValue, poisoned
+from .node import CACHE_NAMES, IntegrityError, LayerNode, ReversibleState, Step, StoredValue, Update, poisoned
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -24,17 +26,26 @@ except ImportError:  # transformers 5.0 to 5.1 or so: captured otherwise, and as
 _HEADROOM_BITS = 2
 
 
+class Route(NamedTuple):
+    """The order in which the layers run, and, by layer, how each one's branch joins the streams."""
+
+    order: tuple[int, ...]
+    updates: tuple[Update, ...]
+
+
 class ReversibleStack:
     """Settings and bookkeeping of a model's reversible layers.
 
-    bits: side bits of each layer. fraction_bits: of the streams, None until chosen from the first input.
+    bits: side bits of each layer. route: the order of the layers, first to last unless they are read backward. fraction_bits: of the streams, None until chosen from the first input.
     integrity: "auto" (raise at once on the CPU, NaN elsewhere), "raise" or "nan".
-    stored: compute the same network with activations stored by autograd, to compare with.
+    bypassed: run the ordinary network. stored: compute the same network with activations stored by autograd, to compare with.
     """
 
     def __init__(self, branches, bits, fraction_bits, integrity):
         self.branches, self.bits, self.fraction_bits = branches, bits, fraction_bits
         self.integrity = integrity
+        self.route = self.route_through(range(len(bits)))
+        self.bypassed = False
         self.stored = False
         self.recording = None
         self.checkpointing_refused = False
@@ -48,11 +59,23 @@ class ReversibleStack:
         clone.hooks = copy.deepcopy(self.hooks, memo)
         return clone
 
+    def route_through(self, order, inverse=(), inverse_bits=None) -> Route:
+        """The route through the layers in this order, those in `inverse` in that form, with a momentum of their own."""
+        updates = [
+            Update("inverse", inverse_bits) if i in inverse else Update("momentum", b) for i, b in enumerate(self.bits)
+        ]
+        first = next((index for index in order if updates[index].form == "momentum"), None)
+        if first is not None:
+            updates[first] = Update("momentum", None)
+        return Route(tuple(order), tuple(updates))
+
     @torch.compiler.disable
     def run(self, layer, index, hidden, kwargs):
         """One layer's forward: called by the layer in place of its own."""
         if self._observed is not None:
             return self._observe(layer, hidden, kwargs)
+        if self.bypassed:
+            return self._plain(layer, hidden, kwargs)
         if getattr(layer, "_is_replica", False):
             raise RuntimeError(
                 "a reversible model does not run under nn.DataParallel, whose replicas have no parameters of their "
@@ -61,31 +84,30 @@ class ReversibleStack:
         if forward_ad._current_level >= 0:
             raise RuntimeError("a reversible layer has no forward-mode derivative; call restore(model) first")
         state = self._state_for(layer, index, hidden)
-        bits = None if state.level == 0 else self.bits[index]
         if self.stored:
-            hidden = self._run_stored(layer, index, hidden, kwargs, state, bits)
+            hidden = self._run_stored(layer, index, hidden, kwargs, state)
         else:
-            hidden = self._run_reversible(layer, index, hidden, kwargs, state, bits)
-        if index < len(self.bits) - 1:
-            self._passing.hand_on(state, hidden)
-        else:
-            hidden = self._leave(state, hidden)
+            hidden = self._run_reversible(layer, index, hidden, kwargs, state)
+        if index == self.route.order[-1]:
+            return self._leave(state, hidden)
+        self._passing.hand_on(state, hidden)
         return hidden
 
-    def _run_reversible(self, layer, index, hidden, kwargs, state, bits):
+    def _run_reversible(self, layer, index, hidden, kwargs, state):
+        update = self.route.updates[index]
         branch_of = self.branches[index]
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or _any_requires_grad(layer, kwargs))
         if wanted or self.recording is not None:
-            step = Step(layer, branch_of, kwargs, bits, hidden.device)
+            step = Step(layer, branch_of, kwargs, hidden.device)
             if wanted:
                 _refuse_captured_outputs(kwargs)
-                hidden, *new_states = LayerNode.apply(self, state, step, hidden, *step.inputs())
+                hidden, *new_states = LayerNode.apply(self, state, step, update, hidden, *step.inputs())
                 step.write_cache(new_states)
                 return hidden
             state.begin_step(step)
             branch, new_states = step.evaluate(state.input_of_next(hidden))
             step.write_cache(new_states)
-            return state.forward(branch, bits)
+            return state.forward(branch, update)
         state.begin_step(None)
         branch = branch_of(layer, state.input_of_next(hidden), kwargs)
         if branch.requires_grad:
@@ -94,28 +116,31 @@ class ReversibleStack:
                 "say) and would get none. Register it as a parameter of the layer, or pass it as an argument."
             )
         with _versioned_tensors():
-            return state.forward(branch, bits)
+            return state.forward(branch, update)
 
-    def _run_stored(self, layer, index, hidden, kwargs, state, bits):
-        """The same values, differentiated by autograd through a float surrogate of the two streams."""
-        momentum = 0.0 if bits is None else 2.0**-bits
+    def _run_stored(self, layer, index, hidden, kwargs, state):
+        """The same values, differentiated by autograd through a float surrogate of the streams."""
+        update = self.route.updates[index]
+        momentum = 0.0 if update.bits is None else 2.0**-update.bits
         if state.level == 0:
             hidden = StoredValue.apply(hidden, state.input_of_next(hidden))
-            state.surrogate_velocity = torch.zeros_like(hidden, dtype=torch.float32)
+            state.surrogates = collections.defaultdict(lambda: torch.zeros_like(hidden, dtype=torch.float32))
         # Through an alias and in float32: gradients are then added in the order of the reversible backward pass.
         branch = self.branches[index](layer, hidden.view_as(hidden), kwargs)
-        state.surrogate_velocity = momentum * state.surrogate_velocity + (1.0 - momentum) * branch.float()
-        surrogate = hidden + state.surrogate_velocity.to(hidden.dtype)
+        velocity, addend = state.surrogates[update.form], (1.0 - momentum) * branch.float()
+        velocity = (velocity + addend) / momentum if update.form == "inverse" else momentum * velocity + addend
+        state.surrogates[update.form] = velocity
+        surrogate = hidden + velocity.to(hidden.dtype)
         state.begin_step(None)
         with torch.no_grad():
-            value = state.forward(branch.detach(), bits)
+            value = state.forward(branch.detach(), update)
         return StoredValue.apply(surrogate, value)
 
     def _state_for(self, layer, index, hidden):
         state = self._passing.take(hidden)
         if state is not None:
             return state
-        if index == 0:
+        if index == self.route.order[0]:
             with _versioned_tensors(), torch.no_grad():
                 return ReversibleState(hidden.detach(), self.fraction_bits, self.recording)
         raise RuntimeError(
@@ -166,7 +191,7 @@ class ReversibleStack:
     @torch.compiler.disable
     def prepare(self, decoder, args, kwargs):
         """Forward pre-hook of the decoder: settle the cache and, in the first pass, the fraction bits."""
-        if self._observed is not None:
+        if self._observed is not None or self.bypassed:
             return None
         self._passing.drop()
         if self.fraction_bits is None:
@@ -206,10 +231,13 @@ class ReversibleStack:
             )
         self.fraction_bits = fraction_bits
 
-    def _observe(self, layer, hidden, kwargs):
+    def _plain(self, layer, hidden, kwargs):
         output = type(layer).unreversed.forward(layer, hidden, **kwargs)
         layer.reversible.returns_tuple = isinstance(output, tuple)
-        output = output[0] if layer.reversible.returns_tuple else output
+        return output[0] if layer.reversible.returns_tuple else output
+
+    def _observe(self, layer, hidden, kwargs):
+        output = self._plain(layer, hidden, kwargs)
         largest = torch.maximum(hidden.abs().amax(), output.abs().amax()).float()
         self._observed = torch.maximum(self._observed.to(largest.device), largest)
         return output

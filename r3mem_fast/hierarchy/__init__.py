@@ -1,0 +1,24 @@
+"""Documents as a hierarchy, and the context–query pairs that are remembered of them."""
+
+from .builders import ExtractiveBuilder, InstructBuilder
+from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder
+from .pairs import LEVELS, Pair, Passage, QueryBuilder, build_pairs
+from .split import Document, Paragraph, Span, split_document
+
+__all__ = [
+    "LEVELS",
+    "CapitalisedWords",
+    "Document",
+    "EntityFinder",
+    "ExtractiveBuilder",
+    "InstructBuilder",
+    "Pair",
+    "Paragraph",
+    "Passage",
+    "QueryBuilder",
+    "SpacyEntities",
+    "Span",
+    "build_pairs",
+    "default_entity_finder",
+    "split_document",
+]

@@ -1,0 +1,143 @@
+"""Query builders: extractive, and a local instruct model that writes questions."""
+
+import itertools
+import re
+from collections import Counter
+
+import torch
+
+from .pairs import MAX_SHARED_RUN, Passage
+from .words import STOP_WORDS
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_PAUSE = re.compile(r"[.!?;:—\"“”()\[\]_]")
+_SEPARATOR = "; "
+
+
+class ExtractiveBuilder:
+    """Queries from the text's own words; offline and deterministic.
+
+    document: a key phrase of each of its paragraphs. paragraph: a key phrase of its key sentence. entity: its list of
+    entities, or of its most telling words where it has too few.
+    """
+
+    name = "extractive"
+
+    def queries(self, passage: Passage):
+        if passage.level == "entity":
+            return _lists(passage)
+        if passage.level == "document":
+            return itertools.chain(_summaries(passage), _phrases(passage.parts, passage))
+        return itertools.chain(_phrases(passage.parts, passage), _lists(passage))
+
+
+class InstructBuilder:
+    """Questions written by a local instruct model (`transformers`), for documents and paragraphs.
+
+    Entities are asked by their list, which needs no model. model, tokenizer: as `load_model` gives them; the tokenizer
+    must have a chat template (ValueError else). attempts: questions sampled for a passage; a first one is greedy.
+    seed: of the samples.
+    """
+
+    _PROMPT = "Write one short question, of at most {words} words, that only this text answers. Text:\n\n{text}"
+
+    def __init__(self, model, tokenizer, *, attempts=6, seed=0):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template: an instruct model is needed to write questions")
+        self._model, self._tokenizer, self._attempts, self._seed = model, tokenizer, attempts, seed
+        self.name = f"questions by {model.config.name_or_path or type(model).__name__}"
+
+    def queries(self, passage: Passage):
+        if passage.level == "entity":
+            yield from _lists(passage)
+            return
+        prompt = self._PROMPT.format(words=max(passage.tokens * 2 // 3, 3), text=passage.text)
+        inputs = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(self._model.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed)
+            for attempt in range(self._attempts):
+                sampling = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
+                with torch.no_grad():
+                    output = self._model.generate(**inputs, max_new_tokens=passage.tokens + 8, **sampling)
+                answer = self._tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+                # What follows the first question mark, or an answer without one, is no question.
+                if question := re.match(r"[^?\n]*\?", answer.strip().strip('"')):
+                    yield question[0]
+
+
+def _summaries(passage):
+    """A key phrase of every paragraph, fewer and fewer of them until they fit."""
+    parts = passage.parts
+    for kept in range(len(parts), 0, -1):
+        chosen = parts[:: max(len(parts) // kept, 1)][:kept]
+        tokens = passage.tokens // kept
+        phrases = [next(_phrases([part], passage._replace(tokens=tokens)), None) for part in chosen]
+        phrases = [phrase for phrase in phrases if phrase]
+        if len(phrases) == kept:
+            yield _SEPARATOR.join(phrases)
+
+
+def _phrases(sentences, passage):
+    """Runs of words without a pause between them that fit, most telling first; those of the key sentence first."""
+    weight = _weights(passage)
+    longest = min(passage.tokens, MAX_SHARED_RUN)
+
+    def telling(sentence):
+        words = [weight(word[0]) for word in _WORD.finditer(sentence)]
+        return sum(words) / max(len(words), 1) ** 0.5
+
+    for sentence in sorted(sentences, key=telling, reverse=True):
+        words = list(_WORD.finditer(sentence))
+        runs = {}
+        for first, last in itertools.combinations_with_replacement(range(len(words)), 2):
+            if last - first >= longest:
+                continue
+            if any(word[0].lower() in STOP_WORDS for word in (words[first], words[last])):
+                continue
+            run = re.sub(r"\s+", " ", sentence[words[first].start() : words[last].end()])
+            if _PAUSE.search(run):
+                continue
+            runs[run] = sum(weight(word[0]) for word in words[first : last + 1])
+        for run in sorted(runs, key=runs.get, reverse=True):
+            if passage.count_tokens(run) <= longest:
+                yield run
+
+
+def _lists(passage):
+    """Lists of entities as long as they fit; of telling words where there are none, or too few to be distinct."""
+    weight = _weights(passage)
+    words = dict.fromkeys(word[0] for word in _WORD.finditer(passage.text))
+    known = {part for entity in passage.entities for part in _WORD.findall(entity)}
+    others = sorted((w for w in words if w not in known and weight(w) > 0), key=weight, reverse=True)
+    # First all that fit of the entities; then the same with one of the telling words; then those words alone.
+    for start in (passage.entities, *([*passage.entities, other] for other in others)):
+        if listed := _fitting(start, passage):
+            yield listed
+    for start in range(len(others)):
+        if listed := _fitting(others[start:], passage):
+            yield listed
+    yield from others
+
+
+def _fitting(items, passage):
+    """As many of the items as fit, the last one before the others: a list differs from others by its end."""
+    chosen = []
+    for item in [*items[-1:], *items[:-1]]:
+        if passage.count_tokens(_SEPARATOR.join([*chosen, item])) <= passage.tokens:
+            chosen.append(item)
+    return _SEPARATOR.join(sorted(chosen, key=items.index))
+
+
+def _weights(passage):
+    """How telling a word is: nothing for function words, most for names and for long words that are rare here."""
+    counts = Counter(word.lower() for word in _WORD.findall(passage.text))
+    known = {part for entity in passage.entities for part in _WORD.findall(entity)}
+
+    def weight(word):
+        if word.lower() in STOP_WORDS or len(word) < 3:
+            return 0.0
+        return (1.0 + min(len(word), 10) / 10 + (word in known)) / counts.get(word.lower(), 1) ** 0.5
+
+    return weight

@@ -1,0 +1,177 @@
+"""Context–query pairs of a hierarchy (DESIGN 2.7; R3Mem, section 3): document, paragraph, entity.
+
+A builder proposes queries; what a query must be is checked here, alike for all builders.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+from .entities import EntityFinder, default_entity_finder
+from .split import Document, split_document
+
+LEVELS = ("document", "paragraph", "entity")
+
+# Of a context's tokens, at most this share in its query; and no longer run of tokens that both have.
+MAX_QUERY_SHARE = 0.15
+MAX_SHARED_RUN = 8
+
+
+class Pair(NamedTuple):
+    """A context and the query that retrieves it.
+
+    level: "document", "paragraph" or "entity". document: its name. context: its text, verbatim. entities: those that
+    the context mentions. builder: which builder wrote the query.
+    """
+
+    level: str
+    document: str
+    query: str
+    context: str
+    entities: tuple[str, ...]
+    builder: str
+
+
+class Passage(NamedTuple):
+    """What a builder is asked to write a query for.
+
+    text: the context. parts: for a document its paragraphs, else its sentences. entities: those mentioned, the ones
+    that no other passage of this level mentions first. tokens: that the query may have. count_tokens: of a string.
+    """
+
+    level: str
+    text: str
+    parts: list[str]
+    entities: list[str]
+    tokens: int
+    count_tokens: Callable[[str], int]
+
+
+class QueryBuilder(Protocol):
+    """Writes queries. `name` says how, for reports."""
+
+    name: str
+
+    def queries(self, passage: Passage) -> Iterable[str]:
+        """Candidates for one passage, best first; the first that is fit is taken."""
+
+
+def build_pairs(
+    documents: dict[str, str],
+    tokenizer,
+    builder: QueryBuilder | None = None,
+    *,
+    entity_finder: EntityFinder | None = None,
+    levels=LEVELS,
+    language="en",
+) -> list[Pair]:
+    """The context–query pairs of named documents, document by document, level by level.
+
+    A query has at most 15 % of its context's tokens (but always room for one word), no run of more than 8 tokens that
+    its context also has (a list of entities excepted), and no other pair has the same one. Where the builder proposes
+    nothing that is fit, the extractive builder does, and the pair says so.
+    tokenizer: of the model that is to remember. builder: the extractive one by default. entity_finder: spaCy's where
+    it is installed, else a heuristic. levels: some of "document", "paragraph", "entity". language: of the sentences.
+    Raises ValueError for an empty text, a text that the tokenizer does not give back, or levels that are none.
+    """
+    # Here, because builders need this module's protocol.
+    from .builders import ExtractiveBuilder
+
+    extractive = ExtractiveBuilder()
+    builder = extractive if builder is None else builder
+    entity_finder = default_entity_finder() if entity_finder is None else entity_finder
+    if not levels or set(levels) - set(LEVELS):
+        raise ValueError(f"levels must be some of {LEVELS}, got {levels!r}")
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def count_tokens(text):
+        return len(ids_of(text))
+
+    pairs, taken = [], set()
+    for name, text in documents.items():
+        document = split_document(text, name, count_tokens, language)
+        _check_lossless(document, tokenizer, ids_of)
+        names = entity_finder(document.span.text)
+        for passage in _passages(document, names, levels, count_tokens):
+            query, wrote = _choose(passage, (builder, extractive), taken, ids_of, document.name)
+            taken.add(query)
+            pairs.append(Pair(passage.level, name, query, passage.text, tuple(passage.entities), wrote.name))
+    return pairs
+
+
+def mentioned(names, text) -> list[str]:
+    """Those of `names` that `text` mentions, as whole words, in the order of their first mention."""
+    places = {name: re.search(rf"(?<!\w){re.escape(name)}(?!\w)", re.sub(r"\s", " ", text)) for name in names}
+    return sorted((name for name in names if places[name]), key=lambda name: places[name].start())
+
+
+def longest_shared_run(left, right) -> int:
+    """Length of the longest run of items that two sequences have in common."""
+    longest, above = 0, [0] * (len(right) + 1)
+    for a in left:
+        row = [0] * (len(right) + 1)
+        for index, b in enumerate(right):
+            if a == b:
+                row[index + 1] = above[index] + 1
+        longest, above = max(longest, *row), row
+    return longest
+
+
+def _passages(document: Document, names, levels, count_tokens):
+    """The contexts of a document, level by level. A paragraph that is the whole document is not asked for again."""
+    paragraphs = document.paragraphs
+    by_level = {
+        "document": [(document.span.text, [p.span.text for p in paragraphs])],
+        "paragraph": [
+            (p.span.text, [s.text for s in p.sentences]) for p in paragraphs if p.span.text != document.span.text
+        ],
+        "entity": [(passage.text, [passage.text]) for p in paragraphs for passage in p.passages],
+    }
+    for level in LEVELS:
+        if level not in levels:
+            continue
+        found = [mentioned(names, text) for text, _ in by_level[level]]
+        for (text, parts), mine in zip(by_level[level], found, strict=True):
+            elsewhere = sum(found, []).count
+            entities = sorted(mine, key=lambda name: elsewhere(name) > 1)
+            tokens = int(MAX_QUERY_SHARE * count_tokens(text))
+            yield Passage(level, text, parts, entities, tokens, count_tokens)
+
+
+def _choose(passage, builders, taken, ids_of, document):
+    context = ids_of(passage.text)
+    for builder in builders:
+        for candidate in builder.queries(passage):
+            query = re.sub(r"\s+", " ", candidate).strip()
+            if not re.search(r"\w", query) or query in taken:
+                continue
+            ids = ids_of(query)
+            # One word is always allowed: a context of a few tokens would else have no query at all.
+            if len(ids) > passage.tokens and re.search(r"\W", query):
+                continue
+            if passage.level != "entity" and max(_runs(ids, query, context, ids_of)) > MAX_SHARED_RUN:
+                continue
+            return query, builder
+    raise ValueError(
+        f"document {document!r}: no query of its own is left for the {passage.level} {passage.text[:60]!r}; is a text "
+        "given twice, or does it repeat itself? Leave it out, or pass other levels"
+    )
+
+
+def _runs(ids, query, context, ids_of):
+    """Tokens depend on what stands before a word, so the query is looked for as it would stand inside a text too."""
+    return longest_shared_run(ids, context), longest_shared_run(ids_of(" " + query), context)
+
+
+def _check_lossless(document, tokenizer, ids_of):
+    text = document.span.text
+    back = tokenizer.decode(ids_of(text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if back != text:
+        at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+        raise ValueError(
+            f"document {document.name!r}: the tokenizer does not give the text back, from character {at} on: "
+            f"{text[at : at + 20]!r} became {back[at : at + 20]!r}. Normalise the text (Unicode form, control "
+            "characters), or use another model"
+        )

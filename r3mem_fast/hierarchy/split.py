@@ -1,0 +1,120 @@
+"""Documents as a hierarchy: document → paragraph → passage of sentences, each a span of the text itself."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+with warnings.catch_warnings():
+    # pysbd 0.3.4 has regular expressions with escapes that Python warns about when it compiles them.
+    warnings.simplefilter("ignore", SyntaxWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import pysbd
+
+# A query may take 15 % of its context's tokens; shorter contexts than these would leave it hardly a word.
+PARAGRAPH_TOKENS = (32, 128)
+PASSAGE_TOKENS = 27
+
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+
+
+class Span(NamedTuple):
+    """A piece of a document: `text` is `document[start:end]`, without white space around it."""
+
+    text: str
+    start: int
+    end: int
+
+
+class Paragraph(NamedTuple):
+    """A paragraph, its sentences, and the passages (runs of whole sentences) that its entities are asked by."""
+
+    span: Span
+    sentences: list[Span]
+    passages: list[Span]
+
+
+class Document(NamedTuple):
+    """A document and its paragraphs, in order."""
+
+    name: str
+    span: Span
+    paragraphs: list[Paragraph]
+
+
+def split_document(text: str, name: str, count_tokens: Callable[[str], int], language: str = "en") -> Document:
+    """Split a text into paragraphs (at blank lines), sentences (pysbd) and passages of sentences.
+
+    Neighbouring paragraphs of fewer than 32 tokens (headings, lines of dialogue) are joined, and one of more than 128
+    is cut between sentences; passages have at least 27 tokens where the paragraph allows it. A single sentence is
+    never cut. count_tokens: tokens of a string. language: of the sentences, as pysbd names it.
+    Raises ValueError for a text without a word, TypeError for something that is no string.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"document {name!r} must be a string, got {type(text).__name__}")
+    if not re.search(r"\w", text):
+        raise ValueError(f"document {name!r} holds no text")
+    segmenter = pysbd.Segmenter(language=language, clean=False, char_span=True)
+    low, high = PARAGRAPH_TOKENS
+    blocks = _joined(_split_at(text, _BLANK_LINES), text, low, count_tokens)
+    paragraphs = []
+    for block in blocks:
+        sentences = _sentences(segmenter, text, block)
+        parts = -(-count_tokens(block.text) // high)
+        for run in _runs(sentences, parts, count_tokens):
+            span = _span(text, run[0].start, run[-1].end)
+            paragraphs.append(Paragraph(span, run, _joined(run, text, PASSAGE_TOKENS, count_tokens)))
+    return Document(name, _span(text, 0, len(text)), paragraphs)
+
+
+def _split_at(text, separator):
+    starts = [0, *(match.end() for match in separator.finditer(text))]
+    ends = [*(match.start() for match in separator.finditer(text)), len(text)]
+    spans = (_span(text, start, end) for start, end in zip(starts, ends, strict=True))
+    return [span for span in spans if span.text]
+
+
+def _span(text, start, end):
+    """The span from `start` to `end`, less the white space around it."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    piece = piece.strip()
+    return Span(piece, start, start + len(piece))
+
+
+def _sentences(segmenter, text, block):
+    """The sentences of a block; what has no word of its own belongs to the sentence before it."""
+    # A line break inside a paragraph ends no sentence.
+    found = segmenter.segment(re.sub(r"\s", " ", block.text))
+    starts = [block.start + sentence.start for sentence in found if re.search(r"\w", sentence.sent)]
+    starts = [block.start, *(start for start in sorted(set(starts)) if start > block.start)]
+    return [_span(text, start, end) for start, end in zip(starts, [*starts[1:], block.end], strict=True)]
+
+
+def _joined(spans, text, least, count_tokens):
+    """Neighbours joined until each has `least` tokens; a short rest goes to the one before it."""
+    joined, start = [], None
+    for span in spans:
+        start = span.start if start is None else start
+        whole = _span(text, start, span.end)
+        if count_tokens(whole.text) >= least:
+            joined.append(whole)
+            start = None
+    if start is not None:
+        start = joined.pop().start if joined else start
+        joined.append(_span(text, start, spans[-1].end))
+    return joined
+
+
+def _runs(sentences, parts, count_tokens):
+    """The sentences as at most `parts` runs of about equal length in tokens."""
+    lengths = [count_tokens(sentence.text) for sentence in sentences]
+    total, passed, runs = sum(lengths), 0, [[]]
+    for sentence, length in zip(sentences, lengths, strict=True):
+        # A sentence belongs to the part that its middle lies in.
+        part = min(int((passed + length / 2) * parts / total), parts - 1)
+        if runs[-1] and part >= len(runs):
+            runs.append([])
+        runs[-1].append(sentence)
+        passed += length
+    return runs
