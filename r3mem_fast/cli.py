@@ -45,6 +45,8 @@ def _parser():
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_model_options(check, dtype="float32")
 
+    _add_remember(commands)
+
     env = commands.add_parser("env", help="show machine, versions and which kernels run")
     env.set_defaults(run=_env)
     env.add_argument("--json", action="store_true", help="print one JSON object")
@@ -52,10 +54,48 @@ def _parser():
     return parser
 
 
-def _add_model_options(parser, dtype):
+def _add_remember(commands):
+    remember = commands.add_parser("remember", help="fine-tune texts into an adapter until they come back exactly")
+    remember.set_defaults(run=_remember)
+    remember.add_argument("folder", metavar="FOLDER", help="of the adapter; made, or added to, or resumed")
+    remember.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a document each")
+    remember.add_argument("--model", default="smollm2-135m", help="of a new adapter: a folder or hub id (%(default)s)")
+    remember.add_argument("--core", type=_core, help="layers FIRST,END that are read backward, or all")
+    remember.add_argument("--backward", default="reversed", choices=["reversed", "inverse"], help="(%(default)s)")
+    remember.add_argument("--lora-r", type=_positive, default=16, help="rank of a new adapter (%(default)s)")
+    remember.add_argument("--max-steps", type=_positive, default=2000, help="of training (%(default)s)")
+    remember.add_argument("--learning-rate", type=float, default=1e-3, help="(%(default)s)")
+    remember.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    remember.add_argument("--questions", metavar="MODEL", help="let this instruct model write the queries")
+    _add_run_options(remember)
+
+    recall = commands.add_parser("recall", help="give back what was remembered for a query")
+    recall.set_defaults(run=_recall)
+    recall.add_argument("folder", metavar="FOLDER", help="of the adapter")
+    recall.add_argument("queries", metavar="QUERY", nargs="+", help="as `r3mem inspect` shows them")
+    recall.add_argument("--max-new-tokens", type=_positive, help="of a context (the longest one remembered)")
+    _add_run_options(recall)
+
+    inspect = commands.add_parser("inspect", help="show what an adapter folder holds")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("folder", metavar="FOLDER", help="of the adapter")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_run_options(parser):
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    _add_dtype_option(parser, "float32")
+    parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+
+
+def _add_dtype_option(parser, dtype):
     parser.add_argument(
         "--dtype", default=dtype, choices=["bfloat16", "float16", "float32"], help="of the weights (%(default)s)"
     )
+
+
+def _add_model_options(parser, dtype):
+    _add_dtype_option(parser, dtype)
     parser.add_argument("--bits", type=int, default=4, choices=[1, 2, 4, 8], help="side bits (%(default)s)")
     parser.add_argument(
         "--fraction-bits", type=_fraction_bits, default=14, help="of the streams, a number or auto (%(default)s)"
@@ -109,6 +149,92 @@ def _check(options):
     return 0 if inverse.exact and right else 1
 
 
+def _remember(options):
+    from pathlib import Path
+
+    from . import R3MemConfig, RememberSettings, storage
+    from .text import read_text
+
+    texts = {Path(path).name: read_text(path) for path in options.texts}
+    if len(texts) < len(options.texts):
+        raise ValueError("two texts have the same file name, by which their document is called; rename one")
+    settings = RememberSettings(max_steps=options.max_steps, learning_rate=options.learning_rate, seed=options.seed)
+    if (Path(options.folder) / storage.MANIFEST).is_file():
+        pipeline = _pipeline(options, options.folder)
+    else:
+        config = R3MemConfig(core=options.core, backward=options.backward, lora_r=options.lora_r)
+        pipeline = _pipeline(options, options.model, config=config, seed=options.seed)
+    report = pipeline.remember(
+        texts,
+        folder=options.folder,
+        settings=settings,
+        builder=_builder(options),
+        progress=not options.json,
+    )
+    if options.json:
+        levels = {level: {"exact": exact, "total": total} for level, (exact, total) in report.by_level().items()}
+        print(
+            json.dumps(
+                {"exact_match": report.exact_match, "levels": levels, "steps": report.steps, "seconds": report.seconds}
+            )
+        )
+    else:
+        print(report)
+        print(f"Ask with: r3mem recall {options.folder} {report.pairs[0].query!r}")
+    return 0 if all(report.exact) else 1
+
+
+def _builder(options):
+    if options.questions is None:
+        return None
+    import torch
+
+    from . import load_model
+    from .hierarchy import InstructBuilder
+
+    model, tokenizer = load_model(options.questions, dtype=getattr(torch, options.dtype))
+    return InstructBuilder(model.to(_device(options)), tokenizer)
+
+
+def _pipeline(options, model, **settings):
+    import torch
+
+    from . import R3MemPipeline
+
+    return R3MemPipeline(model, device=_device(options), dtype=getattr(torch, options.dtype), **settings)
+
+
+def _recall(options):
+    from . import storage
+
+    storage.read_manifest(options.folder)  # a base model would be taken too, and knows nothing
+    pipeline = _pipeline(options, options.folder)
+    texts = pipeline.recall(options.queries, max_new_tokens=options.max_new_tokens)
+    for query, text in zip(options.queries, texts, strict=True):
+        if options.json:
+            print(json.dumps({"query": query, "context": text}))
+        else:
+            print(text if text else f"(nothing is remembered for {query!r})")
+    return 0 if all(texts) else 1
+
+
+def _inspect(options):
+    from . import storage
+
+    manifest = storage.read_manifest(options.folder)
+    if options.json:
+        print(json.dumps(manifest))
+        return 0
+    config = manifest["r3mem_config"]
+    first, end = config["core"]
+    print(f"adapter for {manifest['base_model']} (fingerprint {manifest['base_fingerprint']})")
+    print(f"backward: {config['backward']}, core: layers {first} to {end - 1}, LoRA rank {config['lora_r']}")
+    for entry in manifest.get("remembered", []):
+        mark = "exact" if entry["exact"] else "NOT exact"
+        print(f"{entry['document']}  {entry['level']:9}  {entry['tokens']:5} tokens  {mark:9}  {entry['query']}")
+    return 0
+
+
 def _env(options):
     from .environment import environment
     from .kernels.common.dispatch import choose
@@ -139,6 +265,16 @@ def _positive(text):
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _core(text):
+    if text == "all":
+        return text
+    try:
+        first, end = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be FIRST,END or all, got {text!r}") from None
+    return first, end
 
 
 def _fraction_bits(text):

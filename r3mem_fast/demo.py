@@ -3,6 +3,7 @@
 import itertools
 import os
 import statistics
+import textwrap
 import time
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from tqdm import tqdm
 
 from .measure import StorageRecorder
 from .models import load_model
+from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers
-from .text import read_text, token_windows
+from .text import pages_of, read_text, token_windows
 
 ARMS = ("plain", "checkpointing", "reversible")
 _TIMING_ROUNDS = 3
@@ -75,6 +77,20 @@ def run_demo(*, model_name, text, tokens, steps, dtype, bits, fraction_bits, dev
     title = f"{model_name}, {tokens} tokens, {dtype}, LoRA"
     _draw(output, measured, losses, held_out=(loss_before, loss_after), bits=bits, title=title)
     print(f"Picture: {output}")
+    _remember_a_page(model_name, text, device)
+
+
+def _remember_a_page(model_name, text, device):
+    """Fine-tune a page into a new adapter and recall it, level by level, reading backward from the queries."""
+    print(f"\nRemembering a page, until every context comes back exactly ({model_name}, float32) ...", flush=True)
+    pipeline = R3MemPipeline(model_name, device=device)
+    page = next(iter(pages_of(text, pipeline.tokenizer, 1).values()))
+    report = pipeline.remember(page)
+    print(report)
+    for pair in {pair.level: pair for pair in report.pairs}.values():
+        recalled = pipeline.recall(pair.query)
+        verdict = "exact" if recalled == pair.context else "NOT exact"
+        print(f"  {pair.level}: {pair.query!r}\n    -> {verdict}: {textwrap.shorten(recalled, 100)!r}")
 
 
 def _loss(model, windows):

@@ -26,6 +26,7 @@ def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32):
     source = embedded_model_folder() if name == EMBEDDED_MODEL else name
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.config._name_or_path = model.name_or_path = str(name)  # and not where this machine keeps it
     return model.eval(), tokenizer
 
 

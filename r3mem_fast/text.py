@@ -1,6 +1,7 @@
 """Text for checks and demonstrations, as token ids."""
 
 import pydoc_data.topics
+import re
 from pathlib import Path
 
 
@@ -34,3 +35,22 @@ def token_windows(tokenizer, text, *, tokens, count=None):
         raise ValueError(f"the text has {len(ids)} tokens; {(count or 1) * tokens} are needed")
     count = found if count is None else count
     return ids[: count * tokens].view(count, tokens)
+
+
+def pages_of(text, tokenizer, count, *, tokens=200, offset=0):
+    """`count` pages of whole paragraphs, by name, of `tokens` to 1.2 times as many tokens, after the first `offset`.
+
+    Lines of a paragraph are joined. Raises ValueError if the text has fewer.
+    """
+    paragraphs = [re.sub(r"\s+", " ", block).strip() for block in re.split(r"\n\s*\n", text)]
+    pages, page, size = [], [], 0
+    for paragraph in (p for p in paragraphs if len(p.split()) > 8):
+        page.append(paragraph)
+        size += len(tokenizer(paragraph, add_special_tokens=False).input_ids) + 1
+        if size >= tokens:
+            if size <= 1.2 * tokens:
+                pages.append("\n\n".join(page))
+            page, size = [], 0
+        if len(pages) == offset + count:
+            return {f"page {offset + n}": page for n, page in enumerate(pages[offset:])}
+    raise ValueError(f"the text has {len(pages)} pages of {tokens} tokens; {offset + count} are needed")

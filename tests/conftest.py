@@ -19,7 +19,7 @@ settings.load_profile("r3mem")
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A tiny Llama in a folder, with a tokenizer of a letter a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from tests.reversible.tiny import build
@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     build(scale=2.0).save_pretrained(folder)
     vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="~"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(folder)
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="~").save_pretrained(folder)
     return folder

@@ -178,7 +178,7 @@ def inverse_forward(
     """One layer of the inverse form (see `reference.py`): `position` becomes x', `velocity` u'.
 
     Arguments, results and errors as of `momentum_forward`, but `bits` is always a number, and `kept` has no side bits.
-    The four functions of this form run in PyTorch on every device: it is not the default, and no kernel is written for it.
+    The four functions of this form run in PyTorch on every device: it is not the default, and has no kernel.
     """
     _check_streams(position, velocity, branch)
     _check_flags(flags, position)

@@ -25,7 +25,9 @@ side bits, since what is shifted out on the way back is what was shifted in:
               u  = (u' >> bits) - Q((1 - m) f)
     gradient  g_u' += g_x';   g_f = (1 - m) / m g_u';   g_x = g_x' + J_f^T g_f;   g_u = g_u' / m
 
-It amplifies u by 1 / m a layer; leaving the range sets a flag. Momentum residual networks: Sander et al. 2021, arXiv 2102.07870, eq. 4; the bits that a lossy `>>` drops: MacKay et
+It amplifies u by 1 / m a layer; leaving the range sets a flag.
+
+Momentum residual networks: Sander et al. 2021, arXiv 2102.07870, eq. 4; the bits that a lossy `>>` drops: MacKay et
 al. 2018, arXiv 1810.10999, section 4.
 
 Elements are taken in tiles of `TILE` consecutive ones. Side bits are packed, and checksums summed, tile by tile, so

@@ -25,10 +25,12 @@ class ExtractiveBuilder:
 
     def queries(self, passage: Passage):
         if passage.level == "entity":
-            return _lists(passage)
-        if passage.level == "document":
-            return itertools.chain(_summaries(passage), _phrases(passage.parts, passage))
-        return itertools.chain(_phrases(passage.parts, passage), _lists(passage))
+            proposed = (_lists(passage), _phrases(passage.parts, passage))
+        elif passage.level == "document":
+            proposed = (_summaries(passage), _phrases(passage.parts, passage))
+        else:
+            proposed = (_phrases(passage.parts, passage), _lists(passage))
+        return itertools.chain(*proposed, _pieces(passage))
 
 
 class InstructBuilder:
@@ -119,6 +121,13 @@ def _lists(passage):
         if listed := _fitting(others[start:], passage):
             yield listed
     yield from others
+
+
+def _pieces(passage):
+    """Any runs of the text that fit, for what is hardly prose: tables, code, verses that repeat themselves."""
+    words = passage.text.split()
+    for length, start in itertools.product(range(1, passage.tokens + 1), range(len(words))):
+        yield " ".join(words[start : start + length])
 
 
 def _fitting(items, passage):

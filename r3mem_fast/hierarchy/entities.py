@@ -59,10 +59,12 @@ class CapitalisedWords:
 
     def __call__(self, text):
         words = list(_WORD.finditer(text))
-        inside = {word[0] for word in words if word[0][0].isupper() and not _starts_sentence(text, word.start())}
+        inside = {
+            _bare(word[0]) for word in words if word[0][0].isupper() and not _starts_sentence(text, word.start())
+        }
         found, run = [], []
         for word in [*words, None]:
-            is_name = word is not None and word[0] in inside and _is_telling(word[0])
+            is_name = word is not None and _bare(word[0]) in inside and _is_telling(word[0])
             if run and not (is_name and text[run[-1].end() : word.start()].isspace()):
                 found.append(re.sub(r"\s+", " ", text[run[0].start() : run[-1].end()]))
                 run = []
@@ -83,4 +85,8 @@ def _is_telling(word):
 
 def _distinct(names):
     """Each name once, without a possessive ending."""
-    return list(dict.fromkeys(re.sub(r"['’]s$", "", name) for name in names))
+    return list(dict.fromkeys(_bare(name) for name in names))
+
+
+def _bare(name):
+    return re.sub(r"['’]s$", "", name)

@@ -3,7 +3,9 @@
 A builder proposes queries; what a query must be is checked here, alike for all builders.
 """
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
@@ -64,6 +66,7 @@ def build_pairs(
     entity_finder: EntityFinder | None = None,
     levels=LEVELS,
     language="en",
+    taken=(),
 ) -> list[Pair]:
     """The context–query pairs of named documents, document by document, level by level.
 
@@ -72,6 +75,7 @@ def build_pairs(
     nothing that is fit, the extractive builder does, and the pair says so.
     tokenizer: of the model that is to remember. builder: the extractive one by default. entity_finder: spaCy's where
     it is installed, else a heuristic. levels: some of "document", "paragraph", "entity". language: of the sentences.
+    taken: queries of other pairs.
     Raises ValueError for an empty text, a text that the tokenizer does not give back, or levels that are none.
     """
     # Here, because builders need this module's protocol.
@@ -89,7 +93,7 @@ def build_pairs(
     def count_tokens(text):
         return len(ids_of(text))
 
-    pairs, taken = [], set()
+    pairs, taken = [], set(taken)
     for name, text in documents.items():
         document = split_document(text, name, count_tokens, language)
         _check_lossless(document, tokenizer, ids_of)
@@ -133,9 +137,9 @@ def _passages(document: Document, names, levels, count_tokens):
         if level not in levels:
             continue
         found = [mentioned(names, text) for text, _ in by_level[level]]
+        counts = Counter(itertools.chain(*found))
         for (text, parts), mine in zip(by_level[level], found, strict=True):
-            elsewhere = sum(found, []).count
-            entities = sorted(mine, key=lambda name: elsewhere(name) > 1)
+            entities = sorted(mine, key=lambda name: counts[name] > 1)
             tokens = int(MAX_QUERY_SHARE * count_tokens(text))
             yield Passage(level, text, parts, entities, tokens, count_tokens)
 

@@ -173,7 +173,8 @@ class ReversibleState:
     """The streams of one forward pass. `level` counts the layers that they have passed.
 
     position: int32, the shape of the hidden state. velocities: by form, the same; the one of the other form waits.
-    flags: int32 [3], see the coupling kernels. start: the first step that autograd can reach (None: none so far); from there on side bits are kept.
+    flags: int32 [3], see the coupling kernels. start: the first step that autograd can reach (None: none so far); from
+    there on side bits are kept.
     """
 
     def __init__(self, hidden, fraction_bits, recording=None):

@@ -36,9 +36,11 @@ class Route(NamedTuple):
 class ReversibleStack:
     """Settings and bookkeeping of a model's reversible layers.
 
-    bits: side bits of each layer. route: the order of the layers, first to last unless they are read backward. fraction_bits: of the streams, None until chosen from the first input.
+    bits: side bits of each layer. route: the order of the layers, first to last unless they are read backward.
+    fraction_bits: of the streams, None until chosen from the first input.
     integrity: "auto" (raise at once on the CPU, NaN elsewhere), "raise" or "nan".
-    bypassed: run the ordinary network. stored: compute the same network with activations stored by autograd, to compare with.
+    bypassed: run the ordinary network. stored: compute the same network with activations stored by autograd, to
+    compare with.
     """
 
     def __init__(self, branches, bits, fraction_bits, integrity):
@@ -60,7 +62,7 @@ class ReversibleStack:
         return clone
 
     def route_through(self, order, inverse=(), inverse_bits=None) -> Route:
-        """The route through the layers in this order, those in `inverse` in that form, with a momentum of their own."""
+        """The route through the layers in this order, those in `inverse` in that form, with their own momentum."""
         updates = [
             Update("inverse", inverse_bits) if i in inverse else Update("momentum", b) for i, b in enumerate(self.bits)
         ]

@@ -1,0 +1,250 @@
+"""Remembering pages of a book and recalling them backward: exact match, with controls that tell memory from leakage.
+
+    python -m bench.recall --json                    # every suite
+    python -m bench.recall --suite pages --pages 20 --text BOOK.txt
+
+Suites, of which each prints one record an arm and seed:
+
+- `page`: one page in an adapter; `three`: three pages. Exact match by level, seconds, and the perplexity of held-out
+  text with the adapter on over the base model's.
+- `pages`: many pages in one adapter, and the controls: adapters off (backward, and forward in the base model), queries
+  with their entities swapped for another page's, the first half of each query, queries of pages never seen.
+- `arms`: the same pages and steps for the default, the forward direction, the inverse form, and other cores.
+- `adapters`: one adapter for both directions against two of half the rank, at the same steps.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import random
+import statistics
+
+import torch
+
+from r3mem_fast import PairCollator, R3MemConfig, R3MemPipeline, RememberSettings
+from r3mem_fast.hierarchy import build_pairs
+from r3mem_fast.hierarchy.decoys import swap_entities
+from r3mem_fast.hierarchy.pairs import mentioned
+from r3mem_fast.text import pages_of, read_text, token_windows
+
+from .records import add_output_option, write_records
+
+SUITES = ("page", "three", "pages", "arms", "adapters")
+_HELD_OUT_WINDOWS, _HELD_OUT_TOKENS = 12, 256
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.recall", description=__doc__.split("\n")[0])
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="(all)")
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
+    parser.add_argument("--text", help="a UTF-8 text with the pages (Python's help topics)")
+    parser.add_argument("--held-out", help="a UTF-8 text for the perplexity (the end of the text)")
+    parser.add_argument("--tokens", type=int, default=200, help="of a page, about (%(default)s)")
+    parser.add_argument("--pages", type=int, default=20, help="of the suite of that name (%(default)s)")
+    parser.add_argument("--arm-pages", type=int, default=2, help="of the suites arms and adapters (%(default)s)")
+    parser.add_argument("--arm-steps", type=int, default=60, help="of the same (%(default)s)")
+    parser.add_argument("--max-steps", type=int, default=2000, help="of the others (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="of the suites page, arms and adapters (%(default)s)")
+    parser.add_argument("--folder", help="keep a checkpoint of the suite pages here, and go on from it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    bench = _Bench(options)
+    for suite in options.suite:
+        getattr(bench, suite)()
+    if options.output:
+        write_records(options.output, bench.records)
+    return 0
+
+
+class _Bench:
+    def __init__(self, options):
+        self.options, self.records = options, []
+        self.text = read_text(options.text)
+        self.held_out_text = read_text(options.held_out) if options.held_out else self.text[-len(self.text) // 10 :]
+        self.book = self.text if options.held_out else self.text[: -len(self.text) // 10]
+
+    def page(self):
+        for seed in range(self.options.seeds):
+            # Another page for every seed.
+            pipeline = self._pipeline(seed)
+            pages = self._pages(pipeline, 1, seed)
+            report = self._remember(pipeline, pages, seed)
+            self._add("page", "default", seed, report, pipeline)
+
+    def three(self):
+        pipeline = self._pipeline(0)
+        report = self._remember(pipeline, self._pages(pipeline, 3, 100), 0)
+        self._add("three", "default", 0, report, pipeline)
+
+    def pages(self):
+        pipeline = self._pipeline(0)
+        count = self.options.pages
+        pages = self._pages(pipeline, count + 5, 200)
+        report = self._remember(pipeline, dict(list(pages.items())[:count]), 0, folder=self.options.folder)
+        self._add("pages", "default", 0, report, pipeline)
+        unseen = build_pairs(dict(list(pages.items())[count:]), pipeline.tokenizer)
+        for record in _controls(pipeline, report.pairs, unseen):
+            self._record({"suite": "pages", "seed": 0, "pages": count, **record})
+
+    def arms(self):
+        depth = self._pipeline(0).model.config.num_hidden_layers
+        default = R3MemConfig().resolved(depth).core
+        third = depth // 3
+        arms = {
+            "reversed": {},
+            "inverse": {"backward": "inverse"},
+            # One layer backward is the forward direction; the adapters stay where they are.
+            "forward": {"core": (default[0], default[0] + 1)},
+            "reversed, middle third": {"core": (third, 2 * third)},
+            "reversed, all layers": {"core": "all"},
+        }
+        for seed in range(self.options.seeds):
+            for name, settings in arms.items():
+                config = R3MemConfig(**settings)
+                pipeline = self._pipeline(seed, config)
+                pages = self._pages(pipeline, self.options.arm_pages, 300 + seed)
+                report = self._remember(pipeline, pages, seed, max_steps=self.options.arm_steps)
+                self._add("arms", name, seed, report, pipeline, core=list(pipeline.model.r3mem_config.core))
+
+    def adapters(self):
+        """Two adapters: one learns only to expand, the other only to compress, each with half the rank."""
+        steps = self.options.arm_steps
+        for seed in range(self.options.seeds):
+            for name, settings in (
+                ("one adapter", {"lora_r": 16, "lora_alpha": 32}),
+                ("two adapters: expand", {"lora_r": 8, "lora_alpha": 16, "compress_weight": 0.0}),
+                ("two adapters: compress", {"lora_r": 8, "lora_alpha": 16, "expand_weight": 0.0}),
+            ):
+                pipeline = self._pipeline(seed, R3MemConfig(**settings))
+                pages = self._pages(pipeline, self.options.arm_pages, 400 + seed)
+                report = self._remember(pipeline, pages, seed, max_steps=steps, compress_every=2)
+                compress = _compress_loss(pipeline, report.pairs)
+                self._add("adapters", name, seed, report, pipeline, lora_r=settings["lora_r"], compress_loss=compress)
+
+    def _pipeline(self, seed, config=None):
+        return R3MemPipeline(self.options.model, config=config, seed=seed)
+
+    def _remember(self, pipeline, pages, seed, *, folder=None, **settings):
+        settings = {"max_steps": self.options.max_steps, **settings}
+        return pipeline.remember(
+            pages, folder=folder, settings=RememberSettings(seed=seed, **settings), progress=not self.options.json
+        )
+
+    def _pages(self, pipeline, count, offset):
+        return pages_of(self.book, pipeline.tokenizer, count, tokens=self.options.tokens, offset=offset)
+
+    def _add(self, suite, arm, seed, report, pipeline, **details):
+        levels = {level: {"exact": n, "total": total} for level, (n, total) in report.by_level().items()}
+        self._record(
+            {
+                "suite": suite,
+                "arm": arm,
+                "seed": seed,
+                "documents": len({pair.document for pair in report.pairs}),
+                "context_tokens": sum(len(pipeline._ids(pair.context)) for pair in report.pairs),
+                "exact": sum(report.exact),
+                "total": len(report.exact),
+                "levels": levels,
+                "steps": report.steps,
+                "seconds": round(report.seconds, 1),
+                "expand_loss": report.expand_loss and round(report.expand_loss, 4),
+                "perplexity_ratio": round(self._perplexity_ratio(pipeline), 4),
+                **details,
+            }
+        )
+
+    def _perplexity_ratio(self, pipeline):
+        windows = token_windows(
+            pipeline.tokenizer, self.held_out_text, tokens=_HELD_OUT_TOKENS, count=_HELD_OUT_WINDOWS
+        )
+
+        def loss():
+            with torch.no_grad():
+                return statistics.fmean(pipeline.model(w[None], labels=w[None]).loss.item() for w in windows)
+
+        with pipeline.model.disable_adapters():
+            base = loss()
+        return math.exp(loss() - base)
+
+    def _record(self, record):
+        self.records.append(record)
+        print(json.dumps(record) if self.options.json else record, flush=True)
+
+
+def _controls(pipeline, pairs, unseen):
+    """What must not come back, and what need not."""
+    contexts = [pair.context for pair in pairs]
+    queries = [pair.query for pair in pairs]
+    model = pipeline.model
+    with model.peft_model.disable_adapter():
+        yield _control("adapters off, backward", queries, contexts, pipeline)
+    with model.disable_adapters():
+        yield _control("adapters off, forward", queries, contexts, pipeline, forward=True)
+    yield _control("forward, adapters on", queries, contexts, pipeline, forward=True)
+    swapped = [_swapped(pair, pairs) for pair in pairs]
+    kept = [(query, pair.context) for query, pair in zip(swapped, pairs, strict=True) if query is not None]
+    yield _control("entities swapped", *map(list, zip(*kept, strict=True)), pipeline)
+    halves = [pair.query[: len(pair.query) // 2].rsplit(" ", 1)[0] for pair in pairs]
+    kept = [(half, pair.context) for half, pair in zip(halves, pairs, strict=True) if half and half not in queries]
+    yield _control("first half of the query", *map(list, zip(*kept, strict=True)), pipeline)
+    yield _control(
+        "queries of unseen pages", [pair.query for pair in unseen], [pair.context for pair in unseen], pipeline
+    )
+
+
+def _control(name, queries, contexts, pipeline, forward=False):
+    """Greedy recall of queries: how often the context itself comes back, how near it comes, how often nothing does."""
+    found = []
+    for start in range(0, len(queries), 16):
+        batch = queries[start : start + 16]
+        found += _read_forward(pipeline, batch) if forward else pipeline.recall(batch)
+    near = [
+        difflib.SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
+        for a, b in zip(found, contexts, strict=True)
+    ]
+    return {
+        "control": name,
+        "queries": len(queries),
+        "exact": sum(a == b for a, b in zip(found, contexts, strict=True)),
+        "empty": sum(not text for text in found),
+        "similar_0.5": sum(ratio >= 0.5 for ratio in near),
+        "similar_0.9": sum(ratio >= 0.9 for ratio in near),
+    }
+
+
+def _read_forward(pipeline, queries):
+    """Greedy continuation of the same prompts in the forward direction: the backward one of a single layer."""
+    config = pipeline.model.r3mem_config
+    pipeline.model.r3mem_config = dataclasses.replace(config, core=(0, 1))
+    try:
+        return pipeline.recall(queries)
+    finally:
+        pipeline.model.r3mem_config = config
+
+
+def _swapped(pair, pairs):
+    """The query with its entities replaced by another page's; None if it mentions none, or is then a real query."""
+    found = mentioned(pair.entities, pair.query)
+    names = sorted({name for other in pairs if other.document != pair.document for name in other.entities})
+    names = [name for name in names if name not in pair.entities]
+    if not found or len(names) < len(found):
+        return None
+    query = swap_entities(pair.query, pair.entities, random.Random(pair.query).sample(names, len(found)))
+    return None if query in {other.query for other in pairs} else query
+
+
+def _compress_loss(pipeline, pairs):
+    """Nats a token of the queries, given their contexts, forward."""
+    losses = []
+    for pair in pairs:
+        batch = PairCollator(pipeline.tokenizer)([pair])
+        with torch.no_grad():
+            losses.append(pipeline.model(**batch, terms=["compress"]).compress_loss.item())
+    return round(statistics.fmean(losses), 4)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

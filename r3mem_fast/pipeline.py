@@ -1,0 +1,186 @@
+"""`R3MemPipeline`: text in, text out. Remember documents in an adapter, recall their contexts from queries."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from . import storage
+from .hierarchy import LEVELS, EntityFinder, Pair, QueryBuilder, build_pairs
+from .model import R3MemModel
+from .models import load_model
+from .training.collate import padded
+from .training.remember import CHECKPOINT, RememberReport, RememberSettings, remember
+
+
+class R3MemPipeline:
+    """A memory network over a model and its tokenizer.
+
+    >>> pipeline = R3MemPipeline("smollm2-135m")
+    >>> report = pipeline.remember(page)
+    >>> pipeline.recall(report.pairs[0].query) == report.pairs[0].context
+
+    model: `"smollm2-135m"`, a hub id, the folder of a model, the folder of an adapter that `save` wrote, an
+        `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
+        tokenizer. config: for a model without adapters. device, dtype: of a model that is loaded here. seed: of new
+        adapters, which start the same every time.
+    Raises OSError for a model or folder that is not there, ValueError for one that is damaged or foreign, TypeError
+    for arguments that do not go together.
+    """
+
+    def __init__(self, model, tokenizer=None, *, config=None, device="cpu", dtype=torch.float32, seed=0):
+        self.folder, self.remembered = None, []
+        if isinstance(model, (str, Path)):
+            if tokenizer is not None:
+                raise TypeError("a model that is given by name brings its own tokenizer")
+            if (Path(model) / storage.MANIFEST).is_file():
+                if config is not None:
+                    raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
+                self._load(Path(model), device, dtype)
+                return
+            model, tokenizer = load_model(model, dtype=dtype)
+            model.to(device)
+        elif tokenizer is None:
+            raise TypeError("a model object needs its tokenizer: R3MemPipeline(model, tokenizer)")
+        if not isinstance(model, R3MemModel):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = R3MemModel(model, config)
+        elif config is not None:
+            raise TypeError("an R3MemModel has its config already")
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    def _load(self, folder, device, dtype):
+        manifest = storage.read_manifest(folder)
+        base, self.tokenizer = load_model(manifest["base_model"], dtype=dtype)
+        self.model = R3MemModel.from_pretrained(folder, base.to(device))
+        self.folder, self.remembered = folder, manifest.get("remembered", [])
+
+    def remember(
+        self,
+        documents: str | Sequence[str] | Mapping[str, str],
+        *,
+        folder=None,
+        settings: RememberSettings | None = None,
+        builder: QueryBuilder | None = None,
+        entity_finder: EntityFinder | None = None,
+        levels: Sequence[str] = LEVELS,
+        progress=True,
+    ) -> RememberReport:
+        """Fine-tune documents into the adapter until greedy recall gives each of their contexts back exactly.
+
+        documents: a text, several, or texts by name. Each is taken apart into a document, its paragraphs and their
+        passages, and a query is written for each (`hierarchy.build_pairs`). What was remembered before is recalled
+        first and learned again along with them, so that it is not forgotten.
+        folder: where the adapter is saved at the end, and a checkpoint meanwhile: a run that was interrupted goes on
+        from there when it is started again with the same arguments, to the same result. Without, nothing is written.
+        settings: `RememberSettings`. builder, entity_finder, levels: see `hierarchy.build_pairs`.
+
+        Raises ValueError for an empty text, a context beyond the model's positions, a folder with another run or
+        another adapter in it; IntegrityError if a pass could not be trusted. What could not be learned in
+        `settings.max_steps` is no error: `report.exact` says so of each pair.
+        """
+        documents = _by_name(documents, {entry["document"] for entry in self.remembered})
+        if folder is not None:
+            folder = Path(folder)
+            self._refuse_foreign(folder)
+        pairs = build_pairs(
+            documents,
+            self.tokenizer,
+            builder,
+            entity_finder=entity_finder,
+            levels=levels,
+            taken={entry["query"] for entry in self.remembered},
+        )
+        report = remember(
+            self.model, self.tokenizer, [*self._rehearsed(), *pairs], settings, folder=folder, progress=progress
+        )
+        lost = [entry for entry in self.remembered if entry["query"] not in {pair.query for pair in report.pairs}]
+        self.remembered = [{**entry, "exact": False} for entry in lost] + [
+            {
+                "level": pair.level,
+                "document": pair.document,
+                "query": pair.query,
+                "entities": list(pair.entities),
+                "builder": pair.builder,
+                "tokens": len(self._ids(pair.context)),
+                "sha256": _sha256(pair.context),
+                "exact": exact,
+            }
+            for pair, exact in zip(report.pairs, report.exact, strict=True)
+        ]
+        if folder is not None:
+            self.save(folder)
+            if all(report.exact):
+                (folder / CHECKPOINT).unlink(missing_ok=True)
+        return report
+
+    def recall(self, query: str | Sequence[str], *, max_new_tokens: int | None = None) -> str | list[str]:
+        """The context that a query was remembered for, read backward, greedily; of several queries a list.
+
+        A query that nothing was remembered for gives an empty string, as far as the adapter has learned to tell.
+        max_new_tokens: at most so many; as many as the longest context that was remembered, or 256 if none is known.
+        Raises ValueError for an empty query, or one longer than the model's positions.
+        """
+        queries = [query] if isinstance(query, str) else list(query)
+        rows = [self._ids(re.sub(r"\s+", " ", text).strip()) for text in queries]
+        if not rows or not all(rows):
+            raise ValueError("the query is empty")
+        if max_new_tokens is None:
+            max_new_tokens = max((entry["tokens"] for entry in self.remembered), default=256) + 1
+        ids, mask = padded(rows)
+        found = self.model.recall(ids.to(self.model.device), mask.to(self.model.device), max_new_tokens=max_new_tokens)
+        texts = [self.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in found]
+        return texts[0] if isinstance(query, str) else texts
+
+    def save(self, folder):
+        """Save the adapter, and what was remembered (queries and digests, no contexts), into a folder."""
+        self.folder = Path(folder)
+        self.model.save_pretrained(folder, remembered=self.remembered)
+
+    def _rehearsed(self):
+        """What was remembered before, as pairs: recalled, and taken if it is still what it was."""
+        entries = [entry for entry in self.remembered if entry["exact"]]
+        contexts = self.recall([entry["query"] for entry in entries]) if entries else []
+        return [
+            Pair(
+                *(entry[name] for name in ("level", "document", "query")),
+                context,
+                tuple(entry["entities"]),
+                entry["builder"],
+            )
+            for entry, context in zip(entries, contexts, strict=True)
+            if _sha256(context) == entry["sha256"]
+        ]
+
+    def _refuse_foreign(self, folder):
+        holds_adapter = (folder / storage.MANIFEST).is_file() and not (folder / CHECKPOINT).is_file()
+        if holds_adapter and (self.folder is None or self.folder.resolve() != folder.resolve()):
+            raise ValueError(
+                f"{folder} holds an adapter already; choose another folder, or remember more with "
+                f"R3MemPipeline({str(folder)!r})"
+            )
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _by_name(documents, taken):
+    """Documents by name; those without one are numbered. Raises ValueError for none, or a name that is taken."""
+    if isinstance(documents, str):
+        documents = [documents]
+    if not isinstance(documents, Mapping):
+        numbers = (n for n in itertools.count(1) if f"document {n}" not in taken)
+        documents = {f"document {n}": text for n, text in zip(numbers, documents, strict=False)}
+    if not documents:
+        raise ValueError("there is no document to remember")
+    if known := sorted(set(documents) & taken):
+        raise ValueError(f"a document named {known[0]!r} was remembered before; give it another name")
+    return dict(documents)
+
+
+def _sha256(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,161 @@
+"""Folders of adapters on disk: what PEFT writes, and `r3mem.json` beside it, which says what belongs together.
+
+`r3mem.json` names the format version, the settings, the base model with its fingerprint, and the SHA-256 of the two
+adapter files. It is written last: a folder whose files do not match it was damaged, or a save into it was interrupted.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import PeftModel
+
+import r3mem_fast
+
+from .config import R3MemConfig
+from .models import load_model
+from .reversible.convert import text_config
+
+FORMAT_VERSION = 1
+MANIFEST = "r3mem.json"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What changes the function that the same weights compute.
+_CONFIG_KEYS = ("model_type", "num_attention_heads", "num_key_value_heads")
+
+
+def save(model, folder, **details):
+    """Write a model's adapters, settings and `details` (values for JSON) into a folder, made if need be.
+
+    Each file is replaced whole. Nothing is replaced before all of them are on the disk.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; the adapter is saved as a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "r3mem_config": model.r3mem_config.to_dict(),
+        "base_model": model.peft_model.get_base_model().name_or_path,
+        "base_fingerprint": model.base_fingerprint(),
+        "versions": {m.__name__: m.__version__ for m in (r3mem_fast, torch, transformers, peft)},
+        **details,
+    }
+    for leftover in folder.glob(".saving-*"):  # of a save that was killed
+        shutil.rmtree(leftover)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        model.peft_model.save_pretrained(staging)
+        manifest["files"] = {name: _digest(staging / name) for name in _ADAPTER_FILES}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for name in (*_ADAPTER_FILES, MANIFEST):
+            _flush(staging / name)
+        for name in (*_ADAPTER_FILES, MANIFEST):
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(cls, folder, base, dtype):
+    """What `save` wrote, as a model in eval mode; see `R3MemModel.from_pretrained`."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name in _ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise OSError(f"{folder} is incomplete: {name} is missing")
+        if _digest(folder / name) != manifest["files"].get(name):
+            raise ValueError(
+                f"{folder / name} is not the file that {MANIFEST} describes: it is damaged, was changed, or a save "
+                "into this folder was interrupted"
+            )
+    config = R3MemConfig.from_dict(manifest["r3mem_config"])
+    if base is None:
+        base, _ = load_model(manifest["base_model"], dtype=dtype)
+    if isinstance(base, PeftModel):
+        raise ValueError("base must be the base model itself: the adapters come from the folder")
+    found = fingerprint(base)
+    if found != manifest["base_fingerprint"]:
+        raise ValueError(
+            f"{folder} was made for another base model ({manifest['base_model']}, "
+            f"{manifest['base_fingerprint'][:12]}…) than {base.name_or_path or type(base).__name__} ({found[:12]}…): "
+            "its weights or heads differ"
+        )
+    model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
+    return model.eval()
+
+
+def read_manifest(folder) -> dict:
+    """`r3mem.json` of a folder. Raises OSError if there is none, ValueError if it is no such file."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = (
+            "is no folder" if not folder.is_dir() else f"has no {MANIFEST}: no adapter was saved there by r3mem_fast"
+        )
+        raise FileNotFoundError(f"{folder} {what}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            kinds = {"r3mem_config": dict, "base_model": str, "base_fingerprint": str, "files": dict}
+            if all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
+                return manifest
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged, or was not written by r3mem_fast") from None
+    raise ValueError(f"{path} has format version {version!r}; this version of r3mem_fast reads {FORMAT_VERSION}")
+
+
+def fingerprint(model) -> str:
+    """BLAKE2 of a base model's weights, rounded to bfloat16, and of the settings that change what they compute.
+
+    Adapters on the model do not count, and the floating dtype it was loaded in does not matter.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = text_config(model.config)
+    digest.update(json.dumps([getattr(config, key, None) for key in _CONFIG_KEYS]).encode())
+    prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
+    for name, parameter in sorted(_own_parameters(model, prefix)):
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        value = parameter.detach()
+        value = value.to(torch.bfloat16) if value.is_floating_point() else value
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _own_parameters(model, adapter_prefix):
+    for name, parameter in model.named_parameters():
+        if adapter_prefix is not None:
+            if adapter_prefix in name or ".modules_to_save." in name:
+                continue
+            name = (
+                name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+            )
+        yield name, parameter
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write to, in place of `path` once all is written: the whole new file, or the old one."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _flush(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Training: batches of context–query pairs, and remembering them."""

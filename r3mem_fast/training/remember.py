@@ -1,0 +1,385 @@
+"""Fine-tuning context–query pairs into an adapter until every context comes back exactly (DESIGN 2.7, 4)."""
+
+import dataclasses
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from ..hierarchy import Pair
+from ..hierarchy.decoys import decoys
+from ..model import R3MemModel
+from ..reversible import check_integrity
+from ..storage import replacing
+from .collate import collate_ids, padded
+
+CHECKPOINT = "remember-checkpoint.safetensors"
+_CHECKPOINT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RememberSettings:
+    """How pairs are learned.
+
+    max_steps: of AdamW, at most. learning_rate: while little is learned; it falls with the loss.
+    tokens_per_step: of queries and contexts in one batch, padding included.
+    compress_every: every so many steps also the forward term of the objective; 0: never.
+    anchor_weight: of the Kullback-Leibler divergence from the base model on text that it wrote itself, forward; this
+        is what keeps the adapted model's perplexity on other text. 0: without. anchor_windows, anchor_tokens: of that
+        text; one window a step.
+    decoys: queries that have no context, in every step: without them any query would be answered with what was
+        learned. 0: without.
+    margin: tokens predicted with a loss below it (nats) teach no more, so that nothing is learned further than needed.
+    checkpoint_seconds: between checkpoints. seed: of the order and the samples.
+    """
+
+    max_steps: int = 2000
+    learning_rate: float = 1e-3
+    tokens_per_step: int = 256
+    compress_every: int = 6
+    anchor_weight: float = 10.0
+    anchor_windows: int = 16
+    anchor_tokens: int = 48
+    decoys: int = 4
+    decoys_every: int = 3
+    margin: float = 0.03
+    checkpoint_seconds: float = 30.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 1 if field.name in ("max_steps", "tokens_per_step", "anchor_windows", "anchor_tokens") else 0
+            if not value >= least:
+                raise ValueError(f"{field.name} must be at least {least}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RememberReport:
+    """What `remember` did.
+
+    pairs: what was to be remembered. exact: of each, whether its context came back, token for token, by greedy recall.
+    steps, seconds: of training, with those before an interruption. expand_loss, compress_loss: nats a token, the last
+    measured; None of what never was.
+    """
+
+    pairs: list[Pair]
+    exact: list[bool]
+    steps: int
+    seconds: float
+    expand_loss: float | None
+    compress_loss: float | None
+
+    @property
+    def exact_match(self) -> float:
+        """Share of the pairs whose context came back exactly."""
+        return sum(self.exact) / len(self.exact)
+
+    def by_level(self) -> dict[str, tuple[int, int]]:
+        """Of each level, how many contexts came back exactly, and how many there are."""
+        counts = {}
+        for pair, exact in zip(self.pairs, self.exact, strict=True):
+            right, total = counts.get(pair.level, (0, 0))
+            counts[pair.level] = (right + exact, total + 1)
+        return counts
+
+    def __str__(self):
+        levels = ", ".join(f"{level} {right}/{total}" for level, (right, total) in self.by_level().items())
+        counted = f"{sum(self.exact)} of {len(self.exact)} contexts exact ({levels})"
+        return f"{counted}, {self.steps} steps, {self.seconds:.0f} s"
+
+
+def remember(
+    model: R3MemModel,
+    tokenizer,
+    pairs: Sequence[Pair],
+    settings: RememberSettings | None = None,
+    *,
+    folder=None,
+    progress=True,
+) -> RememberReport:
+    """Train the adapters of `model` until greedy recall gives every pair's context back, or `max_steps` are done.
+
+    folder: where a checkpoint is kept while it runs. A run of the same pairs and settings that was interrupted
+    (Ctrl-C, a killed process) goes on from there, with the same result as if it had not been. progress: show a bar.
+
+    Raises ValueError for no pairs, a pair too long for the model's positions, or a folder that holds the checkpoint
+    of another run; IntegrityError if a pass could not be trusted.
+    """
+    settings = RememberSettings() if settings is None else settings
+    if not pairs:
+        raise ValueError("there is nothing to remember: no pairs")
+    run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
+    model.train()
+    try:
+        return run.to_the_end(progress)
+    finally:
+        model.eval()
+
+
+class _Run:
+    """One run: what it learns, and where it stands. All that is random is drawn from the seed and the step."""
+
+    def __init__(self, model, tokenizer, pairs, settings, folder):
+        self.model, self.tokenizer, self.pairs, self.settings = model, tokenizer, pairs, settings
+        self.rows = [(self._ids(pair.context), self._ids(pair.query)) for pair in pairs]
+        self._refuse_what_is_too_long()
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("no parameter of the model requires a gradient, so it can learn nothing")
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
+        )
+        self.step, self.epoch, self.seconds = 0, 0, 0.0
+        self.queue = []  # batches that are left of this epoch, lists of indices of pairs
+        self.known = [False] * len(pairs)  # predicted token for token when last seen
+        self.loss = self.compress_loss = None
+        self.checkpoint = None if folder is None else folder / CHECKPOINT
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._resume()
+        self.anchor = self._anchor() if settings.anchor_weight else None
+
+    def to_the_end(self, progress):
+        settings = self.settings
+        started, saved = time.monotonic() - self.seconds, time.monotonic()
+        bar = tqdm(total=settings.max_steps, initial=self.step, desc="Remembering", unit="step", disable=not progress)
+        exact = None
+        try:
+            while self.step < settings.max_steps:
+                if not self.queue:
+                    if all(self.known):
+                        exact = self._verified()
+                        if all(exact):
+                            break
+                    self._begin_epoch()
+                self._train_on(self.queue.pop(0))
+                bar.update()
+                bar.set_postfix(loss=self.loss, exact=f"{sum(self.known)}/{len(self.known)}")
+                self.seconds = time.monotonic() - started
+                if self.checkpoint is not None and time.monotonic() - saved > settings.checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+            else:
+                exact = self._recalled()
+        except KeyboardInterrupt:
+            if self.checkpoint is not None:
+                self._save()
+            raise
+        finally:
+            bar.close()
+        self.seconds = time.monotonic() - started
+        if self.checkpoint is not None and not all(exact):
+            self._save()
+        return RememberReport(self.pairs, exact, self.step, self.seconds, self.loss, self.compress_loss)
+
+    def _train_on(self, batch):
+        settings, config, model = self.settings, self.model.r3mem_config, self.model
+        inputs = self._batch([self.rows[index] for index in batch])
+        if config.expand_weight:
+            self._expand(batch, model(**inputs, terms=["expand"]))
+        if config.compress_weight and settings.compress_every and self.step % settings.compress_every == 0:
+            compress = model(**inputs, terms=["compress"]).compress_loss
+            (config.compress_weight * compress).backward()
+            self.compress_loss = compress.item()
+        generator = random.Random(f"{settings.seed}/{self.step}")
+        if settings.decoys and self.step % settings.decoys_every == 0:
+            foreign = decoys(self.pairs, settings.decoys, generator)
+            inputs = self._batch([([], self._ids(pair.query)) for pair in foreign])
+            model(**inputs, terms=["expand"]).loss.backward()
+        if self.anchor is not None:
+            window = self.anchor[self.step % len(self.anchor)][None]
+            with torch.no_grad(), model.disable_adapters():
+                wanted = model(window).logits.float().log_softmax(-1)
+            found = model(window).logits.float().log_softmax(-1)
+            divergence = (wanted.exp() * (wanted - found)).sum(-1).mean()
+            (settings.anchor_weight * divergence).backward()
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * self._pace()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        check_integrity(model.peft_model)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _expand(self, batch, output):
+        """The backward term's gradient, and which of the batch's contexts are known."""
+        targets, logits = output.targets, output.logits
+        losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
+        counted = (targets != -100).sum()
+        # What is known well enough is left alone, and what is left of a context counts the more.
+        wanting = losses.detach() > self.settings.margin
+        loss = (losses * wanting).sum() / wanting.sum().clamp_min(counted / 8)
+        (self.model.r3mem_config.expand_weight * loss).backward()
+        known = ((logits.argmax(-1) == targets) | (targets == -100)).all(1)
+        for index, right in zip(batch, known.tolist(), strict=True):
+            self.known[index] = right
+        now = (losses.detach().sum() / counted).item()
+        self.loss = now if self.loss is None else 0.7 * self.loss + 0.3 * now
+
+    def _pace(self):
+        """The learning rate's factor: 1 while little is learned, down to 0.15."""
+        return 1.0 if self.loss is None else min(1.0, max(0.15, self.loss / 0.3))
+
+    def _begin_epoch(self):
+        """Batches of like lengths: all pairs that are not known, and half of the others, lest they be forgotten."""
+        generator = random.Random(f"{self.settings.seed}/epoch {self.epoch}")
+        chosen = [i for i, known in enumerate(self.known) if generator.random() < 0.5 or not known]
+        chosen.sort(key=lambda i: self._length(i) * generator.uniform(0.9, 1.1))
+        self.queue = _packed(chosen, self._length, self.settings.tokens_per_step)
+        generator.shuffle(self.queue)
+        self.epoch += 1
+
+    def _length(self, index):
+        context, query = self.rows[index]
+        return len(context) + len(query) + 3
+
+    def _verified(self):
+        """Of every pair, whether greedy recall gives its context; what it does not is to be learned again."""
+        self.known = self._predicted()
+        if all(self.known):
+            self.known = self._recalled()
+        return self.known
+
+    def _predicted(self):
+        """Of every pair, whether each token of its context is predicted from those before it: cheaper than recall."""
+        right = [False] * len(self.pairs)
+        self.model.eval()
+        for batch in self._by_length(self._length, 4 * self.settings.tokens_per_step):
+            with torch.no_grad():
+                output = self.model(**self._batch([self.rows[index] for index in batch]), terms=["expand"])
+            of_batch = (output.logits.argmax(-1) == output.targets) | (output.targets == -100)
+            for index, known in zip(batch, of_batch.all(1).tolist(), strict=True):
+                right[index] = known
+        self.model.train()
+        return right
+
+    def _recalled(self):
+        """Of every pair, whether greedy recall gives its context."""
+        exact = [False] * len(self.pairs)
+        for batch in self._by_length(lambda index: len(self.rows[index][0]), 32 * 64):
+            queries, mask = padded([self.rows[index][1] for index in batch])
+            longest = max(len(self.rows[index][0]) for index in batch)
+            device = self.model.device
+            # One more than the longest: that it ends there is part of it.
+            found = self.model.recall(queries.to(device), mask.to(device), max_new_tokens=longest + 1)
+            for index, ids in zip(batch, found, strict=True):
+                exact[index] = ids.tolist() == self.rows[index][0]
+        return exact
+
+    def _by_length(self, length, tokens):
+        """All pairs in batches of at most so many tokens, padding included, those of like length together."""
+        return _packed(sorted(range(len(self.pairs)), key=length), length, tokens)
+
+    def _anchor(self):
+        """Text that the base model writes, from its start token: int64 `[windows, tokens]`."""
+        settings, model = self.settings, self.model
+        starts = torch.full((settings.anchor_windows, 1), model.start_token_id, device=model.device)
+        sampling = GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=settings.anchor_tokens - 1,
+            max_new_tokens=settings.anchor_tokens - 1,
+            eos_token_id=model.end_token_id,
+            pad_token_id=model.end_token_id,
+        )
+        with torch.random.fork_rng(), torch.no_grad(), model.disable_adapters():
+            torch.manual_seed(settings.seed)
+            return model.peft_model.generate(
+                input_ids=starts, attention_mask=torch.ones_like(starts), generation_config=sampling
+            )
+
+    def _batch(self, rows):
+        return {name: tensor.to(self.model.device) for name, tensor in collate_ids(rows).items()}
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _refuse_what_is_too_long(self):
+        limit = self.model.max_tokens
+        for index, pair in enumerate(self.pairs):
+            if limit is not None and self._length(index) > limit:
+                raise ValueError(
+                    f"document {pair.document!r}: a context of {len(self.rows[index][0])} tokens ({pair.level}) "
+                    f"with its query does not fit the model's {limit} positions; split it into smaller documents"
+                )
+
+    def _save(self):
+        """The whole state of the run, in one file: adapters, moments of the optimizer, and where it stands."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.optimizer.state[parameter]:
+                    tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        state = {
+            "version": _CHECKPOINT_VERSION,
+            "run": self._identity(),
+            **{name: getattr(self, name) for name in _STATE},
+        }
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.checkpoint) as path:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                path,
+                {"r3mem": json.dumps(state)},
+            )
+
+    def _resume(self):
+        try:
+            with safe_open(self.checkpoint, "pt") as file:
+                state = json.loads((file.metadata() or {})["r3mem"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            version, run = state["version"], state["run"]
+        except (SafetensorError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.checkpoint} is damaged; delete it to start again") from None
+        if version != _CHECKPOINT_VERSION or run != self._identity():
+            raise ValueError(
+                f"{self.checkpoint} belongs to an unfinished run with other documents, settings or another model. "
+                "Finish that run, delete the file, or choose another folder"
+            )
+        for name in _STATE:
+            setattr(self, name, state[name])
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+                moments = {
+                    m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq") if self.step
+                }
+                if moments:
+                    self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def _identity(self):
+        """What a checkpoint must agree in with the run that goes on from it."""
+        settings = dataclasses.asdict(self.settings)
+        for free in ("max_steps", "checkpoint_seconds"):
+            del settings[free]
+        model = {**self.model.r3mem_config.to_dict(), "base": self.model.base_fingerprint()}
+        described = json.dumps([self.rows, settings, model], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+
+# Of a run, beside tensors.
+_STATE = ("step", "epoch", "seconds", "queue", "known", "loss", "compress_loss")
+
+
+def _packed(indices, length, tokens):
+    """Neighbours in batches of at most so many tokens, padding included; a longer one is a batch of its own."""
+    batches, longest = [], 0
+    for index in indices:
+        longest = max(longest, length(index))
+        if batches and longest * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            longest = length(index)
+    return batches
