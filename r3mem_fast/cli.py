@@ -64,7 +64,9 @@ def _add_remember(commands):
     remember.add_argument("--backward", default="reversed", choices=["reversed", "inverse"], help="(%(default)s)")
     remember.add_argument("--lora-r", type=_positive, default=16, help="rank of a new adapter (%(default)s)")
     remember.add_argument("--max-steps", type=_positive, default=2000, help="of training (%(default)s)")
-    remember.add_argument("--learning-rate", type=float, default=1e-3, help="(%(default)s)")
+    remember.add_argument("--learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
+    seconds = "between checkpoints in FOLDER (%(default)s)"
+    remember.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="SECONDS", help=seconds)
     remember.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     remember.add_argument("--questions", metavar="MODEL", help="let this instruct model write the queries")
     _add_run_options(remember)
@@ -84,18 +86,18 @@ def _add_remember(commands):
 
 def _add_run_options(parser):
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    _add_dtype_option(parser, "float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights (the adapter's; the fastest that fits)",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
 
 
-def _add_dtype_option(parser, dtype):
+def _add_model_options(parser, dtype):
     parser.add_argument(
         "--dtype", default=dtype, choices=["bfloat16", "float16", "float32"], help="of the weights (%(default)s)"
     )
-
-
-def _add_model_options(parser, dtype):
-    _add_dtype_option(parser, dtype)
     parser.add_argument("--bits", type=int, default=4, choices=[1, 2, 4, 8], help="side bits (%(default)s)")
     parser.add_argument(
         "--fraction-bits", type=_fraction_bits, default=14, help="of the streams, a number or auto (%(default)s)"
@@ -158,7 +160,12 @@ def _remember(options):
     texts = {Path(path).name: read_text(path) for path in options.texts}
     if len(texts) < len(options.texts):
         raise ValueError("two texts have the same file name, by which their document is called; rename one")
-    settings = RememberSettings(max_steps=options.max_steps, learning_rate=options.learning_rate, seed=options.seed)
+    settings = RememberSettings(
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        checkpoint_seconds=options.checkpoint_seconds,
+        seed=options.seed,
+    )
     if (Path(options.folder) / storage.MANIFEST).is_file():
         pipeline = _pipeline(options, options.folder)
     else:
@@ -187,12 +194,10 @@ def _remember(options):
 def _builder(options):
     if options.questions is None:
         return None
-    import torch
-
     from . import load_model
     from .hierarchy import InstructBuilder
 
-    model, tokenizer = load_model(options.questions, dtype=getattr(torch, options.dtype))
+    model, tokenizer = load_model(options.questions)
     return InstructBuilder(model.to(_device(options)), tokenizer)
 
 
@@ -201,7 +206,8 @@ def _pipeline(options, model, **settings):
 
     from . import R3MemPipeline
 
-    return R3MemPipeline(model, device=_device(options), dtype=getattr(torch, options.dtype), **settings)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return R3MemPipeline(model, device=_device(options), dtype=dtype, **settings)
 
 
 def _recall(options):

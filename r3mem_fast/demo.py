@@ -82,7 +82,7 @@ def run_demo(*, model_name, text, tokens, steps, dtype, bits, fraction_bits, dev
 
 def _remember_a_page(model_name, text, device):
     """Fine-tune a page into a new adapter and recall it, level by level, reading backward from the queries."""
-    print(f"\nRemembering a page, until every context comes back exactly ({model_name}, float32) ...", flush=True)
+    print(f"\nRemembering a page, until every context comes back exactly ({model_name}) ...", flush=True)
     pipeline = R3MemPipeline(model_name, device=device)
     page = next(iter(pages_of(text, pipeline.tokenizer, 1).values()))
     report = pipeline.remember(page)

@@ -30,6 +30,18 @@ def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32):
     return model.eval(), tokenizer
 
 
+def default_dtype(device) -> torch.dtype:
+    """bfloat16 where the device computes in it natively, else float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
 def embedded_model_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct as bfloat16 safetensors, converted from the package's GGUF on first use.
 

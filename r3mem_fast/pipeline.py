@@ -11,9 +11,12 @@ import torch
 from . import storage
 from .hierarchy import LEVELS, EntityFinder, Pair, QueryBuilder, build_pairs
 from .model import R3MemModel
-from .models import load_model
+from .models import default_dtype, load_model
 from .training.collate import padded
 from .training.remember import CHECKPOINT, RememberReport, RememberSettings, remember
+
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class R3MemPipeline:
@@ -25,13 +28,14 @@ class R3MemPipeline:
 
     model: `"smollm2-135m"`, a hub id, the folder of a model, the folder of an adapter that `save` wrote, an
         `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
-        tokenizer. config: for a model without adapters. device, dtype: of a model that is loaded here. seed: of new
-        adapters, which start the same every time.
+        tokenizer. config: for a model without adapters. device, dtype: of a model that is loaded here; by default the
+        dtype that an adapter was trained in, and for a new one bfloat16 where the device computes in it natively,
+        else float32. seed: of new adapters, which start the same every time.
     Raises OSError for a model or folder that is not there, ValueError for one that is damaged or foreign, TypeError
     for arguments that do not go together.
     """
 
-    def __init__(self, model, tokenizer=None, *, config=None, device="cpu", dtype=torch.float32, seed=0):
+    def __init__(self, model, tokenizer=None, *, config=None, device="cpu", dtype=None, seed=0):
         self.folder, self.remembered = None, []
         if isinstance(model, (str, Path)):
             if tokenizer is not None:
@@ -41,7 +45,7 @@ class R3MemPipeline:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
                 self._load(Path(model), device, dtype)
                 return
-            model, tokenizer = load_model(model, dtype=dtype)
+            model, tokenizer = load_model(model, dtype=dtype or default_dtype(device))
             model.to(device)
         elif tokenizer is None:
             raise TypeError("a model object needs its tokenizer: R3MemPipeline(model, tokenizer)")
@@ -55,6 +59,8 @@ class R3MemPipeline:
 
     def _load(self, folder, device, dtype):
         manifest = storage.read_manifest(folder)
+        # What was learned to the last token in one arithmetic need not be known in another.
+        dtype = dtype or _DTYPES.get(manifest.get("dtype"), torch.float32)
         base, self.tokenizer = load_model(manifest["base_model"], dtype=dtype)
         self.model = R3MemModel.from_pretrained(folder, base.to(device))
         self.folder, self.remembered = folder, manifest.get("remembered", [])
@@ -139,7 +145,8 @@ class R3MemPipeline:
     def save(self, folder):
         """Save the adapter, and what was remembered (queries and digests, no contexts), into a folder."""
         self.folder = Path(folder)
-        self.model.save_pretrained(folder, remembered=self.remembered)
+        dtype = str(self.model.peft_model.dtype).removeprefix("torch.")
+        self.model.save_pretrained(folder, dtype=dtype, remembered=self.remembered)
 
     def _rehearsed(self):
         """What was remembered before, as pairs: recalled, and taken if it is still what it was."""

@@ -26,6 +26,9 @@ CHECKPOINT = "remember-checkpoint.safetensors"
 _CHECKPOINT_VERSION = 1
 
 
+_AT_LEAST_ONE = ("max_steps", "tokens_per_step", "anchor_windows", "anchor_tokens", "decoys_every")
+
+
 @dataclasses.dataclass(frozen=True)
 class RememberSettings:
     """How pairs are learned.
@@ -33,24 +36,26 @@ class RememberSettings:
     max_steps: of AdamW, at most. learning_rate: while little is learned; it falls with the loss.
     tokens_per_step: of queries and contexts in one batch, padding included.
     compress_every: every so many steps also the forward term of the objective; 0: never.
-    anchor_weight: of the Kullback-Leibler divergence from the base model on text that it wrote itself, forward; this
-        is what keeps the adapted model's perplexity on other text. 0: without. anchor_windows, anchor_tokens: of that
-        text; one window a step.
-    decoys: queries that have no context, in every step: without them any query would be answered with what was
-        learned. 0: without.
+    divergence: the Kullback-Leibler divergence from the base model, in nats a token, that the forward direction is
+        held to, on text that the base model wrote itself: this is what keeps the perplexity of other text. Learning
+        goes on until it is no larger. None: without. anchor_weight: its weight in the objective. anchor_windows,
+        anchor_tokens: of that text; one window a step.
+    decoys: queries that have no context, in every `decoys_every`-th step: without them any query would be answered
+        with what was learned. 0: without.
     margin: tokens predicted with a loss below it (nats) teach no more, so that nothing is learned further than needed.
     checkpoint_seconds: between checkpoints. seed: of the order and the samples.
     """
 
     max_steps: int = 2000
-    learning_rate: float = 1e-3
-    tokens_per_step: int = 256
-    compress_every: int = 6
-    anchor_weight: float = 10.0
-    anchor_windows: int = 16
+    learning_rate: float = 1.5e-3
+    tokens_per_step: int = 160
+    compress_every: int = 8
+    divergence: float | None = 0.04
+    anchor_weight: float = 20.0
+    anchor_windows: int = 24
     anchor_tokens: int = 48
     decoys: int = 4
-    decoys_every: int = 3
+    decoys_every: int = 4
     margin: float = 0.03
     checkpoint_seconds: float = 30.0
     seed: int = 0
@@ -58,7 +63,9 @@ class RememberSettings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 1 if field.name in ("max_steps", "tokens_per_step", "anchor_windows", "anchor_tokens") else 0
+            if value is None and field.name == "divergence":
+                continue
+            least = 1 if field.name in _AT_LEAST_ONE else 0
             if not value >= least:
                 raise ValueError(f"{field.name} must be at least {least}, got {value!r}")
 
@@ -143,10 +150,12 @@ class _Run:
         self.queue = []  # batches that are left of this epoch, lists of indices of pairs
         self.known = [False] * len(pairs)  # predicted token for token when last seen
         self.loss = self.compress_loss = None
+        self.divergence = None
         self.checkpoint = None if folder is None else folder / CHECKPOINT
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume()
-        self.anchor = self._anchor() if settings.anchor_weight else None
+        self.wanted = {}  # log-probabilities of the base model, by window
+        self.anchor = None if settings.divergence is None else self._anchor()
 
     def to_the_end(self, progress):
         settings = self.settings
@@ -156,7 +165,7 @@ class _Run:
         try:
             while self.step < settings.max_steps:
                 if not self.queue:
-                    if all(self.known):
+                    if all(self.known) and self._is_near():
                         exact = self._verified()
                         if all(exact):
                             break
@@ -196,12 +205,7 @@ class _Run:
             inputs = self._batch([([], self._ids(pair.query)) for pair in foreign])
             model(**inputs, terms=["expand"]).loss.backward()
         if self.anchor is not None:
-            window = self.anchor[self.step % len(self.anchor)][None]
-            with torch.no_grad(), model.disable_adapters():
-                wanted = model(window).logits.float().log_softmax(-1)
-            found = model(window).logits.float().log_softmax(-1)
-            divergence = (wanted.exp() * (wanted - found)).sum(-1).mean()
-            (settings.anchor_weight * divergence).backward()
+            self._stay_near(self.step % len(self.anchor))
 
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * self._pace()
@@ -218,7 +222,7 @@ class _Run:
         counted = (targets != -100).sum()
         # What is known well enough is left alone, and what is left of a context counts the more.
         wanting = losses.detach() > self.settings.margin
-        loss = (losses * wanting).sum() / wanting.sum().clamp_min(counted / 8)
+        loss = (losses * wanting).sum() / wanting.sum().clamp_min(counted / 2)
         (self.model.r3mem_config.expand_weight * loss).backward()
         known = ((logits.argmax(-1) == targets) | (targets == -100)).all(1)
         for index, right in zip(batch, known.tolist(), strict=True):
@@ -226,9 +230,25 @@ class _Run:
         now = (losses.detach().sum() / counted).item()
         self.loss = now if self.loss is None else 0.7 * self.loss + 0.3 * now
 
+    def _stay_near(self, index):
+        """The gradient of the divergence from the base model, forward."""
+        window = self.anchor[index][None]
+        if index not in self.wanted:
+            with torch.no_grad(), self.model.disable_adapters():
+                self.wanted[index] = self.model(window).logits.log_softmax(-1)
+        wanted = self.wanted[index].float()
+        found = self.model(window).logits.float().log_softmax(-1)
+        divergence = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        (self.settings.anchor_weight * divergence).backward()
+        now = divergence.item()
+        self.divergence = now if self.divergence is None else 0.8 * self.divergence + 0.2 * now
+
+    def _is_near(self):
+        return self.anchor is None or (self.divergence is not None and self.divergence <= self.settings.divergence)
+
     def _pace(self):
-        """The learning rate's factor: 1 while little is learned, down to 0.15."""
-        return 1.0 if self.loss is None else min(1.0, max(0.15, self.loss / 0.3))
+        """The learning rate's factor: 1 while little is learned, down to 0.1."""
+        return 1.0 if self.loss is None else min(1.0, max(0.1, self.loss / 0.3))
 
     def _begin_epoch(self):
         """Batches of like lengths: all pairs that are not known, and half of the others, lest they be forgotten."""
@@ -369,7 +389,7 @@ class _Run:
 
 
 # Of a run, beside tensors.
-_STATE = ("step", "epoch", "seconds", "queue", "known", "loss", "compress_loss")
+_STATE = ("step", "epoch", "seconds", "queue", "known", "loss", "compress_loss", "divergence")
 
 
 def _packed(indices, length, tokens):
