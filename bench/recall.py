@@ -97,6 +97,7 @@ class _Bench:
         arms = {
             "reversed": {},
             "inverse": {"backward": "inverse"},
+            "reversed, the inverse's core": {"core": R3MemConfig(backward="inverse").resolved(depth).core},
             # One layer backward is the forward direction; the adapters stay where they are.
             "forward": {"core": (default[0], default[0] + 1), "first_adapted_layer": default[0]},
             "reversed, all layers": {"core": "all", "first_adapted_layer": default[0]},
@@ -196,7 +197,7 @@ def _controls(pipeline, pairs, unseen):
 
 
 def _control(name, queries, contexts, pipeline, forward=False):
-    """Greedy recall of a sample of queries: how often the very context comes back, how near, how often nothing does."""
+    """Greedy recall of a sample of the queries: how often the very context comes back, how near, how often none."""
     chosen = list(zip(queries, contexts, strict=True))
     # What never ends is read as far as the context goes: the longest last, so that few are read that far.
     chosen = sorted(random.Random(0).sample(chosen, min(_CONTROL_QUERIES, len(chosen))), key=lambda pair: len(pair[1]))

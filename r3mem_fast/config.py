@@ -20,7 +20,8 @@ class R3MemConfig:
     backward: how the core is read backward (DESIGN 2.6). "reversed": the momentum update in reversed order, by the
         same kernels; "inverse": the coupling's own inverse, which amplifies by `1 / backward_momentum` a layer.
     core: the layers `(first, end)` that are read backward, or "all"; None: a third of the depth above its middle, as
-        (16, 26) of 30, which learned fast and disturbed the forward direction least of those that were measured.
+        (16, 26) of 30, which learned fast and disturbed the forward direction least of those that were measured; in
+        the inverse form (16, 22), beyond which it leaves the range of the streams.
     backward_momentum: of the inverse form: 1/2, 1/4, 1/16 or 1/256.
     compress_weight, expand_weight: of the two terms of the objective (DESIGN 2.7): the query from its context in the
         forward direction, and the context from its query in the backward direction.
@@ -66,7 +67,8 @@ class R3MemConfig:
         core = self.core
         if core is None:
             first = num_layers * 16 // 30
-            core = (first, max(first + 1, num_layers * 26 // 30))
+            end = num_layers * (22 if self.backward == "inverse" else 26) // 30
+            core = (first, max(first + 1, end))
         reach = core_of(core, num_layers)
         first = reach.start if self.first_adapted_layer is None else self.first_adapted_layer
         if not 0 <= first < num_layers:

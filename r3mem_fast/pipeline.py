@@ -15,7 +15,6 @@ from .models import default_dtype, load_model
 from .training.collate import padded
 from .training.remember import CHECKPOINT, RememberReport, RememberSettings, remember
 
-
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
