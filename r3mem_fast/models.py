@@ -24,8 +24,11 @@ def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32):
     Raises OSError, with what to do, if there is no such model.
     """
     source = embedded_model_folder() if name == EMBEDDED_MODEL else name
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except OSError as error:  # which need not say what was asked for
+        raise OSError(f"cannot load the model {str(name)!r}: {error}") from error
     model.config._name_or_path = model.name_or_path = str(name)  # and not where this machine keeps it
     return model.eval(), tokenizer
 

@@ -79,7 +79,7 @@ class R3MemPipeline:
 
         documents: a text, several, or texts by name. Each is taken apart into a document, its paragraphs and their
         passages, and a query is written for each (`hierarchy.build_pairs`). What was remembered before is recalled
-        first and learned again along with them, so that it is not forgotten.
+        first and learned again along with them, so that it is not forgotten; a document of the same name is replaced.
         folder: where the adapter is saved at the end, and a checkpoint meanwhile: a run that was interrupted goes on
         from there when it is started again with the same arguments, to the same result. Without, nothing is written.
         settings: `RememberSettings`. builder, entity_finder, levels: see `hierarchy.build_pairs`.
@@ -92,18 +92,19 @@ class R3MemPipeline:
         if folder is not None:
             folder = Path(folder)
             self._refuse_foreign(folder)
+        earlier = [entry for entry in self.remembered if entry["document"] not in documents]
         pairs = build_pairs(
             documents,
             self.tokenizer,
             builder,
             entity_finder=entity_finder,
             levels=levels,
-            taken={entry["query"] for entry in self.remembered},
+            taken={entry["query"] for entry in earlier},
         )
-        report = remember(
-            self.model, self.tokenizer, [*self._rehearsed(), *pairs], settings, folder=folder, progress=progress
-        )
-        lost = [entry for entry in self.remembered if entry["query"] not in {pair.query for pair in report.pairs}]
+        rehearsed = self._rehearsed(earlier)
+        report = remember(self.model, self.tokenizer, [*rehearsed, *pairs], settings, folder=folder, progress=progress)
+        learned = {pair.query for pair in report.pairs}
+        lost = [entry for entry in earlier if entry["query"] not in learned]
         self.remembered = [{**entry, "exact": False} for entry in lost] + [
             {
                 "level": pair.level,
@@ -119,8 +120,7 @@ class R3MemPipeline:
         ]
         if folder is not None:
             self.save(folder)
-            if all(report.exact):
-                (folder / CHECKPOINT).unlink(missing_ok=True)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
         return report
 
     def recall(self, query: str | Sequence[str], *, max_new_tokens: int | None = None) -> str | list[str]:
@@ -147,9 +147,9 @@ class R3MemPipeline:
         dtype = str(self.model.peft_model.dtype).removeprefix("torch.")
         self.model.save_pretrained(folder, dtype=dtype, remembered=self.remembered)
 
-    def _rehearsed(self):
+    def _rehearsed(self, entries):
         """What was remembered before, as pairs: recalled, and taken if it is still what it was."""
-        entries = [entry for entry in self.remembered if entry["exact"]]
+        entries = [entry for entry in entries if entry["exact"]]
         contexts = self.recall([entry["query"] for entry in entries]) if entries else []
         return [
             Pair(
@@ -163,8 +163,11 @@ class R3MemPipeline:
         ]
 
     def _refuse_foreign(self, folder):
-        holds_adapter = (folder / storage.MANIFEST).is_file() and not (folder / CHECKPOINT).is_file()
-        if holds_adapter and (self.folder is None or self.folder.resolve() != folder.resolve()):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; an adapter is saved as a folder")
+        if (folder / storage.MANIFEST).is_file() and (
+            self.folder is None or self.folder.resolve() != folder.resolve()
+        ):
             raise ValueError(
                 f"{folder} holds an adapter already; choose another folder, or remember more with "
                 f"R3MemPipeline({str(folder)!r})"
@@ -175,7 +178,7 @@ class R3MemPipeline:
 
 
 def _by_name(documents, taken):
-    """Documents by name; those without one are numbered. Raises ValueError for none, or a name that is taken."""
+    """Documents by name; those without one get numbers that are not taken. Raises ValueError if there are none."""
     if isinstance(documents, str):
         documents = [documents]
     if not isinstance(documents, Mapping):
@@ -183,8 +186,6 @@ def _by_name(documents, taken):
         documents = {f"document {n}": text for n, text in zip(numbers, documents, strict=False)}
     if not documents:
         raise ValueError("there is no document to remember")
-    if known := sorted(set(documents) & taken):
-        raise ValueError(f"a document named {known[0]!r} was remembered before; give it another name")
     return dict(documents)
 
 

@@ -102,13 +102,15 @@ def read_manifest(folder) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        if version == FORMAT_VERSION:
-            kinds = {"r3mem_config": dict, "base_model": str, "base_fingerprint": str, "files": dict}
-            if all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
-                return manifest
+        kinds = {"r3mem_config": dict, "base_model": str, "base_fingerprint": str, "files": dict}
+        whole = all(isinstance(manifest[key], kind) for key, kind in kinds.items())
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged, or was not written by r3mem_fast") from None
-    raise ValueError(f"{path} has format version {version!r}; this version of r3mem_fast reads {FORMAT_VERSION}")
+        whole, version = False, None
+    if not whole and version in (None, FORMAT_VERSION):
+        raise ValueError(f"{path} is damaged, or was not written by r3mem_fast")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version!r}; this version of r3mem_fast reads {FORMAT_VERSION}")
+    return manifest
 
 
 def fingerprint(model) -> str:

@@ -25,7 +25,10 @@ def folder(tmp_path_factory):
     from tests.reversible.tiny import build
 
     folder = tmp_path_factory.mktemp("model")
-    build(scale=2.0).save_pretrained(folder)
+    model = build(scale=2.0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20.0)  # so that it can be sure of a token
+    model.save_pretrained(folder)
     vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="~"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

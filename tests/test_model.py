@@ -56,7 +56,7 @@ def test_a_batch_is_its_rows_and_recall_is_what_the_logits_say(family, backward)
         for index, row in enumerate(ROWS):
             alone = model(**collate_ids([row]))
             tokens = len(row[0]) + 1
-            assert (together.logits[index, :tokens] - alone.logits[0]).abs().max() <= 1e-4
+            assert (together.logits[index, :tokens] - alone.logits[0, :tokens]).abs().max() <= 1e-4
             assert together.targets[index].tolist()[:tokens] == [*row[0], 2]
             assert (together.targets[index, tokens:] == -100).all()
             query = torch.tensor([row[1]])
@@ -227,7 +227,7 @@ def test_saved_and_loaded(folder, tmp_path):
     # A plain PEFT folder, which the plain network understands.
     plain = PeftModel.from_pretrained(load_model(str(folder))[0], tmp_path / "a")
     with torch.no_grad():
-        assert (plain(input_ids=token_ids()).logits - expected).abs().max() < 0.3
+        assert (plain(input_ids=token_ids()).logits - expected).abs().max() < 0.2 * expected.abs().max()
     saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
     mine = {name.replace(".default", ""): p for name, p in plain.named_parameters() if "lora" in name}
     assert saved.keys() == mine.keys() and all(torch.equal(saved[name], mine[name]) for name in saved)

@@ -125,9 +125,9 @@ def _lists(passage):
 
 def _pieces(passage):
     """Any runs of the text that fit, for what is hardly prose: tables, code, verses that repeat themselves."""
-    words = passage.text.split()
-    for length, start in itertools.product(range(1, passage.tokens + 1), range(len(words))):
-        yield " ".join(words[start : start + length])
+    for words in ([word[0] for word in _WORD.finditer(passage.text)], passage.text.split()):
+        for length, start in itertools.product(range(1, max(passage.tokens, 1) + 1), range(len(words))):
+            yield " ".join(words[start : start + length])
 
 
 def _fitting(items, passage):

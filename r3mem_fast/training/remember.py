@@ -186,8 +186,6 @@ class _Run:
         finally:
             bar.close()
         self.seconds = time.monotonic() - started
-        if self.checkpoint is not None and not all(exact):
-            self._save()
         return RememberReport(self.pairs, exact, self.step, self.seconds, self.loss, self.compress_loss)
 
     def _train_on(self, batch):
@@ -255,6 +253,7 @@ class _Run:
         generator = random.Random(f"{self.settings.seed}/epoch {self.epoch}")
         chosen = [i for i, known in enumerate(self.known) if generator.random() < 0.5 or not known]
         chosen.sort(key=lambda i: self._length(i) * generator.uniform(0.9, 1.1))
+        chosen = chosen or list(range(len(self.pairs)))
         self.queue = _packed(chosen, self._length, self.settings.tokens_per_step)
         generator.shuffle(self.queue)
         self.epoch += 1

@@ -49,21 +49,27 @@ def test_every_context_comes_back(learned):
     assert report.exact == [True] * 3 and report.exact_match == 1.0 and report.pairs == PAIRS
     assert report.by_level() == {"document": (1, 1), "entity": (2, 2)}
     assert "3 of 3 contexts exact (document 1/1, entity 2/2)" in str(report)
-    assert report.expand_loss < 0.1 and report.compress_loss > 0 and not model.training
+    assert report.expand_loss > 0 and report.compress_loss > 0 and not model.training
     for pair in PAIRS:
         query = tokenizer(pair.query, return_tensors="pt").input_ids
         assert tokenizer.decode(model.recall(query)[0]) == pair.context
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_the_forward_direction_stays_near_the_base_model(learned):
-    model, _, _ = learned
-    ids = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        found = model(ids).logits.log_softmax(-1)
-        with model.disable_adapters():
-            wanted = model(ids).logits.log_softmax(-1)
-    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 1.0
+def test_the_forward_direction_stays_near_the_base_model(folder):
+    """Nearer than without the divergence in the objective, on text that was not in it."""
+
+    def divergence(**settings):
+        model, tokenizer = fresh(folder)
+        remember(model, tokenizer, PAIRS, dataclasses.replace(SETTINGS, max_steps=40, **settings), progress=False)
+        ids = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            found = model(ids).logits.log_softmax(-1)
+            with model.disable_adapters():
+                wanted = model(ids).logits.log_softmax(-1)
+        return (wanted.exp() * (wanted - found)).sum(-1).mean()
+
+    assert divergence(anchor_weight=30.0, learning_rate=3e-3) < 0.7 * divergence(divergence=None, learning_rate=3e-3)
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(learned, folder, tmp_path, monkeypatch):
@@ -89,21 +95,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(learned, folder, tmp_pa
     assert all(torch.equal(after[name], value) for name, value in weights(expected).items())
 
 
-def test_more_steps_for_what_was_not_learned(folder, tmp_path):
-    few = dataclasses.replace(SETTINGS, max_steps=3)
+def test_checkpoints_that_are_refused(folder, tmp_path):
+    few = dataclasses.replace(SETTINGS, max_steps=3, divergence=None, checkpoint_seconds=0)
     model, tokenizer = fresh(folder)
     report = remember(model, tokenizer, PAIRS, few, folder=tmp_path, progress=False)
-    assert report.steps == 3 and not all(report.exact)
-    report = remember(*fresh(folder), PAIRS, dataclasses.replace(few, max_steps=5), folder=tmp_path, progress=False)
-    assert report.steps == 5
-
-
-def test_checkpoints_that_are_refused(folder, tmp_path):
-    few = dataclasses.replace(SETTINGS, max_steps=2, divergence=None)
-    model, tokenizer = fresh(folder)
-    remember(model, tokenizer, PAIRS, few, folder=tmp_path, progress=False)
+    assert report.steps == 3 and not all(report.exact)  # and no error
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
-        assert json.loads(file.metadata()["r3mem"])["step"] == 2
+        assert json.loads(file.metadata()["r3mem"])["step"] == 3
     before = weights(model)
     for pairs, settings in ((PAIRS[:2], few), (PAIRS, dataclasses.replace(few, seed=1))):
         with pytest.raises(ValueError, match="belongs to an unfinished run with other documents"):
