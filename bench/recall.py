@@ -78,7 +78,7 @@ class _Bench:
 
     def three(self):
         pipeline = self._pipeline(0)
-        report = self._remember(pipeline, self._pages(pipeline, 3, 100), 0)
+        report = self._remember(pipeline, self._pages(pipeline, 3, 50), 0)
         self._add("three", "default", 0, report, pipeline)
 
     def pages(self):
@@ -106,7 +106,7 @@ class _Bench:
             for name, settings in arms.items():
                 config = R3MemConfig(**settings)
                 pipeline = self._pipeline(seed, config)
-                pages = self._pages(pipeline, self.options.arm_pages, 300 + seed)
+                pages = self._pages(pipeline, self.options.arm_pages, 100 + seed)
                 report = self._remember(pipeline, pages, seed, max_steps=self.options.arm_steps)
                 self._add("arms", name, seed, report, pipeline, core=list(pipeline.model.r3mem_config.core))
 
@@ -120,7 +120,7 @@ class _Bench:
                 ("two adapters: compress", {"lora_r": 8, "lora_alpha": 16, "expand_weight": 0.0}),
             ):
                 pipeline = self._pipeline(seed, R3MemConfig(**settings))
-                pages = self._pages(pipeline, self.options.arm_pages, 400 + seed)
+                pages = self._pages(pipeline, self.options.arm_pages, 120 + seed)
                 report = self._remember(pipeline, pages, seed, max_steps=steps, compress_every=2)
                 compress = _compress_loss(pipeline, report.pairs)
                 self._add("adapters", name, seed, report, pipeline, lora_r=settings["lora_r"], compress_loss=compress)
