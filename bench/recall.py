@@ -158,9 +158,8 @@ class _Bench:
         )
 
     def _perplexity_ratio(self, pipeline):
-        windows = token_windows(
-            pipeline.tokenizer, self.held_out_text, tokens=_HELD_OUT_TOKENS, count=_HELD_OUT_WINDOWS
-        )
+        tokens = min(_HELD_OUT_TOKENS, pipeline.model.max_tokens or _HELD_OUT_TOKENS)
+        windows = token_windows(pipeline.tokenizer, self.held_out_text, tokens=tokens, count=_HELD_OUT_WINDOWS)
 
         def loss():
             with torch.no_grad():

@@ -10,10 +10,10 @@ _EXPORTS = {
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
     "MomentumCoupling": "reversible",
+    "PairCollator": "training.collate",
     "R3MemConfig": "config",
     "R3MemModel": "model",
     "R3MemPipeline": "pipeline",
-    "PairCollator": "training.collate",
     "RememberReport": "training.remember",
     "RememberSettings": "training.remember",
     "build_pairs": "hierarchy",
@@ -22,6 +22,7 @@ _EXPORTS = {
     "check_inverse": "reversible",
     "load_model": "models",
     "make_reversible": "reversible",
+    "reading_backward": "reversible",
     "restore": "reversible",
 }
 

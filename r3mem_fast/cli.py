@@ -32,6 +32,7 @@ def _parser():
     demo.add_argument("--text", help="a UTF-8 text file to train on (Python's help topics)")
     demo.add_argument("--tokens", type=_positive, default=512, help="in a window (%(default)s)")
     demo.add_argument("--steps", type=_positive, default=40, help="of training (%(default)s)")
+    demo.add_argument("--remember-steps", type=_positive, default=2000, help="at most, for the page (%(default)s)")
     demo.add_argument("--output", default="r3mem-demo.png", help="the picture (%(default)s)")
     _add_model_options(demo, dtype="bfloat16")
 
@@ -113,6 +114,7 @@ def _demo(options):
         text=options.text,
         tokens=options.tokens,
         steps=options.steps,
+        remember_steps=options.remember_steps,
         dtype=options.dtype,
         bits=options.bits,
         fraction_bits=options.fraction_bits,

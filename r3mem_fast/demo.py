@@ -17,13 +17,14 @@ from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers
 from .text import pages_of, read_text, token_windows
+from .training.remember import RememberSettings
 
 ARMS = ("plain", "checkpointing", "reversible")
 _TIMING_ROUNDS = 3
 _HELD_OUT = 4
 
 
-def run_demo(*, model_name, text, tokens, steps, dtype, bits, fraction_bits, device, output):
+def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fraction_bits, device, output):
     """The whole demonstration, printed as it goes. Writes a PNG to `output`.
 
     Raises OSError or ValueError if the model, the text or the output's folder is not there.
@@ -77,15 +78,16 @@ def run_demo(*, model_name, text, tokens, steps, dtype, bits, fraction_bits, dev
     title = f"{model_name}, {tokens} tokens, {dtype}, LoRA"
     _draw(output, measured, losses, held_out=(loss_before, loss_after), bits=bits, title=title)
     print(f"Picture: {output}")
-    _remember_a_page(model_name, text, device)
+    _remember_a_page(model_name, text, remember_steps, device)
 
 
-def _remember_a_page(model_name, text, device):
+def _remember_a_page(model_name, text, max_steps, device):
     """Fine-tune a page into a new adapter and recall it, level by level, reading backward from the queries."""
     print(f"\nRemembering a page, until every context comes back exactly ({model_name}) ...", flush=True)
     pipeline = R3MemPipeline(model_name, device=device)
-    page = next(iter(pages_of(text, pipeline.tokenizer, 1).values()))
-    report = pipeline.remember(page)
+    tokens = min(200, (pipeline.model.max_tokens or 1024) // 2)
+    page = next(iter(pages_of(text, pipeline.tokenizer, 1, tokens=tokens).values()))
+    report = pipeline.remember(page, settings=RememberSettings(max_steps=max_steps))
     print(report)
     for pair in {pair.level: pair for pair in report.pairs}.values():
         recalled = pipeline.recall(pair.query)

@@ -16,9 +16,8 @@ from transformers.utils import ModelOutput
 
 from . import storage
 from .config import R3MemConfig
-from .reversible import make_reversible
+from .reversible import make_reversible, reading_backward
 from .reversible.convert import find_decoder_layers, stack_of, text_config
-from .reversible.direction import reading_backward
 
 _IGNORED = -100
 

@@ -58,9 +58,10 @@ def test_env(capsys, monkeypatch):
 
 def test_demo_on_a_tiny_model(folder, tmp_path, capsys):
     picture = tmp_path / "demo.png"
-    arguments = ["demo", "--model", str(folder), "--tokens", "32", "--steps", "3", "--device", "cpu"]
-    assert main([*arguments, "--output", str(picture)]) == 0
+    arguments = ["demo", "--model", str(folder), "--tokens", "32", "--steps", "3", "--remember-steps", "2"]
+    assert main([*arguments, "--device", "cpu", "--output", str(picture)]) == 0
     printed = capsys.readouterr().out
+    assert "contexts exact (document 0/1" in printed and "entity: " in printed
     assert "exact, bit for bit" in printed and "3 reversible steps" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]

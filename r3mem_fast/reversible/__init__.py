@@ -3,6 +3,7 @@
 from .check import GradientReport, InverseReport, check_gradients, check_inverse
 from .convert import check_integrity, make_reversible, restore
 from .coupling import MomentumCoupling
+from .direction import reading_backward
 from .node import IntegrityError
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "check_integrity",
     "check_inverse",
     "make_reversible",
+    "reading_backward",
     "restore",
 ]

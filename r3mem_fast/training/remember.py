@@ -146,6 +146,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
         )
+        self.optimizer.zero_grad(set_to_none=True)  # what an earlier run may have left
         self.step, self.epoch, self.seconds = 0, 0, 0.0
         self.queue = []  # batches that are left of this epoch, lists of indices of pairs
         self.known = [False] * len(pairs)  # predicted token for token when last seen
@@ -170,7 +171,9 @@ class _Run:
                         if all(exact):
                             break
                     self._begin_epoch()
-                self._train_on(self.queue.pop(0))
+                with torch.random.fork_rng():  # for dropout: the same after an interruption
+                    torch.manual_seed(settings.seed * 1_000_003 + self.step)
+                    self._train_on(self.queue.pop(0))
                 bar.update()
                 bar.set_postfix(loss=self.loss, exact=f"{sum(self.known)}/{len(self.known)}")
                 self.seconds = time.monotonic() - started
@@ -179,11 +182,7 @@ class _Run:
                     saved = time.monotonic()
             else:
                 exact = self._recalled()
-        except KeyboardInterrupt:
-            if self.checkpoint is not None:
-                self._save()
-            raise
-        finally:
+        finally:  # also Ctrl-C, which may come within a step: only the last checkpoint is whole
             bar.close()
         self.seconds = time.monotonic() - started
         return RememberReport(self.pairs, exact, self.step, self.seconds, self.loss, self.compress_loss)

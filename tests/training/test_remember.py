@@ -82,10 +82,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(learned, folder, tmp_pa
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module._Run, "_train_on", interrupted)
+    often = dataclasses.replace(SETTINGS, checkpoint_seconds=0)
     for seed in (0, 3):
         model, tokenizer = fresh(folder, seed)  # other adapters at the start: the checkpoint has them all
         with pytest.raises(KeyboardInterrupt):
-            remember(model, tokenizer, PAIRS, SETTINGS, folder=tmp_path, progress=False)
+            remember(model, tokenizer, PAIRS, often, folder=tmp_path, progress=False)
         assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
     monkeypatch.undo()
     model, tokenizer = fresh(folder)
