@@ -176,44 +176,38 @@ class _Bench:
 
 def _controls(pipeline, pairs, unseen):
     """What must not come back, and what need not."""
-    contexts = [pair.context for pair in pairs]
-    queries = [pair.query for pair in pairs]
-    model = pipeline.model
-    with model.peft_model.disable_adapter():
-        yield _control("adapters off, backward", queries, contexts, pipeline)
-    with model.disable_adapters():
-        yield _control("adapters off, forward", queries, contexts, pipeline, forward=True)
-    yield _control("forward, adapters on", queries, contexts, pipeline, forward=True)
-    swapped = [_swapped(pair, pairs) for pair in pairs]
-    kept = [(query, pair.context) for query, pair in zip(swapped, pairs, strict=True) if query is not None]
-    yield _control("entities swapped", *map(list, zip(*kept, strict=True)), pipeline)
-    halves = [pair.query[: len(pair.query) // 2].rsplit(" ", 1)[0] for pair in pairs]
-    kept = [(half, pair.context) for half, pair in zip(halves, pairs, strict=True) if half and half not in queries]
-    yield _control("first half of the query", *map(list, zip(*kept, strict=True)), pipeline)
-    yield _control(
-        "queries of unseen pages", [pair.query for pair in unseen], [pair.context for pair in unseen], pipeline
-    )
+    asked = [(pair.query, pair.context) for pair in pairs]
+    queries = {pair.query for pair in pairs}
+    with pipeline.model.peft_model.disable_adapter():
+        yield _control("adapters off, backward", asked, pipeline)
+    with pipeline.model.disable_adapters():
+        yield _control("adapters off, forward", asked, pipeline, forward=True)
+    yield _control("forward, adapters on", asked, pipeline, forward=True)
+    swapped = [(_swapped(pair, pairs), pair.context) for pair in pairs]
+    yield _control("entities swapped", [ask for ask in swapped if ask[0] not in (None, *queries)], pipeline)
+    halves = [(pair.query[: len(pair.query) // 2].rsplit(" ", 1)[0], pair.context) for pair in pairs]
+    yield _control("first half of the query", [ask for ask in halves if ask[0] not in ("", *queries)], pipeline)
+    yield _control("queries of unseen pages", [(pair.query, pair.context) for pair in unseen], pipeline)
 
 
-def _control(name, queries, contexts, pipeline, forward=False):
-    """Greedy recall of a sample of the queries: how often the very context comes back, how near, how often none."""
-    chosen = list(zip(queries, contexts, strict=True))
+def _control(name, asked, pipeline, forward=False):
+    """Greedy recall of some `(query, context)`: how often the context comes back, how near, how often nothing."""
     # What never ends is read as far as the context goes: the longest last, so that few are read that far.
-    chosen = sorted(random.Random(0).sample(chosen, min(_CONTROL_QUERIES, len(chosen))), key=lambda pair: len(pair[1]))
-    queries, contexts = map(list, zip(*chosen, strict=True))
+    sample = random.Random(0).sample(asked, min(_CONTROL_QUERIES, len(asked)))
+    sample.sort(key=lambda ask: len(ask[1]))
+    read = _read_forward if forward else R3MemPipeline.recall
     found = []
-    for start in range(0, len(queries), 16):
-        longest = len(pipeline._ids(contexts[start : start + 16][-1])) + 16
-        read = _read_forward if forward else R3MemPipeline.recall
-        found += read(pipeline, queries[start : start + 16], max_new_tokens=longest)
+    for start in range(0, len(sample), 16):
+        queries, contexts = zip(*sample[start : start + 16], strict=True)
+        found += read(pipeline, queries, max_new_tokens=len(pipeline._ids(contexts[-1])) + 16)
     near = [
-        difflib.SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
-        for a, b in zip(found, contexts, strict=True)
+        difflib.SequenceMatcher(None, text.split(), context.split(), autojunk=False).ratio()
+        for text, (_, context) in zip(found, sample, strict=True)
     ]
     return {
         "control": name,
-        "queries": len(queries),
-        "exact": sum(a == b for a, b in zip(found, contexts, strict=True)),
+        "queries": len(sample),
+        "exact": sum(text == context for text, (_, context) in zip(found, sample, strict=True)),
         "empty": sum(not text for text in found),
         "similar_0.5": sum(ratio >= 0.5 for ratio in near),
         "similar_0.9": sum(ratio >= 0.9 for ratio in near),
@@ -231,14 +225,13 @@ def _read_forward(pipeline, queries, max_new_tokens):
 
 
 def _swapped(pair, pairs):
-    """The query with its entities replaced by another page's; None if it mentions none, or is then a real query."""
+    """The query with its entities replaced by another page's; None if it mentions none, or others are too few."""
     found = mentioned(pair.entities, pair.query)
-    names = sorted({name for other in pairs if other.document != pair.document for name in other.entities})
-    names = [name for name in names if name not in pair.entities]
+    names = {name for other in pairs if other.document != pair.document for name in other.entities}
+    names = sorted(names - set(pair.entities))
     if not found or len(names) < len(found):
         return None
-    query = swap_entities(pair.query, pair.entities, random.Random(pair.query).sample(names, len(found)))
-    return None if query in {other.query for other in pairs} else query
+    return swap_entities(pair.query, pair.entities, random.Random(pair.query).sample(names, len(found)))
 
 
 def _compress_loss(pipeline, pairs):

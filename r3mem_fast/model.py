@@ -96,7 +96,7 @@ class R3MemModel(nn.Module):
         labels=None,
         query_input_ids=None,
         query_attention_mask=None,
-        terms=("compress", "expand"),
+        terms=None,
         **inputs,
     ) -> R3MemOutput:
         """The base model's forward pass; with a query, the bidirectional objective of context–query pairs.
@@ -107,8 +107,8 @@ class R3MemModel(nn.Module):
         Without a query: what the base model returns, as an `R3MemOutput`, with its `logits` `[B, T, V]`.
         With one: `loss = compress_weight * compress_loss + expand_weight * expand_loss`, means over tokens of
         `-log p(query | context)`, forward, and `-log p(context | query)`, backward (DESIGN 2.7; terms with memory
-        tokens are not built yet). terms: those of the objective that are computed. A row whose context is wholly
-        masked teaches that its query has none: the end at once. `logits` `[B, T + 1, V]` are those of the contexts,
+        tokens are not built yet). terms: those of the objective that are computed; None: those with a weight. A row
+        whose context is wholly masked teaches that its query has none: the end at once. `logits` `[B, T + 1, V]` are those of the contexts,
         read backward, right-padded: `logits[:, t]` predicts token t of the context, and the end after the last;
         `targets` `[B, T + 1]` are these, -100 where none counts.
         Raises ValueError for shapes that do not agree, or rows longer than the model's positions.
@@ -120,23 +120,24 @@ class R3MemModel(nn.Module):
             raise ValueError(f"with query_input_ids, forward takes no {sorted(inputs)}")
         contexts = _Rows(input_ids, attention_mask, labels)
         queries = _Rows(query_input_ids, query_attention_mask, None)
-        if not terms or set(terms) - {"compress", "expand"}:
-            raise ValueError(f"terms must be some of 'compress' and 'expand', got {terms!r}")
+        weights = {"compress": self.r3mem_config.compress_weight, "expand": self.r3mem_config.expand_weight}
+        terms = [term for term, weight in weights.items() if weight] if terms is None else terms
+        if not terms or set(terms) - set(weights):
+            raise ValueError(f"terms must be some of {list(weights)}, got {terms!r}")
         if len(contexts.ids) != len(queries.ids):
             raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
-        config, output = self.r3mem_config, R3MemOutput()
+        output = R3MemOutput()
         if "expand" in terms:
             with self._backward():
                 output.logits, output.targets = self._continued(queries, contexts)
             output.expand_loss = _mean_loss(output.logits, output.targets)
-        if "compress" in terms and config.compress_weight:
+        if "compress" in terms:
             # A row without a context has nothing that its query could be told from.
             asked = contexts.mask.any(1, keepdim=True)
             logits, targets = self._continued(contexts, queries)
             output.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, _IGNORED))
-        weighted = ((config.compress_weight, output.compress_loss), (config.expand_weight, output.expand_loss))
         if labels is not None:
-            output.loss = sum(weight * term for weight, term in weighted if term is not None)
+            output.loss = sum(weights[term] * output[f"{term}_loss"] for term in terms)
         return output
 
     def _backward(self):
