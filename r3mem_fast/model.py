@@ -108,8 +108,9 @@ class R3MemModel(nn.Module):
         With one: `loss = compress_weight * compress_loss + expand_weight * expand_loss`, means over tokens of
         `-log p(query | context)`, forward, and `-log p(context | query)`, backward (DESIGN 2.7; terms with memory
         tokens are not built yet). terms: those of the objective that are computed; None: those with a weight. A row
-        whose context is wholly masked teaches that its query has none: the end at once. `logits` `[B, T + 1, V]` are those of the contexts,
-        read backward, right-padded: `logits[:, t]` predicts token t of the context, and the end after the last;
+        whose context is wholly masked teaches that its query has none: the end at once.
+        `logits` `[B, T + 1, V]` are those of the contexts, read backward, right-padded: `logits[:, t]` predicts token
+        t of the context, and the end after the last;
         `targets` `[B, T + 1]` are these, -100 where none counts.
         Raises ValueError for shapes that do not agree, or rows longer than the model's positions.
         """

@@ -37,36 +37,33 @@ class InstructBuilder:
     """Questions written by a local instruct model (`transformers`), for documents and paragraphs.
 
     Entities are asked by their list, which needs no model. model, tokenizer: as `load_model` gives them; the tokenizer
-    must have a chat template (ValueError else). attempts: questions sampled for a passage; a first one is greedy.
-    seed: of the samples.
+    must have a chat template (ValueError else). openings: how the model's questions begin, in the order in which they
+    are tried; small models write none unless they are given the first word. Deterministic: decoding is greedy.
     """
 
-    _PROMPT = "Write one short question, of at most {words} words, that only this text answers. Text:\n\n{text}"
+    _PROMPT = "{text}\n\nWrite one very short question about this text. Only the question."
 
-    def __init__(self, model, tokenizer, *, attempts=6, seed=0):
+    def __init__(self, model, tokenizer, *, openings=("Who", "What", "Why", "Where", "How", "When", "Which", "Is")):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template: an instruct model is needed to write questions")
-        self._model, self._tokenizer, self._attempts, self._seed = model, tokenizer, attempts, seed
+        self._model, self._tokenizer, self._openings = model, tokenizer, openings
         self.name = f"questions by {model.config.name_or_path or type(model).__name__}"
 
     def queries(self, passage: Passage):
         if passage.level == "entity":
             yield from _lists(passage)
             return
-        prompt = self._PROMPT.format(words=max(passage.tokens * 2 // 3, 3), text=passage.text)
-        inputs = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(self._model.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(self._seed)
-            for attempt in range(self._attempts):
-                sampling = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
-                with torch.no_grad():
-                    output = self._model.generate(**inputs, max_new_tokens=passage.tokens + 8, **sampling)
-                answer = self._tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-                # What follows the first question mark, or an answer without one, is no question.
-                if question := re.match(r"[^?\n]*\?", answer.strip().strip('"')):
-                    yield question[0]
+        message = {"role": "user", "content": self._PROMPT.format(text=passage.text)}
+        prompt = self._tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        for opening in self._openings:
+            inputs = self._tokenizer(prompt + opening, add_special_tokens=False, return_tensors="pt")
+            inputs = inputs.to(self._model.device)
+            with torch.no_grad():
+                output = self._model.generate(**inputs, max_new_tokens=max(passage.tokens, 1), do_sample=False)
+            rest = self._tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            # Up to the first question mark; what has none is no question.
+            if question := re.match(r"[^?\n]*\?", opening + rest):
+                yield question[0]
 
 
 def _summaries(passage):

@@ -107,7 +107,7 @@ def test_a_builder_whose_queries_are_not_fit(tokenizer):
 
 
 def test_an_instruct_model_writes_questions(folder, monkeypatch):
-    """The prompt goes through the chat template; the first question of an answer is the query."""
+    """The prompt goes through the chat template, with a first word; the answer's first question is the query."""
     from r3mem_fast import load_model
 
     model, letters = load_model(str(folder))
@@ -116,16 +116,17 @@ def test_an_instruct_model_writes_questions(folder, monkeypatch):
     letters.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     asked = []
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, **sampling):
-        asked.append((letters.decode(input_ids[0]), do_sample))
-        answer = ["No question at all." if not do_sample else 'Who is rich?" It is he. Or?'][0]
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample):
+        asked.append(letters.decode(input_ids[0]))
+        assert not do_sample
+        answer = " knows, no question at all." if asked[-1].endswith("Who") else ' is rich?" It is he. Or?'
         return torch.cat([input_ids, letters(answer, return_tensors="pt").input_ids], 1)
 
     monkeypatch.setattr(type(model), "generate", generate)
-    builder = InstructBuilder(model, letters, attempts=2)
+    builder = InstructBuilder(model, letters)
     pairs = build_pairs({"page": PAGE[:171]}, letters, builder, levels=["document"])
-    assert pairs[0].query == "Who is rich?" and pairs[0].builder.startswith("questions by ")
-    assert [sampled for _, sampled in asked] == [False, True] and PAGE[:60] in asked[0][0]
+    assert pairs[0].query == "What is rich?" and pairs[0].builder.startswith("questions by ")
+    assert len(asked) == 2 and all(prompt.startswith(PAGE[:60]) for prompt in asked)
 
 
 def test_bad_input(tokenizer):
