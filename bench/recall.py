@@ -34,7 +34,7 @@ from .records import add_output_option, write_records
 SUITES = ("page", "three", "pages", "arms", "adapters")
 _HELD_OUT_WINDOWS, _HELD_OUT_TOKENS = 12, 256
 # Of each control: reading them takes as long as learning a few pages.
-_CONTROL_QUERIES = 48
+_CONTROL_QUERIES = 16
 
 
 def main(arguments=None):
@@ -56,8 +56,6 @@ def main(arguments=None):
     bench = _Bench(options)
     for suite in options.suite:
         getattr(bench, suite)()
-    if options.output:
-        write_records(options.output, bench.records)
     return 0
 
 
@@ -172,6 +170,8 @@ class _Bench:
     def _record(self, record):
         self.records.append(record)
         print(json.dumps(record) if self.options.json else record, flush=True)
+        if self.options.output:  # at once: a suite takes long
+            write_records(self.options.output, self.records)
 
 
 def _controls(pipeline, pairs, unseen):
@@ -194,7 +194,7 @@ def _control(name, asked, pipeline, forward=False):
     """Greedy recall of some `(query, context)`: how often the context comes back, how near, how often nothing."""
     # What never ends is read as far as the context goes: the longest last, so that few are read that far.
     sample = random.Random(0).sample(asked, min(_CONTROL_QUERIES, len(asked)))
-    sample.sort(key=lambda ask: len(ask[1]))
+    sample.sort(key=lambda ask: len(pipeline._ids(ask[1])))
     read = _read_forward if forward else R3MemPipeline.recall
     found = []
     for start in range(0, len(sample), 16):

@@ -60,10 +60,10 @@ def _add_remember(commands):
     remember.set_defaults(run=_remember)
     remember.add_argument("folder", metavar="FOLDER", help="of the adapter; made, or added to, or resumed")
     remember.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a document each")
-    remember.add_argument("--model", default="smollm2-135m", help="of a new adapter: a folder or hub id (%(default)s)")
+    remember.add_argument("--model", help="of a new adapter: a folder or hub id (smollm2-135m)")
     remember.add_argument("--core", type=_core, help="layers FIRST,END that are read backward, or all")
-    remember.add_argument("--backward", default="reversed", choices=["reversed", "inverse"], help="(%(default)s)")
-    remember.add_argument("--lora-r", type=_positive, default=16, help="rank of a new adapter (%(default)s)")
+    remember.add_argument("--backward", choices=["reversed", "inverse"], help="of a new adapter (reversed)")
+    remember.add_argument("--lora-r", type=_positive, help="rank of a new adapter (16)")
     remember.add_argument("--max-steps", type=_positive, default=2000, help="of training (%(default)s)")
     remember.add_argument("--learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
     seconds = "between checkpoints in FOLDER (%(default)s)"
@@ -159,9 +159,9 @@ def _remember(options):
     from . import R3MemConfig, RememberSettings, storage
     from .text import read_text
 
-    texts = {Path(path).name: read_text(path) for path in options.texts}
+    texts = {path: read_text(path) for path in options.texts}
     if len(texts) < len(options.texts):
-        raise ValueError("two texts have the same file name, by which their document is called; rename one")
+        raise ValueError("a text is named twice")
     settings = RememberSettings(
         max_steps=options.max_steps,
         learning_rate=options.learning_rate,
@@ -169,10 +169,12 @@ def _remember(options):
         seed=options.seed,
     )
     if (Path(options.folder) / storage.MANIFEST).is_file():
+        if given := [name for name in ("model", "core", "backward", "lora_r") if getattr(options, name) is not None]:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for a new adapter; {options.folder} has one")
         pipeline = _pipeline(options, options.folder)
     else:
-        config = R3MemConfig(core=options.core, backward=options.backward, lora_r=options.lora_r)
-        pipeline = _pipeline(options, options.model, config=config, seed=options.seed)
+        config = R3MemConfig(core=options.core, backward=options.backward or "reversed", lora_r=options.lora_r or 16)
+        pipeline = _pipeline(options, options.model or "smollm2-135m", config=config, seed=options.seed)
     report = pipeline.remember(
         texts,
         folder=options.folder,
@@ -184,13 +186,19 @@ def _remember(options):
         levels = {level: {"exact": exact, "total": total} for level, (exact, total) in report.by_level().items()}
         print(
             json.dumps(
-                {"exact_match": report.exact_match, "levels": levels, "steps": report.steps, "seconds": report.seconds}
+                {
+                    "exact_match": report.exact_match,
+                    "levels": levels,
+                    "lost": report.lost,
+                    "steps": report.steps,
+                    "seconds": report.seconds,
+                }
             )
         )
     else:
         print(report)
         print(f"Ask with: r3mem recall {options.folder} {report.pairs[0].query!r}")
-    return 0 if all(report.exact) else 1
+    return 0 if all(report.exact) and not report.lost else 1
 
 
 def _builder(options):

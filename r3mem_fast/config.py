@@ -53,10 +53,11 @@ class R3MemConfig:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         for name in ("compress_weight", "expand_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+            weight = getattr(self, name)
+            if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
+                raise ValueError(f"{name} must be a number that is not negative, got {weight!r}")
         for name in ("core", "target_modules", "bits"):  # JSON gives lists
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), (list, set, frozenset)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def coupling(self) -> MomentumCoupling:

@@ -15,7 +15,7 @@ from .measure import StorageRecorder
 from .models import load_model
 from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
-from .reversible.convert import find_decoder_layers
+from .reversible.convert import find_decoder_layers, text_config
 from .text import pages_of, read_text, token_windows
 from .training.remember import RememberSettings
 
@@ -37,6 +37,8 @@ def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fr
 
     print(f"Loading {model_name} in {dtype} ...", flush=True)
     model, tokenizer = load_model(model_name, dtype=getattr(torch, dtype))
+    positions = getattr(text_config(model.config), "max_position_embeddings", None) or 1024
+    page = next(iter(pages_of(text, tokenizer, 1, tokens=min(200, positions // 2)).values()))
     model.to(device)
     windows = token_windows(tokenizer, text, tokens=tokens).to(device)
     if len(windows) < _HELD_OUT + 1:
@@ -78,15 +80,13 @@ def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fr
     title = f"{model_name}, {tokens} tokens, {dtype}, LoRA"
     _draw(output, measured, losses, held_out=(loss_before, loss_after), bits=bits, title=title)
     print(f"Picture: {output}")
-    _remember_a_page(model_name, text, remember_steps, device)
+    _remember_a_page(model_name, page, remember_steps, device)
 
 
-def _remember_a_page(model_name, text, max_steps, device):
+def _remember_a_page(model_name, page, max_steps, device):
     """Fine-tune a page into a new adapter and recall it, level by level, reading backward from the queries."""
     print(f"\nRemembering a page, until every context comes back exactly ({model_name}) ...", flush=True)
     pipeline = R3MemPipeline(model_name, device=device)
-    tokens = min(200, (pipeline.model.max_tokens or 1024) // 2)
-    page = next(iter(pages_of(text, pipeline.tokenizer, 1, tokens=tokens).values()))
     report = pipeline.remember(page, settings=RememberSettings(max_steps=max_steps))
     print(report)
     for pair in {pair.level: pair for pair in report.pairs}.values():

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from . import storage
 from .config import R3MemConfig
 from .reversible import make_reversible, reading_backward
-from .reversible.convert import find_decoder_layers, stack_of, text_config
+from .reversible.convert import check_convertible, find_decoder_layers, stack_of, text_config
 
 _IGNORED = -100
 
@@ -46,16 +46,23 @@ class R3MemModel(nn.Module):
 
     base: a `transformers` causal language model, or a PeftModel of one, which keeps its adapters. It is changed in
         place. config: an `R3MemConfig`; the default's core is chosen by depth.
-    Raises TypeError or ValueError for a model that cannot be made reversible, a core beyond its depth, or one that
-    has neither a begin-of-text nor an end-of-text token.
+    Raises TypeError or ValueError for a model that cannot be made reversible, a core beyond its depth, or a model
+    whose config names no end-of-text token; the base model is then as it was.
     """
+
+    # Its loss is a mean; a trainer that accumulates gradients divides by the number of batches itself.
+    accepts_loss_kwargs = False
 
     def __init__(self, base, config: R3MemConfig | None = None):
         super().__init__()
+        config = R3MemConfig() if config is None else config
+        if isinstance(base, PeftModel) and base.active_adapter != "default":
+            raise ValueError(f"the PeftModel's adapter must be called 'default', not {base.active_adapter!r}")
         plain = base.get_base_model() if isinstance(base, PeftModel) else base
-        num_layers = len(find_decoder_layers(plain)[1])
-        self.r3mem_config = (R3MemConfig() if config is None else config).resolved(num_layers)
-        self._fingerprint = None
+        # All that can be refused is refused before the base model is changed.
+        _, layers = check_convertible(plain, config.coupling())
+        self.r3mem_config = config.resolved(len(layers))
+        self.fingerprint = None
         self.end_token_id = _first(plain.config.eos_token_id)
         self.start_token_id = _first(plain.config.bos_token_id, self.end_token_id)
         if self.end_token_id is None:
@@ -188,44 +195,61 @@ class R3MemModel(nn.Module):
         query_input_ids, query_attention_mask: int64 `[B, Q]`, padded on either side. A query that nothing was learned
         for gives an empty tensor, if the model was trained to know. max_new_tokens: at most so many a context; fewer
         if the model's positions end before. The model's mode stays as it is.
-        Raises ValueError for a query longer than the model's positions.
+        Raises ValueError for a query longer than the model's positions, or max_new_tokens below 1.
         """
         ids, mask = self._prompt(_Rows(query_input_ids, query_attention_mask, None))
         self._check_length(ids.shape[1] + 1)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if self.max_tokens is not None:
             max_new_tokens = min(max_new_tokens, self.max_tokens - ids.shape[1])
         # Made before the layers change places: its own layers are made by the configuration's order.
         cache = DynamicCache(config=text_config(self.config))
-        greedy = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end_token_id,
-            pad_token_id=self.end_token_id,
-        )
-        with _evaluating(self), self._backward():
-            # Not the base model's own settings, which may sample or penalise repetition.
-            output = self.peft_model.get_base_model().generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=greedy
-            )
+        with evaluating(self), self._backward():
+            output = self.decode(ids, mask, past_key_values=cache, do_sample=False, max_new_tokens=max_new_tokens)
         return [_until(row, self.end_token_id) for row in output[:, ids.shape[1] :]]
+
+    def decode(self, input_ids, attention_mask, *, past_key_values=None, **settings) -> torch.Tensor:
+        """`generate` by these settings alone: int64 `[B, T + n]`, ended by the end token, in the current direction.
+
+        A model's own generation_config would fill in what is not set here (a penalty for repetition, say).
+        """
+        base = self.peft_model.get_base_model()
+        ends = {"eos_token_id": self.end_token_id, "pad_token_id": self.end_token_id}
+        own, base.generation_config = base.generation_config, GenerationConfig()
+        try:
+            return base.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                generation_config=GenerationConfig(**ends, **settings),
+            )
+        finally:
+            base.generation_config = own
 
     @contextlib.contextmanager
     def disable_adapters(self):
         """While this lasts the model is its base model, bit for bit: no adapters, no coupling, no quantisation."""
         stack = stack_of(self.peft_model)
-        with self.peft_model.disable_adapter():
-            stack.bypassed = True
-            try:
+        if stack.bypassed:
+            yield
+            return
+        # PEFT lets the adapters learn again when it enables them, also those that did not before.
+        trainable = [(p, p.requires_grad) for p in self.peft_model.parameters()]
+        try:
+            with self.peft_model.disable_adapter():
+                stack.bypassed = True
                 yield
-            finally:
-                stack.bypassed = False
+        finally:
+            stack.bypassed = False
+            for parameter, wanted in trainable:
+                parameter.requires_grad_(wanted)
 
     def base_fingerprint(self) -> str:
-        """Of the base model's configuration and weights, the same in every floating dtype (see `storage`)."""
-        if self._fingerprint is None:
-            self._fingerprint = storage.fingerprint(self.peft_model)
-        return self._fingerprint
+        """Of the base model's configuration and weights (see `storage.fingerprint`)."""
+        if self.fingerprint is None:
+            self.fingerprint = storage.fingerprint(self.peft_model)
+        return self.fingerprint
 
     def save_pretrained(self, folder, **details):
         """Save the adapters as a PEFT folder, with `r3mem.json` beside them (see `storage.save`)."""
@@ -265,8 +289,10 @@ class _Rows:
     """Token rows with a mask, padded on either side."""
 
     def __init__(self, ids, mask, labels):
-        if ids.dim() != 2 or ids.dtype != torch.int64:
-            raise ValueError(f"token ids must be int64 [batch, tokens], got {ids.dtype} {list(ids.shape)}")
+        if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+            raise ValueError(
+                f"token ids must be int64 [batch, tokens], one at least, got {ids.dtype} {list(ids.shape)}"
+            )
         for name, other in (("mask", mask), ("labels", labels)):
             if other is not None and other.shape != ids.shape:
                 raise ValueError(f"the {name} {list(other.shape)} must have the shape of its ids {list(ids.shape)}")
@@ -314,10 +340,12 @@ def _until(row, end):
 
 
 @contextlib.contextmanager
-def _evaluating(module):
-    training = module.training
+def evaluating(module):
+    """Evaluation mode while this lasts; then every part is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training

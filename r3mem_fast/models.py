@@ -27,9 +27,11 @@ def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except OSError as error:  # which need not say what was asked for
+    except (OSError, ValueError) as error:  # which need not say what was asked for
         raise OSError(f"cannot load the model {str(name)!r}: {error}") from error
-    model.config._name_or_path = model.name_or_path = str(name)  # and not where this machine keeps it
+    # Not where this machine keeps the embedded model; but a folder by its whole path, to be found from elsewhere.
+    kept = name if name == EMBEDDED_MODEL or not Path(name).is_dir() else Path(name).resolve()
+    model.config._name_or_path = model.name_or_path = str(kept)
     return model.eval(), tokenizer
 
 

@@ -1,5 +1,6 @@
 """`R3MemPipeline`: text in, text out. Remember documents in an adapter, recall their contexts from queries."""
 
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -44,6 +45,11 @@ class R3MemPipeline:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
                 self._load(Path(model), device, dtype)
                 return
+            if (Path(model) / CHECKPOINT).is_file():
+                raise ValueError(
+                    f"{model} holds a run that was interrupted, and no adapter yet: remember the same documents "
+                    "again, with the model that they were for and this folder"
+                )
             model, tokenizer = load_model(model, dtype=dtype or default_dtype(device))
             model.to(device)
         elif tokenizer is None:
@@ -60,7 +66,7 @@ class R3MemPipeline:
         manifest = storage.read_manifest(folder)
         # What was learned to the last token in one arithmetic need not be known in another.
         dtype = dtype or _DTYPES.get(manifest.get("dtype"), torch.float32)
-        base, self.tokenizer = load_model(manifest["base_model"], dtype=dtype)
+        base, self.tokenizer = storage.load_base(folder, manifest, dtype)
         self.model = R3MemModel.from_pretrained(folder, base.to(device))
         self.folder, self.remembered = folder, manifest.get("remembered", [])
 
@@ -105,6 +111,7 @@ class R3MemPipeline:
         report = remember(self.model, self.tokenizer, [*rehearsed, *pairs], settings, folder=folder, progress=progress)
         learned = {pair.query for pair in report.pairs}
         lost = [entry for entry in earlier if entry["query"] not in learned]
+        report = dataclasses.replace(report, lost=tuple(entry["query"] for entry in lost))
         self.remembered = [{**entry, "exact": False} for entry in lost] + [
             {
                 "level": pair.level,
@@ -149,8 +156,10 @@ class R3MemPipeline:
 
     def _rehearsed(self, entries):
         """What was remembered before, as pairs: recalled, and taken if it is still what it was."""
-        entries = [entry for entry in entries if entry["exact"]]
-        contexts = self.recall([entry["query"] for entry in entries]) if entries else []
+        entries = sorted((entry for entry in entries if entry["exact"]), key=lambda entry: entry["tokens"])
+        contexts = []
+        for start in range(0, len(entries), 16):
+            contexts += self.recall([entry["query"] for entry in entries[start : start + 16]])
         return [
             Pair(
                 *(entry[name] for name in ("level", "document", "query")),
@@ -165,9 +174,9 @@ class R3MemPipeline:
     def _refuse_foreign(self, folder):
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; an adapter is saved as a folder")
-        if (folder / storage.MANIFEST).is_file() and (
-            self.folder is None or self.folder.resolve() != folder.resolve()
-        ):
+        # With a checkpoint beside it: of the very run that made it, or refused where that is read.
+        alone = (folder / storage.MANIFEST).is_file() and not (folder / CHECKPOINT).is_file()
+        if alone and (self.folder is None or self.folder.resolve() != folder.resolve()):
             raise ValueError(
                 f"{folder} holds an adapter already; choose another folder, or remember more with "
                 f"R3MemPipeline({str(folder)!r})"
@@ -186,6 +195,8 @@ def _by_name(documents, taken):
         documents = {f"document {n}": text for n, text in zip(numbers, documents, strict=False)}
     if not documents:
         raise ValueError("there is no document to remember")
+    if wrong := [name for name in documents if not isinstance(name, str)]:
+        raise TypeError(f"a document's name must be a string, got {wrong[0]!r}")
     return dict(documents)
 
 

@@ -16,6 +16,7 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import r3mem_fast
 
@@ -27,13 +28,36 @@ FORMAT_VERSION = 1
 MANIFEST = "r3mem.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What changes the function that the same weights compute.
-_CONFIG_KEYS = ("model_type", "num_attention_heads", "num_key_value_heads")
+_CONFIG_KEYS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+)
+_SAVED = ".saved"
+_OF_A_PAIR = {
+    "level": str,
+    "document": str,
+    "query": str,
+    "entities": list,
+    "builder": str,
+    "tokens": int,
+    "sha256": str,
+}
 
 
 def save(model, folder, **details):
     """Write a model's adapters, settings and `details` (values for JSON) into a folder, made if need be.
 
-    Each file is replaced whole. Nothing is replaced before all of them are on the disk.
+    All files together: until the last of them is on the disk the folder is as it was, and from then on it is the new
+    one, also if the process is killed while they move to their places: the next load or save moves the rest.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -47,7 +71,8 @@ def save(model, folder, **details):
         "versions": {m.__name__: m.__version__ for m in (r3mem_fast, torch, transformers, peft)},
         **details,
     }
-    for leftover in folder.glob(".saving-*"):  # of a save that was killed
+    _finish(folder)
+    for leftover in folder.glob(".saving-*"):  # of a save that was killed before it was complete
         shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -56,10 +81,20 @@ def save(model, folder, **details):
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in (*_ADAPTER_FILES, MANIFEST):
             _flush(staging / name)
-        for name in (*_ADAPTER_FILES, MANIFEST):
-            os.replace(staging / name, folder / name)
+        staging.rename(folder / _SAVED)
+        _finish(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _finish(folder):
+    """Move the files of a complete save to their places."""
+    saved = folder / _SAVED
+    if saved.is_dir():
+        for name in (*_ADAPTER_FILES, MANIFEST):
+            if (saved / name).exists():
+                os.replace(saved / name, folder / name)
+        shutil.rmtree(saved)
 
 
 def load(cls, folder, base, dtype):
@@ -71,28 +106,36 @@ def load(cls, folder, base, dtype):
             raise OSError(f"{folder} is incomplete: {name} is missing")
         if _digest(folder / name) != manifest["files"].get(name):
             raise ValueError(
-                f"{folder / name} is not the file that {MANIFEST} describes: it is damaged, was changed, or a save "
-                "into this folder was interrupted"
+                f"{folder / name} is not the file that {MANIFEST} describes: it is damaged, or was changed"
             )
     config = R3MemConfig.from_dict(manifest["r3mem_config"])
     if base is None:
-        base, _ = load_model(manifest["base_model"], dtype=dtype)
-    if isinstance(base, PeftModel):
-        raise ValueError("base must be the base model itself: the adapters come from the folder")
+        base, _ = load_base(folder, manifest, dtype)
+    if isinstance(base, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base.modules()):
+        raise ValueError("base has adapters already, from an earlier load perhaps; pass a base model without any")
     found = fingerprint(base)
     if found != manifest["base_fingerprint"]:
         raise ValueError(
             f"{folder} was made for another base model ({manifest['base_model']}, "
             f"{manifest['base_fingerprint'][:12]}…) than {base.name_or_path or type(base).__name__} ({found[:12]}…): "
-            "its weights or heads differ"
+            "its weights or settings differ (as they do when weights made in bfloat16 are loaded in float16)"
         )
     model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
+    model.fingerprint = found
     return model.eval()
+
+
+def load_base(folder, manifest, dtype):
+    """`(model, tokenizer)` that an adapter was made for. Raises OSError if it cannot be found."""
+    if not manifest["base_model"]:
+        raise FileNotFoundError(f"{folder} was made for a model that had no name; pass that model as `base`")
+    return load_model(manifest["base_model"], dtype=dtype)
 
 
 def read_manifest(folder) -> dict:
     """`r3mem.json` of a folder. Raises OSError if there is none, ValueError if it is no such file."""
     folder = Path(folder)
+    _finish(folder)
     path = folder / MANIFEST
     if not path.is_file():
         what = (
@@ -104,6 +147,13 @@ def read_manifest(folder) -> dict:
         version = manifest["format_version"]
         kinds = {"r3mem_config": dict, "base_model": str, "base_fingerprint": str, "files": dict}
         whole = all(isinstance(manifest[key], kind) for key, kind in kinds.items())
+        whole = whole and isinstance(manifest.get("dtype", ""), str)
+        whole = whole and all(
+            isinstance(entry[key], kind)
+            for entry in manifest.get("remembered", [])
+            for key, kind in {**_OF_A_PAIR, "exact": bool}.items()
+        )
+        whole = whole and len(manifest["r3mem_config"].get("core") or ()) == 2
     except (ValueError, KeyError, TypeError):
         whole, version = False, None
     if not whole and version in (None, FORMAT_VERSION):
@@ -116,17 +166,18 @@ def read_manifest(folder) -> dict:
 def fingerprint(model) -> str:
     """BLAKE2 of a base model's weights, rounded to bfloat16, and of the settings that change what they compute.
 
-    Adapters on the model do not count, and the floating dtype it was loaded in does not matter.
+    Adapters on the model do not count, and whether it was loaded in float32 or bfloat16 does not matter.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = text_config(model.config)
-    digest.update(json.dumps([getattr(config, key, None) for key in _CONFIG_KEYS]).encode())
+    settings = [getattr(config, key, None) for key in _CONFIG_KEYS]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
     for name, parameter in sorted(_own_parameters(model, prefix)):
         digest.update(f"{name} {list(parameter.shape)}".encode())
         value = parameter.detach()
         value = value.to(torch.bfloat16) if value.is_floating_point() else value
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -145,7 +196,7 @@ def _own_parameters(model, adapter_prefix):
 def replacing(path):
     """A path to write to, in place of `path` once all is written: the whole new file, or the old one."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.tmp")
     try:
         yield unfinished
         _flush(unfinished)

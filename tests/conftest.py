@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
     model = build(scale=2.0)
     with torch.no_grad():
         model.lm_head.weight.mul_(20.0)  # so that it can be sure of a token
+    model.config.eos_token_id = model.generation_config.eos_token_id = 94  # "~", which no text here has
     model.save_pretrained(folder)
     vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="~"))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from r3mem_fast import PairCollator, R3MemConfig, R3MemModel, check_gradients, load_model, storage
 from r3mem_fast.reversible.direction import reading_backward
@@ -127,6 +128,66 @@ def test_training_is_reversible_in_both_directions():
         assert check_gradients(model.peft_model, token_ids()).max_relative_error == 0.0
 
 
+def test_adapters_off_twice_and_frozen_ones():
+    model = made().requires_grad_(False)
+    ids = token_ids()
+    with torch.no_grad(), model.disable_adapters():
+        before = model(ids).logits
+        with model.disable_adapters():
+            pass
+        assert torch.equal(model(ids).logits, before)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_models_own_generation_settings_are_left_out():
+    """A penalty for repetition would make some contexts impossible to recall."""
+    model = made().eval()
+    query = torch.tensor([[11, 12]])
+    expected = model.recall(query, max_new_tokens=12)[0]
+    base = model.peft_model.get_base_model()
+    base.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[67], do_sample=True)
+    assert torch.equal(model.recall(query, max_new_tokens=12)[0], expected)
+    assert base.generation_config.repetition_penalty == 5.0
+
+
+def test_recall_leaves_every_mode_as_it_was():
+    model = made().train()
+    model.peft_model.get_base_model().lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    model.recall(torch.tensor([[11]]), max_new_tokens=2)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_base_model_that_is_refused_is_left_alone():
+    base = build()
+    names = [name for name, _ in base.named_modules()]
+    for config, message in (
+        (R3MemConfig(bits=(4, 4, 4)), "bits names 3 layers"),
+        (R3MemConfig(core=(3, 9)), "core must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            R3MemModel(base, config)
+    assert [name for name, _ in base.named_modules()] == names and all(p.requires_grad for p in base.parameters())
+    R3MemModel(base)
+    with pytest.raises(ValueError, match="reversible already"):
+        R3MemModel(base)
+    named = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="other")
+    with pytest.raises(ValueError, match="must be called 'default', not 'other'"):
+        R3MemModel(named)
+
+
+def test_trainer(tmp_path):
+    """transformers' Trainer trains pairs, with accumulated gradients."""
+    model = made(adapted=False)
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_B" in name}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        learning_rate=1e-2, report_to=[], use_cpu=True, remove_unused_columns=False, save_strategy="no",
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=ROWS[:2] * 2, data_collator=collate_ids).train()
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
 def test_what_is_adapted():
     def names(**settings):
         return {
@@ -157,7 +218,7 @@ def test_config():
         ({"backward": "up"}, "backward must be one of"),
         ({"backward_momentum": 0.3}, "backward_momentum must be one of"),
         ({"lora_r": 0}, "lora_r must be a positive integer"),
-        ({"expand_weight": -1.0}, "expand_weight must not be negative"),
+        ({"expand_weight": -1.0}, "expand_weight must be a number that is not negative"),
         ({"bits": 3}, "bits must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -253,7 +314,7 @@ def test_the_fingerprint(folder):
         other.lm_head.weight[3, 3] += 0.1
     assert storage.fingerprint(other) != expected
     other = load_model(str(folder))[0]
-    other.config.num_key_value_heads = 4
+    other.config.rms_norm_eps = 0.1
     assert storage.fingerprint(other) != expected
 
 
@@ -296,7 +357,12 @@ def rewrite(**values):
         (damage("r3mem.json", rewrite(format_version=99)), ValueError, "has format version 99"),
         (damage("r3mem.json", rewrite(files=None)), ValueError, "is damaged, or was not written by"),
         (damage("r3mem.json", rewrite(base_fingerprint="0" * 32)), ValueError, "was made for another base model"),
-        (damage("r3mem.json", rewrite(r3mem_config={"new": 1})), ValueError, "unknown settings"),
+        (damage("r3mem.json", rewrite(r3mem_config={"new": 1, "core": [1, 3]})), ValueError, "unknown settings"),
+        (damage("r3mem.json", rewrite(r3mem_config={})), ValueError, "is damaged, or was not written by"),
+        (damage("r3mem.json", rewrite(remembered=[{"query": "q"}])), ValueError, "is damaged, or was not written by"),
+        (damage("r3mem.json", rewrite(remembered=None)), ValueError, "is damaged, or was not written by"),
+        (damage("r3mem.json", rewrite(dtype=[1])), ValueError, "is damaged, or was not written by"),
+        (damage("r3mem.json", rewrite(base_model="")), OSError, "made for a model that had no name"),
         (damage("adapter_model.safetensors", flip), ValueError, "is not the file that r3mem.json describes"),
         (damage("adapter_model.safetensors", lambda p: p.unlink()), OSError, "is incomplete: adapter_model"),
         (damage("adapter_config.json", flip), ValueError, "is not the file that r3mem.json describes"),
@@ -309,6 +375,38 @@ def test_damaged_and_foreign_folders(saved, tmp_path, broken, error, message):
     broken(copy)
     with pytest.raises(error, match=message):
         R3MemModel.from_pretrained(copy)
+
+
+def test_a_save_that_is_killed_while_files_move_is_finished_by_the_next_load(saved, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    model = R3MemModel.from_pretrained(copy)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+        expected = model(token_ids()).logits
+    replace, moved = storage.os.replace, []
+
+    def killed(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(copy)
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.equal(R3MemModel.from_pretrained(copy)(token_ids()).logits, expected)
+    assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in saved.iterdir())
+
+
+def test_a_base_with_adapters_in_it_is_refused(saved):
+    model = R3MemModel.from_pretrained(saved)
+    with pytest.raises(ValueError, match="base has adapters already"):
+        R3MemModel.from_pretrained(saved, model.peft_model.get_base_model())
 
 
 def test_a_save_that_fails_leaves_what_was_there(saved, folder, tmp_path, monkeypatch):
@@ -324,6 +422,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, folder, tmp_path, monkey
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert storage.read_manifest(copy)
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError, match="is a file"):
         model.save_pretrained(tmp_path / "file")

@@ -66,6 +66,7 @@ def test_what_cannot_be_recalled_is_not_rehearsed(remembered):
     few = RememberSettings(max_steps=1, divergence=None)
     found = pipeline.remember("Something else.", settings=few, progress=False)
     assert report.pairs[0].query not in {pair.query for pair in found.pairs}
+    assert found.lost == (report.pairs[0].query,) and "1 of those remembered before were lost" in str(found)
     assert pipeline.remembered[0]["query"] == report.pairs[0].query
     assert not pipeline.remembered[0]["exact"]
 
@@ -98,6 +99,8 @@ def test_bad_input(folder, remembered, tmp_path):
         ("", ValueError, "document 'document 1' holds no text"),
         ([], ValueError, "no document to remember"),
         ([TEXT, 3], TypeError, "document 'document 2' must be a string"),
+        ({3: TEXT}, TypeError, "a document's name must be a string, got 3"),
+        ("a lone \ud800 surrogate", ValueError, "is no Unicode text"),
         ("long " * 100, ValueError, "does not fit the model's 128 positions"),
     ):
         with pytest.raises(error, match=message):
@@ -118,6 +121,9 @@ def test_the_commands(folder, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert status == 1 and report["steps"] == 2 and report["exact_match"] < 1  # not in two steps
     assert not (target / CHECKPOINT).exists()
+    status = main(["remember", str(target), str(text), *arguments])
+    assert status == 2 and "--model is for a new adapter" in capsys.readouterr().err
+    arguments = ["--device", "cpu", "--learning-rate", "1e-2"]
     status = main(["remember", str(target), str(text), *arguments, "--max-steps", "600"])
     printed = capsys.readouterr().out
     assert status == 0 and "2 of 2 contexts exact" in printed and "r3mem recall" in printed
@@ -140,7 +146,8 @@ def test_the_commands(folder, tmp_path, capsys):
         (["remember", "{tmp}/x", "{long}", "--model", "{folder}"], "does not fit the model's 128 positions"),
         (["remember", "{tmp}/x", "{text}", "--model", "no-such/model"], "no-such/model"),
         (["remember", "{tmp}/x", "{text}", "--model", "{folder}", "--core", "7,9"], "core must be 'all' or"),
-        (["remember", "{tmp}/x", "{text}", "{text}", "--model", "{folder}"], "same file name"),
+        (["remember", "{tmp}/x", "{text}", "{text}", "--model", "{folder}"], "a text is named twice"),
+        (["remember", "{unfinished}", "{text}", "--model", "{unfinished}"], "holds a run that was interrupted"),
         (["remember", "{text}", "{text}", "--model", "{folder}"], "is a file"),
         (["recall", "{tmp}/none", "query"], "is no folder"),
         (["recall", "{folder}", "query"], "no adapter was saved there"),
@@ -152,9 +159,15 @@ def test_bad_input_of_commands_is_one_clear_line(folder, tmp_path, capsys, argum
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "text").write_text(TEXT)
     (tmp_path / "long").write_text("long " * 100)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / CHECKPOINT).write_text("x")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "r3mem.json").write_text("{")
-    names = {"folder": folder, "tmp": tmp_path, **{n: tmp_path / n for n in ("empty", "text", "long", "damaged")}}
+    names = {
+        "folder": folder,
+        "tmp": tmp_path,
+        **{n: tmp_path / n for n in ("empty", "text", "long", "damaged", "unfinished")},
+    }
     assert main([argument.format(**names) for argument in arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r3mem ")]
     assert len(errors) == 1 and message in errors[0]

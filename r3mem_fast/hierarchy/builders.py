@@ -12,6 +12,7 @@ from .words import STOP_WORDS
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _PAUSE = re.compile(r"[.!?;:—\"“”()\[\]_]")
 _SEPARATOR = "; "
+_LONGEST_WORD = 24
 
 
 class ExtractiveBuilder:
@@ -90,9 +91,7 @@ def _phrases(sentences, passage):
     for sentence in sorted(sentences, key=telling, reverse=True):
         words = list(_WORD.finditer(sentence))
         runs = {}
-        for first, last in itertools.combinations_with_replacement(range(len(words)), 2):
-            if last - first >= longest:
-                continue
+        for first, last in ((i, j) for i in range(len(words)) for j in range(i, min(i + longest, len(words)))):
             if any(word[0].lower() in STOP_WORDS for word in (words[first], words[last])):
                 continue
             run = re.sub(r"\s+", " ", sentence[words[first].start() : words[last].end()])
@@ -125,6 +124,11 @@ def _pieces(passage):
     for words in ([word[0] for word in _WORD.finditer(passage.text)], passage.text.split()):
         for length, start in itertools.product(range(1, max(passage.tokens, 1) + 1), range(len(words))):
             yield " ".join(words[start : start + length])
+    if max(map(len, words)) <= _LONGEST_WORD:
+        return
+    # Scripts without spaces, and strings of characters that are no words.
+    for length, start in itertools.product((12, 8, 6, 4, 3, 2, 1), range(0, len(passage.text), 4)):
+        yield passage.text[start : start + length]
 
 
 def _fitting(items, passage):

@@ -95,11 +95,18 @@ def build_pairs(
 
     pairs, taken = [], set(taken)
     for name, text in documents.items():
+        _check_lossless(name, text, tokenizer, ids_of)
         document = split_document(text, name, count_tokens, language)
-        _check_lossless(document, tokenizer, ids_of)
         names = entity_finder(document.span.text)
         for passage in _passages(document, names, levels, count_tokens):
-            query, wrote = _choose(passage, (builder, extractive), taken, ids_of, document.name)
+            query, wrote = _choose(passage, (builder, extractive), taken, ids_of)
+            if query is None and passage.text in {pair.context for pair in pairs if pair.document == name}:
+                continue  # too short for two queries
+            if query is None:
+                raise ValueError(
+                    f"document {name!r}: no query of its own is left for the {passage.level} {passage.text[:60]!r}; "
+                    "is a text given twice, or does it repeat itself? Leave it out, or pass other levels"
+                )
             taken.add(query)
             pairs.append(Pair(passage.level, name, query, passage.text, tuple(passage.entities), wrote.name))
     return pairs
@@ -144,7 +151,7 @@ def _passages(document: Document, names, levels, count_tokens):
             yield Passage(level, text, parts, entities, tokens, count_tokens)
 
 
-def _choose(passage, builders, taken, ids_of, document):
+def _choose(passage, builders, taken, ids_of):
     context = ids_of(passage.text)
     for builder in builders:
         for candidate in builder.queries(passage):
@@ -153,15 +160,12 @@ def _choose(passage, builders, taken, ids_of, document):
                 continue
             ids = ids_of(query)
             # One word is always allowed: a context of a few tokens would else have no query at all.
-            if len(ids) > passage.tokens and re.search(r"\W", query):
+            if len(ids) > passage.tokens and (re.search(r"\W", query) or len(ids) > MAX_SHARED_RUN):
                 continue
             if passage.level != "entity" and max(_runs(ids, query, context, ids_of)) > MAX_SHARED_RUN:
                 continue
             return query, builder
-    raise ValueError(
-        f"document {document!r}: no query of its own is left for the {passage.level} {passage.text[:60]!r}; is a text "
-        "given twice, or does it repeat itself? Leave it out, or pass other levels"
-    )
+    return None, None
 
 
 def _runs(ids, query, context, ids_of):
@@ -169,13 +173,19 @@ def _runs(ids, query, context, ids_of):
     return longest_shared_run(ids, context), longest_shared_run(ids_of(" " + query), context)
 
 
-def _check_lossless(document, tokenizer, ids_of):
-    text = document.span.text
+def _check_lossless(name, text, tokenizer, ids_of):
+    if not isinstance(text, str):
+        return  # which is refused where it is split
+    text = text.strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"document {name!r} is no Unicode text: {error}") from None
     back = tokenizer.decode(ids_of(text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if back != text:
         at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
         raise ValueError(
-            f"document {document.name!r}: the tokenizer does not give the text back, from character {at} on: "
+            f"document {name!r}: the tokenizer does not give the text back, from character {at} on: "
             f"{text[at : at + 20]!r} became {back[at : at + 20]!r}. Normalise the text (Unicode form, control "
             "characters), or use another model"
         )

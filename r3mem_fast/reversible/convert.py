@@ -34,9 +34,7 @@ def make_reversible(model, coupling=None, *, integrity="auto"):
         raise TypeError(f"coupling must be a MomentumCoupling, got {type(coupling).__name__}")
     if integrity not in _INTEGRITY:
         raise ValueError(f"integrity must be one of {_INTEGRITY}, got {integrity!r}")
-    _refuse_architecture(model)
-    decoder, layers = find_decoder_layers(model)
-    _refuse_layers(layers)
+    decoder, layers = check_convertible(model, coupling)
     branches = [branch_of(type(layer)) for layer in layers]
     if generic := {type(layer).__name__ for layer in layers if branch_of(type(layer)) is generic_branch}:
         warnings.warn(
@@ -56,6 +54,15 @@ def make_reversible(model, coupling=None, *, integrity="auto"):
         decoder.register_forward_hook(stack.conclude, always_call=True),
     ]
     return model
+
+
+def check_convertible(model, coupling):
+    """`(decoder, layers)` of a model that `make_reversible` takes. Raises as it does, and changes nothing."""
+    _refuse_architecture(model)
+    decoder, layers = find_decoder_layers(model)
+    _refuse_layers(layers)
+    coupling.bits_of_layers(len(layers))
+    return decoder, layers
 
 
 def restore(model):
@@ -116,7 +123,7 @@ def find_decoder_layers(model):
 
 
 def text_config(config):
-    return config.gettext_config() if hasattr(config, "gettext_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _refuse_architecture(model):

@@ -47,11 +47,14 @@ def reading_backward(model, core="all", *, form="reversed", backward_momentum=0.
     "inverse" the coupling's own inverse in the core, with the momentum `backward_momentum` (1/2, 1/4, 1/16 or 1/256),
     which amplifies by its reciprocal a layer.
 
-    Raises ValueError for a model that is not reversible, or a core, form or momentum that does not fit.
+    Raises ValueError for a model that is not reversible or is being read backward already, or a core, form or momentum
+    that does not fit.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     stack, layers = reversible_layers(model)
+    if stack.route.order != tuple(range(len(layers))):
+        raise ValueError("the model is being read backward already")
     reach = core_of(core, len(layers))
     order = [*range(reach.start), *reversed(reach), *range(reach.stop, len(layers))]
     inverse = reach if form == "inverse" else ()

@@ -13,11 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
-from ..model import R3MemModel
+from ..model import R3MemModel, evaluating
 from ..reversible import check_integrity
 from ..storage import replacing
 from .collate import collate_ids, padded
@@ -26,7 +25,7 @@ CHECKPOINT = "remember-checkpoint.safetensors"
 _CHECKPOINT_VERSION = 1
 
 
-_AT_LEAST_ONE = ("max_steps", "tokens_per_step", "anchor_windows", "anchor_tokens", "decoys_every")
+_AT_LEAST = {"max_steps": 1, "tokens_per_step": 1, "anchor_windows": 1, "anchor_tokens": 2, "decoys_every": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +64,8 @@ class RememberSettings:
             value = getattr(self, field.name)
             if value is None and field.name == "divergence":
                 continue
-            least = 1 if field.name in _AT_LEAST_ONE else 0
-            if not value >= least:
+            least = _AT_LEAST.get(field.name, 0)
+            if not least <= value < float("inf"):
                 raise ValueError(f"{field.name} must be at least {least}, got {value!r}")
 
 
@@ -76,7 +75,8 @@ class RememberReport:
 
     pairs: what was to be remembered. exact: of each, whether its context came back, token for token, by greedy recall.
     steps, seconds: of training, with those before an interruption. expand_loss, compress_loss: nats a token, the last
-    measured; None of what never was.
+    measured; None of what never was. lost: queries of earlier contexts that the adapter did not know any more when it
+    was asked to remember others.
     """
 
     pairs: list[Pair]
@@ -85,6 +85,7 @@ class RememberReport:
     seconds: float
     expand_loss: float | None
     compress_loss: float | None
+    lost: tuple[str, ...] = ()
 
     @property
     def exact_match(self) -> float:
@@ -102,7 +103,8 @@ class RememberReport:
     def __str__(self):
         levels = ", ".join(f"{level} {right}/{total}" for level, (right, total) in self.by_level().items())
         counted = f"{sum(self.exact)} of {len(self.exact)} contexts exact ({levels})"
-        return f"{counted}, {self.steps} steps, {self.seconds:.0f} s"
+        lost = f"; {len(self.lost)} of those remembered before were lost" if self.lost else ""
+        return f"{counted}, {self.steps} steps, {self.seconds:.0f} s{lost}"
 
 
 def remember(
@@ -118,6 +120,7 @@ def remember(
 
     folder: where a checkpoint is kept while it runs. A run of the same pairs and settings that was interrupted
     (Ctrl-C, a killed process) goes on from there, with the same result as if it had not been. progress: show a bar.
+    If it is interrupted, or fails, the adapter is as it was before.
 
     Raises ValueError for no pairs, a pair too long for the model's positions, or a folder that holds the checkpoint
     of another run; IntegrityError if a pass could not be trusted.
@@ -125,10 +128,18 @@ def remember(
     settings = RememberSettings() if settings is None else settings
     if not pairs:
         raise ValueError("there is nothing to remember: no pairs")
-    run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
-    model.train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     try:
+        run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
+        model.train()
         return run.to_the_end(progress)
+    except BaseException:
+        # What the adapter held before is in it still; what was learned since is in the checkpoint.
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in before:
+                    parameter.copy_(before[name])
+        raise
     finally:
         model.eval()
 
@@ -139,7 +150,7 @@ class _Run:
     def __init__(self, model, tokenizer, pairs, settings, folder):
         self.model, self.tokenizer, self.pairs, self.settings = model, tokenizer, pairs, settings
         self.rows = [(self._ids(pair.context), self._ids(pair.query)) for pair in pairs]
-        self._refuse_what_is_too_long()
+        self._refuse_what_cannot_come_back()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("no parameter of the model requires a gradient, so it can learn nothing")
@@ -231,7 +242,7 @@ class _Run:
         """The gradient of the divergence from the base model, forward."""
         window = self.anchor[index][None]
         if index not in self.wanted:
-            with torch.no_grad(), self.model.disable_adapters():
+            with torch.no_grad(), evaluating(self.model), self.model.disable_adapters():
                 self.wanted[index] = self.model(window).logits.log_softmax(-1)
         wanted = self.wanted[index].float()
         found = self.model(window).logits.float().log_softmax(-1)
@@ -302,18 +313,11 @@ class _Run:
         """Text that the base model writes, from its start token: int64 `[windows, tokens]`."""
         settings, model = self.settings, self.model
         starts = torch.full((settings.anchor_windows, 1), model.start_token_id, device=model.device)
-        sampling = GenerationConfig(
-            do_sample=True,
-            top_k=0,
-            min_new_tokens=settings.anchor_tokens - 1,
-            max_new_tokens=settings.anchor_tokens - 1,
-            eos_token_id=model.end_token_id,
-            pad_token_id=model.end_token_id,
-        )
-        with torch.random.fork_rng(), torch.no_grad(), model.disable_adapters():
+        tokens = settings.anchor_tokens - 1
+        with torch.random.fork_rng(), torch.no_grad(), evaluating(model), model.disable_adapters():
             torch.manual_seed(settings.seed)
-            return model.peft_model.generate(
-                input_ids=starts, attention_mask=torch.ones_like(starts), generation_config=sampling
+            return model.decode(
+                starts, torch.ones_like(starts), do_sample=True, top_k=0, min_new_tokens=tokens, max_new_tokens=tokens
             )
 
     def _batch(self, rows):
@@ -322,9 +326,14 @@ class _Run:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _refuse_what_is_too_long(self):
+    def _refuse_what_cannot_come_back(self):
         limit = self.model.max_tokens
         for index, pair in enumerate(self.pairs):
+            if self.model.end_token_id in self.rows[index][0]:
+                raise ValueError(
+                    f"document {pair.document!r}: a context ({pair.level}) has the model's end token in it, with "
+                    "which every recall ends; take it out of the text"
+                )
             if limit is not None and self._length(index) > limit:
                 raise ValueError(
                     f"document {pair.document!r}: a context of {len(self.rows[index][0])} tokens ({pair.level}) "
@@ -381,7 +390,13 @@ class _Run:
         settings = dataclasses.asdict(self.settings)
         for free in ("max_steps", "checkpoint_seconds"):
             del settings[free]
-        model = {**self.model.r3mem_config.to_dict(), "base": self.model.base_fingerprint()}
+        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
+        model = [
+            self.model.r3mem_config.to_dict(),
+            self.model.base_fingerprint(),
+            str(self.model.peft_model.dtype),
+            shapes,
+        ]
         described = json.dumps([self.rows, settings, model], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 

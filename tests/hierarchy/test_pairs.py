@@ -86,6 +86,7 @@ def test_levels_and_queries_that_are_taken(tokenizer):
     assert {p.level for p in build_pairs({"page": PAGE}, tokenizer, levels=["paragraph"])} == {"paragraph"}
     others = build_pairs({"page": PAGE}, tokenizer, taken={pair.query for pair in everything})
     assert not {p.query for p in others} & {p.query for p in everything}
+    assert [p.query for p in build_pairs({"a": "Hello"}, tokenizer)] == ["Hello"]  # has room for one
     twice = build_pairs({"a": PAGE, "b": PAGE}, tokenizer)
     check(twice, tokenizer)
 

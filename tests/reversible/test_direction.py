@@ -150,6 +150,8 @@ def test_other_bad_settings():
     with pytest.raises(ValueError, match="not reversible"), reading_backward(model):
         pass
     make_reversible(model)
+    with reading_backward(model), pytest.raises(ValueError, match="read backward already"), reading_backward(model):
+        pass
     with pytest.raises(ValueError, match="form must be one of"), reading_backward(model, form="sideways"):
         pass
     for momentum in (0, 1, 0.3, 1 / 8, "half"):

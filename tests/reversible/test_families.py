@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from r3mem_fast.reversible.branches import branch_of, generic_branch
-from r3mem_fast.reversible.convert import find_decoder_layers
+from r3mem_fast.reversible.convert import find_decoder_layers, text_config
 from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, assert_gradients_as_stored, build, token_ids
 
 
@@ -108,3 +109,15 @@ def test_restore_gives_the_ordinary_model_again(family):
     torch.testing.assert_close(reversible, expected, rtol=0, atol=0.1)
     with pytest.raises(ValueError, match="not reversible"):
         restore(model)
+
+
+def test_a_text_config_inside_another():
+    """Models of several modalities keep the language model's depth and positions in a configuration of its own."""
+    language = {**EXACT_FAMILIES["llama"], "query_pre_attn_scalar": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CONFIG_MAPPING["gemma3"](
+        text_config=language, vision_config={**vision, "image_size": 16, "patch_size": 8}
+    )
+    model = AutoModelForImageTextToText.from_config(config)
+    _, layers = find_decoder_layers(model)
+    assert len(layers) == 4 and text_config(model.config).max_position_embeddings == 128

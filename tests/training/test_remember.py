@@ -115,6 +115,21 @@ def test_checkpoints_that_are_refused(folder, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
 
 
+def test_an_interruption_leaves_the_adapter_as_it_was(folder, monkeypatch):
+    model, tokenizer = fresh(folder)
+    before = weights(model)
+    train_on = module._Run._train_on
+
+    def interrupted(self, batch):
+        train_on(self, batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Run, "_train_on", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remember(model, tokenizer, PAIRS, SETTINGS, progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
 def test_bad_input(folder):
     model, tokenizer = fresh(folder)
     with pytest.raises(ValueError, match="no pairs"):
@@ -122,10 +137,19 @@ def test_bad_input(folder):
     long = Pair("document", "book", "q", "word " * 60, (), "test")
     with pytest.raises(ValueError, match=r"document 'book': a context of 300 tokens \(document\).*128 positions"):
         remember(model, tokenizer, [long], progress=False)
+    model.end_token_id = tokenizer("!").input_ids[0]
+    with pytest.raises(ValueError, match="has the model's end token in it"):
+        remember(model, tokenizer, [Pair("document", "a", "q", "Stop! And go", (), "test")], progress=False)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         remember(model, tokenizer, PAIRS, progress=False)
-    for settings in ({"max_steps": 0}, {"tokens_per_step": 0}, {"decoys": -1}, {"divergence": -0.1}):
+    for settings in (
+        {"max_steps": 0},
+        {"tokens_per_step": 0},
+        {"decoys": -1},
+        {"divergence": -0.1},
+        {"learning_rate": float("inf")},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} must be at least"):
             RememberSettings(**settings)
 
