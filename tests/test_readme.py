@@ -70,3 +70,20 @@ def test_every_file_that_is_named_exists():
     for path in ("README.md", "kernels/coupling/README.md"):
         for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text()):
             assert ((ROOT / path).parent / link).exists(), f"{path} names {link}"
+
+
+def test_what_is_recalled():
+    found = rows("README.md", 4)
+    arms, (pages, *controls) = records("recall_arms_smollm2.jsonl"), records("recall_pages_smollm2.jsonl")
+    for record in arms:
+        name = f"{record['arm']}, {record['core'][0]}–{record['core'][1]}"
+        exact, loss, ratio = (
+            f"{record['exact']} of {record['total']}",
+            f"{record['expand_loss']:.3f}",
+            f"{record['perplexity_ratio']:.3f}",
+        )
+        assert [name, exact, loss, ratio] in found
+    for record in controls:
+        counts = [str(record[count]) for count in ("exact", "empty", "similar_0.5")]
+        assert [record["control"], *counts] in found
+    assert f"gave {pages['exact']} of {pages['total']} contexts exactly" in (ROOT / "README.md").read_text()
