@@ -87,3 +87,12 @@ def test_what_is_recalled():
         counts = [str(record[count]) for count in ("exact", "empty", "similar_0.5")]
         assert [record["control"], *counts] in found
     assert f"gave {pages['exact']} of {pages['total']} contexts exactly" in (ROOT / "README.md").read_text()
+    for name in ("page", "three"):
+        (record,) = records(f"recall_{name}_smollm2.jsonl")
+        assert record["exact"] == record["total"]
+        for figure in (
+            f"all {record['total']} contexts",
+            f"{record['perplexity_ratio']:.3f} ×",
+            f"{record['steps']} steps",
+        ):
+            assert figure in (ROOT / "README.md").read_text()
