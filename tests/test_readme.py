@@ -96,3 +96,7 @@ def test_what_is_recalled():
             f"{record['steps']} steps",
         ):
             assert figure in (ROOT / "README.md").read_text()
+    one, expand, compress = records("recall_adapters_smollm2.jsonl")
+    text = (ROOT / "README.md").read_text()
+    assert f"backward loss {one['expand_loss']:.3f} against {expand['expand_loss']:.3f}" in text
+    assert f"{one['compress_loss']:.3f} against {compress['compress_loss']:.3f}" in text
