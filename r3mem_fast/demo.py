@@ -1,7 +1,6 @@
 """`r3mem demo`: a real model made reversible, proved exact, fine-tuned; what it kept, as table and picture."""
 
 import itertools
-import os
 import statistics
 import textwrap
 import time
@@ -16,6 +15,7 @@ from .models import load_model
 from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers, text_config
+from .storage import replacing
 from .text import pages_of, read_text, token_windows
 from .training.remember import RememberSettings
 
@@ -222,10 +222,8 @@ def _draw(output, measured, losses, *, held_out, bits, title):
     right.set(xlabel="step", ylabel="loss (nats per token)", title="reversible fine-tuning")
     right.legend()
     right.grid(alpha=0.3)
-    # Whole or not at all.
-    unfinished = output.with_name(f".{output.name}.tmp")
-    figure.savefig(unfinished, dpi=150, format="png")
-    os.replace(unfinished, output)
+    with replacing(output) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png")
     pyplot.close(figure)
 
 

@@ -89,11 +89,7 @@ def momentum_forward(
     Returns `(hidden, kept)`: x' in `dtype`, and what the backward pass needs, or None without `keep`.
     Raises TypeError or ValueError for dtypes, shapes or settings that do not fit.
     """
-    _check_streams(position, velocity, branch)
-    _check_flags(flags, position)
-    _check_bits(bits)
-    _check_fraction_bits(fraction_bits)
-    _check_dtype(dtype)
+    _check_layer(position, velocity, branch, bits, fraction_bits, flags, dtype)
     hidden, *kept = ops.momentum_forward(
         position, velocity, branch, flags, bits or 0, fraction_bits, dtype, keep, sum_streams
     )
@@ -120,12 +116,7 @@ def momentum_gradient(
     """
     _check_bits(bits)
     _check_bits(bits_above)
-    _check_float("branch", branch)
-    _check_float("grad_output", grad_output)
-    _check_flags(flags, branch)
-    _check_dtype(dtype)
-    _check_kept(kept, branch)
-    _check_alike(branch=branch, grad_output=grad_output)
+    _check_gradient(grad_output, branch, kept, flags, dtype)
     if grad_velocity is None:
         return ops.momentum_gradient_top(grad_output, branch, kept.branch_sums, flags, bits or 0, dtype)
     _check_alike(branch=branch, grad_velocity=grad_velocity)
@@ -148,11 +139,7 @@ def momentum_backward(
     Returns `(hidden, grad)`: the new position in `dtype` (None with `last`), and `g_x = g_x' + J_f^T g_f` (or None).
     Raises TypeError or ValueError for what does not fit.
     """
-    _check_streams(position, velocity, branch)
-    _check_flags(flags, position)
-    _check_bits(bits)
-    _check_fraction_bits(fraction_bits)
-    _check_dtype(dtype)
+    _check_layer(position, velocity, branch, bits, fraction_bits, flags, dtype)
     _check_kept(kept, velocity, bits=bits, side=True, entry_sums=last)
     _check_gradients(branch, grad_output, grad_branch)
     hidden, grad = ops.momentum_backward(
@@ -180,11 +167,7 @@ def inverse_forward(
     Arguments, results and errors as of `momentum_forward`, but `bits` is always a number, and `kept` has no side bits.
     The four functions of this form run in PyTorch on every device: it is not the default, and has no kernel.
     """
-    _check_streams(position, velocity, branch)
-    _check_flags(flags, position)
-    _check_bits(bits, required=True)
-    _check_fraction_bits(fraction_bits)
-    _check_dtype(dtype)
+    _check_layer(position, velocity, branch, bits, fraction_bits, flags, dtype, required=True)
     hidden, branch_sums, entry_sums = reference.inverse_forward(
         position,
         velocity,
@@ -212,12 +195,7 @@ def inverse_gradient(
     """As `momentum_gradient`, for a layer of the inverse form: the gradient of the branch is `(1 - m) / m g_u'`."""
     _check_bits(bits, required=True)
     _check_bits(bits_above, required=grad_velocity is not None)
-    _check_float("branch", branch)
-    _check_float("grad_output", grad_output)
-    _check_flags(flags, branch)
-    _check_dtype(dtype)
-    _check_kept(kept, branch)
-    _check_alike(branch=branch, grad_output=grad_output)
+    _check_gradient(grad_output, branch, kept, flags, dtype)
     return reference.inverse_gradient(
         grad_output,
         grad_velocity,
@@ -234,11 +212,7 @@ def inverse_backward(
     position, velocity, branch, kept, grad_output, grad_branch, *, bits, fraction_bits, flags, dtype, last
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """As `momentum_backward`, for a layer of the inverse form: `velocity` becomes u, `position` `x - u`."""
-    _check_streams(position, velocity, branch)
-    _check_flags(flags, position)
-    _check_bits(bits, required=True)
-    _check_fraction_bits(fraction_bits)
-    _check_dtype(dtype)
+    _check_layer(position, velocity, branch, bits, fraction_bits, flags, dtype, required=True)
     _check_kept(kept, velocity, entry_sums=last)
     _check_gradients(branch, grad_output, grad_branch)
     return reference.inverse_backward(
@@ -276,6 +250,23 @@ def _check_alike(**tensors):
         raise ValueError(f"{second} {list(right.shape)} and {first} {list(left.shape)} must agree")
     if left.device != right.device:
         raise ValueError(f"{second} on {right.device} and {first} on {left.device} must be on one device")
+
+
+def _check_layer(position, velocity, branch, bits, fraction_bits, flags, dtype, *, required=False):
+    _check_streams(position, velocity, branch)
+    _check_flags(flags, position)
+    _check_bits(bits, required=required)
+    _check_fraction_bits(fraction_bits)
+    _check_dtype(dtype)
+
+
+def _check_gradient(grad_output, branch, kept, flags, dtype):
+    _check_float("branch", branch)
+    _check_float("grad_output", grad_output)
+    _check_flags(flags, branch)
+    _check_dtype(dtype)
+    _check_kept(kept, branch)
+    _check_alike(branch=branch, grad_output=grad_output)
 
 
 def _check_gradients(branch, grad_output, grad_branch):

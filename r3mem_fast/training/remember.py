@@ -173,7 +173,6 @@ class _Run:
         settings = self.settings
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         bar = tqdm(total=settings.max_steps, initial=self.step, desc="Remembering", unit="step", disable=not progress)
-        exact = None
         try:
             while self.step < settings.max_steps:
                 if not self.queue:
@@ -207,9 +206,8 @@ class _Run:
             compress = model(**inputs, terms=["compress"]).compress_loss
             (config.compress_weight * compress).backward()
             self.compress_loss = compress.item()
-        generator = random.Random(f"{settings.seed}/{self.step}")
         if settings.decoys and self.step % settings.decoys_every == 0:
-            foreign = decoys(self.pairs, settings.decoys, generator)
+            foreign = decoys(self.pairs, settings.decoys, random.Random(f"{settings.seed}/{self.step}"))
             inputs = self._batch([([], self._ids(pair.query)) for pair in foreign])
             model(**inputs, terms=["expand"]).loss.backward()
         if self.anchor is not None:
@@ -232,8 +230,7 @@ class _Run:
         wanting = losses.detach() > self.settings.margin
         loss = (losses * wanting).sum() / wanting.sum().clamp_min(counted / 2)
         (self.model.r3mem_config.expand_weight * loss).backward()
-        known = ((logits.argmax(-1) == targets) | (targets == -100)).all(1)
-        for index, right in zip(batch, known.tolist(), strict=True):
+        for index, right in zip(batch, _right(output), strict=True):
             self.known[index] = right
         now = (losses.detach().sum() / counted).item()
         self.loss = now if self.loss is None else 0.7 * self.loss + 0.3 * now
@@ -286,8 +283,7 @@ class _Run:
         for batch in self._by_length(self._length, 4 * self.settings.tokens_per_step):
             with torch.no_grad():
                 output = self.model(**self._batch([self.rows[index] for index in batch]), terms=["expand"])
-            of_batch = (output.logits.argmax(-1) == output.targets) | (output.targets == -100)
-            for index, known in zip(batch, of_batch.all(1).tolist(), strict=True):
+            for index, known in zip(batch, _right(output), strict=True):
                 right[index] = known
         self.model.train()
         return right
@@ -403,6 +399,11 @@ class _Run:
 
 # Of a run, beside tensors.
 _STATE = ("step", "epoch", "seconds", "queue", "known", "loss", "compress_loss", "divergence")
+
+
+def _right(output):
+    """Of each row, whether every token that counts is predicted."""
+    return ((output.logits.argmax(-1) == output.targets) | (output.targets == -100)).all(1).tolist()
 
 
 def _packed(indices, length, tokens):
