@@ -48,6 +48,7 @@ def main(arguments=None):
     parser.add_argument("--arm-pages", type=int, default=1, help="of the suites arms and adapters (%(default)s)")
     parser.add_argument("--arm-steps", type=int, default=60, help="of the same (%(default)s)")
     parser.add_argument("--max-steps", type=int, default=2000, help="of the others (%(default)s)")
+    parser.add_argument("--tokens-per-step", type=int, default=320, help="of the suite pages (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="of the suites page, arms and adapters (%(default)s)")
     parser.add_argument("--folder", help="keep a checkpoint of the suite pages here, and go on from it")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -83,7 +84,14 @@ class _Bench:
         pipeline = self._pipeline(0)
         count = self.options.pages
         pages = self._pages(pipeline, count + 5, 200)
-        report = self._remember(pipeline, dict(list(pages.items())[:count]), 0, folder=self.options.folder)
+        # Many pages fill larger batches, and an epoch of them takes less time.
+        report = self._remember(
+            pipeline,
+            dict(list(pages.items())[:count]),
+            0,
+            folder=self.options.folder,
+            tokens_per_step=self.options.tokens_per_step,
+        )
         self._add("pages", "default", 0, report, pipeline)
         unseen = build_pairs(dict(list(pages.items())[count:]), pipeline.tokenizer)
         for record in _controls(pipeline, report.pairs, unseen):
