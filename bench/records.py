@@ -5,10 +5,10 @@ import datetime
 import json
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import r3mem_fast.environment
+from r3mem_fast.files import replacing
 
 
 def add_output_option(parser):
@@ -30,17 +30,8 @@ def write_records(path, records):
 
 def write_lines(path, lines):
     """Write one JSON line each: the whole file, or nothing."""
-    path = Path(path)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def environment() -> dict:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from .memory import PLACEMENTS, MemoryLayout
 from .reversible import MomentumCoupling
 from .reversible.direction import FORMS, core_of, momentum_bits
 
@@ -14,8 +15,9 @@ class R3MemConfig:
     lora_r, lora_alpha, lora_dropout: of the LoRA adapter, as PEFT's LoraConfig names them. target_modules: the linear
         modules of a layer that are adapted, by the ends of their names, or "all-linear". None of the four is of use
         if the base model is a PeftModel already.
-    first_adapted_layer: layers from this one to the last are adapted; None: from the core on. What lies below
-        needs no backward pass, and is as before in both directions.
+    first_adapted_layer: layers from this one to the last are adapted; None: all if there are memory tokens, whose
+        embeddings are learned below them, else from the core on. What lies below then needs no backward pass, and is
+        as before in both directions.
     bits, fraction_bits: of the momentum coupling, see `MomentumCoupling`.
     backward: how the core is read backward (DESIGN 2.6). "reversed": the momentum update in reversed order, by the
         same kernels; "inverse": the coupling's own inverse, which amplifies by `1 / backward_momentum` a layer.
@@ -23,8 +25,17 @@ class R3MemConfig:
         (16, 26) of 30, which learned fast and disturbed the forward direction least of those that were measured; in
         the inverse form (16, 22), beyond which it leaves the range of the streams.
     backward_momentum: of the inverse form: 1/2, 1/4, 1/16 or 1/256.
-    compress_weight, expand_weight: of the two terms of the objective (DESIGN 2.7): the query from its context in the
-        forward direction, and the context from its query in the backward direction.
+    num_memory_tokens: virtual memory tokens that are written after each segment (DESIGN 2.5), 1 to 1024; 0: none.
+    segment_length: of the segments that a history is compressed in, in tokens. max_memory_segments: of how many
+        segments, the last ones, the memory is kept and read; 1 is a recurrent memory. None: of all, up to half of
+        the model's positions; beyond it compressing raises.
+    memory_placement: what a memory is. "every_layer": the memory tokens' keys and values in every layer, read by that
+        layer's attention. "input": their last hidden states, read as embeddings before the next segment.
+    adapter_rows: which rows of the forward direction the adapters change. "all", or "memory": the memory tokens alone,
+        so that without a memory the model is its base model, bit for bit. Backward they change all in either case.
+    compress_weight, expand_weight, cycle_weight: of the terms of the objective (DESIGN 2.7): the query from its
+        context (with memory tokens: from the memory of it) in the forward direction; the context from its query, and
+        the context from its memory, in the backward direction. The third only with memory tokens.
 
     Raises ValueError for settings out of range.
     """
@@ -39,8 +50,14 @@ class R3MemConfig:
     backward: str = "reversed"
     core: str | tuple[int, int] | None = None
     backward_momentum: float = 0.5
+    num_memory_tokens: int = 0
+    segment_length: int = 256
+    max_memory_segments: int | None = 1
+    memory_placement: str = "every_layer"
+    adapter_rows: str = "all"
     compress_weight: float = 1.0
     expand_weight: float = 1.0
+    cycle_weight: float = 1.0
 
     def __post_init__(self):
         if self.fraction_bits == "auto":
@@ -52,7 +69,20 @@ class R3MemConfig:
         for name in ("lora_r", "lora_alpha"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        for name in ("compress_weight", "expand_weight"):
+        for name, least, most in (
+            ("num_memory_tokens", 0, 1024),
+            ("segment_length", 1, float("inf")),
+            ("max_memory_segments", 1, float("inf")),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "max_memory_segments":
+                continue
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+        for name, choices in (("memory_placement", PLACEMENTS), ("adapter_rows", ("all", "memory"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("compress_weight", "expand_weight", "cycle_weight"):
             weight = getattr(self, name)
             if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
                 raise ValueError(f"{name} must be a number that is not negative, got {weight!r}")
@@ -71,10 +101,34 @@ class R3MemConfig:
             end = num_layers * (22 if self.backward == "inverse" else 26) // 30
             core = (first, max(first + 1, end))
         reach = core_of(core, num_layers)
-        first = reach.start if self.first_adapted_layer is None else self.first_adapted_layer
+        first = self.first_adapted_layer
+        if first is None:
+            first = 0 if self.num_memory_tokens else reach.start
         if not 0 <= first < num_layers:
             raise ValueError(f"first_adapted_layer must lie in 0..{num_layers - 1}, got {first!r}")
         return dataclasses.replace(self, core=(reach.start, reach.stop), first_adapted_layer=first)
+
+    def memory_layout(self, max_tokens: int | None) -> MemoryLayout | None:
+        """Of memories of a model with so many positions; None without memory tokens.
+
+        Raises ValueError if memory and segment do not fit into the positions.
+        """
+        written, segments = self.num_memory_tokens, self.max_memory_segments
+        if not written:
+            return None
+        rest = self.segment_length + written
+        if segments is None:
+            if max_tokens is None:
+                raise ValueError("max_memory_segments=None needs a model that names its positions; give a number")
+            segments = (max_tokens - max(rest, max_tokens // 2)) // written
+        if segments < 1 or (max_tokens is not None and segments * written + rest > max_tokens):
+            raise ValueError(
+                f"{max(segments, 1)} segments of memory of {written} tokens, a segment of {self.segment_length} and "
+                f"{written} to write do not fit into the model's {max_tokens} positions"
+            )
+        return MemoryLayout(
+            written, self.segment_length, segments, self.max_memory_segments is None, self.memory_placement
+        )
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

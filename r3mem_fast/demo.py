@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
+from .files import replacing
 from .measure import StorageRecorder
 from .models import load_model
 from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers, text_config
-from .storage import replacing
 from .text import pages_of, read_text, token_windows
 from .training.remember import RememberSettings
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -16,8 +17,11 @@ from transformers.utils import ModelOutput
 
 from . import storage
 from .config import R3MemConfig
+from .memory import Memory, Origin, appended, empty_states
 from .reversible import make_reversible, reading_backward
-from .reversible.convert import check_convertible, find_decoder_layers, stack_of, text_config
+from .reversible.cache import PrefixCache
+from .reversible.convert import check_convertible, find_decoder_layers, reversible_layers, stack_of, text_config
+from .reversible.rotary import is_rotary
 
 _IGNORED = -100
 
@@ -26,8 +30,10 @@ _IGNORED = -100
 class R3MemOutput(ModelOutput):
     """What `R3MemModel.forward` returns.
 
-    loss: float scalar, or None without labels. logits: see `forward`. compress_loss, expand_loss: the terms of the
-    objective, unweighted; None where they were not computed. targets: with a query, what `logits` predict.
+    loss: float scalar, or None without labels. logits: see `forward`. compress_loss, expand_loss, cycle_loss: the
+    terms of the objective, unweighted; None where they were not computed. targets: with a query, what `logits`
+    predict.
+    cycle_logits: as `logits`, read from the memory of the context in place of the query.
     """
 
     loss: torch.Tensor | None = None
@@ -35,6 +41,8 @@ class R3MemOutput(ModelOutput):
     compress_loss: torch.Tensor | None = None
     expand_loss: torch.Tensor | None = None
     targets: torch.Tensor | None = None
+    cycle_loss: torch.Tensor | None = None
+    cycle_logits: torch.Tensor | None = None
 
 
 class R3MemModel(nn.Module):
@@ -42,7 +50,8 @@ class R3MemModel(nn.Module):
 
     The base model gets LoRA adapters, trained, and reversible layers; its own weights stay as they are. Forward it is
     a language model as before. Backward (`recall`) it runs the layers of its core from last to first, as a causal
-    decoder that continues a query with the context that the query was learned for.
+    decoder that continues a query with the context that the query was learned for. With memory tokens (`R3MemConfig`)
+    it compresses a history of any length into a `Memory`, reads it forward, and expands it backward.
 
     base: a `transformers` causal language model, or a PeftModel of one, which keeps its adapters. It is changed in
         place. config: an `R3MemConfig`; the default's core is chosen by depth.
@@ -62,7 +71,8 @@ class R3MemModel(nn.Module):
         # All that can be refused is refused before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
-        self.fingerprint = None
+        self.layout = config.memory_layout(_positions_of(plain))
+        self.fingerprint = self._adapter_fingerprint = self._sizes = None
         self.end_token_id = _first(plain.config.eos_token_id)
         self.start_token_id = _first(plain.config.bos_token_id, self.end_token_id)
         if self.end_token_id is None:
@@ -71,6 +81,9 @@ class R3MemModel(nn.Module):
             base = get_peft_model(base, self._lora_config(base))
         self.peft_model = make_reversible(base, self.r3mem_config.coupling())
         self._slices_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
+        self.memory_embeddings = None if self.layout is None else _new_embeddings(plain, self.layout.num_memory_tokens)
+        if self.r3mem_config.adapter_rows == "memory":
+            _let_adapters_choose_rows(self.peft_model)
 
     def _lora_config(self, base):
         config = self.r3mem_config
@@ -94,7 +107,7 @@ class R3MemModel(nn.Module):
     @property
     def max_tokens(self) -> int | None:
         """The base model's positions, None if it names no limit."""
-        return getattr(text_config(self.config), "max_position_embeddings", None)
+        return _positions_of(self.peft_model)
 
     def forward(
         self,
@@ -104,46 +117,66 @@ class R3MemModel(nn.Module):
         query_input_ids=None,
         query_attention_mask=None,
         terms=None,
+        memory: Memory | None = None,
         **inputs,
     ) -> R3MemOutput:
-        """The base model's forward pass; with a query, the bidirectional objective of context–query pairs.
+        """The base model's forward pass, behind a memory if there is one; with a query, the objective of pairs.
 
         input_ids, attention_mask, labels: int64 `[B, T]`, of the contexts; labels are -100 where they do not count.
         query_input_ids, query_attention_mask: int64 `[B, Q]`. Rows may be padded on either side, as the masks say.
+        memory: of as many rows. Its unfinished tokens are read before the row's own.
 
         Without a query: what the base model returns, as an `R3MemOutput`, with its `logits` `[B, T, V]`.
-        With one: `loss = compress_weight * compress_loss + expand_weight * expand_loss`, means over tokens of
-        `-log p(query | context)`, forward, and `-log p(context | query)`, backward (DESIGN 2.7; terms with memory
-        tokens are not built yet). terms: those of the objective that are computed; None: those with a weight. A row
-        whose context is wholly masked teaches that its query has none: the end at once.
+        With one, `loss` is the sum of the objective's terms with their weights from the config, each a mean over
+        tokens (DESIGN 2.7): `compress` is `-log p(query | context)`, forward, where with memory tokens the context is
+        read from the memory of it; `expand` is `-log p(context | query)`, backward; `cycle` is
+        `-log p(context | memory of the context)`, backward. terms: those that are computed; None: those with a weight.
+        A row whose context is wholly masked teaches that its query has none: the end at once.
         `logits` `[B, T + 1, V]` are those of the contexts, read backward, right-padded: `logits[:, t]` predicts token
-        t of the context, and the end after the last;
-        `targets` `[B, T + 1]` are these, -100 where none counts.
-        Raises ValueError for shapes that do not agree, or rows longer than the model's positions.
+        t of the context, and the end after the last; `targets` `[B, T + 1]` are these, -100 where none counts;
+        `cycle_logits` are those of the third term.
+        Raises ValueError for shapes that do not agree, rows longer than the model's positions, or another model's
+        memory.
         """
         if query_input_ids is None:
-            output = self.peft_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
-            return R3MemOutput(loss=output.loss, logits=output.logits)
-        if inputs:
-            raise ValueError(f"with query_input_ids, forward takes no {sorted(inputs)}")
+            if memory is None:
+                with self._without_memory():
+                    output = self.peft_model(
+                        input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs
+                    )
+                return R3MemOutput(loss=output.loss, logits=output.logits)
+            return self._behind(memory, _Rows(input_ids, attention_mask, labels), labels is not None, inputs)
+        if inputs or memory is not None:
+            raise ValueError(f"with query_input_ids, forward takes no memory and no {sorted(inputs)}")
         contexts = _Rows(input_ids, attention_mask, labels)
         queries = _Rows(query_input_ids, query_attention_mask, None)
-        weights = {"compress": self.r3mem_config.compress_weight, "expand": self.r3mem_config.expand_weight}
+        config = self.r3mem_config
+        weights = {"compress": config.compress_weight, "expand": config.expand_weight}
+        if self.layout is not None:
+            weights["cycle"] = config.cycle_weight
         terms = [term for term, weight in weights.items() if weight] if terms is None else terms
         if not terms or set(terms) - set(weights):
             raise ValueError(f"terms must be some of {list(weights)}, got {terms!r}")
         if len(contexts.ids) != len(queries.ids):
             raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
         output = R3MemOutput()
+        if self.layout is not None and set(terms) & {"compress", "cycle"}:
+            memory = self._after(contexts.lists(), self.empty_memory(len(contexts.ids)), finish=True)
         if "expand" in terms:
             with self._backward():
                 output.logits, output.targets = self._continued(queries, contexts)
             output.expand_loss = _mean_loss(output.logits, output.targets)
+        # A row without a context has nothing that its query could be told from, and no memory.
+        asked = contexts.mask.any(1, keepdim=True)
         if "compress" in terms:
-            # A row without a context has nothing that its query could be told from.
-            asked = contexts.mask.any(1, keepdim=True)
-            logits, targets = self._continued(contexts, queries)
+            given = contexts if memory is None else _nothing_before(contexts)
+            logits, targets = self._continued(given, queries, memory, adapted_rows=self._read_rows)
             output.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, _IGNORED))
+        if "cycle" in terms:
+            with self._backward():
+                output.cycle_logits, targets = self._continued(_nothing_before(contexts), contexts, memory)
+            output.cycle_loss = _mean_loss(output.cycle_logits, targets.masked_fill(~asked, _IGNORED))
+            output.targets = targets if output.targets is None else output.targets
         if labels is not None:
             output.loss = sum(weights[term] * output[f"{term}_loss"] for term in terms)
         return output
@@ -154,18 +187,57 @@ class R3MemModel(nn.Module):
             self.peft_model, config.core, form=config.backward, backward_momentum=config.backward_momentum
         )
 
-    def _continued(self, prompts, continuations):
+    def _without_memory(self):
+        """The forward direction without a memory: where adapters act on memory tokens alone, the base model."""
+        return self.disable_adapters() if self.r3mem_config.adapter_rows == "memory" else contextlib.nullcontext()
+
+    @property
+    def _read_rows(self):
+        """Of how many of the last tokens that stand behind a memory, forward, the adapters change anything."""
+        return 0 if self.r3mem_config.adapter_rows == "memory" else None
+
+    def _behind(self, memory, rows, with_loss, inputs):
+        """The forward pass of rows behind a memory."""
+        self.check_memory(memory)
+        before = self._unfinished(memory)
+        width = before.ids.shape[1]
+        labels = rows.labels.masked_fill(rows.mask == 0, _IGNORED)
+        labels = torch.cat([torch.full_like(before.ids, _IGNORED), labels], 1)
+        joined = _Rows(torch.cat([before.ids, rows.ids], 1), torch.cat([before.mask, rows.mask], 1), labels)
+        # Padding between tokens would use up a sliding window.
+        ids, mask, labels, order = joined.left_padded_with_labels()
+        self._check_length(ids.shape[1], memory)
+        output = self.peft_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            past_key_values=self._read(self._cache(keep=False, adapted_rows=self._read_rows), memory),
+            labels=labels if with_loss else None,
+            **inputs,
+        )
+        places = order.argsort(1)[:, width:, None]
+        return R3MemOutput(
+            loss=output.loss, logits=output.logits.gather(1, places.expand(-1, -1, output.logits.shape[2]))
+        )
+
+    def _unfinished(self, memory):
+        """What a memory has not compressed yet, as rows padded on the left: `[B, longest]`."""
+        return _left_padded(memory.unfinished, self.device)
+
+    def _continued(self, prompts, continuations, memory=None, adapted_rows=None):
         """Logits that predict the continuations of prompts, `[B, N + 1, V]`, and their targets `[B, N + 1]`."""
         first, first_mask = self._prompt(prompts)
         second, second_mask, targets = continuations.right_padded(self.end_token_id)
         # The last target is predicted, not read.
         ids = torch.cat([first, second[:, :-1]], 1)
         mask = torch.cat([first_mask, second_mask[:, :-1]], 1)
-        self._check_length(ids.shape[1])
+        self._check_length(ids.shape[1], memory)
         kept = second.shape[1]
-        keep = {"logits_to_keep": kept} if self._slices_logits else {}
+        extra = {"logits_to_keep": kept} if self._slices_logits else {}
+        if memory is not None:
+            extra["past_key_values"] = self._read(self._cache(keep=False, adapted_rows=adapted_rows), memory)
         output = self.peft_model(
-            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, **keep
+            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, **extra
         )
         return output.logits[:, -kept:], targets
 
@@ -181,11 +253,13 @@ class R3MemModel(nn.Module):
         mask.scatter_(1, start, 1)
         return ids, mask
 
-    def _check_length(self, tokens):
-        if self.max_tokens is not None and tokens > self.max_tokens:
+    def _check_length(self, tokens, memory=None):
+        before = 0 if memory is None else self.layout.first_position
+        if self.max_tokens is not None and before + tokens > self.max_tokens:
+            behind = f", behind a memory of {before}" if before else ""
             raise ValueError(
-                f"a query and its context take {tokens} tokens, the model has {self.max_tokens} positions; split the "
-                "text into smaller documents"
+                f"a row takes {tokens} tokens{behind}, the model has {self.max_tokens} positions; split the text into "
+                "smaller documents"
             )
 
     @torch.no_grad()
@@ -197,17 +271,263 @@ class R3MemModel(nn.Module):
         if the model's positions end before. The model's mode stays as it is.
         Raises ValueError for a query longer than the model's positions, or max_new_tokens below 1.
         """
-        ids, mask = self._prompt(_Rows(query_input_ids, query_attention_mask, None))
-        self._check_length(ids.shape[1] + 1)
+        return self._decoded_backward(_Rows(query_input_ids, query_attention_mask, None), None, max_new_tokens)
+
+    @torch.no_grad()
+    def expand(
+        self, memory: Memory, query_input_ids=None, query_attention_mask=None, *, max_new_tokens=256
+    ) -> list[torch.Tensor]:
+        """Read backward from memories to the text that they were made of, greedily: a list of int64 `[n]`.
+
+        memory: of B rows; what is unfinished in it is compressed first, in a copy. query_input_ids,
+        query_attention_mask: int64 `[B, Q]`, read after the memory; None: the memory alone. Otherwise as `recall`.
+        """
+        if query_input_ids is None:
+            rows = _nothing(len(memory), self.device)
+        else:
+            rows = _Rows(query_input_ids, query_attention_mask, None)
+        if len(rows.ids) != len(memory):
+            raise ValueError(f"{len(memory)} rows of memory and {len(rows.ids)} queries: one of each a row")
+        return self._decoded_backward(rows, self.compress(None, memory=memory, finish=True), max_new_tokens)
+
+    def _decoded_backward(self, rows, memory, max_new_tokens):
+        ids, mask = self._prompt(rows)
+        self._check_length(ids.shape[1] + 1, memory)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if self.max_tokens is not None:
-            max_new_tokens = min(max_new_tokens, self.max_tokens - ids.shape[1])
+            before = 0 if memory is None else self.layout.first_position
+            max_new_tokens = min(max_new_tokens, self.max_tokens - before - ids.shape[1])
         # Made before the layers change places: its own layers are made by the configuration's order.
-        cache = DynamicCache(config=text_config(self.config))
+        cache = DynamicCache(config=text_config(self.config)) if memory is None else self._cache()
         with evaluating(self), self._backward():
+            if memory is not None:
+                self._read(cache, memory)
             output = self.decode(ids, mask, past_key_values=cache, do_sample=False, max_new_tokens=max_new_tokens)
         return [_until(row, self.end_token_id) for row in output[:, ids.shape[1] :]]
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask=None, memory: Memory | None = None, **settings):
+        """The base model's `generate`, behind a memory: int64 `[B, T + n]`, or an output with it as `sequences`.
+
+        input_ids, attention_mask: int64 `[B, T]`, padded on either side. memory: of as many rows; its unfinished
+        tokens are read before the prompt, and are not returned. settings: as of `transformers`' `generate`: sampling,
+        beams, `num_return_sequences`, `streamer` and the others, but for another cache.
+        Raises ValueError for shapes that do not agree, another model's memory, or more tokens than positions.
+        """
+        rows = _Rows(input_ids, attention_mask, None)
+        base = self.peft_model.get_base_model()
+        settings.setdefault("pad_token_id", self.end_token_id)
+        if memory is None:
+            with evaluating(self), self._without_memory():
+                return base.generate(input_ids=rows.ids, attention_mask=rows.mask, **settings)
+        before = self._unfinished(memory)
+        ids, mask = _Rows(
+            torch.cat([before.ids, rows.ids], 1), torch.cat([before.mask, rows.mask], 1), None
+        ).left_padded()
+        if "max_length" in settings:
+            settings["max_new_tokens"] = settings.pop("max_length") - rows.ids.shape[1]
+        self._check_length(ids.shape[1] + max(1, settings.get("max_new_tokens") or 1), memory)
+        cache = self.cache_of(memory)
+        chosen = settings.get("generation_config") or base.generation_config
+        beams, sequences = (
+            settings.get(name) or getattr(chosen, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        if max(beams, sequences) > 1:
+            cache.batch_repeat_interleave(max(beams, sequences))
+        with evaluating(self):
+            output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+        found = output if isinstance(output, torch.Tensor) else output.sequences
+        prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
+        found = torch.cat([prompts, found[:, ids.shape[1] :]], 1)
+        if isinstance(output, torch.Tensor):
+            return found
+        output.sequences = found
+        return output
+
+    @torch.no_grad()
+    def compress(
+        self, input_ids, attention_mask=None, memory: Memory | None = None, *, finish=False, progress=False
+    ) -> Memory:
+        """Read a history segment by segment, and keep the memory of it alone (R3Mem, section 3; DESIGN 2.5).
+
+        input_ids, attention_mask: int64 `[B, T]`, of any length, padded on either side, on any device; None: nothing
+        new. memory: of what came before, of B rows; None: nothing. What does not fill a segment waits in the memory,
+        so that a history in pieces leaves the same memory as in one. finish: compress that too, as a shorter segment;
+        what follows then starts a new one. progress: show a bar, in tokens.
+
+        The memory needed does not grow with T. Raises ValueError for a model without memory tokens, another model's
+        memory, a number of rows that differs, or more segments than `max_memory_segments=None` can keep.
+        """
+        if self.layout is None:
+            raise ValueError("the model has no memory tokens; make it with R3MemConfig(num_memory_tokens=16)")
+        if input_ids is None:
+            if memory is None:
+                raise ValueError("there is nothing to compress: neither input_ids nor a memory")
+            rows = [torch.zeros(0, dtype=torch.int64)] * len(memory)
+        else:
+            rows = _Rows(input_ids, attention_mask, None).lists()
+        if memory is None:
+            memory = self.empty_memory(len(rows))
+        self.check_memory(memory)
+        if len(rows) != len(memory):
+            raise ValueError(f"{len(rows)} rows of tokens and {len(memory)} of memory: one of each a row")
+        total = sum(map(len, (*rows, *memory.unfinished)))
+        with (
+            evaluating(self),
+            tqdm(total=total, desc="Compressing", unit="tok", unit_scale=True, disable=not progress) as bar,
+        ):
+            return self._after(rows, memory, finish, bar.update)
+
+    def empty_memory(self, rows=1) -> Memory:
+        """The memory of nothing, of so many rows. Raises ValueError for a model without memory tokens."""
+        if self.layout is None:
+            raise ValueError("the model has no memory tokens; make it with R3MemConfig(num_memory_tokens=16)")
+        dtype, device = self.peft_model.dtype, self.device
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        return Memory(
+            states=empty_states(self.layout, rows, self._state_sizes(), dtype=dtype, device=device),
+            num_segments=zeros,
+            tokens_seen=zeros,
+            unfinished=(torch.zeros(0, dtype=torch.int64),) * rows,
+            labels=(None,) * rows,
+            layout=self.layout,
+            origin=self.origin(),
+        )
+
+    def cache_of(self, memory: Memory) -> PrefixCache:
+        """A memory as `past_key_values` of the base model, or of its `generate`; see `Memory.to_cache`."""
+        self.check_memory(memory)
+        return self._read(self._cache(adapted_rows=self._read_rows), memory)
+
+    def origin(self) -> Origin:
+        """Fingerprints of base model and adapters, as its memories carry them."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        versions = [(p.data_ptr(), p._version) for p in parameters]
+        if self._adapter_fingerprint is None or self._adapter_fingerprint[0] != versions:
+            self._adapter_fingerprint = (versions, storage.adapter_fingerprint(self))
+        return Origin(self.base_fingerprint(), self._adapter_fingerprint[1])
+
+    def check_memory(self, memory: Memory):
+        """Raise ValueError for a memory that was not made with this very model."""
+        if self.layout is None:
+            raise ValueError("the model has no memory tokens, and can read no memory")
+        mine, its = self.origin(), memory.origin
+        if its.base != mine.base:
+            raise ValueError(
+                f"the memory is of another base model ({its.base[:12]}…) than this one ({mine.base[:12]}…)"
+            )
+        if its.adapter != mine.adapter:
+            raise ValueError("the memory was made with other adapters or settings than the model has; compress again")
+        if memory.layout != self.layout:
+            raise ValueError(f"the memory's layout is {memory.layout}, the model's {self.layout}")
+        sizes = list(self._state_sizes())
+        shape = list(memory.states.shape)
+        found = shape[2:] if self.layout.placement == "input" else [shape[0], shape[3], shape[5]]
+        if found != sizes:
+            raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
+
+    def _after(self, rows, memory, finish, advance=None):
+        """The memory after some more tokens, lists of int64 on the CPU. Differentiable."""
+        rows = [torch.cat(pair) for pair in zip(memory.unfinished, rows, strict=True)]
+        length, states = self.layout.segment_length, memory.states
+        if states.device != self.device or states.dtype != self.peft_model.dtype:
+            memory = memory.to(self.device, self.peft_model.dtype)
+        segments = memory.num_segments.clone()
+        read = 0
+        while active := [i for i, row in enumerate(rows) if len(row) - read >= (1 if finish else length)]:
+            if self.layout.keeps_all and segments[active].max() >= self.layout.readable_segments:
+                raise ValueError(
+                    f"max_memory_segments=None keeps {self.layout.readable_segments} segments within the model's "
+                    "positions, and this is one more; use a number, or longer segments"
+                )
+            pieces = [rows[i][read : read + length] for i in active]
+            written = self._write(pieces, memory.rows(active) if len(active) < len(rows) else memory)
+            segments = segments.index_add(0, torch.tensor(active), torch.ones(len(active), dtype=torch.int64))
+            states = appended(memory.states, written, active, self.layout)
+            memory = dataclasses.replace(memory, states=states, num_segments=segments)
+            read += length
+            if advance is not None:
+                advance(sum(map(len, pieces)))
+        seen = torch.tensor([len(row) - len(old) for row, old in zip(rows, memory.unfinished, strict=True)])
+        return dataclasses.replace(
+            memory,
+            tokens_seen=memory.tokens_seen + seen,
+            # A copy: a piece of a long text would keep all of it.
+            unfinished=tuple(row[len(row) // length * length if not finish else len(row) :].clone() for row in rows),
+        )
+
+    def _write(self, pieces, memory):
+        """What the memory tokens hold after a segment of each row: as the memory's states, one segment."""
+        rows = _left_padded(pieces, self.device)
+        embeddings = self.peft_model.get_input_embeddings()(rows.ids)
+        written = self.memory_embeddings.to(embeddings.dtype).expand(len(pieces), -1, -1)
+        count = written.shape[1]
+        mask = torch.cat([rows.mask, rows.mask.new_ones(len(pieces), count)], 1)
+        adapted_rows = count if self.r3mem_config.adapter_rows == "memory" else None
+        cache = self._cache(keep=False, capture=count, adapted_rows=adapted_rows)
+        hidden = self._decode_embeddings(torch.cat([embeddings, written], 1), mask, self._read(cache, memory))
+        return hidden[:, -count:] if self.layout.placement == "input" else cache.captured()
+
+    def _read(self, cache, memory):
+        """Let a cache read a memory, in the direction that the model is being read in."""
+        states, visible = memory.states.to(self.device, self.peft_model.dtype), memory.visible()
+        visible = visible.to(self.device)
+        if self.layout.placement == "input" and visible.shape[1]:
+            # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
+            count = visible.shape[1]
+            seen = self._cache(keep=False, capture=count, first_position=self.layout.first_position - count)
+            self._decode_embeddings(states, visible.to(torch.int64), seen)
+            states = seen.captured()
+        return cache.read(states, visible)
+
+    def _cache(self, first_position=None, **settings):
+        first = self.layout.first_position if first_position is None else first_position
+        return PrefixCache(text_config(self.config), first_position=first, **settings)
+
+    @property
+    def _decoder(self):
+        return reversible_layers(self.peft_model)[1][0].reversible.decoder
+
+    def _decode_embeddings(self, embeddings, mask, cache):
+        """The last hidden states, `[B, T, hidden_size]`; no logits are computed."""
+        _, layers = reversible_layers(self.peft_model)
+        return (
+            layers[0]
+            .reversible.decoder(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache
+            )
+            .last_hidden_state
+        )
+
+    def _state_sizes(self):
+        """What a memory's states are besides rows and tokens. Asked for first, it proves that keys can be moved."""
+        if self.layout.placement == "input":
+            return (self.memory_embeddings.shape[1],)
+        if self._sizes is None:
+            keys = self._keys_at(0)
+            layers, _, heads, tokens, width = keys.shape
+            # Learned positions are part of what the tokens are, and nothing is moved.
+            step = min(37, (self.max_tokens or 64) - tokens) if is_rotary(self._decoder) else 0
+            moved = self._keys_at(step).flatten(1) - keys.flatten(1)
+            error = (moved.norm(dim=1) / keys.flatten(1).norm(dim=1)).max().item()
+            if not error <= max(0.01, 16 * torch.finfo(self.peft_model.dtype).eps):
+                raise ValueError(
+                    f"in a {type(self.peft_model.get_base_model()).__name__} keys that were moved by {step} positions "
+                    f"differ by {error:.2g}, so a memory cannot be placed before its tokens; "
+                    'use memory_placement="input", or another model'
+                )
+            self._sizes = (layers, heads, width)
+        return self._sizes
+
+    @torch.no_grad()
+    def _keys_at(self, position):
+        """Keys of a few tokens from this position on, without their positions: float `[layers, 1, kv_heads, 4, D]`."""
+        ids = torch.arange(4, device=self.device)[None]
+        cache = self._cache(keep=False, capture=4, first_position=position)
+        with evaluating(self):
+            self._decode_embeddings(self.peft_model.get_input_embeddings()(ids), torch.ones_like(ids), cache)
+        return cache.captured()[:, 0].float()
 
     def decode(self, input_ids, attention_mask, *, past_key_values=None, **settings) -> torch.Tensor:
         """`generate` by these settings alone: int64 `[B, T + n]`, ended by the end token, in the current direction.
@@ -285,11 +605,57 @@ def _target_pattern(base, targets, first_layer):
     return rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
 
 
+def _positions_of(model):
+    return getattr(text_config(model.config), "max_position_embeddings", None)
+
+
+def _new_embeddings(base, count):
+    """Embeddings of memory tokens: float32 `[count, width]`, around the mean of the vocabulary's, as far apart."""
+    known = base.get_input_embeddings().weight.detach().float()
+    noise = torch.randn(count, known.shape[1], device=known.device)
+    return nn.Parameter(known.mean(0) + known.std(0) * noise)
+
+
+def _let_adapters_choose_rows(model):
+    """Let what LoRA adds in a layer be zero but for the rows that `LayerLink.adapted_rows` names."""
+    for layer in reversible_layers(model)[1]:
+
+        def choose(module, args, output, link=layer.reversible):
+            count = link.adapted_rows
+            if count is None:
+                return output
+            keep = torch.arange(output.shape[1], device=output.device) >= output.shape[1] - count
+            return output * keep[:, None].to(output.dtype)
+
+        for name, module in layer.named_modules():
+            if name.rpartition(".")[0].endswith("lora_B"):
+                module.register_forward_hook(choose)
+
+
+def _nothing(rows, device):
+    """So many rows without a token."""
+    ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    return _Rows(ids, ids, None)
+
+
+def _nothing_before(rows):
+    return _nothing(len(rows.ids), rows.ids.device)
+
+
+def _left_padded(pieces, device):
+    longest = max(map(len, pieces))
+    ids, mask = torch.zeros(2, len(pieces), longest, dtype=torch.int64)
+    for index, piece in enumerate(pieces):
+        if len(piece):
+            ids[index, -len(piece) :], mask[index, -len(piece) :] = piece, 1
+    return _Rows(ids.to(device), mask.to(device), None, may_be_empty=True)
+
+
 class _Rows:
     """Token rows with a mask, padded on either side."""
 
-    def __init__(self, ids, mask, labels):
-        if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+    def __init__(self, ids, mask, labels, may_be_empty=False):
+        if ids.dim() != 2 or ids.dtype != torch.int64 or not (ids.numel() or may_be_empty):
             raise ValueError(
                 f"token ids must be int64 [batch, tokens], one at least, got {ids.dtype} {list(ids.shape)}"
             )
@@ -300,9 +666,18 @@ class _Rows:
         self.mask = torch.ones_like(ids) if mask is None else mask.to(torch.int64)
         self.labels = ids if labels is None else labels
 
+    def lists(self):
+        """The tokens of each row, without padding, on the CPU."""
+        ids, mask = self.ids.cpu(), self.mask.cpu().bool()
+        return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+
     def left_padded(self):
+        return self.left_padded_with_labels()[:2]
+
+    def left_padded_with_labels(self):
+        """Ids, mask and labels, and the order that they were brought into: `[B, N]` each."""
         order = self.mask.argsort(dim=1, stable=True)
-        return self.ids.gather(1, order), self.mask.gather(1, order)
+        return (*(tensor.gather(1, order) for tensor in (self.ids, self.mask, self.labels)), order)
 
     def right_padded(self, end):
         """`ids end`, its mask, and as targets the labels and the end: `[B, N + 1]` each."""

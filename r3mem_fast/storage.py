@@ -4,7 +4,6 @@
 adapter files. It is written last: a folder whose files do not match it was damaged, or a save into it was interrupted.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,18 +14,21 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 
 import r3mem_fast
 
 from .config import R3MemConfig
+from .files import flush
 from .models import load_model
 from .reversible.convert import text_config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "r3mem.json"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MEMORY_TOKENS = "memory_tokens.safetensors"  # of a model that has some
 # What changes the function that the same weights compute.
 _CONFIG_KEYS = (
     "model_type",
@@ -77,10 +79,14 @@ def save(model, folder, **details):
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         model.peft_model.save_pretrained(staging)
-        manifest["files"] = {name: _digest(staging / name) for name in _ADAPTER_FILES}
+        files = list(_ADAPTER_FILES)
+        if model.layout is not None:
+            save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / _MEMORY_TOKENS)
+            files.append(_MEMORY_TOKENS)
+        manifest["files"] = {name: _digest(staging / name) for name in files}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for name in (*_ADAPTER_FILES, MANIFEST):
-            _flush(staging / name)
+        for name in (*files, MANIFEST):
+            flush(staging / name)
         staging.rename(folder / _SAVED)
         _finish(folder)
     finally:
@@ -91,7 +97,7 @@ def _finish(folder):
     """Move the files of a complete save to their places."""
     saved = folder / _SAVED
     if saved.is_dir():
-        for name in (*_ADAPTER_FILES, MANIFEST):
+        for name in (*_ADAPTER_FILES, _MEMORY_TOKENS, MANIFEST):
             if (saved / name).exists():
                 os.replace(saved / name, folder / name)
         shutil.rmtree(saved)
@@ -101,14 +107,14 @@ def load(cls, folder, base, dtype):
     """What `save` wrote, as a model in eval mode; see `R3MemModel.from_pretrained`."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name in _ADAPTER_FILES:
+    config = R3MemConfig.from_dict(manifest["r3mem_config"])
+    for name in (*_ADAPTER_FILES, *([_MEMORY_TOKENS] if config.num_memory_tokens else [])):
         if not (folder / name).is_file():
             raise OSError(f"{folder} is incomplete: {name} is missing")
         if _digest(folder / name) != manifest["files"].get(name):
             raise ValueError(
                 f"{folder / name} is not the file that {MANIFEST} describes: it is damaged, or was changed"
             )
-    config = R3MemConfig.from_dict(manifest["r3mem_config"])
     if base is None:
         base, _ = load_base(folder, manifest, dtype)
     if isinstance(base, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base.modules()):
@@ -122,6 +128,9 @@ def load(cls, folder, base, dtype):
         )
     model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
     model.fingerprint = found
+    if model.layout is not None:
+        with torch.no_grad():
+            model.memory_embeddings.copy_(load_file(folder / _MEMORY_TOKENS)["embeddings"])
     return model.eval()
 
 
@@ -181,6 +190,21 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
+def adapter_fingerprint(model) -> str:
+    """BLAKE2 of a model's adapters and memory tokens, and of the settings that its memories depend on."""
+    settings = {k: v for k, v in model.r3mem_config.to_dict().items() if not k.endswith("_weight")}
+    adapter = model.peft_model.active_peft_config
+    described = [settings, adapter.r, adapter.lora_alpha] if hasattr(adapter, "lora_alpha") else [settings]
+    digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
+    tensors = get_peft_model_state_dict(model.peft_model, adapter_name="default")
+    if model.layout is not None:
+        tensors = {**tensors, "memory_embeddings": model.memory_embeddings}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _own_parameters(model, adapter_prefix):
     for name, parameter in model.named_parameters():
         if adapter_prefix is not None:
@@ -190,24 +214,6 @@ def _own_parameters(model, adapter_prefix):
                 name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
             )
         yield name, parameter
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A path to write to, in place of `path` once all is written: the whole new file, or the old one."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        yield unfinished
-        _flush(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _flush(path):
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _digest(path):

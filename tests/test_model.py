@@ -418,7 +418,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, folder, tmp_path, monkey
     def full(path):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(storage, "_flush", full)
+    monkeypatch.setattr(storage, "flush", full)
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before

@@ -1,8 +1,14 @@
-"""Key-value caches while gradients are on: seen alike by both evaluations, written once, differentiable."""
+"""Key-value caches: those that both evaluations of a branch see alike, and those with a memory before them."""
+
+import inspect
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .rotary import Rotation
+
+# What layers call theirs.
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 # Exactly these: a subclass may keep its states quantised, or elsewhere.
 _SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -35,6 +41,8 @@ def past_of(cache, layer_idx) -> tuple:
 
     Raises TypeError for a cache whose states cannot simply be concatenated.
     """
+    if isinstance(cache, PrefixCache):
+        return cache.past(layer_idx)
     layers = getattr(cache, "layers", None)
     if layers is None or any(type(layer) not in _SUPPORTED for layer in layers):
         raise TypeError(
@@ -44,3 +52,192 @@ def past_of(cache, layer_idx) -> tuple:
     if layer_idx >= len(layers) or layers[layer_idx].get_seq_length() == 0:
         return ()
     return layers[layer_idx].keys, layers[layer_idx].values
+
+
+def layer_index(layer):
+    """The index by which a layer's attention addresses its cache."""
+    for module in layer.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            return module.layer_idx
+    raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
+
+
+def memory_cache(kwargs):
+    """The `PrefixCache` among a layer's or decoder's arguments, None if there is none."""
+    return next((kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), PrefixCache)), None)
+
+
+def viewed(kwargs):
+    """A layer's arguments, with a `PrefixCache` among them as its attention is to see it."""
+    return {name: PrefixView(value) if isinstance(value, PrefixCache) else value for name, value in kwargs.items()}
+
+
+def append_to(cache, keys, values, layer_idx):
+    """Write a layer's new keys and values into a cache; returns all that it holds for the layer."""
+    if isinstance(cache, PrefixCache):
+        return cache.extend(keys, values, layer_idx)
+    return cache.update(keys, values, layer_idx)
+
+
+class PrefixCache(DynamicCache):
+    """A cache of a reversible model with keys and values that every layer reads before its own: a memory.
+
+    The memory lies beside the cache: masks, windows and lengths are those of the tokens alone, and no window evicts
+    it. The model's layers see it because the reversible stack widens their masks; another model's would ignore it or
+    fail, so that `update` raises there.
+
+    config: of the model, with its layers in order. first_position: of the tokens; the memory lies right before it.
+    keep: whether the tokens' own keys and values are kept, for decoding. capture: of the last so many tokens they are
+    kept without their positions, for `captured`. adapted_rows: of these many last tokens alone the adapters change
+    anything; None: of all.
+    """
+
+    def __init__(self, config, *, first_position, keep=True, capture=0, adapted_rows=None):
+        super().__init__(config=config)
+        self.first_position, self.keep, self.capture = first_position, keep, capture
+        self.adapted_rows = adapted_rows
+        self._prefix, self._visible, self._placed = None, None, {}
+        self._all_visible = True
+        self._written, self._rotation, self._positions = {}, None, None
+        self._widened = {}
+
+    def read(self, prefix, visible):
+        """Set the memory: `[layers, 2, B, kv_heads, N, head_dim]`, keys without positions, and bool `[B, N]`."""
+        if visible.shape[-1]:
+            self._prefix, self._visible, self._placed = prefix, visible, {}
+            self._all_visible = bool(visible.all())  # asked for once, as it synchronises
+        return self
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self._visible is None else self._visible.shape[-1]
+
+    def enter(self, decoder, layers, order, args, kwargs):
+        """Of a decoder's call: its arguments, with the positions of its tokens moved behind the memory.
+
+        Raises ValueError for an attention implementation that cannot be given the memory, or another batch size.
+        """
+        config = decoder.config
+        if config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation!r} cannot read a memory, and would drop it; load "
+                'the model with attn_implementation="sdpa" or "eager"'
+            )
+        signature = inspect.signature(decoder.forward)
+        if "position_ids" not in signature.parameters:
+            raise ValueError(
+                f"a {type(decoder).__name__} takes no position_ids, so nothing can stand before its tokens"
+            )
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(name, {}))
+        tokens = arguments.get("inputs_embeds")
+        tokens = arguments["input_ids"] if tokens is None else tokens
+        if self._visible is not None and len(self._visible) != len(tokens):
+            raise ValueError(f"{len(tokens)} rows of tokens and {len(self._visible)} of memory: one of each a row")
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
+        arguments["position_ids"] = positions = positions + self.first_position
+        self._widened = {}
+        self._rotation = Rotation(decoder, layers, order, config)
+        self._positions = positions[:, -self.capture :] if self.capture else None
+        if self._prefix is not None and not self._placed:
+            places = torch.arange(self.first_position - self.prefix_length, self.first_position)[None]
+            tables = self._rotation.tables(places.to(tokens.device), self._prefix)
+            for index, (keys, values) in enumerate(self._prefix):
+                self._placed[index] = (self._rotation.rotated(keys, tables(index)), values)
+        return arguments
+
+    def past(self, layer_idx):
+        """What a layer's attention reads before the tokens of this pass: () or `(keys, values)`."""
+        own = self.layers[layer_idx]
+        parts = [self._placed[layer_idx]] if self._placed else []
+        parts += [(own.keys, own.values)] if self.keep and own.get_seq_length() else []
+        if len(parts) < 2:
+            return parts[0] if parts else ()
+        return tuple(torch.cat(pair, dim=-2) for pair in zip(*parts, strict=True))
+
+    def extend(self, key_states, value_states, layer_idx):
+        """`update` of a layer that knows of the memory: returns memory, cache and new states, in this order."""
+        if self.capture:
+            self._written[layer_idx] = (key_states[..., -self.capture :, :], value_states[..., -self.capture :, :])
+        states = (key_states, value_states)
+        if self.keep:
+            states = self.layers[layer_idx].update(*states)
+        if not self._placed:
+            return states
+        return tuple(torch.cat(pair, dim=-2) for pair in zip(self._placed[layer_idx], states, strict=True))
+
+    def captured(self):
+        """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
+        some = self._written[0][0]
+        tables = self._rotation.tables(self._positions, some)
+        layers = [self._written[index] for index in range(len(self._written))]
+        return torch.stack(
+            [torch.stack([self._rotation.unrotated(k, tables(i)), v]) for i, (k, v) in enumerate(layers)]
+        )
+
+    def widened(self, mask, hidden, layer_idx, implementation):
+        """A layer's attention mask with the memory's columns before it. mask: `[B, 1, T, K]`, or None where causal."""
+        tokens = hidden.shape[1]
+        if self._visible is None or (mask is None and tokens == 1 and self._all_visible):
+            return mask
+        length = tokens if not self.keep else self.layers[layer_idx].get_mask_sizes(tokens)[0]
+        known, widened = self._widened.get((id(mask), length), (None, None))
+        if widened is not None and known is mask:  # the same for all layers of a kind
+            return widened
+        known = mask
+        if known is None:
+            ones = torch.ones(tokens, length, dtype=torch.bool, device=hidden.device)
+            known = ones.tril(length - tokens)[None, None]
+            if implementation == "eager":
+                known = _additive(known, hidden.dtype)
+        visible = self._visible.to(hidden.device)[:, None, None].expand(-1, 1, tokens, -1)
+        if known.dtype != torch.bool:
+            visible = _additive(visible, known.dtype)
+        widened = torch.cat([visible, known.expand(len(visible), *known.shape[1:])], -1)
+        self._widened[id(mask), length] = (mask, widened)
+        return widened
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError(
+            "a memory's cache was passed to a model that does not know how to read it, and would ignore it; pass "
+            "it to the R3MemModel, or the reversible model, that it was made for"
+        )
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._each(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._each(lambda tensor, dim: tensor.index_select(dim, indices.to(tensor.device)))
+
+    def _each(self, change):
+        """Change the rows of the memory."""
+        if self._visible is not None:
+            self._visible, self._prefix = change(self._visible, 0), change(self._prefix, 2)
+            self._placed = {i: tuple(change(t, 0) for t in pair) for i, pair in self._placed.items()}
+
+
+class PrefixView:
+    """What a layer's attention is given in place of a `PrefixCache` while no gradient is wanted."""
+
+    def __init__(self, cache):
+        self._cache = cache
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return self._cache.extend(key_states, value_states, layer_idx)
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+
+def _additive(visible, dtype):
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -173,12 +173,14 @@ def _turn_off_checkpointing(stack, decoder):
 class LayerLink:
     """A reversible layer's place: its stack, its index, and the decoder whose loop calls it.
 
-    returns_tuple: that loop expects `(hidden,)` of a layer.
+    returns_tuple: that loop expects `(hidden,)` of a layer. adapted_rows: while its branch is evaluated, of how many
+    of the last tokens the adapters change anything; None: of all.
     """
 
     def __init__(self, stack, index, decoder):
         self.stack, self.index, self.decoder = stack, index, decoder
         self.returns_tuple = False
+        self.adapted_rows = None
 
 
 @functools.cache

@@ -16,10 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from r3mem_fast.kernels import coupling
 
-from .cache import PastKeysValues, past_of
+from .cache import CACHE_NAMES, PastKeysValues, append_to, layer_index, past_of
 from .surroundings import Surroundings
-
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class IntegrityError(RuntimeError):
@@ -69,7 +67,7 @@ class Step:
         if self._cache_name is not None:
             kwargs = dict(kwargs)
             self._cache = kwargs.pop(self._cache_name)
-            self._cache_index = _layer_index(layer)
+            self._cache_index = layer_index(layer)
             self._past = past_of(self._cache, self._cache_index)
         self._leaves, self._structure = tree_flatten(kwargs)
         # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
@@ -134,7 +132,7 @@ class Step:
     def write_cache(self, new_states):
         """Append the new keys and values, outputs of this layer's node, to the cache that the caller passed."""
         if new_states:
-            self._cache.update(*new_states, self._cache_index)
+            append_to(self._cache, *new_states, self._cache_index)
 
     def _call(self, hidden, leaves, past):
         kwargs = tree_unflatten(leaves, self._structure)
@@ -374,14 +372,6 @@ def poisoned(tensor, flags):
     if tensor is None:
         return None
     return tensor * torch.where((flags != 0).any(), torch.nan, 1.0)
-
-
-def _layer_index(layer):
-    """The index by which a layer's attention addresses its cache."""
-    for module in layer.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            return module.layer_idx
-    raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
 
 
 def _same_objects(left, right):

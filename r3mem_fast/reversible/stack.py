@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from r3mem_fast.kernels import coupling
 
-from .node import CACHE_NAMES, IntegrityError, LayerNode, ReversibleState, Step, StoredValue, Update, poisoned
+from .cache import CACHE_NAMES, layer_index, memory_cache, past_of, viewed
+from .node import IntegrityError, LayerNode, ReversibleState, Step, StoredValue, Update, poisoned
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -76,8 +77,13 @@ class ReversibleStack:
         """One layer's forward: called by the layer in place of its own."""
         if self._observed is not None:
             return self._observe(layer, hidden, kwargs)
+        cache = memory_cache(kwargs)
+        if cache is not None:
+            implementation = layer.reversible.decoder.config._attn_implementation
+            mask = cache.widened(kwargs.get("attention_mask"), hidden, layer_index(layer), implementation)
+            kwargs = {**kwargs, "attention_mask": mask}
         if self.bypassed:
-            return self._plain(layer, hidden, kwargs)
+            return self._branch(index, kwargs)(layer, hidden, viewed(kwargs))
         if getattr(layer, "_is_replica", False):
             raise RuntimeError(
                 "a reversible model does not run under nn.DataParallel, whose replicas have no parameters of their "
@@ -95,9 +101,25 @@ class ReversibleStack:
         self._passing.hand_on(state, hidden)
         return hidden
 
+    def _branch(self, index, kwargs):
+        """A layer's branch; if adapters are to act on some rows alone, one in which they do."""
+        branch_of = self._plain if self.bypassed else self.branches[index]
+        cache = memory_cache(kwargs)
+        if cache is None or cache.adapted_rows is None:
+            return branch_of
+
+        def branch_with_rows(layer, hidden, kwargs):
+            layer.reversible.adapted_rows = cache.adapted_rows
+            try:
+                return branch_of(layer, hidden, kwargs)
+            finally:
+                layer.reversible.adapted_rows = None
+
+        return branch_with_rows
+
     def _run_reversible(self, layer, index, hidden, kwargs, state):
         update = self.route.updates[index]
-        branch_of = self.branches[index]
+        branch_of = self._branch(index, kwargs)
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or _any_requires_grad(layer, kwargs))
         if wanted or self.recording is not None:
             step = Step(layer, branch_of, kwargs, hidden.device)
@@ -111,7 +133,7 @@ class ReversibleStack:
             step.write_cache(new_states)
             return state.forward(branch, update)
         state.begin_step(None)
-        branch = branch_of(layer, state.input_of_next(hidden), kwargs)
+        branch = branch_of(layer, state.input_of_next(hidden), viewed(kwargs))
         if branch.requires_grad:
             raise ValueError(
                 f"a tensor that requires a gradient enters a frozen {type(layer).__name__} from outside (by a hook, "
@@ -128,7 +150,7 @@ class ReversibleStack:
             hidden = StoredValue.apply(hidden, state.input_of_next(hidden))
             state.surrogates = collections.defaultdict(lambda: torch.zeros_like(hidden, dtype=torch.float32))
         # Through an alias and in float32: gradients are then added in the order of the reversible backward pass.
-        branch = self.branches[index](layer, hidden.view_as(hidden), kwargs)
+        branch = self._branch(index, kwargs)(layer, hidden.view_as(hidden), viewed(kwargs))
         velocity, addend = state.surrogates[update.form], (1.0 - momentum) * branch.float()
         velocity = (velocity + addend) / momentum if update.form == "inverse" else momentum * velocity + addend
         state.surrogates[update.form] = velocity
@@ -193,8 +215,13 @@ class ReversibleStack:
     @torch.compiler.disable
     def prepare(self, decoder, args, kwargs):
         """Forward pre-hook of the decoder: settle the cache and, in the first pass, the fraction bits."""
-        if self._observed is not None or self.bypassed:
+        if self._observed is not None:
             return None
+        if (cache := memory_cache(kwargs)) is not None:
+            layers = [layer for layer in decoder.modules() if hasattr(layer, "reversible")]
+            args, kwargs = (), cache.enter(decoder, layers, self.route.order, args, kwargs)
+        if self.bypassed:
+            return args, kwargs
         self._passing.drop()
         if self.fraction_bits is None:
             self._choose_fraction_bits(decoder, args, kwargs)
@@ -296,8 +323,10 @@ class _Passing(threading.local):
 def _any_requires_grad(layer, kwargs):
     if any(p.requires_grad for p in layer.parameters()):
         return True
+    memory = memory_cache(kwargs)
     cached = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
     past = [t for cache in cached for c in getattr(cache, "layers", ()) for t in (c.keys, c.values)]
+    past += [] if memory is None else past_of(memory, layer_index(layer))
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in [*tree_leaves(kwargs), *past])
 
 

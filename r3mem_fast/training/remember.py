@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ..files import replacing
 from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
 from ..model import R3MemModel, evaluating
 from ..reversible import check_integrity
-from ..storage import replacing
 from .collate import collate_ids, padded
 
 CHECKPOINT = "remember-checkpoint.safetensors"

@@ -1,0 +1,315 @@
+"""`Memory`: what a model keeps of the histories that it has compressed, and the file that holds it."""
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+
+from .files import replacing
+
+FORMAT_VERSION = 1
+PLACEMENTS = ("every_layer", "input")
+# Of the states, by placement: the dimension of the batch, and that of the memory tokens.
+_BATCH = {"every_layer": 2, "input": 0}
+_SLOTS = {"every_layer": 4, "input": 1}
+_KIND = "r3mem_fast memory"
+_DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
+_NO_DIGEST = "0" * 64
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLayout:
+    """What memories must have in common to be read by one model.
+
+    num_memory_tokens: written after each segment. segment_length: in tokens. readable_segments: of how many segments,
+    the last ones, the memory is kept. keeps_all: whether more of them are an error, not forgotten. placement:
+    "every_layer" or "input", see `R3MemConfig.memory_placement`.
+    """
+
+    num_memory_tokens: int
+    segment_length: int
+    readable_segments: int
+    keeps_all: bool
+    placement: str
+
+    @property
+    def first_position(self) -> int:
+        """Of a segment's first token, with whatever memory before it."""
+        return self.readable_segments * self.num_memory_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a memory was made with, as fingerprints; the tokenizer's is None if it was made from token ids."""
+
+    base: str
+    adapter: str
+    tokenizer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The memory of a batch of histories; made by `R3MemModel.compress`. No operation changes it in place.
+
+    states: of placement "every_layer" `[layers, 2, B, kv_heads, N, head_dim]`, keys (without positions) and values of
+        the memory tokens that each layer reads; of placement "input" `[B, N, hidden_size]`, what stands in their place
+        before the first layer. N is the same for all rows: a row with fewer has its own last, zeros before.
+    num_segments, tokens_seen: int64 `[B]`, on the CPU: compressed segments, and tokens, those that are unfinished too.
+    unfinished: of each row, the ids of a segment that is not full yet, int64 `[n]`, on the CPU.
+    labels: of each row, `(level, name)` as ("document", "chapter 1"), or None.
+    """
+
+    states: torch.Tensor
+    num_segments: torch.Tensor
+    tokens_seen: torch.Tensor
+    unfinished: tuple[torch.Tensor, ...]
+    labels: tuple[tuple[str, str] | None, ...]
+    layout: MemoryLayout
+    origin: Origin
+
+    def __len__(self):
+        return len(self.num_segments)
+
+    def __repr__(self):
+        placement, dtype = self.layout.placement, str(self.states.dtype).removeprefix("torch.")
+        return (
+            f"Memory(rows={len(self)}, segments={self.num_segments.tolist()}, tokens={self.tokens_seen.tolist()}, "
+            f"{placement}, {dtype}, {self.nbytes} bytes)"
+        )
+
+    @property
+    def device(self):
+        return self.states.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds: `states`, `num_segments`, `tokens_seen`, `unfinished` (rows one after the other) and
+        `unfinished_lengths`."""
+        lengths = [len(row) for row in self.unfinished]
+        return {
+            "states": self.states,
+            "num_segments": self.num_segments,
+            "tokens_seen": self.tokens_seen,
+            "unfinished": torch.cat([*self.unfinished, torch.zeros(0, dtype=torch.int64)]),
+            "unfinished_lengths": torch.tensor(lengths, dtype=torch.int64),
+        }
+
+    def visible(self) -> torch.Tensor:
+        """Which of its memory tokens each row has: bool `[B, N]`, on the memory's device."""
+        slots = self.states.shape[_SLOTS[self.layout.placement]]
+        kept = self.num_segments.clamp_max(self.layout.readable_segments) * self.layout.num_memory_tokens
+        return (torch.arange(slots) >= slots - kept[:, None]).to(self.device)
+
+    def to(self, *args, **kwargs) -> "Memory":
+        """With its states on another device or in another dtype, as `Tensor.to` has it."""
+        return dataclasses.replace(self, states=self.states.to(*args, **kwargs))
+
+    def detach(self) -> "Memory":
+        return dataclasses.replace(self, states=self.states.detach())
+
+    def to_cache(self, model):
+        """A cache to be passed as `past_key_values` to the base model of `model`, or to its `generate`.
+
+        Unfinished tokens are not in it: `R3MemModel.generate` reads them before the prompt.
+        """
+        return model.cache_of(self)
+
+    def labelled(self, labels: Sequence[tuple[str, str] | None]) -> "Memory":
+        """With a `(level, name)` for each row. Raises ValueError for another number of them, or two alike."""
+        labels = tuple(None if label is None else (str(label[0]), str(label[1])) for label in labels)
+        given = [label for label in labels if label is not None]
+        if len(labels) != len(self) or len(set(given)) < len(given):
+            raise ValueError(f"{len(self)} rows need as many labels, no two alike, got {labels!r}")
+        return dataclasses.replace(self, labels=labels)
+
+    def select(self, level: str | None = None, name: str | None = None) -> "Memory":
+        """The rows of a level, of a name, or of both. Raises KeyError if there is none."""
+        found = [
+            row
+            for row, label in enumerate(self.labels)
+            if label is not None and level in (None, label[0]) and name in (None, label[1])
+        ]
+        if not found:
+            raise KeyError(f"no memory with level={level!r}, name={name!r}; there are {list(self.labels)}")
+        return self.rows(found)
+
+    def rows(self, indices: Sequence[int]) -> "Memory":
+        """These rows, in this order; one may come more than once."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        states = self.states.index_select(_BATCH[self.layout.placement], indices.to(self.device))
+        pick = indices.tolist()
+        return dataclasses.replace(
+            self,
+            states=states,
+            num_segments=self.num_segments[indices],
+            tokens_seen=self.tokens_seen[indices],
+            unfinished=tuple(self.unfinished[i] for i in pick),
+            labels=tuple(self.labels[i] for i in pick),
+        )
+
+    def __getitem__(self, row) -> "Memory":
+        """One row, by index or by `(level, name)`; several by a slice."""
+        if isinstance(row, tuple):
+            return self.select(*row)
+        if isinstance(row, slice):
+            return self.rows(range(len(self))[row])
+        return self.rows([range(len(self))[row]])
+
+    def split(self) -> list["Memory"]:
+        """A memory for each row."""
+        return [self[row] for row in range(len(self))]
+
+    @staticmethod
+    def cat(memories: Sequence["Memory"]) -> "Memory":
+        """One batch of several. Raises ValueError if they are not of one model, layout, dtype and device."""
+        if not memories:
+            raise ValueError("there is no memory to put together")
+        first = memories[0]
+        for other in memories[1:]:
+            for what, mine, its in (
+                ("layout", first.layout, other.layout),
+                ("model or tokenizer", first.origin, other.origin),
+                ("dtype", first.states.dtype, other.states.dtype),
+                ("device", first.device, other.device),
+            ):
+                if mine != its:
+                    raise ValueError(f"memories of one batch must have the same {what}: {mine} and {its}")
+        placement = first.layout.placement
+        slots = max(memory.states.shape[_SLOTS[placement]] for memory in memories)
+        return dataclasses.replace(
+            first,
+            states=torch.cat([widened(m.states, slots, placement) for m in memories], _BATCH[placement]),
+            num_segments=torch.cat([m.num_segments for m in memories]),
+            tokens_seen=torch.cat([m.tokens_seen for m in memories]),
+            unfinished=sum((m.unfinished for m in memories), ()),
+            labels=sum((m.labels for m in memories), ()),
+        )
+
+    def save(self, path):
+        """Write it to a safetensors file, whole or not at all (DESIGN 7)."""
+        metadata = {
+            "kind": _KIND,
+            "format_version": str(FORMAT_VERSION),
+            "digest": _NO_DIGEST,
+            "layout": json.dumps(dataclasses.asdict(self.layout)),
+            "origin": json.dumps(dataclasses.asdict(self.origin)),
+            "labels": json.dumps(self.labels),
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        content = bytearray(to_safetensors(tensors, metadata))
+        start, digest = _digest(content)
+        content[start : start + len(_NO_DIGEST)] = digest.encode()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(content)
+
+    @classmethod
+    def load(cls, path, model=None, *, device="cpu") -> "Memory":
+        """Read what `save` wrote. model: an `R3MemModel`; the memory must have been made with it.
+
+        Raises OSError if the file cannot be read, ValueError if it is damaged, of another format, or of another model.
+        """
+        path = Path(path)
+        try:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                start, digest = _digest(content)
+                whole = content[start : start + len(digest)] == digest.encode()
+        except ValueError as error:  # an empty file, or one without such an entry
+            raise ValueError(f"{path} is damaged, or no memory of r3mem_fast: {error}") from None
+        if not whole:
+            raise ValueError(f"{path} is damaged: its content does not match its checksum")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata()
+                if metadata["kind"] != _KIND or metadata["format_version"] != str(FORMAT_VERSION):
+                    raise ValueError(
+                        f"{path} is {metadata['kind']!r} of format {metadata['format_version']!r}; this version of "
+                        f"r3mem_fast reads {_KIND!r} of format {FORMAT_VERSION}"
+                    )
+                memory = _from_tensors(cls, metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no memory of r3mem_fast: {error}") from None
+        if model is not None:
+            model.check_memory(memory)
+        return memory
+
+
+def empty_states(layout, batch, sizes, *, dtype, device):
+    """States of no segment. sizes: `(layers, kv_heads, head_dim)`, or `(hidden_size,)` of placement "input"."""
+    if layout.placement == "input":
+        return torch.zeros(batch, 0, *sizes, dtype=dtype, device=device)
+    layers, heads, width = sizes
+    return torch.zeros(layers, 2, batch, heads, 0, width, dtype=dtype, device=device)
+
+
+def appended(states, written, rows, layout):
+    """States with what some rows wrote after a segment; of the oldest segment as much falls out at the other end.
+
+    written: as `states`, of `rows` alone, with `num_memory_tokens`. Differentiable.
+    """
+    batch, slots = _BATCH[layout.placement], _SLOTS[layout.placement]
+    width = min(states.shape[slots] + layout.num_memory_tokens, layout.first_position)
+    indices = torch.as_tensor(rows, device=states.device)
+    moved = torch.cat([states.index_select(batch, indices), written], slots)
+    moved = moved.narrow(slots, moved.shape[slots] - width, width)
+    if len(rows) == states.shape[batch]:
+        return moved
+    return widened(states, width, layout.placement).index_copy(batch, indices, moved)
+
+
+def widened(states, slots, placement):
+    """States with zeros before them up to so many slots."""
+    dim = _SLOTS[placement]
+    shape = list(states.shape)
+    shape[dim] = slots - shape[dim]
+    return torch.cat([states.new_zeros(shape), states], dim) if shape[dim] else states
+
+
+def _digest(content):
+    """Where a file's digest stands, and what it should be: of all bytes, with zeros in its place."""
+    header = 8 + int.from_bytes(content[:8], "little")
+    if not 8 < header <= len(content):
+        raise ValueError("it has no header")
+    found = _DIGEST.findall(content[:header])
+    if len(found) != 1:
+        raise ValueError("its header names no checksum")
+    start = content[:header].index(found[0], 8)
+    view = memoryview(content)
+    try:
+        digest = hashlib.blake2b(view[:start], digest_size=32)
+        digest.update(_NO_DIGEST.encode())
+        digest.update(view[start + len(_NO_DIGEST) :])
+    finally:
+        view.release()
+    return start, digest.hexdigest()
+
+
+def _from_tensors(cls, metadata, tensors):
+    layout = MemoryLayout(**json.loads(metadata["layout"]))
+    labels = tuple(None if label is None else tuple(label) for label in json.loads(metadata["labels"]))
+    lengths = tensors["unfinished_lengths"].tolist()
+    memory = cls(
+        tensors["states"],
+        tensors["num_segments"].cpu(),
+        tensors["tokens_seen"].cpu(),
+        tensors["unfinished"].cpu().split(lengths),
+        labels,
+        layout,
+        Origin(**json.loads(metadata["origin"])),
+    )
+    rows = memory.states.shape[_BATCH[layout.placement]]
+    if not rows == len(memory) == len(memory.tokens_seen) == len(lengths) == len(labels):
+        raise ValueError("its tensors are of different numbers of rows")
+    return memory
