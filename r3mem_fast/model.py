@@ -161,7 +161,7 @@ class R3MemModel(nn.Module):
             raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
         output = R3MemOutput()
         if self.layout is not None and set(terms) & {"compress", "cycle"}:
-            memory = self._after(contexts.lists(), self.empty_memory(len(contexts.ids)), finish=True)
+            memory = self._after(contexts.lists(), self._empty(len(contexts.ids), origin=None), finish=True)
         if "expand" in terms:
             with self._backward():
                 output.logits, output.targets = self._continued(queries, contexts)
@@ -383,6 +383,9 @@ class R3MemModel(nn.Module):
         """The memory of nothing, of so many rows. Raises ValueError for a model without memory tokens."""
         if self.layout is None:
             raise ValueError("the model has no memory tokens; make it with R3MemConfig(num_memory_tokens=16)")
+        return self._empty(rows, self.origin())
+
+    def _empty(self, rows, origin):
         dtype, device = self.peft_model.dtype, self.device
         zeros = torch.zeros(rows, dtype=torch.int64)
         return Memory(
@@ -392,7 +395,7 @@ class R3MemModel(nn.Module):
             unfinished=(torch.zeros(0, dtype=torch.int64),) * rows,
             labels=(None,) * rows,
             layout=self.layout,
-            origin=self.origin(),
+            origin=origin,
         )
 
     def cache_of(self, memory: Memory) -> PrefixCache:
@@ -621,11 +624,13 @@ def _let_adapters_choose_rows(model):
     for layer in reversible_layers(model)[1]:
 
         def choose(module, args, output, link=layer.reversible):
-            count = link.adapted_rows
-            if count is None:
+            if link.adapted_rows is None:
                 return output
-            keep = torch.arange(output.shape[1], device=output.device) >= output.shape[1] - count
-            return output * keep[:, None].to(output.dtype)
+            count, tokens = link.adapted_rows
+            keep = torch.arange(tokens, device=output.device) >= tokens - count
+            # Some layers flatten batch and tokens.
+            rows = output.view(-1, tokens, output.shape[-1])
+            return (rows * keep[:, None].to(output.dtype)).view(output.shape)
 
         for name, module in layer.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):

@@ -240,7 +240,7 @@ def test_bad_input():
         model(**{**batch, "attention_mask": torch.ones(3, 2)})
     with pytest.raises(ValueError, match=r"token ids must be int64 \[batch, tokens\]"):
         model.recall(torch.ones(3))
-    with pytest.raises(ValueError, match="take 133 tokens, the model has 128 positions"):
+    with pytest.raises(ValueError, match="takes 133 tokens, the model has 128 positions"):
         model(torch.ones(1, 126, dtype=torch.int64), query_input_ids=torch.ones(1, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="the model has 128 positions"):
         model.recall(torch.ones(1, 126, dtype=torch.int64))

@@ -173,8 +173,8 @@ def _turn_off_checkpointing(stack, decoder):
 class LayerLink:
     """A reversible layer's place: its stack, its index, and the decoder whose loop calls it.
 
-    returns_tuple: that loop expects `(hidden,)` of a layer. adapted_rows: while its branch is evaluated, of how many
-    of the last tokens the adapters change anything; None: of all.
+    returns_tuple: that loop expects `(hidden,)` of a layer. adapted_rows: while its branch is evaluated,
+    `(n, tokens)` if of these tokens the adapters change the last n alone; None: all.
     """
 
     def __init__(self, stack, index, decoder):

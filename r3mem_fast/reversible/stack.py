@@ -109,7 +109,7 @@ class ReversibleStack:
             return branch_of
 
         def branch_with_rows(layer, hidden, kwargs):
-            layer.reversible.adapted_rows = cache.adapted_rows
+            layer.reversible.adapted_rows = (cache.adapted_rows, hidden.shape[1])
             try:
                 return branch_of(layer, hidden, kwargs)
             finally:

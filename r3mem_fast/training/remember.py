@@ -19,10 +19,10 @@ from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
 from ..model import R3MemModel, evaluating
 from ..reversible import check_integrity
-from .collate import collate_ids, padded
+from .collate import collate_ids
 
 CHECKPOINT = "remember-checkpoint.safetensors"
-_CHECKPOINT_VERSION = 1
+_CHECKPOINT_VERSION = 2
 
 
 _AT_LEAST = {"max_steps": 1, "tokens_per_step": 1, "anchor_windows": 1, "anchor_tokens": 2, "decoys_every": 1}
@@ -74,9 +74,11 @@ class RememberReport:
     """What `remember` did.
 
     pairs: what was to be remembered. exact: of each, whether its context came back, token for token, by greedy recall.
-    steps, seconds: of training, with those before an interruption. expand_loss, compress_loss: nats a token, the last
-    measured; None of what never was. lost: queries of earlier contexts that the adapter did not know any more when it
-    was asked to remember others.
+    expanded: of each, whether its context came back from its memory alone; None where that was not learned (no memory
+    tokens, or no `cycle_weight`).
+    steps, seconds: of training, with those before an interruption. expand_loss, compress_loss, cycle_loss: nats a
+    token, the last measured; None of what never was. lost: queries of earlier contexts that the adapter did not know
+    any more when it was asked to remember others.
     """
 
     pairs: list[Pair]
@@ -86,6 +88,8 @@ class RememberReport:
     expand_loss: float | None
     compress_loss: float | None
     lost: tuple[str, ...] = ()
+    expanded: list[bool] | None = None
+    cycle_loss: float | None = None
 
     @property
     def exact_match(self) -> float:
@@ -104,7 +108,8 @@ class RememberReport:
         levels = ", ".join(f"{level} {right}/{total}" for level, (right, total) in self.by_level().items())
         counted = f"{sum(self.exact)} of {len(self.exact)} contexts exact ({levels})"
         lost = f"; {len(self.lost)} of those remembered before were lost" if self.lost else ""
-        return f"{counted}, {self.steps} steps, {self.seconds:.0f} s{lost}"
+        expanded = "" if self.expanded is None else f", {sum(self.expanded)} from their memory alone"
+        return f"{counted}{expanded}, {self.steps} steps, {self.seconds:.0f} s{lost}"
 
 
 def remember(
@@ -117,6 +122,9 @@ def remember(
     progress=True,
 ) -> RememberReport:
     """Train the adapters of `model` until greedy recall gives every pair's context back, or `max_steps` are done.
+
+    With memory tokens it goes on until each context comes back from its memory, too. A term of the objective that has
+    no weight in the model's config is not learned, and nothing waits for it.
 
     folder: where a checkpoint is kept while it runs. A run of the same pairs and settings that was interrupted
     (Ctrl-C, a killed process) goes on from there, with the same result as if it had not been. progress: show a bar.
@@ -160,14 +168,21 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)  # what an earlier run may have left
         self.step, self.epoch, self.seconds = 0, 0, 0.0
         self.queue = []  # batches that are left of this epoch, lists of indices of pairs
-        self.known = [False] * len(pairs)  # predicted token for token when last seen
-        self.loss = self.compress_loss = None
+        # The terms by which a context comes back; of each, which contexts were predicted to the last token when seen.
+        config = model.r3mem_config
+        weights = {"expand": config.expand_weight, "cycle": config.cycle_weight if model.layout is not None else 0}
+        self.weights = {term: weight for term, weight in weights.items() if weight}
+        self.known = {term: [False] * len(pairs) for term in self.weights}
+        self.losses = dict.fromkeys(self.weights)
+        self.compress_loss = None
         self.divergence = None
         self.checkpoint = None if folder is None else folder / CHECKPOINT
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume()
         self.wanted = {}  # log-probabilities of the base model, by window
-        self.anchor = None if settings.divergence is None else self._anchor()
+        # Adapters that act on memory tokens alone leave the forward direction as it is.
+        free = settings.divergence is None or config.adapter_rows == "memory"
+        self.anchor = None if free else self._anchor()
 
     def to_the_end(self, progress):
         settings = self.settings
@@ -176,37 +191,44 @@ class _Run:
         try:
             while self.step < settings.max_steps:
                 if not self.queue:
-                    if all(self.known) and self._is_near():
-                        exact = self._verified()
-                        if all(exact):
-                            break
+                    if self.weights and all(self._all_known()) and self._is_near() and self._verified():
+                        break
                     self._begin_epoch()
                 with torch.random.fork_rng():  # for dropout: the same after an interruption
                     torch.manual_seed(settings.seed * 1_000_003 + self.step)
                     self._train_on(self.queue.pop(0))
                 bar.update()
-                bar.set_postfix(loss=self.loss, exact=f"{sum(self.known)}/{len(self.known)}")
+                bar.set_postfix(loss=self._loss(), exact=f"{sum(self._all_known())}/{len(self.pairs)}")
                 self.seconds = time.monotonic() - started
                 if self.checkpoint is not None and time.monotonic() - saved > settings.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
             else:
-                exact = self._recalled()
+                self._recall_all()
         finally:  # also Ctrl-C, which may come within a step: only the last checkpoint is whole
             bar.close()
         self.seconds = time.monotonic() - started
-        return RememberReport(self.pairs, exact, self.step, self.seconds, self.loss, self.compress_loss)
+        return RememberReport(
+            self.pairs,
+            self.known["expand"] if "expand" in self.known else self._recalled("expand"),
+            self.step,
+            self.seconds,
+            self.losses.get("expand"),
+            self.compress_loss,
+            expanded=self.known.get("cycle"),
+            cycle_loss=self.losses.get("cycle"),
+        )
 
     def _train_on(self, batch):
         settings, config, model = self.settings, self.model.r3mem_config, self.model
         inputs = self._batch([self.rows[index] for index in batch])
-        if config.expand_weight:
-            self._expand(batch, model(**inputs, terms=["expand"]))
+        for term in self.weights:
+            self._learn(term, batch, inputs)
         if config.compress_weight and settings.compress_every and self.step % settings.compress_every == 0:
             compress = model(**inputs, terms=["compress"]).compress_loss
             (config.compress_weight * compress).backward()
             self.compress_loss = compress.item()
-        if settings.decoys and self.step % settings.decoys_every == 0:
+        if settings.decoys and "expand" in self.weights and self.step % settings.decoys_every == 0:
             foreign = decoys(self.pairs, settings.decoys, random.Random(f"{settings.seed}/{self.step}"))
             inputs = self._batch([([], self._ids(pair.query)) for pair in foreign])
             model(**inputs, terms=["expand"]).loss.backward()
@@ -221,19 +243,24 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
-    def _expand(self, batch, output):
-        """The backward term's gradient, and which of the batch's contexts are known."""
-        targets, logits = output.targets, output.logits
+    def _learn(self, term, batch, inputs):
+        """A backward term's gradient, and which of the batch's contexts are known by it."""
+        logits, targets = self._predictions(term, inputs)
         losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
         counted = (targets != -100).sum()
         # What is known well enough is left alone, and what is left of a context counts the more.
         wanting = losses.detach() > self.settings.margin
         loss = (losses * wanting).sum() / wanting.sum().clamp_min(counted / 2)
-        (self.model.r3mem_config.expand_weight * loss).backward()
-        for index, right in zip(batch, _right(output), strict=True):
-            self.known[index] = right
-        now = (losses.detach().sum() / counted).item()
-        self.loss = now if self.loss is None else 0.7 * self.loss + 0.3 * now
+        (self.weights[term] * loss).backward()
+        for index, right in zip(batch, _right(logits, targets), strict=True):
+            self.known[term][index] = right
+        now, before = (losses.detach().sum() / counted).item(), self.losses[term]
+        self.losses[term] = now if before is None else 0.7 * before + 0.3 * now
+
+    def _predictions(self, term, inputs):
+        """Logits of the contexts, read backward from their queries or their memories, and their targets."""
+        output = self.model(**inputs, terms=[term])
+        return (output.cycle_logits if term == "cycle" else output.logits), output.targets
 
     def _stay_near(self, index):
         """The gradient of the divergence from the base model, forward."""
@@ -251,14 +278,23 @@ class _Run:
     def _is_near(self):
         return self.anchor is None or (self.divergence is not None and self.divergence <= self.settings.divergence)
 
+    def _loss(self):
+        """The larger of the terms' losses, None before the first step."""
+        return max((loss for loss in self.losses.values() if loss is not None), default=None)
+
     def _pace(self):
         """The learning rate's factor: 1 while little is learned, down to 0.1."""
-        return 1.0 if self.loss is None else min(1.0, max(0.1, self.loss / 0.3))
+        loss = self._loss()
+        return 1.0 if loss is None else min(1.0, max(0.1, loss / 0.3))
+
+    def _all_known(self):
+        """Of each context, whether it is known by every term."""
+        return [all(known) for known in zip(*self.known.values(), strict=True)] or [False] * len(self.pairs)
 
     def _begin_epoch(self):
         """Batches of like lengths: all pairs that are not known, and half of the others, lest they be forgotten."""
         generator = random.Random(f"{self.settings.seed}/epoch {self.epoch}")
-        chosen = [i for i, known in enumerate(self.known) if generator.random() < 0.5 or not known]
+        chosen = [i for i, known in enumerate(self._all_known()) if generator.random() < 0.5 or not known]
         chosen.sort(key=lambda i: self._length(i) * generator.uniform(0.9, 1.1))
         chosen = chosen or list(range(len(self.pairs)))
         self.queue = _packed(chosen, self._length, self.settings.tokens_per_step)
@@ -270,33 +306,40 @@ class _Run:
         return len(context) + len(query) + 3
 
     def _verified(self):
-        """Of every pair, whether greedy recall gives its context; what it does not is to be learned again."""
-        self.known = self._predicted()
-        if all(self.known):
-            self.known = self._recalled()
-        return self.known
+        """Whether greedy recall gives every context, by every term; what it does not is to be learned again."""
+        self.known = {term: self._predicted(term) for term in self.weights}
+        if all(self._all_known()):
+            self._recall_all()
+        return all(self._all_known())
 
-    def _predicted(self):
+    def _predicted(self, term):
         """Of every pair, whether each token of its context is predicted from those before it: cheaper than recall."""
         right = [False] * len(self.pairs)
         self.model.eval()
         for batch in self._by_length(self._length, 4 * self.settings.tokens_per_step):
             with torch.no_grad():
-                output = self.model(**self._batch([self.rows[index] for index in batch]), terms=["expand"])
-            for index, known in zip(batch, _right(output), strict=True):
+                predictions = self._predictions(term, self._batch([self.rows[index] for index in batch]))
+            for index, known in zip(batch, _right(*predictions), strict=True):
                 right[index] = known
         self.model.train()
         return right
 
-    def _recalled(self):
-        """Of every pair, whether greedy recall gives its context."""
+    def _recall_all(self):
+        self.known = {term: self._recalled(term) for term in self.weights}
+
+    def _recalled(self, term):
+        """Of every pair, whether greedy recall gives its context, from its query or from its memory."""
         exact = [False] * len(self.pairs)
         for batch in self._by_length(lambda index: len(self.rows[index][0]), 32 * 64):
-            queries, mask = padded([self.rows[index][1] for index in batch])
-            longest = max(len(self.rows[index][0]) for index in batch)
-            device = self.model.device
+            inputs = self._batch([self.rows[index] for index in batch])
             # One more than the longest: that it ends there is part of it.
-            found = self.model.recall(queries.to(device), mask.to(device), max_new_tokens=longest + 1)
+            longest = inputs["input_ids"].shape[1] + 1
+            if term == "cycle":
+                memory = self.model.compress(inputs["input_ids"], inputs["attention_mask"], finish=True)
+                found = self.model.expand(memory, max_new_tokens=longest)
+            else:
+                asked = inputs["query_input_ids"], inputs["query_attention_mask"]
+                found = self.model.recall(*asked, max_new_tokens=longest)
             for index, ids in zip(batch, found, strict=True):
                 exact[index] = ids.tolist() == self.rows[index][0]
         return exact
@@ -330,7 +373,8 @@ class _Run:
                     f"document {pair.document!r}: a context ({pair.level}) has the model's end token in it, with "
                     "which every recall ends; take it out of the text"
                 )
-            if limit is not None and self._length(index) > limit:
+            before = 0 if self.model.layout is None else self.model.layout.first_position
+            if limit is not None and self._length(index) + before > limit:
                 raise ValueError(
                     f"document {pair.document!r}: a context of {len(self.rows[index][0])} tokens ({pair.level}) "
                     f"with its query does not fit the model's {limit} positions; split it into smaller documents"
@@ -375,8 +419,11 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
+                # What no term reaches has none.
                 moments = {
-                    m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq") if self.step
+                    m: tensors[f"{m}.{name}"].to(parameter.device)
+                    for m in ("exp_avg", "exp_avg_sq")
+                    if f"{m}.{name}" in tensors
                 }
                 if moments:
                     self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
@@ -398,12 +445,12 @@ class _Run:
 
 
 # Of a run, beside tensors.
-_STATE = ("step", "epoch", "seconds", "queue", "known", "loss", "compress_loss", "divergence")
+_STATE = ("step", "epoch", "seconds", "queue", "known", "losses", "compress_loss", "divergence")
 
 
-def _right(output):
+def _right(logits, targets):
     """Of each row, whether every token that counts is predicted."""
-    return ((output.logits.argmax(-1) == output.targets) | (output.targets == -100)).all(1).tolist()
+    return ((logits.argmax(-1) == targets) | (targets == -100)).all(1).tolist()
 
 
 def _packed(indices, length, tokens):
