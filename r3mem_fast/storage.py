@@ -78,7 +78,8 @@ def save(model, folder, **details):
         shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        model.peft_model.save_pretrained(staging)
+        # Embeddings are the base model's; left to choose, PEFT would ask a model hub about them.
+        model.peft_model.save_pretrained(staging, save_embedding_layers=False)
         files = list(_ADAPTER_FILES)
         if model.layout is not None:
             save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / _MEMORY_TOKENS)
@@ -196,7 +197,8 @@ def adapter_fingerprint(model) -> str:
     adapter = model.peft_model.active_peft_config
     described = [settings, adapter.r, adapter.lora_alpha] if hasattr(adapter, "lora_alpha") else [settings]
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
-    tensors = get_peft_model_state_dict(model.peft_model, adapter_name="default")
+    # The base model has a fingerprint of its own, embeddings included; to ask for them would ask a model hub.
+    tensors = get_peft_model_state_dict(model.peft_model, adapter_name="default", save_embedding_layers=False)
     if model.layout is not None:
         tensors = {**tensors, "memory_embeddings": model.memory_embeddings}
     for name, tensor in sorted(tensors.items()):

@@ -1,0 +1,192 @@
+"""Expanding memories: what comes back from a memory alone, with controls that tell the memory from the adapter.
+
+    python -m bench.expand --json                    # every suite
+    python -m bench.expand --suite unseen --text BOOK.txt OTHER.txt --held-out THIRD.txt
+
+Suites, of which each prints a record an arm:
+
+- `seen`: documents that are learned until each comes back from its memory, in both placements. Then the greedy
+  expansions of their memories, of the same with zeros in place of their states, and of another document's.
+- `unseen`: windows of texts, new ones in every step, each to be expanded from the memory of it; then windows of
+  another text, with the same controls. The edit distance to the window is Levenshtein's, in tokens, over the longer
+  of the two; differences are paired by window, with a bootstrapped confidence interval of 95 %.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+
+from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, check_integrity, load_model
+from r3mem_fast.models import default_dtype
+from r3mem_fast.text import pages_of, read_text, token_windows
+from r3mem_fast.training.collate import collate_ids
+
+from .records import add_output_option, write_records
+
+SUITES = ("seen", "unseen")
+CONTROLS = ("own memory", "zeroed memory", "another's memory")
+_RESAMPLES = 10_000
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.expand", description=__doc__.split("\n")[0])
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="(all)")
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
+    parser.add_argument("--text", nargs="+", default=[None], help="UTF-8 texts to learn from (Python's help topics)")
+    parser.add_argument("--held-out", help="a UTF-8 text for unseen windows (the last tenth of the last text)")
+    parser.add_argument("--memory-tokens", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--documents", type=int, default=20, help="of the suite seen (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=100, help="of such a document, about (%(default)s)")
+    parser.add_argument("--max-steps", type=int, default=600, help="of the same (%(default)s)")
+    parser.add_argument("--window", type=int, default=32, help="of the suite unseen, in tokens (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="of its windows in a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of it (%(default)s)")
+    parser.add_argument("--windows", type=int, default=200, help="unseen ones (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    bench = _Bench(options)
+    for suite in options.suite:
+        getattr(bench, suite)()
+    return 0
+
+
+class _Bench:
+    def __init__(self, options):
+        self.options, self.records = options, []
+        self.texts = [read_text(path) for path in options.text]
+        if options.held_out:
+            self.held_out = read_text(options.held_out)
+        else:
+            last = self.texts[-1]
+            self.texts[-1], self.held_out = last[: -len(last) // 10], last[-len(last) // 10 :]
+
+    def seen(self):
+        options = self.options
+        for placement in ("every_layer", "input"):
+            config = self._config(memory_placement=placement, segment_length=2 * options.tokens)
+            pipeline = R3MemPipeline(options.model, config=config, seed=options.seed)
+            pages = pages_of(self.texts[0], pipeline.tokenizer, options.documents, tokens=options.tokens, offset=100)
+            settings = RememberSettings(max_steps=options.max_steps, tokens_per_step=4 * options.tokens)
+            report = pipeline.remember(pages, settings=settings, levels=("document",), progress=not options.json)
+            rows = [pipeline._ids(pair.context) for pair in report.pairs]
+            details = {"steps": report.steps, "seconds": round(report.seconds, 1), "loss": round(report.cycle_loss, 4)}
+            self._evaluate("seen", placement, pipeline.model, rows, details)
+
+    def unseen(self):
+        options = self.options
+        model, tokenizer = load_model(options.model, dtype=default_dtype("cpu"))
+        torch.manual_seed(options.seed)
+        model = R3MemModel(model, self._config(segment_length=options.window))
+        windows = torch.cat([token_windows(tokenizer, text, tokens=options.window) for text in self.texts])
+        started = time.perf_counter()
+        losses = self._train(model, windows)
+        details = {"steps": options.steps, "batch": options.batch, "seconds": round(time.perf_counter() - started, 1)}
+        details["loss"] = round(statistics.fmean(losses[-50:]), 4)
+        unseen = token_windows(tokenizer, self.held_out, tokens=options.window)
+        step = max(1, len(unseen) // options.windows)
+        self._evaluate("unseen", "every_layer", model.eval(), unseen[::step][: options.windows].tolist(), details)
+
+    def _config(self, **settings):
+        """Only the third term of the objective; what the forward direction says without a memory stays as it was."""
+        return R3MemConfig(
+            num_memory_tokens=self.options.memory_tokens,
+            adapter_rows="memory",
+            compress_weight=0.0,
+            expand_weight=0.0,
+            **settings,
+        )
+
+    def _train(self, model, windows):
+        """AdamW, each window once and then again in another order; returns the losses."""
+        options, losses = self.options, []
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+        warm_up = min(50, options.steps // 2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / (warm_up + 1), (options.steps - step) / max(1, options.steps - warm_up)),
+        )
+        generator = torch.Generator().manual_seed(options.seed)
+        order = []
+        model.train()
+        with tqdm(range(options.steps), desc="Learning", unit="step", disable=options.json) as progress:
+            for _ in progress:
+                if len(order) < options.batch:
+                    order = torch.randperm(len(windows), generator=generator).tolist()
+                batch = [(windows[order.pop()].tolist(), [0]) for _ in range(min(options.batch, len(order)))]
+                loss = model(**collate_ids(batch), terms=["cycle"]).loss
+                loss.backward()
+                check_integrity(model.peft_model)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                losses.append(loss.item())
+                progress.set_postfix(loss=statistics.fmean(losses[-20:]))
+        return losses
+
+    def _evaluate(self, suite, placement, model, rows, details):
+        """Expand the memory of each row, and the controls; print a record of each."""
+        expanded = {control: [] for control in CONTROLS}
+        for start in range(0, len(rows), 20):
+            batch = collate_ids([(row, [0]) for row in rows[start : start + 20]])
+            memory = model.compress(batch["input_ids"], batch["attention_mask"], finish=True)
+            zeroed = dataclasses.replace(memory, states=torch.zeros_like(memory.states))
+            others = memory.rows([(row + 1) % len(memory) for row in range(len(memory))])
+            for control, given in zip(CONTROLS, (memory, zeroed, others), strict=True):
+                found = model.expand(given, max_new_tokens=batch["input_ids"].shape[1] + 1)
+                expanded[control] += [ids.tolist() for ids in found]
+        distances = {
+            control: torch.tensor([_distance(ids, row) for ids, row in zip(found, rows, strict=True)])
+            for control, found in expanded.items()
+        }
+        for control, found in expanded.items():
+            record = {
+                "suite": suite,
+                "placement": placement,
+                "control": control,
+                "rows": len(rows),
+                "tokens": sum(map(len, rows)),
+                "memory_tokens": self.options.memory_tokens,
+                "exact": sum(ids == row for ids, row in zip(found, rows, strict=True)),
+                "edit_distance": round(distances[control].mean().item(), 4),
+                **details,
+            }
+            if control != CONTROLS[0]:
+                mean, low, high = _interval(distances[control] - distances[CONTROLS[0]], self.options.seed)
+                record["more_than_own"] = {"mean": mean, "ci95": [low, high]}
+            self._record(record)
+
+    def _record(self, record):
+        self.records.append(record)
+        print(json.dumps(record) if self.options.json else record, flush=True)
+        if self.options.output:  # at once: a suite takes long
+            write_records(self.options.output, self.records)
+
+
+def _distance(found, wanted):
+    """Levenshtein's, over the length of the longer: 0 for the same, 1 for nothing in common."""
+    row = list(range(len(wanted) + 1))
+    for i, token in enumerate(found):
+        last, row[0] = row[0], i + 1
+        for j, other in enumerate(wanted):
+            last, row[j + 1] = row[j + 1], min(row[j + 1] + 1, row[j] + 1, last + (token != other))
+    return row[-1] / max(1, len(found), len(wanted))
+
+
+def _interval(differences, seed):
+    """Mean of paired differences, and the bootstrapped interval that holds it with 95 %."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(differences), (_RESAMPLES, len(differences)), generator=generator)
+    low, high = differences[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return tuple(round(value, 4) for value in (differences.mean().item(), low, high))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
