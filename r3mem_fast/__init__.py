@@ -9,6 +9,7 @@ _EXPORTS = {
     "GradientReport": "reversible",
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
+    "Memory": "memory",
     "MomentumCoupling": "reversible",
     "PairCollator": "training.collate",
     "R3MemConfig": "config",

@@ -72,7 +72,7 @@ class R3MemModel(nn.Module):
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
         self.layout = config.memory_layout(_positions_of(plain))
-        self.fingerprint = self._adapter_fingerprint = self._sizes = None
+        self.fingerprint = self._origin = self._sizes = None
         self.end_token_id = _first(plain.config.eos_token_id)
         self.start_token_id = _first(plain.config.bos_token_id, self.end_token_id)
         if self.end_token_id is None:
@@ -198,7 +198,7 @@ class R3MemModel(nn.Module):
 
     def _behind(self, memory, rows, with_loss, inputs):
         """The forward pass of rows behind a memory."""
-        self.check_memory(memory)
+        self.check_memory(memory, len(rows.ids))
         before = self._unfinished(memory)
         width = before.ids.shape[1]
         labels = rows.labels.masked_fill(rows.mask == 0, _IGNORED)
@@ -286,8 +286,7 @@ class R3MemModel(nn.Module):
             rows = _nothing(len(memory), self.device)
         else:
             rows = _Rows(query_input_ids, query_attention_mask, None)
-        if len(rows.ids) != len(memory):
-            raise ValueError(f"{len(memory)} rows of memory and {len(rows.ids)} queries: one of each a row")
+        self.check_memory(memory, len(rows.ids))
         return self._decoded_backward(rows, self.compress(None, memory=memory, finish=True), max_new_tokens)
 
     def _decoded_backward(self, rows, memory, max_new_tokens):
@@ -321,6 +320,7 @@ class R3MemModel(nn.Module):
         if memory is None:
             with evaluating(self), self._without_memory():
                 return base.generate(input_ids=rows.ids, attention_mask=rows.mask, **settings)
+        self.check_memory(memory, len(rows.ids))
         before = self._unfinished(memory)
         ids, mask = _Rows(
             torch.cat([before.ids, rows.ids], 1), torch.cat([before.mask, rows.mask], 1), None
@@ -369,9 +369,7 @@ class R3MemModel(nn.Module):
             rows = _Rows(input_ids, attention_mask, None).lists()
         if memory is None:
             memory = self.empty_memory(len(rows))
-        self.check_memory(memory)
-        if len(rows) != len(memory):
-            raise ValueError(f"{len(rows)} rows of tokens and {len(memory)} of memory: one of each a row")
+        self.check_memory(memory, len(rows))
         total = sum(map(len, (*rows, *memory.unfinished)))
         with (
             evaluating(self),
@@ -404,17 +402,25 @@ class R3MemModel(nn.Module):
         return self._read(self._cache(adapted_rows=self._read_rows), memory)
 
     def origin(self) -> Origin:
-        """Fingerprints of base model and adapters, as its memories carry them."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        versions = [(p.data_ptr(), p._version) for p in parameters]
-        if self._adapter_fingerprint is None or self._adapter_fingerprint[0] != versions:
-            self._adapter_fingerprint = (versions, storage.adapter_fingerprint(self))
-        return Origin(self.base_fingerprint(), self._adapter_fingerprint[1])
+        """Fingerprints of base model and adapters, as its memories carry them; computed again when parameters change.
 
-    def check_memory(self, memory: Memory):
-        """Raise ValueError for a memory that was not made with this very model."""
+        Raises RuntimeError if they have to be computed while the model is being read backward.
+        """
+        # Sorted: while the model is read backward its layers stand in another order, under other names.
+        versions = sorted((p.data_ptr(), p._version) for p in self.parameters())
+        if self._origin is None or self._origin[0] != versions:
+            order = stack_of(self.peft_model).route.order
+            if list(order) != sorted(order):
+                raise RuntimeError("a model's fingerprint cannot be taken while it is being read backward")
+            self._origin = (versions, Origin(self.base_fingerprint(), storage.adapter_fingerprint(self)))
+        return self._origin[1]
+
+    def check_memory(self, memory: Memory, rows: int | None = None):
+        """Raise ValueError for a memory that was not made with this very model, or not of so many rows."""
         if self.layout is None:
             raise ValueError("the model has no memory tokens, and can read no memory")
+        if rows not in (None, len(memory)):
+            raise ValueError(f"{rows} rows of tokens and {len(memory)} of memory: one of each a row")
         mine, its = self.origin(), memory.origin
         if its.base != mine.base:
             raise ValueError(
@@ -480,7 +486,8 @@ class R3MemModel(nn.Module):
             # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
             count = visible.shape[1]
             seen = self._cache(keep=False, capture=count, first_position=self.layout.first_position - count)
-            self._decode_embeddings(states, visible.to(torch.int64), seen)
+            places = torch.arange(count, device=self.device).expand(len(states), -1)
+            self._decode_embeddings(states, visible.to(torch.int64), seen, places)
             states = seen.captured()
         return cache.read(states, visible)
 
@@ -492,13 +499,19 @@ class R3MemModel(nn.Module):
     def _decoder(self):
         return reversible_layers(self.peft_model)[1][0].reversible.decoder
 
-    def _decode_embeddings(self, embeddings, mask, cache):
-        """The last hidden states, `[B, T, hidden_size]`; no logits are computed."""
+    def _decode_embeddings(self, embeddings, mask, cache, positions=None):
+        """The last hidden states, `[B, T, hidden_size]`; no logits are computed.
+
+        positions: behind the cache's first one, `[B, T]`; None: from its first token on.
+        """
         _, layers = reversible_layers(self.peft_model)
         return (
             layers[0]
             .reversible.decoder(
-                inputs_embeds=embeddings, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=_positions(mask) if positions is None else positions,
+                past_key_values=cache,
             )
             .last_hidden_state
         )
