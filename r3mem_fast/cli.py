@@ -5,6 +5,19 @@ import dataclasses
 import json
 import sys
 
+_OF_MEMORIES = ("segment_length", "memory_segments", "memory_placement", "adapter_rows")
+# Options of a new adapter, and what R3MemConfig calls them.
+_OF_NEW_ADAPTERS = {
+    "core": "core",
+    "backward": "backward",
+    "lora_r": "lora_r",
+    "memory_tokens": "num_memory_tokens",
+    "segment_length": "segment_length",
+    "memory_segments": "max_memory_segments",
+    "memory_placement": "memory_placement",
+    "adapter_rows": "adapter_rows",
+}
+
 
 def main(arguments=None):
     """Run the command; returns its exit status: 0, 1 for a check that failed, 2 for a request that cannot be met."""
@@ -47,6 +60,7 @@ def _parser():
     _add_model_options(check, dtype="float32")
 
     _add_remember(commands)
+    _add_memories(commands)
 
     env = commands.add_parser("env", help="show machine, versions and which kernels run")
     env.set_defaults(run=_env)
@@ -64,6 +78,11 @@ def _add_remember(commands):
     remember.add_argument("--core", type=_core, help="layers FIRST,END that are read backward, or all")
     remember.add_argument("--backward", choices=["reversed", "inverse"], help="of a new adapter (reversed)")
     remember.add_argument("--lora-r", type=_positive, help="rank of a new adapter (16)")
+    remember.add_argument("--memory-tokens", type=_positive, help="of a new adapter that is to make memories (none)")
+    remember.add_argument("--segment-length", type=_positive, help="of its segments, in tokens (256)")
+    remember.add_argument("--memory-segments", type=_positive, help="of which the memory is kept (1)")
+    remember.add_argument("--memory-placement", choices=["every_layer", "input"], help="of its memories (every_layer)")
+    remember.add_argument("--adapter-rows", choices=["all", "memory"], help="that it changes, reading forward (all)")
     remember.add_argument("--max-steps", type=_positive, default=2000, help="of training (%(default)s)")
     remember.add_argument("--learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
     seconds = "between checkpoints in FOLDER (%(default)s)"
@@ -79,10 +98,54 @@ def _add_remember(commands):
     recall.add_argument("--max-new-tokens", type=_positive, help="of a context (the longest one remembered)")
     _add_run_options(recall)
 
-    inspect = commands.add_parser("inspect", help="show what an adapter folder holds")
+    inspect = commands.add_parser("inspect", help="show what an adapter folder or a memory file holds")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("folder", metavar="FOLDER", help="of the adapter")
+    inspect.add_argument("path", metavar="PATH", help="the folder of an adapter, or a memory file")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_memories(commands):
+    compress = commands.add_parser("compress", help="compress texts of any length into a memory file")
+    compress.set_defaults(run=_compress)
+    compress.add_argument("folder", metavar="FOLDER", help="of an adapter with memory tokens")
+    compress.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a row each")
+    compress.add_argument(
+        "--output", "-o", required=True, metavar="FILE", help="the memory file, replaced if it is there"
+    )
+    compress.add_argument("--memory", metavar="FILE", help="go on from this memory, of as many rows")
+    levels = "rows of these levels (document); the parts of a text are rows of their own"
+    compress.add_argument("--levels", nargs="+", choices=["document", "paragraph", "entity"], help=levels)
+    compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
+    _add_run_options(compress)
+
+    expand = commands.add_parser("expand", help="read a memory backward: the text that it was made of")
+    expand.set_defaults(run=_expand)
+    expand.add_argument("folder", metavar="FOLDER", help="of the adapter that the memory was made with")
+    expand.add_argument("memory", metavar="MEMORY", help="a memory file")
+    expand.add_argument("--query", help="read after the memory")
+    _add_row_options(expand)
+    expand.add_argument("--max-new-tokens", type=_positive, help="(as many as the longest context remembered)")
+    _add_run_options(expand)
+
+    generate = commands.add_parser("generate", help="continue a prompt, with or without a memory before it")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("folder", metavar="FOLDER", help="of the adapter that the memory was made with")
+    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument("--memory", metavar="FILE", help="a memory file; of several rows, each is continued")
+    _add_row_options(generate)
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, help="(%(default)s)")
+    generate.add_argument("--temperature", type=float, help="sample with this temperature (greedy)")
+    generate.add_argument(
+        "--top-p", type=float, help="of the tokens that are sampled from, their probability together"
+    )
+    generate.add_argument("--beams", type=_positive, default=1, help="(%(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    _add_run_options(generate)
+
+
+def _add_row_options(parser):
+    parser.add_argument("--level", choices=["document", "paragraph", "entity"], help="only rows of this level")
+    parser.add_argument("--name", help="only the row of this name, see `r3mem inspect`")
 
 
 def _add_run_options(parser):
@@ -169,11 +232,14 @@ def _remember(options):
         seed=options.seed,
     )
     if (Path(options.folder) / storage.MANIFEST).is_file():
-        if given := [name for name in ("model", "core", "backward", "lora_r") if getattr(options, name) is not None]:
+        if given := [name for name in ("model", *_OF_NEW_ADAPTERS) if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')} is for a new adapter; {options.folder} has one")
         pipeline = _pipeline(options, options.folder)
     else:
-        config = R3MemConfig(core=options.core, backward=options.backward or "reversed", lora_r=options.lora_r or 16)
+        given = {name: value for name in _OF_NEW_ADAPTERS if (value := getattr(options, name)) is not None}
+        if "memory_tokens" not in given and (useless := [name for name in _OF_MEMORIES if name in given]):
+            raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with --memory-tokens")
+        config = R3MemConfig(**{_OF_NEW_ADAPTERS[name]: value for name, value in given.items()})
         pipeline = _pipeline(options, options.model or "smollm2-135m", config=config, seed=options.seed)
     report = pipeline.remember(
         texts,
@@ -189,6 +255,7 @@ def _remember(options):
                 {
                     "exact_match": report.exact_match,
                     "levels": levels,
+                    "expanded": None if report.expanded is None else sum(report.expanded),
                     "lost": report.lost,
                     "steps": report.steps,
                     "seconds": report.seconds,
@@ -198,7 +265,7 @@ def _remember(options):
     else:
         print(report)
         print(f"Ask with: r3mem recall {options.folder} {report.pairs[0].query!r}")
-    return 0 if all(report.exact) and not report.lost else 1
+    return 0 if all(report.exact) and all(report.expanded or [True]) and not report.lost else 1
 
 
 def _builder(options):
@@ -234,10 +301,106 @@ def _recall(options):
     return 0 if all(texts) else 1
 
 
+def _compress(options):
+    import time
+    from pathlib import Path
+
+    from . import storage
+    from .text import read_text
+
+    texts = {path: read_text(path) for path in options.texts}
+    if len(texts) < len(options.texts):
+        raise ValueError("a text is named twice")
+    if not Path(options.output).absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {Path(options.output).parent} to write the memory to")
+    storage.read_manifest(options.folder)
+    pipeline = _pipeline(options, options.folder)
+    started = time.perf_counter()
+    memory = pipeline.compress(
+        # Another file goes on where the one before it ended, whatever their names are.
+        list(texts.values()) if options.memory else texts,
+        memory=options.memory,
+        levels=options.levels or ("document",),
+        finish=options.finish,
+        progress=not options.json,
+    )
+    seconds = time.perf_counter() - started
+    memory.save(options.output)
+    report = {"rows": len(memory), "segments": memory.num_segments.tolist(), "tokens": memory.tokens_seen.tolist()}
+    report |= {"bytes": memory.nbytes, "seconds": round(seconds, 2)}
+    if options.json:
+        print(json.dumps(report))
+    else:
+        print(f"{options.output}: {sum(report['tokens'])} tokens in {len(memory)} rows, {memory.nbytes} bytes")
+    return 0
+
+
+def _expand(options):
+    pipeline, memory = _with_memory(options)
+    queries = None if options.query is None else [options.query] * len(memory)
+    texts = pipeline.expand(memory, queries, max_new_tokens=options.max_new_tokens)
+    _print_rows(options, memory, [texts] if isinstance(texts, str) else texts)
+    return 0
+
+
+def _generate(options):
+    import torch
+
+    pipeline, memory = _with_memory(options)
+    torch.manual_seed(options.seed)
+    settings = {"do_sample": options.temperature is not None or options.top_p is not None}
+    settings |= {name: v for name in ("temperature", "top_p") if (v := getattr(options, name)) is not None}
+    texts = pipeline.generate(
+        [options.prompt] * (1 if memory is None else len(memory)),
+        memory=memory,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.beams,
+        **settings,
+    )
+    _print_rows(options, memory, texts)
+    return 0
+
+
+def _with_memory(options):
+    """The pipeline of a folder, and the rows of the memory that are asked for."""
+    from . import Memory, storage
+
+    storage.read_manifest(options.folder)
+    wanted = (options.level, options.name) != (None, None)
+    if options.memory is None:
+        if wanted:
+            raise ValueError("--level and --name choose rows of a memory; pass --memory")
+        return _pipeline(options, options.folder), None
+    memory = Memory.load(options.memory)  # a damaged file is told before a model is loaded
+    if wanted:
+        try:
+            memory = memory.select(options.level, options.name)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+    pipeline = _pipeline(options, options.folder)
+    return pipeline, memory.to(pipeline.model.device)
+
+
+def _print_rows(options, memory, texts):
+    labels = [None] * len(texts) if memory is None else memory.labels
+    for label, text in zip(labels, texts, strict=True):
+        if options.json:
+            level, name = (None, None) if label is None else label
+            print(json.dumps({"level": level, "name": name, "text": text}))
+        else:
+            if len(texts) > 1 and label is not None:
+                print(f"[{label[0]}: {label[1]}]")
+            print(text)
+
+
 def _inspect(options):
+    from pathlib import Path
+
     from . import storage
 
-    manifest = storage.read_manifest(options.folder)
+    if Path(options.path).is_file():
+        return _inspect_memory(options)
+    manifest = storage.read_manifest(options.path)
     if options.json:
         print(json.dumps(manifest))
         return 0
@@ -245,9 +408,46 @@ def _inspect(options):
     first, end = config["core"]
     print(f"adapter for {manifest['base_model']} (fingerprint {manifest['base_fingerprint']})")
     print(f"backward: {config['backward']}, core: layers {first} to {end - 1}, LoRA rank {config['lora_r']}")
+    if config.get("num_memory_tokens"):
+        print(
+            f"memories: {config['num_memory_tokens']} tokens a segment of {config['segment_length']}, "
+            f"{config['memory_placement']}, adapters on {config['adapter_rows']} rows"
+        )
     for entry in manifest.get("remembered", []):
         mark = "exact" if entry["exact"] else "NOT exact"
+        if entry.get("expanded") is not None:
+            mark += ", from its memory too" if entry["expanded"] else ", NOT from its memory"
         print(f"{entry['document']}  {entry['level']:9}  {entry['tokens']:5} tokens  {mark:9}  {entry['query']}")
+    return 0
+
+
+def _inspect_memory(options):
+    from . import Memory
+
+    memory = Memory.load(options.path)
+    rows = [
+        {"level": label and label[0], "name": label and label[1], "segments": segments, "tokens": tokens,
+         "unfinished": len(rest)}
+        for label, segments, tokens, rest in zip(
+            memory.labels, memory.num_segments.tolist(), memory.tokens_seen.tolist(), memory.unfinished, strict=True
+        )
+    ]  # fmt: skip
+    layout, origin = dataclasses.asdict(memory.layout), dataclasses.asdict(memory.origin)
+    dtype = str(memory.states.dtype).removeprefix("torch.")
+    if options.json:
+        print(json.dumps({"bytes": memory.nbytes, "dtype": dtype, "layout": layout, "origin": origin, "rows": rows}))
+        return 0
+    print(f"memory of {len(memory)} rows, {memory.nbytes} bytes, {dtype}, whole")
+    print(
+        f"{layout['num_memory_tokens']} tokens a segment of {layout['segment_length']}, {layout['placement']}; "
+        f"of {layout['readable_segments']} segments at most"
+    )
+    print(
+        f"made with base model {origin['base']}, adapters {origin['adapter']}, tokenizer {origin['tokenizer'] or '-'}"
+    )
+    for row in rows:
+        label = f"{row['level']:9}  {row['name']}" if row["level"] else "(no label)"
+        print(f"{row['tokens']:8} tokens  {row['segments']:5} segments  {row['unfinished']:4} unfinished  {label}")
     return 0
 
 

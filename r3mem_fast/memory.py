@@ -20,7 +20,9 @@ PLACEMENTS = ("every_layer", "input")
 _BATCH = {"every_layer": 2, "input": 0}
 _SLOTS = {"every_layer": 4, "input": 1}
 _KIND = "r3mem_fast memory"
-_DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
+# Of the file's metadata, JSON within JSON. One entry: several come in another order every time.
+_METADATA = "r3mem"
+_DIGEST = re.compile(rb'digest\\": ?\\"([0-9a-f]{64})\\"')
 _NO_DIGEST = "0" * 64
 
 
@@ -200,14 +202,14 @@ class Memory:
         """Write it to a safetensors file, whole or not at all (DESIGN 7)."""
         metadata = {
             "kind": _KIND,
-            "format_version": str(FORMAT_VERSION),
+            "format_version": FORMAT_VERSION,
             "digest": _NO_DIGEST,
-            "layout": json.dumps(dataclasses.asdict(self.layout)),
-            "origin": json.dumps(dataclasses.asdict(self.origin)),
-            "labels": json.dumps(self.labels),
+            "layout": dataclasses.asdict(self.layout),
+            "origin": dataclasses.asdict(self.origin),
+            "labels": self.labels,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        content = bytearray(to_safetensors(tensors, metadata))
+        content = bytearray(to_safetensors(tensors, {_METADATA: json.dumps(metadata)}))
         start, digest = _digest(content)
         content[start : start + len(_NO_DIGEST)] = digest.encode()
         path = Path(path)
@@ -232,15 +234,15 @@ class Memory:
             raise ValueError(f"{path} is damaged: its content does not match its checksum")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata()
-                if metadata["kind"] != _KIND or metadata["format_version"] != str(FORMAT_VERSION):
+                metadata = json.loads(file.metadata()[_METADATA])
+                if metadata["kind"] != _KIND or metadata["format_version"] != FORMAT_VERSION:
                     raise ValueError(
-                        f"{path} is {metadata['kind']!r} of format {metadata['format_version']!r}; this version of "
-                        f"r3mem_fast reads {_KIND!r} of format {FORMAT_VERSION}"
+                        f"it is {metadata['kind']!r} of format {metadata['format_version']!r}; this version reads "
+                        f"{_KIND!r} of format {FORMAT_VERSION}"
                     )
                 memory = _from_tensors(cls, metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no memory of r3mem_fast: {error}") from None
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"{path} is no memory that this version of r3mem_fast can read: {error}") from None
         if model is not None:
             model.check_memory(memory)
         return memory
@@ -297,19 +299,25 @@ def _digest(content):
 
 
 def _from_tensors(cls, metadata, tensors):
-    layout = MemoryLayout(**json.loads(metadata["layout"]))
-    labels = tuple(None if label is None else tuple(label) for label in json.loads(metadata["labels"]))
-    lengths = tensors["unfinished_lengths"].tolist()
-    memory = cls(
-        tensors["states"],
-        tensors["num_segments"].cpu(),
-        tensors["tokens_seen"].cpu(),
-        tensors["unfinished"].cpu().split(lengths),
+    layout = MemoryLayout(**metadata["layout"])
+    labels = tuple(None if label is None else tuple(label) for label in metadata["labels"])
+    states, unfinished, lengths = (tensors[name] for name in ("states", "unfinished", "unfinished_lengths"))
+    counts = [tensors["num_segments"], tensors["tokens_seen"], lengths]
+    if layout.placement not in PLACEMENTS or states.dim() != (3 if layout.placement == "input" else 6):
+        raise ValueError(f"its states are {list(states.shape)}, of placement {layout.placement!r}")
+    rows = states.shape[_BATCH[layout.placement]]
+    if not (len(labels) == rows and all(c.shape == (rows,) and c.dtype == torch.int64 for c in counts)):
+        raise ValueError("its tensors are of different numbers of rows")
+    slots = states.shape[_SLOTS[layout.placement]]
+    if not states.is_floating_point() or slots > layout.first_position or slots % layout.num_memory_tokens:
+        raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {layout}")
+    if unfinished.shape != (lengths.sum(),) or unfinished.dtype != torch.int64 or any((c < 0).any() for c in counts):
+        raise ValueError("its unfinished tokens are not as many as it says")
+    return cls(
+        states,
+        *(tensor.cpu() for tensor in counts[:2]),
+        unfinished.cpu().split(lengths.tolist()),
         labels,
         layout,
-        Origin(**json.loads(metadata["origin"])),
+        Origin(**metadata["origin"]),
     )
-    rows = memory.states.shape[_BATCH[layout.placement]]
-    if not rows == len(memory) == len(memory.tokens_seen) == len(lengths) == len(labels):
-        raise ValueError("its tensors are of different numbers of rows")
-    return memory

@@ -359,8 +359,7 @@ class R3MemModel(nn.Module):
         The memory needed does not grow with T. Raises ValueError for a model without memory tokens, another model's
         memory, a number of rows that differs, or more segments than `max_memory_segments=None` can keep.
         """
-        if self.layout is None:
-            raise ValueError("the model has no memory tokens; make it with R3MemConfig(num_memory_tokens=16)")
+        self.check_memories()
         if input_ids is None:
             if memory is None:
                 raise ValueError("there is nothing to compress: neither input_ids nor a memory")
@@ -379,8 +378,7 @@ class R3MemModel(nn.Module):
 
     def empty_memory(self, rows=1) -> Memory:
         """The memory of nothing, of so many rows. Raises ValueError for a model without memory tokens."""
-        if self.layout is None:
-            raise ValueError("the model has no memory tokens; make it with R3MemConfig(num_memory_tokens=16)")
+        self.check_memories()
         return self._empty(rows, self.origin())
 
     def _empty(self, rows, origin):
@@ -415,10 +413,17 @@ class R3MemModel(nn.Module):
             self._origin = (versions, Origin(self.base_fingerprint(), storage.adapter_fingerprint(self)))
         return self._origin[1]
 
+    def check_memories(self):
+        """Raise ValueError for a model that makes and reads no memories."""
+        if self.layout is None:
+            raise ValueError(
+                "the model has no memory tokens; make it with R3MemConfig(num_memory_tokens=16), or remember with "
+                "--memory-tokens 16"
+            )
+
     def check_memory(self, memory: Memory, rows: int | None = None):
         """Raise ValueError for a memory that was not made with this very model, or not of so many rows."""
-        if self.layout is None:
-            raise ValueError("the model has no memory tokens, and can read no memory")
+        self.check_memories()
         if rows not in (None, len(memory)):
             raise ValueError(f"{rows} rows of tokens and {len(memory)} of memory: one of each a row")
         mine, its = self.origin(), memory.origin

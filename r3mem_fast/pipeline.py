@@ -1,6 +1,7 @@
-"""`R3MemPipeline`: text in, text out. Remember documents in an adapter, recall their contexts from queries."""
+"""`R3MemPipeline`: text in, text out. Remember documents in an adapter, recall them; compress histories, read them."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import re
@@ -10,12 +11,15 @@ from pathlib import Path
 import torch
 
 from . import storage
-from .hierarchy import LEVELS, EntityFinder, Pair, QueryBuilder, build_pairs
+from .hierarchy import LEVELS, EntityFinder, Pair, QueryBuilder, build_pairs, contexts_of, split_document
+from .memory import Memory
 from .model import R3MemModel
 from .models import default_dtype, load_model
 from .training.collate import padded
 from .training.remember import CHECKPOINT, RememberReport, RememberSettings, remember
 
+# Rows that are compressed or read at one time.
+_BATCH = 16
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -25,6 +29,12 @@ class R3MemPipeline:
     >>> pipeline = R3MemPipeline("smollm2-135m")
     >>> report = pipeline.remember(page)
     >>> pipeline.recall(report.pairs[0].query) == report.pairs[0].context
+
+    With memory tokens (`config=R3MemConfig(num_memory_tokens=16)`) it also makes memories:
+
+    >>> memory = pipeline.compress(book)
+    >>> pipeline.generate("Who owns Pemberley?", memory=memory)
+    >>> pipeline.expand(pipeline.compress(page)) == page  # of a page that was remembered
 
     model: `"smollm2-135m"`, a hub id, the folder of a model, the folder of an adapter that `save` wrote, an
         `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
@@ -122,8 +132,11 @@ class R3MemPipeline:
                 "tokens": len(self._ids(pair.context)),
                 "sha256": _sha256(pair.context),
                 "exact": exact,
+                "expanded": expanded,
             }
-            for pair, exact in zip(report.pairs, report.exact, strict=True)
+            for pair, exact, expanded in zip(
+                report.pairs, report.exact, report.expanded or [None] * len(report.pairs), strict=True
+            )
         ]
         if folder is not None:
             self.save(folder)
@@ -137,16 +150,103 @@ class R3MemPipeline:
         max_new_tokens: at most so many; as many as the longest context that was remembered, or 256 if none is known.
         Raises ValueError for an empty query, or one longer than the model's positions.
         """
-        queries = [query] if isinstance(query, str) else list(query)
-        rows = [self._ids(re.sub(r"\s+", " ", text).strip()) for text in queries]
-        if not rows or not all(rows):
-            raise ValueError("the query is empty")
-        if max_new_tokens is None:
-            max_new_tokens = max((entry["tokens"] for entry in self.remembered), default=256) + 1
-        ids, mask = padded(rows)
-        found = self.model.recall(ids.to(self.model.device), mask.to(self.model.device), max_new_tokens=max_new_tokens)
-        texts = [self.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in found]
+        rows = self._query_rows([query] if isinstance(query, str) else query)
+        texts = self._decoded(self.model.recall(*self._batch(rows), max_new_tokens=self._longest(max_new_tokens)))
         return texts[0] if isinstance(query, str) else texts
+
+    def compress(
+        self,
+        documents: str | Sequence[str] | Mapping[str, str],
+        *,
+        memory: Memory | str | Path | None = None,
+        levels: Sequence[str] = ("document",),
+        finish=False,
+        progress=True,
+    ) -> Memory:
+        """Compress texts of any length into a memory, a row each, labelled with level and name.
+
+        documents: a text, several, or texts by name. They are compressed as they stand, white space included
+        (`remember` leaves out what stands around a text). memory: of what came before, or the file of it; it must have
+        as many rows, and where documents and rows have names, the same ones. levels: also the paragraphs ("paragraph")
+        and passages ("entity") of each document as rows of their own, named "NAME, paragraph 1" and so on; only
+        without a memory before. finish, progress: see `R3MemModel.compress`.
+
+        Raises ValueError for an empty text, rows or names that do not agree, a model without memory tokens, or a
+        memory of another model or tokenizer.
+        """
+        self.model.check_memories()
+        if memory is not None:
+            memory = self._memory(memory)
+            if tuple(levels) != ("document",):
+                raise ValueError("only documents go on from a memory: other levels are compressed at one time")
+            texts = _in_order(documents, memory.labels)
+            labels = memory.labels
+        else:
+            texts = self._by_level(_by_name(documents, ()), levels)
+            texts, labels = list(texts.values()), tuple(texts)
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise ValueError("a text to compress is empty" if text == "" else f"no text: {type(text).__name__}")
+        rows = [self._ids(text) for text in texts]
+        parts = []
+        for start in range(0, len(rows), _BATCH):
+            before = None if memory is None else memory[start : start + _BATCH]
+            ids, mask = padded(rows[start : start + _BATCH])
+            parts.append(self.model.compress(ids, mask, memory=before, finish=finish, progress=progress))
+        joined = Memory.cat(parts)
+        origin = dataclasses.replace(joined.origin, tokenizer=self._tokenizer_fingerprint)
+        return dataclasses.replace(joined, origin=origin).labelled(labels)
+
+    def expand(
+        self,
+        memory: Memory | str | Path,
+        query: str | Sequence[str] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> str | list[str]:
+        """The text that a memory was made of, read backward, greedily; of a memory of several rows a list.
+
+        memory: a memory, or the file of one. query: for each row, read after the memory; None: the memory alone.
+        max_new_tokens: as of `recall`. Exact for what was remembered by a model with memory tokens; of other text it
+        gives what the adapter has learned to.
+        Raises ValueError for another model's or tokenizer's memory, queries of another number than rows.
+        """
+        memory = self._memory(memory)
+        queries = None
+        if query is not None:
+            queries = self._query_rows([query] if isinstance(query, str) else query)
+            if len(queries) != len(memory):
+                raise ValueError(f"{len(queries)} queries and {len(memory)} rows of memory: one of each a row")
+        texts = []
+        for start in range(0, len(memory), _BATCH):
+            asked = () if queries is None else self._batch(queries[start : start + _BATCH])
+            part = memory[start : start + _BATCH]
+            texts += self._decoded(self.model.expand(part, *asked, max_new_tokens=self._longest(max_new_tokens)))
+        return texts[0] if len(memory) == 1 else texts
+
+    def generate(
+        self, prompt: str | Sequence[str], *, memory: Memory | str | Path | None = None, max_new_tokens=64, **settings
+    ) -> str | list[str]:
+        """What the model writes behind a memory and a prompt, read forward; of several prompts a list.
+
+        memory: a memory, or the file of one, of as many rows as prompts; one of one row serves all of them.
+        settings: as of `transformers`' `generate`: `do_sample`, `temperature`, `num_beams`, `streamer` and others.
+        Raises ValueError for an empty prompt, another model's or tokenizer's memory, or more tokens than positions.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows = [self._ids(text) for text in prompts]
+        if not rows or not all(rows):
+            raise ValueError("the prompt is empty")
+        if memory is not None:
+            memory = self._memory(memory)
+            memory = memory.rows([0] * len(rows)) if len(memory) == 1 else memory
+        ids, mask = self._batch(rows)
+        found = self.model.generate(ids, mask, memory=memory, max_new_tokens=max_new_tokens, **settings)
+        found = found if isinstance(found, torch.Tensor) else found.sequences
+        texts = self.tokenizer.batch_decode(
+            found[:, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
 
     def save(self, folder):
         """Save the adapter, and what was remembered (queries and digests, no contexts), into a folder."""
@@ -182,8 +282,54 @@ class R3MemPipeline:
                 f"R3MemPipeline({str(folder)!r})"
             )
 
+    def _memory(self, memory):
+        """A memory, or the file of one. Raises ValueError if it is another model's or tokenizer's."""
+        if not isinstance(memory, Memory):
+            memory = Memory.load(memory, device=self.model.device)
+        self.model.check_memory(memory)
+        if memory.origin.tokenizer not in (None, self._tokenizer_fingerprint):
+            raise ValueError("the memory was made with another tokenizer than the model's")
+        return memory
+
+    @functools.cached_property
+    def _tokenizer_fingerprint(self):
+        return storage.tokenizer_fingerprint(self.tokenizer)
+
+    def _by_level(self, documents, levels):
+        """Texts by `(level, name)`."""
+        if not levels or set(levels) - set(LEVELS):
+            raise ValueError(f"levels must be some of {LEVELS}, got {levels!r}")
+        texts = {}
+        for name, text in documents.items():
+            if "document" in levels:
+                texts["document", name] = text
+            if set(levels) - {"document"}:
+                contexts = contexts_of(split_document(text, name, lambda piece: len(self._ids(piece))))
+                for level, kind in (("paragraph", "paragraph"), ("entity", "passage")):
+                    for number, (context, _) in enumerate(contexts[level] if level in levels else (), 1):
+                        texts[level, f"{name}, {kind} {number}"] = context
+        return texts
+
+    def _query_rows(self, queries):
+        rows = [self._ids(re.sub(r"\s+", " ", text).strip()) for text in queries]
+        if not rows or not all(rows):
+            raise ValueError("the query is empty")
+        return rows
+
+    def _longest(self, max_new_tokens):
+        if max_new_tokens is None:
+            return max((entry["tokens"] for entry in self.remembered), default=256) + 1
+        return max_new_tokens
+
+    def _batch(self, rows):
+        return tuple(tensor.to(self.model.device) for tensor in padded(rows))
+
+    def _decoded(self, rows):
+        return [self.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in rows]
+
     def _ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        # Not verbose: a history may be longer than the model's positions.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _by_name(documents, taken):
@@ -198,6 +344,19 @@ def _by_name(documents, taken):
     if wrong := [name for name in documents if not isinstance(name, str)]:
         raise TypeError(f"a document's name must be a string, got {wrong[0]!r}")
     return dict(documents)
+
+
+def _in_order(documents, labels):
+    """The texts of documents, one for each row of a memory. Raises ValueError if they do not agree."""
+    if isinstance(documents, Mapping):
+        names = [None if label is None else label[1] for label in labels]
+        if sorted(documents, key=str) != sorted(names, key=str):
+            raise ValueError(f"the documents are {sorted(documents, key=str)}, the memory's rows {names}")
+        return [documents[name] for name in names]
+    texts = [documents] if isinstance(documents, str) else list(documents)
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} documents and {len(labels)} rows of memory: one of each a row")
+    return texts
 
 
 def _sha256(text):

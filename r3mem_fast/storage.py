@@ -43,6 +43,8 @@ _CONFIG_KEYS = (
     "sliding_window",
     "layer_types",
 )
+# Of characters that normalisers and splitters treat in their own ways.
+_PROBE = "A naïve  tab\tand\nline, 1234.5 'don't' ﬁ Ǆ é ½ 東京 🙂 end"
 _SAVED = ".saved"
 _OF_A_PAIR = {
     "level": str,
@@ -205,6 +207,13 @@ def adapter_fingerprint(model) -> str:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """BLAKE2 of a tokenizer's vocabulary, and of what it makes of a line of all kinds of characters."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = tokenizer(_PROBE, add_special_tokens=False).input_ids
+    return hashlib.blake2b(json.dumps([vocabulary, probe]).encode(), digest_size=16).hexdigest()
 
 
 def _own_parameters(model, adapter_prefix):

@@ -1,5 +1,6 @@
 """`R3MemPipeline` and the commands on it: text in, text out, on a tiny model."""
 
+import dataclasses
 import json
 
 import pytest
@@ -57,6 +58,113 @@ def test_loaded_again_and_more_remembered(remembered, tmp_path):
     few = RememberSettings(max_steps=1, divergence=None)
     pairs = again.remember({"ship": "Quite another ship."}, settings=few, progress=False).pairs
     assert [pair.context for pair in pairs if pair.document == "ship"] == ["Quite another ship."] * 2
+
+
+MEMORY_CONFIG = R3MemConfig(
+    core=(1, 3), num_memory_tokens=4, segment_length=16, max_memory_segments=3, adapter_rows="memory"
+)
+NOTE = "The ship left Nantucket at dawn. Ahab was mad about one whale."
+
+
+@pytest.fixture(scope="module")
+def memorised(folder, tmp_path_factory):
+    target = tmp_path_factory.mktemp("memory") / "adapter"
+    pipeline = R3MemPipeline(str(folder), config=MEMORY_CONFIG)
+    report = pipeline.remember({"ship": NOTE}, folder=target, settings=SETTINGS, progress=False)
+    return pipeline, report, target
+
+
+def test_remembered_contexts_come_back_from_their_memories(memorised, folder):
+    """From the memory alone, at every level; from another's, or one of zeros, they do not."""
+    pipeline, report, target = memorised
+    assert report.exact_match == 1.0 and all(report.expanded) and report.cycle_loss > 0
+    assert f"{len(report.pairs)} from their memory alone" in str(report)
+    memory = pipeline.compress({"ship": NOTE}, levels=["document", "entity"], progress=False)
+    assert memory.labels == (("document", "ship"), ("entity", "ship, passage 1"), ("entity", "ship, passage 2"))
+    expected = [NOTE, *(pair.context for pair in report.pairs if pair.level == "entity")]
+    assert pipeline.expand(memory) == expected
+    assert pipeline.expand(memory["document", "ship"]) == NOTE
+    finished = pipeline.compress({"ship": NOTE}, levels=["document", "entity"], finish=True, progress=False)
+    assert pipeline.expand(finished) == expected
+    zeroed = dataclasses.replace(finished, states=torch.zeros_like(finished.states))
+    for given in (zeroed, finished.rows([1, 2, 0])):
+        assert not any(a == b for a, b in zip(pipeline.expand(given), expected, strict=True))
+    manifest = json.loads((target / "r3mem.json").read_text())
+    assert all(entry["expanded"] for entry in manifest["remembered"])
+    again = R3MemPipeline(target)
+    assert again.expand(memory) == expected
+    # Adapters on memory tokens alone: the forward direction is the base model's.
+    base, _ = load_model(str(folder), dtype=again.model.peft_model.dtype)
+    ids = torch.tensor([again.tokenizer(NOTE).input_ids])
+    with torch.no_grad():
+        assert torch.equal(again.model(ids).logits, base(ids).logits)
+
+
+def test_histories(memorised, tmp_path):
+    """Compressed piece by piece, saved and gone on from: the same as at one time; and what is read behind it."""
+    pipeline, _, _ = memorised
+    texts = {"log": "The wind rose. " * 9, "note": "A whale. " * 3}
+    whole = pipeline.compress(texts, progress=False)
+    assert whole.labels == (("document", "log"), ("document", "note"))
+    assert whole.tokens_seen.tolist() == [len(text) for text in texts.values()]
+    file = tmp_path / "memory.safetensors"
+    pipeline.compress({name: text[:10] for name, text in texts.items()}, progress=False).save(file)
+    rest = {name: texts[name][10:] for name in ("note", "log")}  # by name, in whatever order
+    memory = pipeline.compress(rest, memory=file, progress=False)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(memory.tensors()[name], tensor), name
+    assert memory.labels == whole.labels and memory.origin == whole.origin
+    memory.save(file)
+    prompts = ["The ", "He said"]
+    both = pipeline.generate(prompts, memory=file, max_new_tokens=5)
+    assert [pipeline.generate(p, memory=memory[i], max_new_tokens=5) for i, p in enumerate(prompts)] == both
+    # One memory serves several prompts.
+    shared = pipeline.generate(prompts, memory=memory["document", "log"], max_new_tokens=5)
+    assert shared[0] == both[0] and len(shared) == 2
+    assert pipeline.generate("The ", max_new_tokens=3) == pipeline.generate(["The "], max_new_tokens=3)[0]
+    sampled = pipeline.generate("The ", memory=memory[0], max_new_tokens=3, do_sample=True, num_return_sequences=2)
+    assert len(sampled) == 2
+    asked = pipeline.expand(memory, ["wind", "whale"], max_new_tokens=4)
+    assert pipeline.expand(memory[1], "whale", max_new_tokens=4) == asked[1]
+
+
+def test_more_rows_than_go_together_at_one_time(memorised):
+    pipeline, _, _ = memorised
+    texts = {f"n{i}": f"Note {i} " * (i + 1) for i in range(19)}
+    together = pipeline.compress(texts, progress=False)
+    alone = pipeline.compress(texts["n17"], progress=False)
+    assert len(together) == 19 and together["document", "n17"].tokens_seen == alone.tokens_seen
+    assert len(pipeline.expand(together, max_new_tokens=1)) == 19
+
+
+def test_bad_input_of_memories(memorised, remembered, folder, tmp_path):
+    pipeline, _, _ = memorised
+    memory = pipeline.compress({"a": "Some text.", "b": "Other text."}, progress=False)
+    with pytest.raises(ValueError, match="has no memory tokens"):
+        remembered[0].compress("text", progress=False)
+    with pytest.raises(ValueError, match="has no memory tokens"):
+        remembered[0].generate("text", memory=memory[0])
+    for arguments, settings, error, message in (
+        (("",), {}, ValueError, "a text to compress is empty"),
+        ((["a", 3],), {}, ValueError, "no text: int"),
+        (([],), {}, ValueError, "no document"),
+        (("one",), {"memory": memory}, ValueError, "1 documents and 2 rows of memory"),
+        (({"a": "x", "c": "y"},), {"memory": memory}, ValueError, r"the documents are \['a', 'c'\]"),
+        (("x",), {"memory": memory[0], "levels": ["entity"]}, ValueError, "only documents go on"),
+        (("x",), {"levels": ["chapter"]}, ValueError, "levels must be some of"),
+        (("x",), {"memory": tmp_path / "none"}, OSError, "No such file"),
+    ):
+        with pytest.raises(error, match=message):
+            pipeline.compress(*arguments, **settings, progress=False)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        pipeline.generate("", memory=memory[0])
+    with pytest.raises(ValueError, match="3 rows of tokens and 2 of memory"):
+        pipeline.generate(["a", "b", "c"], memory=memory)
+    with pytest.raises(ValueError, match="1 queries and 2 rows of memory"):
+        pipeline.expand(memory, "query")
+    foreign = dataclasses.replace(memory, origin=dataclasses.replace(memory.origin, tokenizer="0" * 32))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        pipeline.expand(foreign)
 
 
 def test_what_cannot_be_recalled_is_not_rehearsed(remembered):
@@ -136,6 +244,65 @@ def test_the_commands(folder, tmp_path, capsys):
     assert capsys.readouterr().out == "Ahab of the Pequod was mad.\n"
     assert main(["recall", str(target), entry["query"], "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"query": entry["query"], "context": "Ahab of the Pequod was mad."}
+
+
+def test_the_commands_of_memories(folder, tmp_path, capsys):
+    text, target, memory = tmp_path / "ship.txt", str(tmp_path / "adapter"), str(tmp_path / "m.safetensors")
+    text.write_text("Ahab of the Pequod was mad.")
+    arguments = ["--model", str(folder), "--core", "1,3", "--memory-tokens", "4", "--segment-length", "16"]
+    arguments += ["--memory-segments", "2", "--adapter-rows", "memory", "--learning-rate", "1e-2", "--device", "cpu"]
+    assert main(["remember", target, str(text), *arguments, "--max-steps", "600"]) == 0
+    assert "2 from their memory alone" in capsys.readouterr().out
+    run = ["--device", "cpu"]
+    assert main(["compress", target, str(text), "-o", memory, "--json", *run]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tokens"] == [27] and report["segments"] == [1] and report["bytes"] > 0
+    assert main(["expand", target, memory, *run]) == 0
+    assert capsys.readouterr().out == "Ahab of the Pequod was mad.\n"
+    assert main(["expand", target, memory, "--json", "--query", "Ahab", "--max-new-tokens", "3", *run]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == str(text)
+    generate = ["generate", target, "He", "--max-new-tokens", "5", *run]
+    assert main([*generate, "--memory", memory]) == 0
+    behind = capsys.readouterr().out
+    assert main([*generate, "--memory", memory, "--json", "--temperature", "0.7", "--top-p", "0.9"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"level", "name", "text"}
+    assert main(generate) == 0 and behind
+    capsys.readouterr()
+    # Going on: the rest of the text in another file, into the same memory file.
+    more = tmp_path / "more.txt"
+    more.write_text(" And so on, and on.")
+    assert main(["compress", target, str(more), "--memory", memory, "-o", memory, *run]) == 0
+    assert "46 tokens in 1 rows" in capsys.readouterr().out
+    both = tmp_path / "levels.safetensors"
+    levels = ["--levels", "document", "entity"]
+    assert main(["compress", target, str(text), str(more), "-o", str(both), *levels, *run]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(both)]) == 0
+    shown = capsys.readouterr().out
+    assert "memory of 4 rows" in shown and f"entity     {text}, passage 1" in shown
+    assert main(["inspect", memory, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["tokens"] == 46
+    assert main(["expand", target, str(both), "--level", "document", "--max-new-tokens", "2", *run]) == 0
+    assert f"[document: {text}]" in capsys.readouterr().out
+    assert main(["inspect", target]) == 0
+    assert "memories: 4 tokens a segment of 16, every_layer, adapters on memory rows" in capsys.readouterr().out
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(both.read_bytes()[:-3])
+    for arguments, message in (
+        (["expand", target, str(damaged)], "is damaged"),
+        (["inspect", str(damaged)], "is damaged"),
+        (["expand", target, str(tmp_path / "none")], "No such file"),
+        (["expand", target, memory, "--name", "x"], "no memory with level=None, name='x'"),
+        (["generate", target, "He", "--name", "x"], "pass --memory"),
+        (["generate", target, ""], "the prompt is empty"),
+        (["compress", target, str(text), "-o", str(tmp_path / "no" / "m")], "there is no folder"),
+        (["compress", target, str(text), str(more), "--memory", memory, "-o", memory], "2 documents and 1 rows"),
+        (["compress", str(folder), str(text), "-o", memory], "no adapter was saved there"),
+        (["remember", str(tmp_path / "x"), str(text), "--segment-length", "8"], "for adapters with --memory-tokens"),
+    ):
+        assert main(arguments) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r3mem ")]
+        assert len(errors) == 1 and message in errors[0]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from .builders import ExtractiveBuilder, InstructBuilder
 from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder
-from .pairs import LEVELS, Pair, Passage, QueryBuilder, build_pairs
+from .pairs import LEVELS, Pair, Passage, QueryBuilder, build_pairs, contexts_of
 from .split import Document, Paragraph, Span, split_document
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "SpacyEntities",
     "Span",
     "build_pairs",
+    "contexts_of",
     "default_entity_finder",
     "split_document",
 ]

@@ -130,16 +130,24 @@ def longest_shared_run(left, right) -> int:
     return longest
 
 
-def _passages(document: Document, names, levels, count_tokens):
-    """The contexts of a document, level by level. A paragraph that is the whole document is not asked for again."""
+def contexts_of(document: Document) -> dict[str, list[tuple[str, list[str]]]]:
+    """Of each level the contexts, in order, each with its parts: a document's paragraphs, a paragraph's sentences.
+
+    A paragraph that is the whole document is left out.
+    """
     paragraphs = document.paragraphs
-    by_level = {
+    return {
         "document": [(document.span.text, [p.span.text for p in paragraphs])],
         "paragraph": [
             (p.span.text, [s.text for s in p.sentences]) for p in paragraphs if p.span.text != document.span.text
         ],
         "entity": [(passage.text, [passage.text]) for p in paragraphs for passage in p.passages],
     }
+
+
+def _passages(document: Document, names, levels, count_tokens):
+    """The contexts of a document, level by level."""
+    by_level = contexts_of(document)
     for level in LEVELS:
         if level not in levels:
             continue
