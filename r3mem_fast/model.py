@@ -135,6 +135,9 @@ class R3MemModel(nn.Module):
         `logits` `[B, T + 1, V]` are those of the contexts, read backward, right-padded: `logits[:, t]` predicts token
         t of the context, and the end after the last; `targets` `[B, T + 1]` are these, -100 where none counts;
         `cycle_logits` are those of the third term.
+
+        A row's results do not depend on the rows and the padding beside it but for rounding: matrix products differ by
+        some ulp between shapes, of which the streams make steps of 2**-fraction_bits now and then.
         Raises ValueError for shapes that do not agree, rows longer than the model's positions, or another model's
         memory.
         """

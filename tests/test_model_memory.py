@@ -434,6 +434,26 @@ def test_memories_that_are_kept():
         made(segment_length=120)
 
 
+@pytest.mark.parametrize("segments", [1, 3, None])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_positions_never_grow(placement, segments):
+    """However long the history: every segment at one place, and none beyond the model's positions."""
+    model = made(memory_placement=placement, max_memory_segments=segments)
+    first = model.layout.first_position
+    tokens = 8 * min(40, model.layout.readable_segments if segments is None else 40)
+    seen = []
+    decoder = model.peft_model.get_base_model().model
+    hook = decoder.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args + tuple(kwargs.values()))[1]), with_kwargs=True
+    )
+    memory = model.compress(torch.full((1, tokens), 7))
+    model.generate(ids_of(3), memory=memory, max_new_tokens=4)
+    hook.remove()
+    whole = [positions for positions in seen if positions.shape[-1] == 11]
+    assert len(whole) >= tokens // 8 and max(p.max() for p in seen) < 128
+    assert all(positions[0].tolist() == list(range(first, first + 11)) for positions in whole)
+
+
 def test_compressing_computes_no_logits_and_says_how_far_it_is(capsys):
     model = made()
     calls = []
