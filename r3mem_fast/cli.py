@@ -112,7 +112,7 @@ def _add_memories(commands):
     compress.add_argument(
         "--output", "-o", required=True, metavar="FILE", help="the memory file, replaced if it is there"
     )
-    compress.add_argument("--memory", metavar="FILE", help="go on from this memory, of as many rows")
+    compress.add_argument("--memory", metavar="FILE", help="go on from this memory: rows by name, or in order")
     levels = "rows of these levels (document); the parts of a text are rows of their own"
     compress.add_argument("--levels", nargs="+", choices=["document", "paragraph", "entity"], help=levels)
     compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
@@ -220,11 +220,8 @@ def _remember(options):
     from pathlib import Path
 
     from . import R3MemConfig, RememberSettings, storage
-    from .text import read_text
 
-    texts = {path: read_text(path) for path in options.texts}
-    if len(texts) < len(options.texts):
-        raise ValueError("a text is named twice")
+    texts = _texts(options)
     settings = RememberSettings(
         max_steps=options.max_steps,
         learning_rate=options.learning_rate,
@@ -268,6 +265,16 @@ def _remember(options):
     return 0 if all(report.exact) and all(report.expanded or [True]) and not report.lost else 1
 
 
+def _texts(options):
+    from pathlib import Path
+
+    from .text import read_text
+
+    if len({Path(path).resolve() for path in options.texts}) < len(options.texts):
+        raise ValueError("a text is named twice")
+    return {path: read_text(path) for path in options.texts}
+
+
 def _builder(options):
     if options.questions is None:
         return None
@@ -305,21 +312,22 @@ def _compress(options):
     import time
     from pathlib import Path
 
-    from . import storage
-    from .text import read_text
+    from . import Memory, storage
 
-    texts = {path: read_text(path) for path in options.texts}
-    if len(texts) < len(options.texts):
-        raise ValueError("a text is named twice")
+    texts = _texts(options)
     if not Path(options.output).absolute().parent.is_dir():
         raise ValueError(f"there is no folder {Path(options.output).parent} to write the memory to")
+    if Path(options.output).is_dir():
+        raise ValueError(f"{options.output} is a folder; name a file in it to write the memory to")
+    memory = None if options.memory is None else Memory.load(options.memory)
+    if memory is not None and {label and label[1] for label in memory.labels} != texts.keys():
+        texts = list(texts.values())  # of other names: in the order of the rows
     storage.read_manifest(options.folder)
     pipeline = _pipeline(options, options.folder)
     started = time.perf_counter()
     memory = pipeline.compress(
-        # Another file goes on where the one before it ended, whatever their names are.
-        list(texts.values()) if options.memory else texts,
-        memory=options.memory,
+        texts,
+        memory=memory and memory.to(pipeline.model.device),
         levels=options.levels or ("document",),
         finish=options.finish,
         progress=not options.json,

@@ -77,7 +77,7 @@ class R3MemConfig:
             value = getattr(self, name)
             if value is None and name == "max_memory_segments":
                 continue
-            if not isinstance(value, int) or not least <= value <= most:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
         for name, choices in (("memory_placement", PLACEMENTS), ("adapter_rows", ("all", "memory"))):
             if getattr(self, name) not in choices:

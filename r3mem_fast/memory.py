@@ -56,7 +56,7 @@ class Origin:
     tokenizer: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Memory:
     """The memory of a batch of histories; made by `R3MemModel.compress`. No operation changes it in place.
 
@@ -128,12 +128,11 @@ class Memory:
         return model.cache_of(self)
 
     def labelled(self, labels: Sequence[tuple[str, str] | None]) -> "Memory":
-        """With a `(level, name)` for each row. Raises ValueError for another number of them, or two alike."""
-        labels = tuple(None if label is None else (str(label[0]), str(label[1])) for label in labels)
-        given = [label for label in labels if label is not None]
-        if len(labels) != len(self) or len(set(given)) < len(given):
-            raise ValueError(f"{len(self)} rows need as many labels, no two alike, got {labels!r}")
-        return dataclasses.replace(self, labels=labels)
+        """With a `(level, name)` or None for each row. Raises ValueError for another number of them, or other ones."""
+        labels = tuple(labels)
+        if len(labels) != len(self) or not all(map(_is_label, labels)):
+            raise ValueError(f"{len(self)} rows need as many labels, each (level, name) or None, got {labels!r}")
+        return dataclasses.replace(self, labels=tuple(label and tuple(label) for label in labels))
 
     def select(self, level: str | None = None, name: str | None = None) -> "Memory":
         """The rows of a level, of a name, or of both. Raises KeyError if there is none."""
@@ -161,7 +160,7 @@ class Memory:
         )
 
     def __getitem__(self, row) -> "Memory":
-        """One row, by index or by `(level, name)`; several by a slice."""
+        """One row by its index, several by a slice, or those of a `(level, name)`."""
         if isinstance(row, tuple):
             return self.select(*row)
         if isinstance(row, slice):
@@ -208,7 +207,7 @@ class Memory:
             "origin": dataclasses.asdict(self.origin),
             "labels": self.labels,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors().items()}
         content = bytearray(to_safetensors(tensors, {_METADATA: json.dumps(metadata)}))
         start, digest = _digest(content)
         content[start : start + len(_NO_DIGEST)] = digest.encode()
@@ -241,11 +240,17 @@ class Memory:
                         f"{_KIND!r} of format {FORMAT_VERSION}"
                     )
                 memory = _from_tensors(cls, metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no memory that this version of r3mem_fast can read: {error}") from None
         if model is not None:
             model.check_memory(memory)
         return memory
+
+
+def _is_label(label):
+    return label is None or (
+        isinstance(label, (tuple, list)) and len(label) == 2 and all(isinstance(part, str) for part in label)
+    )
 
 
 def empty_states(layout, batch, sizes, *, dtype, device):
@@ -299,25 +304,37 @@ def _digest(content):
 
 
 def _from_tensors(cls, metadata, tensors):
-    layout = MemoryLayout(**metadata["layout"])
-    labels = tuple(None if label is None else tuple(label) for label in metadata["labels"])
+    """Raises ValueError, or an error of a value of another type, if it does not fit together."""
+    layout, origin = MemoryLayout(**metadata["layout"]), Origin(**metadata["origin"])
+    numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments)
+    if layout.placement not in PLACEMENTS or not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"its layout is {layout}")
+    if not all(isinstance(part, str) for part in (origin.base, origin.adapter, origin.tokenizer or "")):
+        raise ValueError(f"its origin is {origin}")
     states, unfinished, lengths = (tensors[name] for name in ("states", "unfinished", "unfinished_lengths"))
-    counts = [tensors["num_segments"], tensors["tokens_seen"], lengths]
-    if layout.placement not in PLACEMENTS or states.dim() != (3 if layout.placement == "input" else 6):
-        raise ValueError(f"its states are {list(states.shape)}, of placement {layout.placement!r}")
-    rows = states.shape[_BATCH[layout.placement]]
-    if not (len(labels) == rows and all(c.shape == (rows,) and c.dtype == torch.int64 for c in counts)):
+    segments, seen = tensors["num_segments"].cpu(), tensors["tokens_seen"].cpu()
+    labels = metadata["labels"]
+    rows = len(labels)
+    if not all(c.shape == (rows,) and c.dtype == torch.int64 and (c >= 0).all() for c in (segments, seen, lengths)):
         raise ValueError("its tensors are of different numbers of rows")
-    slots = states.shape[_SLOTS[layout.placement]]
-    if not states.is_floating_point() or slots > layout.first_position or slots % layout.num_memory_tokens:
-        raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {layout}")
-    if unfinished.shape != (lengths.sum(),) or unfinished.dtype != torch.int64 or any((c < 0).any() for c in counts):
-        raise ValueError("its unfinished tokens are not as many as it says")
+    if not all(map(_is_label, labels)):
+        raise ValueError(f"its labels are {labels}")
+    unfinished = unfinished.cpu()
+    if unfinished.shape != (lengths.sum(),) or unfinished.dtype != torch.int64 or (unfinished < 0).any():
+        raise ValueError("its unfinished tokens are not what it says")
+    kept = int(segments.clamp_max(layout.readable_segments).max()) if rows else 0
+    fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
+    fits = fits and states.shape[_BATCH[layout.placement]] == rows
+    fits = fits and states.shape[_SLOTS[layout.placement]] >= kept * layout.num_memory_tokens
+    fits = fits and states.shape[_SLOTS[layout.placement]] <= layout.first_position
+    if not fits or (layout.placement == "every_layer" and states.shape[1] != 2):
+        raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {rows} rows of {layout}")
     return cls(
         states,
-        *(tensor.cpu() for tensor in counts[:2]),
-        unfinished.cpu().split(lengths.tolist()),
-        labels,
+        segments,
+        seen,
+        unfinished.split(lengths.tolist()),
+        tuple(label and tuple(label) for label in labels),
         layout,
-        Origin(**metadata["origin"]),
+        origin,
     )

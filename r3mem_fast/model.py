@@ -1,12 +1,14 @@
 """`R3MemModel`: a causal language model that reads forward, and backward from a query to its context."""
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import re
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -24,6 +26,19 @@ from .reversible.convert import check_convertible, find_decoder_layers, reversib
 from .reversible.rotary import is_rotary
 
 _IGNORED = -100
+# As transformers has it where no length is asked for.
+_DEFAULT_NEW_TOKENS = 20
+_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
+# What the memory settles, or what R3MemOutput has no place for.
+_NOT_BEHIND_A_MEMORY = {
+    "past_key_values",
+    "position_ids",
+    "inputs_embeds",
+    "logits_to_keep",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+}
 
 
 @dataclasses.dataclass
@@ -51,7 +66,8 @@ class R3MemModel(nn.Module):
     The base model gets LoRA adapters, trained, and reversible layers; its own weights stay as they are. Forward it is
     a language model as before. Backward (`recall`) it runs the layers of its core from last to first, as a causal
     decoder that continues a query with the context that the query was learned for. With memory tokens (`R3MemConfig`)
-    it compresses a history of any length into a `Memory`, reads it forward, and expands it backward.
+    it compresses a history of any length into a `Memory`, reads it forward, and expands it backward. As the layers
+    change places when it is read backward, one thread at a time may use it.
 
     base: a `transformers` causal language model, or a PeftModel of one, which keeps its adapters. It is changed in
         place. config: an `R3MemConfig`; the default's core is chosen by depth.
@@ -67,12 +83,19 @@ class R3MemModel(nn.Module):
         config = R3MemConfig() if config is None else config
         if isinstance(base, PeftModel) and base.active_adapter != "default":
             raise ValueError(f"the PeftModel's adapter must be called 'default', not {base.active_adapter!r}")
+        if isinstance(base, PeftModel) and base.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "the PeftModel learns a prompt, which some of the methods here would read and others not; use an "
+                "adapter inside the layers, such as LoRA"
+            )
         plain = base.get_base_model() if isinstance(base, PeftModel) else base
+        if isinstance(base, PeftModel) and config.adapter_rows == "memory":
+            _check_rows_can_be_chosen(base)
         # All that can be refused is refused before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
         self.layout = config.memory_layout(_positions_of(plain))
-        self.fingerprint = self._origin = self._sizes = None
+        self._base = self._origins = self._sizes = None
         self.end_token_id = _first(plain.config.eos_token_id)
         self.start_token_id = _first(plain.config.bos_token_id, self.end_token_id)
         if self.end_token_id is None:
@@ -149,8 +172,8 @@ class R3MemModel(nn.Module):
                     )
                 return R3MemOutput(loss=output.loss, logits=output.logits)
             return self._behind(memory, _Rows(input_ids, attention_mask, labels), labels is not None, inputs)
-        if inputs or memory is not None:
-            raise ValueError(f"with query_input_ids, forward takes no memory and no {sorted(inputs)}")
+        if refused := sorted([*inputs, *(["memory"] if memory is not None else [])]):
+            raise ValueError(f"with query_input_ids, forward takes no {refused}")
         contexts = _Rows(input_ids, attention_mask, labels)
         queries = _Rows(query_input_ids, query_attention_mask, None)
         config = self.r3mem_config
@@ -202,11 +225,11 @@ class R3MemModel(nn.Module):
     def _behind(self, memory, rows, with_loss, inputs):
         """The forward pass of rows behind a memory."""
         self.check_memory(memory, len(rows.ids))
+        if inputs.keys() & _NOT_BEHIND_A_MEMORY:
+            raise ValueError(f"behind a memory, forward takes no {sorted(inputs.keys() & _NOT_BEHIND_A_MEMORY)}")
         before = self._unfinished(memory)
         width = before.ids.shape[1]
-        labels = rows.labels.masked_fill(rows.mask == 0, _IGNORED)
-        labels = torch.cat([torch.full_like(before.ids, _IGNORED), labels], 1)
-        joined = _Rows(torch.cat([before.ids, rows.ids], 1), torch.cat([before.mask, rows.mask], 1), labels)
+        joined = before.joined(rows)
         # Padding between tokens would use up a sliding window.
         ids, mask, labels, order = joined.left_padded_with_labels()
         self._check_length(ids.shape[1], memory)
@@ -313,9 +336,11 @@ class R3MemModel(nn.Module):
         """The base model's `generate`, behind a memory: int64 `[B, T + n]`, or an output with it as `sequences`.
 
         input_ids, attention_mask: int64 `[B, T]`, padded on either side. memory: of as many rows; its unfinished
-        tokens are read before the prompt, and are not returned. settings: as of `transformers`' `generate`: sampling,
-        beams, `num_return_sequences`, `streamer` and the others, but for another cache.
-        Raises ValueError for shapes that do not agree, another model's memory, or more tokens than positions.
+        tokens are read before the prompt, and are not returned (logits processors see them). settings: as of
+        `transformers`' `generate`: sampling, beams, `num_return_sequences`, `streamer` and the others. Behind a memory
+        there is always a cache, and it is the memory's.
+        Raises ValueError for shapes that do not agree, a row without any token, another model's memory, another cache,
+        or more tokens than positions.
         """
         rows = _Rows(input_ids, attention_mask, None)
         base = self.peft_model.get_base_model()
@@ -324,22 +349,33 @@ class R3MemModel(nn.Module):
             with evaluating(self), self._without_memory():
                 return base.generate(input_ids=rows.ids, attention_mask=rows.mask, **settings)
         self.check_memory(memory, len(rows.ids))
+        if given := [name for name in ("past_key_values", "cache_implementation") if settings.get(name) is not None]:
+            raise ValueError(f"{given[0]} cannot go with a memory, which is a cache of its own")
         before = self._unfinished(memory)
-        ids, mask = _Rows(
-            torch.cat([before.ids, rows.ids], 1), torch.cat([before.mask, rows.mask], 1), None
-        ).left_padded()
-        if "max_length" in settings:
-            settings["max_new_tokens"] = settings.pop("max_length") - rows.ids.shape[1]
-        self._check_length(ids.shape[1] + max(1, settings.get("max_new_tokens") or 1), memory)
-        cache = self.cache_of(memory)
-        chosen = settings.get("generation_config") or base.generation_config
+        ids, mask, _, _ = before.joined(rows).left_padded_with_labels()
+        if not mask.any(1).all():
+            raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
+        own = copy.deepcopy(base.generation_config)
+        config = copy.deepcopy(settings.pop("generation_config", None) or own)
+        lengths = {name: settings.pop(name, None) for name in _LENGTHS}
+        config.max_new_tokens, config.min_new_tokens = _new_tokens(lengths, config, rows.ids.shape[1])
+        for chosen in (config, own):  # by which transformers fills in what the other leaves open
+            chosen.cache_implementation = chosen.max_length = chosen.min_length = None
+            chosen.use_cache = True
+        self._check_length(ids.shape[1] + config.max_new_tokens - 1, memory)
         beams, sequences = (
-            settings.get(name) or getattr(chosen, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+            settings.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
         )
+        cache = self.cache_of(memory)
         if max(beams, sequences) > 1:
             cache.batch_repeat_interleave(max(beams, sequences))
-        with evaluating(self):
-            output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+        if settings.get("streamer") is not None:
+            settings["streamer"] = _StreamerOfPrompts(settings["streamer"], rows.ids)
+        settings.pop("use_cache", None)
+        with evaluating(self), _generation_config(base, own):
+            output = base.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, **settings
+            )
         found = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
         found = torch.cat([prompts, found[:, ids.shape[1] :]], 1)
@@ -386,11 +422,10 @@ class R3MemModel(nn.Module):
 
     def _empty(self, rows, origin):
         dtype, device = self.peft_model.dtype, self.device
-        zeros = torch.zeros(rows, dtype=torch.int64)
         return Memory(
             states=empty_states(self.layout, rows, self._state_sizes(), dtype=dtype, device=device),
-            num_segments=zeros,
-            tokens_seen=zeros,
+            num_segments=torch.zeros(rows, dtype=torch.int64),
+            tokens_seen=torch.zeros(rows, dtype=torch.int64),
             unfinished=(torch.zeros(0, dtype=torch.int64),) * rows,
             labels=(None,) * rows,
             layout=self.layout,
@@ -403,18 +438,33 @@ class R3MemModel(nn.Module):
         return self._read(self._cache(adapted_rows=self._read_rows), memory)
 
     def origin(self) -> Origin:
-        """Fingerprints of base model and adapters, as its memories carry them; computed again when parameters change.
+        """Fingerprints of base model and adapters, as the memories that it makes now carry them.
 
-        Raises RuntimeError if they have to be computed while the model is being read backward.
+        They are computed again when weights or settings of the adapters have changed; with the adapters off they are
+        others. Raises RuntimeError while the model is being read backward, ValueError for adapters that
+        `adapter_rows="memory"` cannot hold to their rows.
         """
-        # Sorted: while the model is read backward its layers stand in another order, under other names.
-        versions = sorted((p.data_ptr(), p._version) for p in self.parameters())
-        if self._origin is None or self._origin[0] != versions:
-            order = stack_of(self.peft_model).route.order
-            if list(order) != sorted(order):
-                raise RuntimeError("a model's fingerprint cannot be taken while it is being read backward")
-            self._origin = (versions, Origin(self.base_fingerprint(), storage.adapter_fingerprint(self)))
-        return self._origin[1]
+        return self._origin_with(storage.adapters_are_off(self.peft_model) or stack_of(self.peft_model).bypassed)
+
+    def _origin_with(self, adapters_off):
+        if self._is_reading_backward:
+            raise RuntimeError("memories are made, and caches of them, before the model is read backward")
+        if self.r3mem_config.adapter_rows == "memory":
+            _check_rows_can_be_chosen(self.peft_model)
+        settings = storage.adapter_settings(self.peft_model)
+        known = (_versions(self.parameters()), settings)
+        if self._origins is None or self._origins[0] != known:
+            self._origins = (known, {})
+        found = self._origins[1]
+        if adapters_off not in found:
+            adapter = storage.adapter_fingerprint(self, [settings, adapters_off])
+            found[adapters_off] = Origin(self.base_fingerprint(), adapter)
+        return found[adapters_off]
+
+    @property
+    def _is_reading_backward(self):
+        order = stack_of(self.peft_model).route.order
+        return list(order) != sorted(order)
 
     def check_memories(self):
         """Raise ValueError for a model that makes and reads no memories."""
@@ -434,7 +484,8 @@ class R3MemModel(nn.Module):
             raise ValueError(
                 f"the memory is of another base model ({its.base[:12]}…) than this one ({mine.base[:12]}…)"
             )
-        if its.adapter != mine.adapter:
+        # With its adapters off for now, it reads what it wrote with them, too.
+        if its.adapter not in (mine.adapter, self._origin_with(adapters_off=False).adapter):
             raise ValueError("the memory was made with other adapters or settings than the model has; compress again")
         if memory.layout != self.layout:
             raise ValueError(f"the memory's layout is {memory.layout}, the model's {self.layout}")
@@ -447,16 +498,16 @@ class R3MemModel(nn.Module):
     def _after(self, rows, memory, finish, advance=None):
         """The memory after some more tokens, lists of int64 on the CPU. Differentiable."""
         rows = [torch.cat(pair) for pair in zip(memory.unfinished, rows, strict=True)]
-        length, states = self.layout.segment_length, memory.states
-        if states.device != self.device or states.dtype != self.peft_model.dtype:
-            memory = memory.to(self.device, self.peft_model.dtype)
+        length = self.layout.segment_length
+        memory = memory.to(self.device, self.peft_model.dtype)
         segments = memory.num_segments.clone()
         read = 0
         while active := [i for i, row in enumerate(rows) if len(row) - read >= (1 if finish else length)]:
             if self.layout.keeps_all and segments[active].max() >= self.layout.readable_segments:
                 raise ValueError(
                     f"max_memory_segments=None keeps {self.layout.readable_segments} segments within the model's "
-                    "positions, and this is one more; use a number, or longer segments"
+                    "positions, and this is one more (to expand a memory compresses what is unfinished in it); use a "
+                    "number, or longer segments"
                 )
             pieces = [rows[i][read : read + length] for i in active]
             written = self._write(pieces, memory.rows(active) if len(active) < len(rows) else memory)
@@ -501,7 +552,7 @@ class R3MemModel(nn.Module):
 
     def _cache(self, first_position=None, **settings):
         first = self.layout.first_position if first_position is None else first_position
-        return PrefixCache(text_config(self.config), first_position=first, **settings)
+        return PrefixCache(text_config(self.config), first_position=first, decoder=self._decoder, **settings)
 
     @property
     def _decoder(self):
@@ -512,17 +563,10 @@ class R3MemModel(nn.Module):
 
         positions: behind the cache's first one, `[B, T]`; None: from its first token on.
         """
-        _, layers = reversible_layers(self.peft_model)
-        return (
-            layers[0]
-            .reversible.decoder(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                position_ids=_positions(mask) if positions is None else positions,
-                past_key_values=cache,
-            )
-            .last_hidden_state
-        )
+        positions = _positions(mask) if positions is None else positions
+        return self._decoder(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).last_hidden_state
 
     def _state_sizes(self):
         """What a memory's states are besides rows and tokens. Asked for first, it proves that keys can be moved."""
@@ -549,7 +593,8 @@ class R3MemModel(nn.Module):
         """Keys of a few tokens from this position on, without their positions: float `[layers, 1, kv_heads, 4, D]`."""
         ids = torch.arange(4, device=self.device)[None]
         cache = self._cache(keep=False, capture=4, first_position=position)
-        with evaluating(self):
+        # In the weights' precision: autocast's would look like keys that cannot be moved.
+        with evaluating(self), torch.autocast(self.device.type, enabled=False):
             self._decode_embeddings(self.peft_model.get_input_embeddings()(ids), torch.ones_like(ids), cache)
         return cache.captured()[:, 0].float()
 
@@ -560,16 +605,13 @@ class R3MemModel(nn.Module):
         """
         base = self.peft_model.get_base_model()
         ends = {"eos_token_id": self.end_token_id, "pad_token_id": self.end_token_id}
-        own, base.generation_config = base.generation_config, GenerationConfig()
-        try:
+        with _generation_config(base, GenerationConfig()):
             return base.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 generation_config=GenerationConfig(**ends, **settings),
             )
-        finally:
-            base.generation_config = own
 
     @contextlib.contextmanager
     def disable_adapters(self):
@@ -590,10 +632,18 @@ class R3MemModel(nn.Module):
                 parameter.requires_grad_(wanted)
 
     def base_fingerprint(self) -> str:
-        """Of the base model's configuration and weights (see `storage.fingerprint`)."""
-        if self.fingerprint is None:
-            self.fingerprint = storage.fingerprint(self.peft_model)
-        return self.fingerprint
+        """Of the base model's configuration and weights (see `storage.fingerprint`); computed when they change."""
+        versions = self._base_versions()
+        if self._base is None or self._base[0] != versions:
+            self._base = (versions, storage.fingerprint(self.peft_model))
+        return self._base[1]
+
+    def set_base_fingerprint(self, fingerprint):
+        """Of the weights as they are: what has just been computed need not be again."""
+        self._base = (self._base_versions(), fingerprint)
+
+    def _base_versions(self):
+        return _versions(parameter for _, parameter in storage.own_parameters(self.peft_model))
 
     def save_pretrained(self, folder, **details):
         """Save the adapters as a PEFT folder, with `r3mem.json` beside them (see `storage.save`)."""
@@ -629,6 +679,11 @@ def _target_pattern(base, targets, first_layer):
     return rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
 
 
+def _versions(parameters):
+    """By which a change of any of them is seen, unless it is made through `.data`."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+
+
 def _positions_of(model):
     return getattr(text_config(model.config), "max_position_embeddings", None)
 
@@ -640,22 +695,45 @@ def _new_embeddings(base, count):
     return nn.Parameter(known.mean(0) + known.std(0) * noise)
 
 
+def _check_rows_can_be_chosen(model):
+    """Raise ValueError unless all adapters are LoRA on linear modules of layers, as they are and not merged."""
+    layers = find_decoder_layers(model)[1]
+    inside = {module for layer in layers for module in layer.modules()}
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        chosen = [adapter for adapter in module.active_adapters if adapter in getattr(module, "lora_B", {})]
+        plain = module in inside and not module.merged and chosen == list(module.active_adapters)
+        plain = plain and not any(getattr(module, "use_dora", {}).get(adapter) for adapter in chosen)
+        plain = plain and all(isinstance(module.lora_B[adapter], nn.Linear) for adapter in chosen)
+        if not plain or set(chosen) - {"default"}:
+            raise ValueError(
+                'adapter_rows="memory" needs one adapter, LoRA on linear modules of the layers alone, not merged; '
+                f'{name} has another. Use adapter_rows="all"'
+            )
+
+
+class _ChosenRows:
+    """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_rows` names."""
+
+    def __init__(self, link):
+        self._link = link
+
+    def __call__(self, module, args, output):
+        if self._link.adapted_rows is None:
+            return output
+        count, tokens = self._link.adapted_rows
+        keep = torch.arange(tokens, device=output.device) >= tokens - count
+        # Some layers flatten batch and tokens.
+        rows = output.view(-1, tokens, output.shape[-1])
+        return (rows * keep[:, None].to(output.dtype)).view(output.shape)
+
+
 def _let_adapters_choose_rows(model):
-    """Let what LoRA adds in a layer be zero but for the rows that `LayerLink.adapted_rows` names."""
     for layer in reversible_layers(model)[1]:
-
-        def choose(module, args, output, link=layer.reversible):
-            if link.adapted_rows is None:
-                return output
-            count, tokens = link.adapted_rows
-            keep = torch.arange(tokens, device=output.device) >= tokens - count
-            # Some layers flatten batch and tokens.
-            rows = output.view(-1, tokens, output.shape[-1])
-            return (rows * keep[:, None].to(output.dtype)).view(output.shape)
-
         for name, module in layer.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):
-                module.register_forward_hook(choose)
+                module.register_forward_hook(_ChosenRows(layer.reversible))
 
 
 def _nothing(rows, device):
@@ -681,6 +759,8 @@ class _Rows:
     """Token rows with a mask, padded on either side."""
 
     def __init__(self, ids, mask, labels, may_be_empty=False):
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(f"token ids must be a tensor, got {type(ids).__name__}")
         if ids.dim() != 2 or ids.dtype != torch.int64 or not (ids.numel() or may_be_empty):
             raise ValueError(
                 f"token ids must be int64 [batch, tokens], one at least, got {ids.dtype} {list(ids.shape)}"
@@ -689,13 +769,22 @@ class _Rows:
             if other is not None and other.shape != ids.shape:
                 raise ValueError(f"the {name} {list(other.shape)} must have the shape of its ids {list(ids.shape)}")
         self.ids = ids
-        self.mask = torch.ones_like(ids) if mask is None else mask.to(torch.int64)
+        self.mask = torch.ones_like(ids) if mask is None else (mask != 0).to(torch.int64)
         self.labels = ids if labels is None else labels
 
     def lists(self):
         """The tokens of each row, without padding, on the CPU."""
         ids, mask = self.ids.cpu(), self.mask.cpu().bool()
         return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+
+    def joined(self, rows):
+        """These and, after them, others: whose labels count, where they are no padding, while these' do not."""
+        labels = rows.labels.masked_fill(rows.mask == 0, _IGNORED)
+        return _Rows(
+            torch.cat([self.ids, rows.ids], 1),
+            torch.cat([self.mask, rows.mask], 1),
+            torch.cat([torch.full_like(self.ids, _IGNORED), labels], 1),
+        )
 
     def left_padded(self):
         return self.left_padded_with_labels()[:2]
@@ -714,6 +803,52 @@ class _Rows:
         labels = torch.cat([self.labels.gather(1, order), room], 1).masked_fill(mask == 0, _IGNORED)
         ids = torch.cat([self.ids.gather(1, order), room], 1)
         return ids.scatter(1, lengths, end), mask.scatter(1, lengths, 1), labels.scatter(1, lengths, end)
+
+
+@contextlib.contextmanager
+def _generation_config(base, config):
+    """A model's own generation config while this lasts."""
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def _new_tokens(given, config, prompt):
+    """How many tokens `generate` is to add, at most and at least, as `transformers` decides it.
+
+    given: arguments by the names of `_LENGTHS`, which go before the generation config's. prompt: its width, which
+    lengths of both kinds that are not of new tokens count.
+    """
+    if given["max_new_tokens"] is None and given["max_length"] is None:
+        given = {**given, "max_new_tokens": config.max_new_tokens, "max_length": config.max_length}
+        if given["max_length"] == GenerationConfig().max_length:  # nobody's choice
+            given["max_length"] = None
+    most = given["max_new_tokens"]
+    if most is None:
+        most = _DEFAULT_NEW_TOKENS if given["max_length"] is None else given["max_length"] - prompt
+    if most < 1:
+        raise ValueError(f"max_length={given['max_length']} leaves no token behind a prompt of {prompt}")
+    least = given["min_new_tokens"] if given["min_new_tokens"] is not None else config.min_new_tokens
+    if least is None:
+        length = given["min_length"] if given["min_length"] is not None else config.min_length
+        least = max(0, (length or 0) - prompt)
+    return most, least
+
+
+class _StreamerOfPrompts:
+    """Gives a streamer the prompts first, without the unfinished tokens before them; then what is generated."""
+
+    def __init__(self, streamer, prompts):
+        self._streamer, self._first = streamer, prompts
+
+    def put(self, value):
+        value, self._first = (value if self._first is None else self._first.cpu()), None
+        self._streamer.put(value)
+
+    def end(self):
+        self._streamer.end()
 
 
 def _positions(mask):

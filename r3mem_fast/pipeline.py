@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import storage
+from .files import unfinished_files
 from .hierarchy import LEVELS, EntityFinder, Pair, QueryBuilder, build_pairs, contexts_of, split_document
 from .memory import Memory
 from .model import R3MemModel
@@ -20,6 +21,7 @@ from .training.remember import CHECKPOINT, RememberReport, RememberSettings, rem
 
 # Rows that are compressed or read at one time.
 _BATCH = 16
+_NEW_TOKENS = 64
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -140,7 +142,8 @@ class R3MemPipeline:
         ]
         if folder is not None:
             self.save(folder)
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+            for leftover in (folder / CHECKPOINT, *unfinished_files(folder / CHECKPOINT)):
+                leftover.unlink(missing_ok=True)
         return report
 
     def recall(self, query: str | Sequence[str], *, max_new_tokens: int | None = None) -> str | list[str]:
@@ -182,7 +185,7 @@ class R3MemPipeline:
             texts = _in_order(documents, memory.labels)
             labels = memory.labels
         else:
-            texts = self._by_level(_by_name(documents, ()), levels)
+            texts = self._by_level(_by_name(documents, ()), tuple(levels))
             texts, labels = list(texts.values()), tuple(texts)
         for text in texts:
             if not isinstance(text, str) or not text:
@@ -225,12 +228,13 @@ class R3MemPipeline:
         return texts[0] if len(memory) == 1 else texts
 
     def generate(
-        self, prompt: str | Sequence[str], *, memory: Memory | str | Path | None = None, max_new_tokens=64, **settings
+        self, prompt: str | Sequence[str], *, memory: Memory | str | Path | None = None, **settings
     ) -> str | list[str]:
         """What the model writes behind a memory and a prompt, read forward; of several prompts a list.
 
         memory: a memory, or the file of one, of as many rows as prompts; one of one row serves all of them.
-        settings: as of `transformers`' `generate`: `do_sample`, `temperature`, `num_beams`, `streamer` and others.
+        settings: as of `transformers`' `generate`: `do_sample`, `temperature`, `num_beams`, `streamer` and others;
+        64 new tokens if no length is among them, and no generation_config.
         Raises ValueError for an empty prompt, another model's or tokenizer's memory, or more tokens than positions.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -241,7 +245,9 @@ class R3MemPipeline:
             memory = self._memory(memory)
             memory = memory.rows([0] * len(rows)) if len(memory) == 1 else memory
         ids, mask = self._batch(rows)
-        found = self.model.generate(ids, mask, memory=memory, max_new_tokens=max_new_tokens, **settings)
+        if not settings.keys() & {"max_new_tokens", "max_length", "generation_config"}:
+            settings["max_new_tokens"] = _NEW_TOKENS
+        found = self.model.generate(ids, mask, memory=memory, **settings)
         found = found if isinstance(found, torch.Tensor) else found.sequences
         texts = self.tokenizer.batch_decode(
             found[:, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -308,6 +314,8 @@ class R3MemPipeline:
                 for level, kind in (("paragraph", "paragraph"), ("entity", "passage")):
                     for number, (context, _) in enumerate(contexts[level] if level in levels else (), 1):
                         texts[level, f"{name}, {kind} {number}"] = context
+        if not texts:
+            raise ValueError(f"the documents have no {' or '.join(levels)} that is not the whole of one")
         return texts
 
     def _query_rows(self, queries):

@@ -1,7 +1,7 @@
 """Folders of adapters on disk: what PEFT writes, and `r3mem.json` beside it, which says what belongs together.
 
-`r3mem.json` names the format version, the settings, the base model with its fingerprint, and the SHA-256 of the two
-adapter files. It is written last: a folder whose files do not match it was damaged, or a save into it was interrupted.
+`r3mem.json` names the format version, the settings, the base model with its fingerprint, and the SHA-256 of the other
+files: those of the adapter and, if it has any, of the memory tokens. A folder whose files do not match it was damaged.
 """
 
 import hashlib
@@ -130,7 +130,7 @@ def load(cls, folder, base, dtype):
             "its weights or settings differ (as they do when weights made in bfloat16 are loaded in float16)"
         )
     model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
-    model.fingerprint = found
+    model.set_base_fingerprint(found)
     if model.layout is not None:
         with torch.no_grad():
             model.memory_embeddings.copy_(load_file(folder / _MEMORY_TOKENS)["embeddings"])
@@ -184,8 +184,7 @@ def fingerprint(model) -> str:
     config = text_config(model.config)
     settings = [getattr(config, key, None) for key in _CONFIG_KEYS]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
-    for name, parameter in sorted(_own_parameters(model, prefix)):
+    for name, parameter in sorted(own_parameters(model)):
         digest.update(f"{name} {list(parameter.shape)}".encode())
         value = parameter.detach()
         value = value.to(torch.bfloat16) if value.is_floating_point() else value
@@ -193,19 +192,41 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def adapter_fingerprint(model) -> str:
-    """BLAKE2 of a model's adapters and memory tokens, and of the settings that its memories depend on."""
-    settings = {k: v for k, v in model.r3mem_config.to_dict().items() if not k.endswith("_weight")}
-    adapter = model.peft_model.active_peft_config
-    described = [settings, adapter.r, adapter.lora_alpha] if hasattr(adapter, "lora_alpha") else [settings]
+def adapter_settings(peft_model) -> list:
+    """What adapters do beside their weights: of each module the active ones with their scale, and whether merged."""
+    return [
+        (name, module.merged, [[adapter, _scale(module, adapter)] for adapter in module.active_adapters])
+        for name, module in peft_model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+
+
+def adapters_are_off(peft_model) -> bool:
+    """Whether they are for now, as in PEFT's `disable_adapter`."""
+    return any(module.disable_adapters for module in peft_model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _scale(module, adapter):
+    scales = getattr(module, "scaling", {})
+    return scales.get(adapter) if isinstance(scales, dict) else None
+
+
+def adapter_fingerprint(model, settings) -> str:
+    """BLAKE2 of a model's active adapters and memory tokens, and of the settings that its memories depend on.
+
+    settings: of `adapter_settings`. In which precision the same values are held does not matter.
+    """
+    described = [{k: v for k, v in model.r3mem_config.to_dict().items() if not k.endswith("_weight")}, settings]
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
-    # The base model has a fingerprint of its own, embeddings included; to ask for them would ask a model hub.
-    tensors = get_peft_model_state_dict(model.peft_model, adapter_name="default", save_embedding_layers=False)
-    if model.layout is not None:
-        tensors = {**tensors, "memory_embeddings": model.memory_embeddings}
+    tensors = {} if model.layout is None else {"memory_embeddings": model.memory_embeddings}
+    for adapter in model.peft_model.active_adapters:
+        # The base model has a fingerprint of its own, embeddings included; to ask for them would ask a model hub.
+        found = get_peft_model_state_dict(model.peft_model, adapter_name=adapter, save_embedding_layers=False)
+        tensors |= {f"{adapter}/{name}": tensor for name, tensor in found.items()}
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -216,7 +237,9 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.blake2b(json.dumps([vocabulary, probe]).encode(), digest_size=16).hexdigest()
 
 
-def _own_parameters(model, adapter_prefix):
+def own_parameters(model):
+    """`(name, parameter)` of a base model without its adapters, by the names that they have without any."""
+    adapter_prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
     for name, parameter in model.named_parameters():
         if adapter_prefix is not None:
             if adapter_prefix in name or ".modules_to_save." in name:

@@ -1,11 +1,14 @@
 """`R3MemModel` with memory tokens: compress, read, expand, generate; rows of any padding and any memory."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import GenerationConfig
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model, reading_backward
 from r3mem_fast.memory import PLACEMENTS
@@ -212,11 +215,13 @@ def test_the_terms_are_what_they_say():
     memory = model.compress(torch.tensor([context]), finish=True)
     assert memory.num_segments == 2 and memory.unfinished[0].tolist() == []
 
+    caches = [memory.to_cache(model) for _ in range(2)]
+
     def loss(tokens):
         ids = torch.tensor([[1, 1, *tokens, 2]])
         labels = ids.clone()
         labels[:, :2] = -100
-        return model.peft_model(input_ids=ids, labels=labels, past_key_values=memory.to_cache(model)).loss
+        return model.peft_model(input_ids=ids, labels=labels, past_key_values=caches.pop()).loss
 
     batch = collate_ids([(context, query)])
     with torch.no_grad():
@@ -348,9 +353,137 @@ def test_generate_as_transformers_has_it():
             seen.append("end")
 
     model.generate(ids[:1], memory=memory[0], max_new_tokens=6, eos_token_id=None, streamer=Streamer())
+    assert seen[0] == ids[:1].tolist()  # without what the memory has not compressed yet
     assert [token for value in seen[1:-1] for token in value] == greedy[0, 3:].tolist() and seen[-1] == "end"
     plain = model.generate(ids[:1], max_new_tokens=3)
     assert torch.equal(plain, model.peft_model.generate(input_ids=ids[:1], max_new_tokens=3))
+
+
+def test_how_much_is_generated():
+    """As transformers decides it; unfinished tokens of a memory do not count, and positions end it with an error."""
+    model = made()
+    memory, ids = model.compress(ids_of(20)), ids_of(5)  # four are unfinished
+    base = model.peft_model.get_base_model()
+    base.generation_config.eos_token_id = None
+
+    def tokens(**settings):
+        return model.generate(ids, memory=memory, **settings).shape[1] - 5
+
+    assert tokens() == 20
+    assert tokens(max_new_tokens=3, max_length=30) == 3
+    assert tokens(max_length=11) == 6 == tokens(generation_config=GenerationConfig(max_length=11))
+    assert tokens(generation_config=GenerationConfig(max_new_tokens=7)) == 7
+    assert tokens(max_new_tokens=110 - 4 + 1) == 107  # 128 positions: 9 of memory, 9 read, the last one is not
+    for settings in ({"max_new_tokens": 112}, {"generation_config": GenerationConfig(max_new_tokens=112)}):
+        with pytest.raises(ValueError, match="behind a memory of 9, the model has 128 positions"):
+            tokens(**settings)
+    with pytest.raises(ValueError, match="leaves no token"):
+        tokens(max_length=5)
+    base.generation_config.max_new_tokens = 4
+    assert tokens() == 4 and tokens(max_length=8) == 3
+    base.generation_config.eos_token_id = model.generate(ids, memory=memory)[0, 5].item()
+    assert tokens(max_new_tokens=9) == 1
+    assert tokens(max_new_tokens=9, min_length=8) >= 3 and tokens(max_new_tokens=9, min_new_tokens=5) >= 5
+
+
+def test_settings_of_generate_that_a_memory_takes_over():
+    model = made()
+    memory, ids = model.compress(ids_of(20)), ids_of(5)
+    settings = {"memory": memory, "max_new_tokens": 8, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
+    base = model.peft_model.get_base_model()
+    base.generation_config.use_cache = False
+    base.generation_config.cache_implementation = "static"
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert base.generation_config.cache_implementation == "static"
+    for name, value in (("past_key_values", memory.to_cache(model)), ("cache_implementation", "static")):
+        with pytest.raises(ValueError, match=f"{name} cannot go with a memory"):
+            model.generate(ids, **{name: value}, **settings)
+    with pytest.raises(ValueError, match="neither a prompt nor unfinished tokens"):
+        model.generate(ids, torch.zeros_like(ids), memory=model.compress(ids_of(16)))
+    # Unfinished tokens alone can be continued.
+    model.generate(ids, torch.zeros_like(ids), **settings)
+
+
+@pytest.mark.parametrize("name", ["logits_to_keep", "position_ids", "past_key_values", "output_hidden_states"])
+def test_arguments_that_forward_does_not_take_behind_a_memory(name):
+    model = made()
+    with pytest.raises(ValueError, match=f"behind a memory, forward takes no \\['{name}'\\]"):
+        model(ids_of(5), memory=model.compress(ids_of(20)), **{name: 1})
+
+
+def test_a_copy_chooses_rows_as_the_original_does():
+    model = made(adapter_rows="memory")
+    again = copy.deepcopy(model)
+    memory = model.compress(ids_of(20))
+    assert torch.equal(again.compress(ids_of(20)).states, memory.states)
+    with torch.no_grad():
+        assert torch.equal(again(ids_of(5), memory=memory).logits, model(ids_of(5), memory=memory).logits)
+
+
+def test_adapters_that_cannot_choose_rows():
+    for config in (
+        LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+        LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    ):
+        base = get_peft_model(build(), config)
+        with pytest.raises(ValueError, match='adapter_rows="memory" needs one adapter, LoRA on linear modules'):
+            R3MemModel(base, R3MemConfig(**SETTINGS, adapter_rows="memory"))
+        R3MemModel(base, R3MemConfig(**SETTINGS))
+    model = made(adapter_rows="memory")
+    model.peft_model.merge_adapter()
+    with pytest.raises(ValueError, match="not merged"):
+        model.compress(ids_of(20))
+    prompt = get_peft_model(build(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="the PeftModel learns a prompt"):
+        R3MemModel(prompt, R3MemConfig(**SETTINGS))
+
+
+def test_whose_memory_it_is():
+    """What changes the states that a model writes changes the origin; what does not, does not."""
+    model = made()
+    memory = model.compress(ids_of(20))
+    mine = memory.origin
+    with model.disable_adapters():
+        off = model.compress(ids_of(20))
+        model(ids_of(5), memory=memory), model(ids_of(5), memory=off)
+    assert off.origin.base == mine.base and off.origin != mine and model.origin() == mine
+    with pytest.raises(ValueError, match="other adapters or settings"):
+        model(ids_of(5), memory=off)
+    with model.peft_model.disable_adapter():
+        assert model.compress(ids_of(20)).origin == off.origin
+    with reading_backward(model.peft_model, (1, 3)), pytest.raises(RuntimeError, match="before the model is read"):
+        model.compress(ids_of(20))
+    assert made().to(torch.bfloat16).to(torch.float32).origin() != mine  # rounded
+    half = made().to(torch.bfloat16)
+    assert half.origin() == half.to(torch.float32).origin()
+    layer = next(m for m in model.peft_model.modules() if hasattr(m, "lora_A"))
+    layer.scaling["default"] *= 2
+    assert model.origin() != mine
+    layer.scaling["default"] /= 2
+    assert model.origin() == mine
+    with torch.no_grad():
+        model.peft_model.get_base_model().lm_head.weight.add_(1.0)
+    assert model.origin().base != mine.base
+
+
+def test_memories_under_autocast():
+    model = made()
+    expected = model.compress(ids_of(20))
+    model = made()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.compress(ids_of(20))
+        assert model(**collate_ids([([5, 6, 7], [8])])).loss.isfinite()
+    assert (found.states - expected.states).abs().max() < 0.2 * expected.states.abs().max()
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = made()
+        memory = model.compress(ids_of(20))
+        assert model(ids_of(5), memory=memory).logits.isfinite().all()
 
 
 def score(model, memory, sequence):
@@ -412,6 +545,8 @@ def test_a_memory_is_never_dropped_in_silence():
     config._attn_implementation = before
     with pytest.raises(RuntimeError, match="does not know how to read it"):
         build()(ids_of(5), past_key_values=memory.to_cache(model))
+    with pytest.raises(ValueError, match="the cache is of another model's memory"):
+        made().peft_model(input_ids=ids_of(5), past_key_values=memory.to_cache(model))
 
 
 def test_memories_that_are_kept():

@@ -89,12 +89,13 @@ class PrefixCache(DynamicCache):
     config: of the model, with its layers in order. first_position: of the tokens; the memory lies right before it.
     keep: whether the tokens' own keys and values are kept, for decoding. capture: of the last so many tokens they are
     kept without their positions, for `captured`. adapted_rows: of these many last tokens alone the adapters change
-    anything; None: of all.
+    anything; None: of all. decoder: whose layers' memory it is, if another one is to be refused.
     """
 
-    def __init__(self, config, *, first_position, keep=True, capture=0, adapted_rows=None):
+    def __init__(self, config, *, first_position, keep=True, capture=0, adapted_rows=None, decoder=None):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
+        self._decoder = decoder
         self.adapted_rows = adapted_rows
         self._prefix, self._visible, self._placed = None, None, {}
         self._all_visible = True
@@ -118,6 +119,8 @@ class PrefixCache(DynamicCache):
         Raises ValueError for an attention implementation that cannot be given the memory, or another batch size.
         """
         config = decoder.config
+        if self._decoder not in (None, decoder):
+            raise ValueError("the cache is of another model's memory; make one with memory.to_cache(model)")
         if config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation={config._attn_implementation!r} cannot read a memory, and would drop it; load "
@@ -144,8 +147,8 @@ class PrefixCache(DynamicCache):
         self._rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         if self._prefix is not None and not self._placed:
-            places = torch.arange(self.first_position - self.prefix_length, self.first_position)[None]
-            tables = self._rotation.tables(places.to(tokens.device), self._prefix)
+            places = torch.arange(self.first_position - self.prefix_length, self.first_position, device=tokens.device)
+            tables = self._rotation.tables(places[None], self._prefix, seen_with=positions)
             for index, (keys, values) in enumerate(self._prefix):
                 self._placed[index] = (self._rotation.rotated(keys, tables(index)), values)
         return arguments

@@ -44,21 +44,24 @@ class Rotation:
         if "layer_type" in inspect.signature(self._rotary.forward).parameters:
             self._types = dict(zip(order, config.layer_types, strict=True))
 
-    def tables(self, position_ids, like):
+    def tables(self, position_ids, like, seen_with=None):
         """A function of a layer's index: `(cos, sin)` as the model makes them, in float32. like: of the model's dtype.
 
-        position_ids: int64 `[B or 1, T]`.
+        position_ids: int64 `[1 or B, T]`. seen_with: those of the same pass's tokens, int64 `[B, N]`: some models
+        choose their frequencies by the largest position of a pass.
         """
         if self._rotary is None:
             return lambda index: None
-        made = {}
+        made, count = {}, position_ids.shape[1]
+        if seen_with is not None:
+            position_ids = torch.cat([position_ids.expand(len(seen_with), -1), seen_with], 1)
 
         def of(index):
             kind = None if self._types is None else self._types[index]
             if kind not in made:
                 extra = () if kind is None else (kind,)
                 # In the model's dtype first: what was rotated by rounded tables is turned back by the same.
-                made[kind] = tuple(table.float() for table in self._rotary(like, position_ids, *extra))
+                made[kind] = tuple(table[:, :count].float() for table in self._rotary(like, position_ids, *extra))
             return made[kind]
 
         return of

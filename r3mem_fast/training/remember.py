@@ -22,7 +22,7 @@ from ..reversible import check_integrity
 from .collate import collate_ids
 
 CHECKPOINT = "remember-checkpoint.safetensors"
-_CHECKPOINT_VERSION = 2
+_CHECKPOINT_VERSION = 3
 
 
 _AT_LEAST = {"max_steps": 1, "tokens_per_step": 1, "anchor_windows": 1, "anchor_tokens": 2, "decoys_every": 1}
@@ -385,7 +385,7 @@ class _Run:
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in ("step", "exp_avg", "exp_avg_sq"):
                 if moment in self.optimizer.state[parameter]:
                     tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         state = {
@@ -419,14 +419,12 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
-                # What no term reaches has none.
-                moments = {
-                    m: tensors[f"{m}.{name}"].to(parameter.device)
-                    for m in ("exp_avg", "exp_avg_sq")
-                    if f"{m}.{name}" in tensors
-                }
-                if moments:
-                    self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+                # What no term has reached has none; and what is reached now and then has made fewer steps.
+                if f"step.{name}" in tensors:
+                    self.optimizer.state[parameter] = {
+                        "step": tensors[f"step.{name}"],
+                        **{m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")},
+                    }
 
     def _identity(self):
         """What a checkpoint must agree in with the run that goes on from it."""

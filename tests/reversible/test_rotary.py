@@ -52,6 +52,19 @@ def test_keys_moved_to_other_positions_are_those_computed_there(family, settings
         assert not torch.allclose(there, moved, atol=1e-2 * moved.abs().max().item())
 
 
+def test_frequencies_that_depend_on_the_longest_row():
+    """As dynamic scaling has them: a memory's keys are rotated by those of the tokens that read it."""
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    _, decoder, rotation = rotation_of("llama", {"rope_parameters": dynamic, "max_position_embeddings": 32})
+    keys, places = torch.randn(1, 2, 3, 8), torch.arange(3)[None]
+    alone = rotation.tables(places, keys)(0)
+    tokens = torch.arange(3, 100)[None]
+    together = rotation.tables(places, keys, seen_with=tokens)(0)
+    expected = decoder.rotary_emb(keys, torch.arange(100)[None])
+    assert not torch.equal(together[0], alone[0])
+    assert all(torch.equal(a, b[:, :3]) for a, b in zip(together, expected, strict=True))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_learned_positions_are_not_moved(family):
     _, decoder, rotation = rotation_of(family, {})

@@ -96,6 +96,38 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(learned, folder, tmp_pa
     assert all(torch.equal(after[name], value) for name, value in weights(expected).items())
 
 
+@pytest.mark.parametrize("weights_of", [{}, {"cycle_weight": 0.0}, {"expand_weight": 0.0, "cycle_weight": 0.0}])
+def test_memory_tokens_that_few_steps_reach(folder, tmp_path, monkeypatch, weights_of):
+    """Resumed, they have made as many optimizer steps as before, not as many as the run."""
+
+    def made():
+        base, tokenizer = load_model(str(folder))
+        torch.manual_seed(0)
+        config = R3MemConfig(core=(1, 3), num_memory_tokens=2, segment_length=16, max_memory_segments=3, **weights_of)
+        return R3MemModel(base, config), tokenizer
+
+    often = dataclasses.replace(SETTINGS, checkpoint_seconds=0, compress_every=3, max_steps=8, divergence=None)
+    expected, tokenizer = made()
+    remember(expected, tokenizer, PAIRS, often, progress=False)
+    train_on = module._Run._train_on
+
+    def interrupted(self, batch):
+        train_on(self, batch)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Run, "_train_on", interrupted)
+    model, _ = made()
+    with pytest.raises(KeyboardInterrupt):
+        remember(model, tokenizer, PAIRS, often, folder=tmp_path, progress=False)
+    monkeypatch.undo()
+    model, _ = made()
+    remember(model, tokenizer, PAIRS, often, folder=tmp_path, progress=False)
+    after = weights(model)
+    assert "memory_embeddings" in after
+    assert all(torch.equal(after[name], value) for name, value in weights(expected).items())
+
+
 def test_checkpoints_that_are_refused(folder, tmp_path):
     few = dataclasses.replace(SETTINGS, max_steps=3, divergence=None, checkpoint_seconds=0)
     model, tokenizer = fresh(folder)
