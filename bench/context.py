@@ -12,7 +12,6 @@ on top):
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import sys
@@ -21,7 +20,7 @@ import torch
 
 from . import training
 from .models import SHAPES
-from .records import add_output_option, write_records
+from .records import add_output_option, add_record
 
 DEFAULT_ARMS = ("checkpoint", "reversible-b4", "checkpoint-liger", "reversible-b4-liger")
 _STEPS = 3
@@ -122,10 +121,7 @@ def main(arguments=None):
     for arm in sorted(options.arms, key=lambda arm: arm.endswith(training.LIGER)):
         try:
             for record in measure(options, arm, options.limits):
-                records.append(record)
-                print(json.dumps(record) if options.json else record, flush=True)
-                if options.output:  # each at once: the next may take minutes, or all the time there is
-                    write_records(options.output, records)
+                add_record(record, records, options)
         except training.Unavailable as reason:
             print(f"{arm}: {reason}", file=sys.stderr)
         except (torch.OutOfMemoryError, ValueError) as error:

@@ -14,7 +14,7 @@ Suites, of which each prints a record an arm:
 
 import argparse
 import dataclasses
-import json
+import functools
 import statistics
 import time
 
@@ -26,7 +26,7 @@ from r3mem_fast.models import default_dtype
 from r3mem_fast.text import pages_of, read_text, token_windows
 from r3mem_fast.training.collate import collate_ids
 
-from .records import add_output_option, write_records
+from .records import add_output_option, add_record
 
 SUITES = ("seen", "unseen")
 CONTROLS = ("own memory", "zeroed memory", "another's memory")
@@ -59,7 +59,7 @@ def main(arguments=None):
 
 class _Bench:
     def __init__(self, options):
-        self.options, self.records = options, []
+        self.options, self._add_record = options, functools.partial(add_record, records=[], options=options)
         self.texts = [read_text(path) for path in options.text]
         if options.held_out:
             self.held_out = read_text(options.held_out)
@@ -161,13 +161,7 @@ class _Bench:
             if control != CONTROLS[0]:
                 mean, low, high = _interval(distances[control] - distances[CONTROLS[0]], self.options.seed)
                 record["more_than_own"] = {"mean": mean, "ci95": [low, high]}
-            self._record(record)
-
-    def _record(self, record):
-        self.records.append(record)
-        print(json.dumps(record) if self.options.json else record, flush=True)
-        if self.options.output:  # at once: a suite takes long
-            write_records(self.options.output, self.records)
+            self._add_record(record)
 
 
 def _distance(found, wanted):

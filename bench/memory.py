@@ -19,7 +19,6 @@ The adapters are new ones (what is measured does not depend on what they have le
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import random
 import statistics
@@ -36,7 +35,7 @@ from r3mem_fast.models import default_dtype
 from r3mem_fast.text import read_text
 from r3mem_fast.training.collate import padded
 
-from .records import add_output_option, write_records
+from .records import add_output_option, add_record
 
 SUITES = ("stream", "batch", "file")
 _HISTORIES = (0, 40, 256, 300, 600, 1024, 1300, 90)
@@ -58,10 +57,7 @@ def main(arguments=None):
     records = []
     for suite in options.suite:
         for record in globals()[f"_{suite}"](options):
-            records.append({"suite": suite, **record})
-            print(json.dumps(records[-1]) if options.json else records[-1], flush=True)
-            if options.output:
-                write_records(options.output, records)
+            add_record({"suite": suite, **record}, records, options)
     return 0 if all(record.get("passed", True) for record in records) else 1
 
 

@@ -16,7 +16,7 @@ Suites, of which each prints one record an arm and seed:
 import argparse
 import dataclasses
 import difflib
-import json
+import functools
 import math
 import random
 import statistics
@@ -29,7 +29,7 @@ from r3mem_fast.hierarchy.decoys import swap_entities
 from r3mem_fast.hierarchy.pairs import mentioned
 from r3mem_fast.text import pages_of, read_text, token_windows
 
-from .records import add_output_option, write_records
+from .records import add_output_option, add_record
 
 SUITES = ("page", "three", "pages", "arms", "adapters")
 _HELD_OUT_WINDOWS, _HELD_OUT_TOKENS = 12, 256
@@ -62,7 +62,7 @@ def main(arguments=None):
 
 class _Bench:
     def __init__(self, options):
-        self.options, self.records = options, []
+        self.options, self._add_record = options, functools.partial(add_record, records=[], options=options)
         self.text = read_text(options.text)
         self.held_out_text = read_text(options.held_out) if options.held_out else self.text[-len(self.text) // 10 :]
         self.book = self.text if options.held_out else self.text[: -len(self.text) // 10]
@@ -95,7 +95,7 @@ class _Bench:
         self._add("pages", "default", 0, report, pipeline)
         unseen = build_pairs(dict(list(pages.items())[count:]), pipeline.tokenizer)
         for record in _controls(pipeline, report.pairs, unseen):
-            self._record({"suite": "pages", "seed": 0, "pages": count, **record})
+            self._add_record({"suite": "pages", "seed": 0, "pages": count, **record})
 
     def arms(self):
         depth = self._pipeline(0).model.config.num_hidden_layers
@@ -145,7 +145,7 @@ class _Bench:
 
     def _add(self, suite, arm, seed, report, pipeline, **details):
         levels = {level: {"exact": n, "total": total} for level, (n, total) in report.by_level().items()}
-        self._record(
+        self._add_record(
             {
                 "suite": suite,
                 "arm": arm,
@@ -174,12 +174,6 @@ class _Bench:
         with pipeline.model.disable_adapters():
             base = loss()
         return math.exp(loss() - base)
-
-    def _record(self, record):
-        self.records.append(record)
-        print(json.dumps(record) if self.options.json else record, flush=True)
-        if self.options.output:  # at once: a suite takes long
-            write_records(self.options.output, self.records)
 
 
 def _controls(pipeline, pairs, unseen):

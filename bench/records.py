@@ -28,6 +28,17 @@ def write_records(path, records):
     write_lines(path, [{"environment": environment()}, *records])
 
 
+def add_record(record, records, options):
+    """Add a record to those of a run that takes long: print it, and write all of them, at once.
+
+    options: with `json` (print JSON) and `output` (a path, or None), see `add_output_option`.
+    """
+    records.append(record)
+    print(json.dumps(record) if options.json else record, flush=True)
+    if options.output:
+        write_records(options.output, records)
+
+
 def write_lines(path, lines):
     """Write one JSON line each: the whole file, or nothing."""
     with replacing(path) as unfinished:
