@@ -100,3 +100,42 @@ def test_what_is_recalled():
     text = (ROOT / "README.md").read_text()
     assert f"backward loss {one['expand_loss']:.3f} against {expand['expand_loss']:.3f}" in text
     assert f"{one['compress_loss']:.3f} against {compress['compress_loss']:.3f}" in text
+
+
+def test_what_memories_do():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = records("memory_smollm2.jsonl")
+    parts = [record for record in found if record["suite"] == "stream"]
+    whole = parts[0]
+    assert parts[-1]["bit_for_bit"]
+    assert (
+        f"{whole['tokens']:,} tokens of a book in {whole['segments']} segments: a memory of {whole['memory_bytes']:,} "
+        f"bytes, {whole['tokens_per_second']:.0f} tokens a second" in text
+    )
+    assert f"from {whole['resident_mb'][0]:.1f} MB after the first tenth to {whole['resident_mb'][-1]:.1f} MB" in text
+    batch = [record for record in found if record["suite"] == "batch"]
+    ours, base = (
+        max(r["max_abs_difference"] for r in batch if bool(r.get("base_model_without_memory")) is plain)
+        for plain in (False, True)
+    )
+    assert all(record["same_argmax"] for record in batch if "same_argmax" in record)
+    assert (
+        f"differ by at most {ours:.4f} from those of the row alone" in text and f"{base:.5f} in the base model" in text
+    )
+    times, corrupted = [record for record in found if record["suite"] == "file"]
+    assert f"{corrupted['refused']:,} of {corrupted['corruptions']:,} damaged or foreign files were refused" in text
+    assert f"{times['file_bytes'] / 1e6:.1f} MB is loaded and checked in {times['load_ms']:.1f} ms" in text
+
+
+def test_what_comes_back_from_memories():
+    found = rows("README.md", 5)
+    for name in ("seen", "unseen"):
+        for record in records(f"expand_{name}_smollm2.jsonl"):
+            low, high = record.get("more_than_own", {}).get("ci95", (None, None))
+            assert [
+                f"{name}, {record['placement']}",
+                record["control"],
+                f"{record['exact']} of {record['rows']}",
+                f"{record['edit_distance']:.3f}",
+                "–" if low is None else f"{record['more_than_own']['mean']:.3f} ({low:.3f} to {high:.3f})",
+            ] in found
