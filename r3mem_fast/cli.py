@@ -314,7 +314,10 @@ def _compress(options):
 
     from . import Memory, storage
 
-    texts = _texts(options)
+    # The line break that ends a file stands between it and what goes on from there.
+    texts = {path: text.removesuffix("\n") for path, text in _texts(options).items()}
+    if options.memory is not None:
+        texts = {path: f"\n{text}" for path, text in texts.items()}
     if not Path(options.output).absolute().parent.is_dir():
         raise ValueError(f"there is no folder {Path(options.output).parent} to write the memory to")
     if Path(options.output).is_dir():

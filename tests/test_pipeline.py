@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model
 from r3mem_fast.cli import main
 from r3mem_fast.training.remember import CHECKPOINT
 
@@ -248,7 +248,7 @@ def test_the_commands(folder, tmp_path, capsys):
 
 def test_the_commands_of_memories(folder, tmp_path, capsys):
     text, target, memory = tmp_path / "ship.txt", str(tmp_path / "adapter"), str(tmp_path / "m.safetensors")
-    text.write_text("Ahab of the Pequod was mad.")
+    text.write_text("Ahab of the Pequod was mad.\n")
     arguments = ["--model", str(folder), "--core", "1,3", "--memory-tokens", "4", "--segment-length", "16"]
     arguments += ["--memory-segments", "2", "--adapter-rows", "memory", "--learning-rate", "1e-2", "--device", "cpu"]
     assert main(["remember", target, str(text), *arguments, "--max-steps", "600"]) == 0
@@ -270,9 +270,15 @@ def test_the_commands_of_memories(folder, tmp_path, capsys):
     capsys.readouterr()
     # Going on: the rest of the text in another file, into the same memory file.
     more = tmp_path / "more.txt"
-    more.write_text(" And so on, and on.")
+    more.write_text("And so on, and on.\n")
     assert main(["compress", target, str(more), "--memory", memory, "-o", memory, *run]) == 0
     assert "46 tokens in 1 rows" in capsys.readouterr().out
+    whole, at_once = tmp_path / "whole.txt", tmp_path / "whole.safetensors"
+    whole.write_text(text.read_text() + more.read_text())
+    assert main(["compress", target, str(whole), "-o", str(at_once), *run]) == 0
+    expected, found = Memory.load(at_once), Memory.load(memory)
+    assert all(torch.equal(tensor, found.tensors()[name]) for name, tensor in expected.tensors().items())
+    capsys.readouterr()
     both = tmp_path / "levels.safetensors"
     levels = ["--levels", "document", "entity"]
     assert main(["compress", target, str(text), str(more), "-o", str(both), *levels, *run]) == 0
