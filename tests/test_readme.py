@@ -96,10 +96,12 @@ def test_what_is_recalled():
             f"{record['steps']} steps",
         ):
             assert figure in (ROOT / "README.md").read_text()
-    one, expand, compress = records("recall_adapters_smollm2.jsonl")
-    text = (ROOT / "README.md").read_text()
-    assert f"backward loss {one['expand_loss']:.3f} against {expand['expand_loss']:.3f}" in text
-    assert f"{one['compress_loss']:.3f} against {compress['compress_loss']:.3f}" in text
+    text = " ".join((ROOT / "README.md").read_text().split())
+    adapters = records("recall_adapters_smollm2.jsonl")
+    for one, expand, compress in (adapters[:3], adapters[3:]):
+        assert one["seed"] == expand["seed"] == compress["seed"]
+        assert f"{one['expand_loss']:.3f} against {expand['expand_loss']:.3f}" in text
+        assert f"{one['compress_loss']:.3f} against {compress['compress_loss']:.3f}" in text
 
 
 def test_what_memories_do():
