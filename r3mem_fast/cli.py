@@ -330,7 +330,7 @@ def _compress(options):
     started = time.perf_counter()
     memory = pipeline.compress(
         texts,
-        memory=memory and memory.to(pipeline.model.device),
+        memory=None if memory is None else memory.to(pipeline.model.device),
         levels=options.levels or ("document",),
         finish=options.finish,
         progress=not options.json,
