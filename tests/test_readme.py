@@ -87,16 +87,19 @@ def test_what_is_recalled():
         counts = [str(record[count]) for count in ("exact", "empty", "similar_0.5")]
         assert [record["control"], *counts] in found
     assert f"gave {pages['exact']} of {pages['total']} contexts exactly" in (ROOT / "README.md").read_text()
-    for name in ("page", "three"):
-        (record,) = records(f"recall_{name}_smollm2.jsonl")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    pages = records("recall_page_smollm2.jsonl")
+    assert len({record["seed"] for record in pages}) == len(pages) == 2
+    for record in [*pages, *records("recall_three_smollm2.jsonl")]:
         assert record["exact"] == record["total"]
         for figure in (
             f"all {record['total']} contexts",
             f"{record['perplexity_ratio']:.3f} ×",
             f"{record['steps']} steps",
         ):
-            assert figure in (ROOT / "README.md").read_text()
-    text = " ".join((ROOT / "README.md").read_text().split())
+            assert figure in text
+    for record in pages:
+        assert f"{record['steps']} steps and {record['seconds']:.0f} s" in text
     adapters = records("recall_adapters_smollm2.jsonl")
     for one, expand, compress in (adapters[:3], adapters[3:]):
         assert one["seed"] == expand["seed"] == compress["seed"]
