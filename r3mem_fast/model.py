@@ -359,22 +359,21 @@ class R3MemModel(nn.Module):
         config = copy.deepcopy(settings.pop("generation_config", None) or own)
         lengths = {name: settings.pop(name, None) for name in _LENGTHS}
         config.max_new_tokens, config.min_new_tokens = _new_tokens(lengths, config, rows.ids.shape[1])
+        others = settings
         for chosen in (config, own):  # by which transformers fills in what the other leaves open
+            others = chosen.update(**settings)
             chosen.cache_implementation = chosen.max_length = chosen.min_length = None
             chosen.use_cache = True
         self._check_length(ids.shape[1] + config.max_new_tokens - 1, memory)
-        beams, sequences = (
-            settings.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
-        )
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         cache = self.cache_of(memory)
-        if max(beams, sequences) > 1:
-            cache.batch_repeat_interleave(max(beams, sequences))
-        if settings.get("streamer") is not None:
-            settings["streamer"] = _StreamerOfPrompts(settings["streamer"], rows.ids)
-        settings.pop("use_cache", None)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        if others.get("streamer") is not None:
+            others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
         with evaluating(self), _generation_config(base, own):
             output = base.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, **settings
+                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, **others
             )
         found = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
