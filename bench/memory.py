@@ -122,7 +122,7 @@ def _batch(options):
     for placement in PLACEMENTS:
         model, tokenizer = _model(options, torch.float32, memory_placement=placement, max_memory_segments=2)
         text = _ids(options, tokenizer, sum(_HISTORIES) + sum(_PROMPTS))[0]
-        *pieces, _ = text.split([*_HISTORIES, *_PROMPTS, len(text) - sum(_HISTORIES) - sum(_PROMPTS)])
+        pieces = text.split([*_HISTORIES, *_PROMPTS])
         prompts = [piece.tolist() for piece in pieces[len(_HISTORIES) :]]
         alone = [model.compress(*padded([piece.tolist()])) for piece in pieces[: len(_HISTORIES)]]
         together = Memory.cat(alone)

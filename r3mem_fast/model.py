@@ -366,7 +366,7 @@ class R3MemModel(nn.Module):
             chosen.use_cache = True
         self._check_length(ids.shape[1] + config.max_new_tokens - 1, memory)
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        cache = self.cache_of(memory)
+        cache = self._cache_of(memory)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         if others.get("streamer") is not None:
@@ -434,6 +434,9 @@ class R3MemModel(nn.Module):
     def cache_of(self, memory: Memory) -> PrefixCache:
         """A memory as `past_key_values` of the base model, or of its `generate`; see `Memory.to_cache`."""
         self.check_memory(memory)
+        return self._cache_of(memory)
+
+    def _cache_of(self, memory):
         return self._read(self._cache(adapted_rows=self._read_rows), memory)
 
     def origin(self) -> Origin:
@@ -484,7 +487,7 @@ class R3MemModel(nn.Module):
                 f"the memory is of another base model ({its.base[:12]}…) than this one ({mine.base[:12]}…)"
             )
         # With its adapters off for now, it reads what it wrote with them, too.
-        if its.adapter not in (mine.adapter, self._origin_with(adapters_off=False).adapter):
+        if its.adapter != mine.adapter and its.adapter != self._origin_with(adapters_off=False).adapter:
             raise ValueError("the memory was made with other adapters or settings than the model has; compress again")
         if memory.layout != self.layout:
             raise ValueError(f"the memory's layout is {memory.layout}, the model's {self.layout}")
