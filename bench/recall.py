@@ -33,7 +33,7 @@ from .records import add_output_option, add_record
 
 SUITES = ("page", "three", "pages", "arms", "adapters")
 _HELD_OUT_WINDOWS, _HELD_OUT_TOKENS = 12, 256
-# Of each control: reading them takes as long as learning a few pages.
+# Of most controls: reading them takes as long as learning a few pages.
 _CONTROL_QUERIES = 16
 
 
@@ -186,22 +186,24 @@ def _controls(pipeline, pairs, unseen):
         yield _control("adapters off, forward", asked, pipeline, forward=True)
     yield _control("forward, adapters on", asked, pipeline, forward=True)
     swapped = [(_swapped(pair, pairs), pair.context) for pair in pairs]
-    yield _control("entities swapped", [ask for ask in swapped if ask[0] not in (None, *queries)], pipeline)
+    swapped = [ask for ask in swapped if ask[0] not in (None, *queries)]
+    # All of them: that none comes back is said of each.
+    yield _control("entities swapped", swapped, pipeline, queries=len(swapped))
     halves = [(pair.query[: len(pair.query) // 2].rsplit(" ", 1)[0], pair.context) for pair in pairs]
     yield _control("first half of the query", [ask for ask in halves if ask[0] not in ("", *queries)], pipeline)
     yield _control("queries of unseen pages", [(pair.query, pair.context) for pair in unseen], pipeline)
 
 
-def _control(name, asked, pipeline, forward=False):
+def _control(name, asked, pipeline, forward=False, queries=_CONTROL_QUERIES):
     """Greedy recall of some `(query, context)`: how often the context comes back, how near, how often nothing."""
     # What never ends is read as far as the context goes: the longest last, so that few are read that far.
-    sample = random.Random(0).sample(asked, min(_CONTROL_QUERIES, len(asked)))
+    sample = random.Random(0).sample(asked, min(queries, len(asked)))
     sample.sort(key=lambda ask: len(pipeline._ids(ask[1])))
     read = _read_forward if forward else R3MemPipeline.recall
     found = []
     for start in range(0, len(sample), 16):
-        queries, contexts = zip(*sample[start : start + 16], strict=True)
-        found += read(pipeline, queries, max_new_tokens=len(pipeline._ids(contexts[-1])) + 16)
+        prompts, contexts = zip(*sample[start : start + 16], strict=True)
+        found += read(pipeline, prompts, max_new_tokens=len(pipeline._ids(contexts[-1])) + 16)
     near = [
         difflib.SequenceMatcher(None, text.split(), context.split(), autojunk=False).ratio()
         for text, (_, context) in zip(found, sample, strict=True)

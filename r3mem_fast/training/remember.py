@@ -40,7 +40,8 @@ class RememberSettings:
         goes on until it is no larger. None: without. anchor_weight: its weight in the objective. anchor_windows,
         anchor_tokens: of that text; one window a step.
     decoys: queries that have no context, in every `decoys_every`-th step: without them any query would be answered
-        with what was learned. 0: without.
+        with what was learned. None: one for each six pairs, four at least; the more is learned, the more queries are
+        near to one that is known. 0: without.
     margin: tokens predicted with a loss below it (nats) teach no more, so that nothing is learned further than needed.
     checkpoint_seconds: between checkpoints. seed: of the order and the samples.
     """
@@ -53,7 +54,7 @@ class RememberSettings:
     anchor_weight: float = 20.0
     anchor_windows: int = 24
     anchor_tokens: int = 48
-    decoys: int = 4
+    decoys: int | None = None
     decoys_every: int = 4
     margin: float = 0.03
     checkpoint_seconds: float = 30.0
@@ -62,7 +63,7 @@ class RememberSettings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name == "divergence":
+            if value is None and field.name in ("divergence", "decoys"):
                 continue
             least = _AT_LEAST.get(field.name, 0)
             if not least <= value < float("inf"):
@@ -158,6 +159,7 @@ class _Run:
     def __init__(self, model, tokenizer, pairs, settings, folder):
         self.model, self.tokenizer, self.pairs, self.settings = model, tokenizer, pairs, settings
         self.rows = [(self._ids(pair.context), self._ids(pair.query)) for pair in pairs]
+        self.decoys = max(4, len(pairs) // 6) if settings.decoys is None else settings.decoys
         self._refuse_what_cannot_come_back()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -228,8 +230,8 @@ class _Run:
             compress = model(**inputs, terms=["compress"]).compress_loss
             (config.compress_weight * compress).backward()
             self.compress_loss = compress.item()
-        if settings.decoys and "expand" in self.weights and self.step % settings.decoys_every == 0:
-            foreign = decoys(self.pairs, settings.decoys, random.Random(f"{settings.seed}/{self.step}"))
+        if self.decoys and "expand" in self.weights and self.step % settings.decoys_every == 0:
+            foreign = decoys(self.pairs, self.decoys, random.Random(f"{settings.seed}/{self.step}"))
             inputs = self._batch([([], self._ids(pair.query)) for pair in foreign])
             model(**inputs, terms=["expand"]).loss.backward()
         if self.anchor is not None:
