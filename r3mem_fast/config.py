@@ -6,6 +6,18 @@ from collections.abc import Sequence
 from .memory import PLACEMENTS, MemoryLayout
 from .reversible import MomentumCoupling
 from .reversible.direction import FORMS, core_of, momentum_bits
+from .reversible.replay import check_bptt_segments
+
+KEPT_SEGMENTS = ("none", "device", "host")
+# How a model is trained, and nothing about what it computes.
+TRAINING_SETTINGS = (
+    "bptt_segments",
+    "kept_segments",
+    "distillation_weight",
+    "compress_weight",
+    "expand_weight",
+    "cycle_weight",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +38,21 @@ class R3MemConfig:
         the inverse form (16, 22), beyond which it leaves the range of the streams.
     backward_momentum: of the inverse form: 1/2, 1/4, 1/16 or 1/256.
     num_memory_tokens: virtual memory tokens that are written after each segment (DESIGN 2.5), 1 to 1024; 0: none.
-    segment_length: of the segments that a history is compressed in, in tokens. max_memory_segments: of how many
+    segment_length: of the segments that a history is compressed in, in tokens. segment_overlap: of the tokens before a
+        segment that many, the last, are read again with it, as they are, behind the memory; `Memory` carries them.
+        What was said last matters most, and a memory need not hold it then. max_memory_segments: of how many
         segments, the last ones, the memory is kept and read; 1 is a recurrent memory. None: of all, up to half of
         the model's positions; beyond it compressing raises.
     memory_placement: what a memory is. "every_layer": the memory tokens' keys and values in every layer, read by that
         layer's attention. "input": their last hidden states, read as embeddings before the next segment.
     adapter_rows: which rows of the forward direction the adapters change. "all", or "memory": the memory tokens alone,
         so that without a memory the model is its base model, bit for bit. Backward they change all in either case.
+    bptt_segments: in training over several segments, gradients pass through the memories of at most so many of them,
+        counted from the first; None: of all. kept_segments: what is kept of each segment until the backward pass.
+        "none": nothing but its memory; it is run again then (DESIGN 2.8). "device": its last streams and side bits,
+        which saves that; "host": the same in host memory.
+    distillation_weight: of what the base model, with the full context, teaches in training over several segments: its
+        Kullback-Leibler divergence, in nats a token, is added to the loss with this weight. 0: it teaches nothing.
     compress_weight, expand_weight, cycle_weight: of the terms of the objective (DESIGN 2.7): the query from its
         context (with memory tokens: from the memory of it) in the forward direction; the context from its query, and
         the context from its memory, in the backward direction. The third only with memory tokens.
@@ -52,9 +72,13 @@ class R3MemConfig:
     backward_momentum: float = 0.5
     num_memory_tokens: int = 0
     segment_length: int = 256
+    segment_overlap: int = 0
     max_memory_segments: int | None = 1
     memory_placement: str = "every_layer"
     adapter_rows: str = "all"
+    bptt_segments: int | None = None
+    kept_segments: str = "none"
+    distillation_weight: float = 0.0
     compress_weight: float = 1.0
     expand_weight: float = 1.0
     cycle_weight: float = 1.0
@@ -72,6 +96,7 @@ class R3MemConfig:
         for name, least, most in (
             ("num_memory_tokens", 0, 1024),
             ("segment_length", 1, float("inf")),
+            ("segment_overlap", 0, float("inf")),
             ("max_memory_segments", 1, float("inf")),
         ):
             value = getattr(self, name)
@@ -79,10 +104,15 @@ class R3MemConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
-        for name, choices in (("memory_placement", PLACEMENTS), ("adapter_rows", ("all", "memory"))):
+        check_bptt_segments(self.bptt_segments)
+        for name, choices in (
+            ("memory_placement", PLACEMENTS),
+            ("adapter_rows", ("all", "memory")),
+            ("kept_segments", KEPT_SEGMENTS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("compress_weight", "expand_weight", "cycle_weight"):
+        for name in ("compress_weight", "expand_weight", "cycle_weight", "distillation_weight"):
             weight = getattr(self, name)
             if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
                 raise ValueError(f"{name} must be a number that is not negative, got {weight!r}")
@@ -116,18 +146,24 @@ class R3MemConfig:
         written, segments = self.num_memory_tokens, self.max_memory_segments
         if not written:
             return None
-        rest = self.segment_length + written
+        rest = self.segment_overlap + self.segment_length + written
         if segments is None:
             if max_tokens is None:
                 raise ValueError("max_memory_segments=None needs a model that names its positions; give a number")
             segments = (max_tokens - max(rest, max_tokens // 2)) // written
         if segments < 1 or (max_tokens is not None and segments * written + rest > max_tokens):
             raise ValueError(
-                f"{max(segments, 1)} segments of memory of {written} tokens, a segment of {self.segment_length} and "
-                f"{written} to write do not fit into the model's {max_tokens} positions"
+                f"{max(segments, 1)} segments of memory of {written} tokens, a segment of {self.segment_length} with "
+                f"{self.segment_overlap} from before it and {written} to write do not fit into the model's "
+                f"{max_tokens} positions"
             )
         return MemoryLayout(
-            written, self.segment_length, segments, self.max_memory_segments is None, self.memory_placement
+            written,
+            self.segment_length,
+            segments,
+            self.max_memory_segments is None,
+            self.memory_placement,
+            self.segment_overlap,
         )
 
     def to_dict(self) -> dict:

@@ -30,9 +30,10 @@ _NO_DIGEST = "0" * 64
 class MemoryLayout:
     """What memories must have in common to be read by one model.
 
-    num_memory_tokens: written after each segment. segment_length: in tokens. readable_segments: of how many segments,
-    the last ones, the memory is kept. keeps_all: whether more of them are an error, not forgotten. placement:
-    "every_layer" or "input", see `R3MemConfig.memory_placement`.
+    num_memory_tokens: written after each segment. segment_length: in tokens, without those that are read again.
+    readable_segments: of how many segments, the last ones, the memory is kept. keeps_all: whether more of them are an
+    error, not forgotten. placement: "every_layer" or "input", see `R3MemConfig.memory_placement`. segment_overlap: so
+    many tokens before a segment, the last, are read again with it.
     """
 
     num_memory_tokens: int
@@ -40,6 +41,7 @@ class MemoryLayout:
     readable_segments: int
     keeps_all: bool
     placement: str
+    segment_overlap: int = 0
 
     @property
     def first_position(self) -> int:
@@ -65,6 +67,7 @@ class Memory:
         before the first layer. N is the same for all rows: a row with fewer has its own last, zeros before.
     num_segments, tokens_seen: int64 `[B]`, on the CPU: compressed segments, and tokens, those that are unfinished too.
     unfinished: of each row, the ids of a segment that is not full yet, int64 `[n]`, on the CPU.
+    recent: of each row, the last ids before these, at most `segment_overlap`, which are read with it again.
     labels: of each row, `(level, name)` as ("document", "chapter 1"), or None.
     """
 
@@ -72,6 +75,7 @@ class Memory:
     num_segments: torch.Tensor
     tokens_seen: torch.Tensor
     unfinished: tuple[torch.Tensor, ...]
+    recent: tuple[torch.Tensor, ...]
     labels: tuple[tuple[str, str] | None, ...]
     layout: MemoryLayout
     origin: Origin
@@ -97,15 +101,15 @@ class Memory:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds: `states`, `num_segments`, `tokens_seen`, `unfinished` (rows one after the other) and
-        `unfinished_lengths`."""
-        lengths = [len(row) for row in self.unfinished]
-        return {
-            "states": self.states,
-            "num_segments": self.num_segments,
-            "tokens_seen": self.tokens_seen,
-            "unfinished": torch.cat([*self.unfinished, torch.zeros(0, dtype=torch.int64)]),
-            "unfinished_lengths": torch.tensor(lengths, dtype=torch.int64),
-        }
+        `unfinished_lengths`; with a segment overlap also `recent` and `recent_lengths`."""
+        ragged = {"unfinished": self.unfinished}
+        if self.layout.segment_overlap:
+            ragged["recent"] = self.recent
+        found = {"states": self.states, "num_segments": self.num_segments, "tokens_seen": self.tokens_seen}
+        for name, rows in ragged.items():
+            found[name] = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
+            found[f"{name}_lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        return found
 
     def visible(self) -> torch.Tensor:
         """Which of its memory tokens each row has: bool `[B, N]`, on the memory's device."""
@@ -156,6 +160,7 @@ class Memory:
             num_segments=self.num_segments[indices],
             tokens_seen=self.tokens_seen[indices],
             unfinished=tuple(self.unfinished[i] for i in pick),
+            recent=tuple(self.recent[i] for i in pick),
             labels=tuple(self.labels[i] for i in pick),
         )
 
@@ -194,6 +199,7 @@ class Memory:
             num_segments=torch.cat([m.num_segments for m in memories]),
             tokens_seen=torch.cat([m.tokens_seen for m in memories]),
             unfinished=sum((m.unfinished for m in memories), ()),
+            recent=sum((m.recent for m in memories), ()),
             labels=sum((m.labels for m in memories), ()),
         )
 
@@ -306,22 +312,22 @@ def _digest(content):
 def _from_tensors(cls, metadata, tensors):
     """Raises ValueError, or an error of a value of another type, if it does not fit together."""
     layout, origin = MemoryLayout(**metadata["layout"]), Origin(**metadata["origin"])
-    numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments)
+    numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments, layout.segment_overlap + 1)
     if layout.placement not in PLACEMENTS or not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError(f"its layout is {layout}")
     if not all(isinstance(part, str) for part in (origin.base, origin.adapter, origin.tokenizer or "")):
         raise ValueError(f"its origin is {origin}")
-    states, unfinished, lengths = (tensors[name] for name in ("states", "unfinished", "unfinished_lengths"))
-    segments, seen = tensors["num_segments"].cpu(), tensors["tokens_seen"].cpu()
+    states, segments, seen = tensors["states"], tensors["num_segments"].cpu(), tensors["tokens_seen"].cpu()
     labels = metadata["labels"]
     rows = len(labels)
-    if not all(c.shape == (rows,) and c.dtype == torch.int64 and (c >= 0).all() for c in (segments, seen, lengths)):
+    if not all(c.shape == (rows,) and c.dtype == torch.int64 and (c >= 0).all() for c in (segments, seen)):
         raise ValueError("its tensors are of different numbers of rows")
     if not all(map(_is_label, labels)):
         raise ValueError(f"its labels are {labels}")
-    unfinished = unfinished.cpu()
-    if unfinished.shape != (lengths.sum(),) or unfinished.dtype != torch.int64 or (unfinished < 0).any():
-        raise ValueError("its unfinished tokens are not what it says")
+    unfinished = _ragged(tensors, "unfinished", rows)
+    recent = (torch.zeros(0, dtype=torch.int64),) * rows
+    if layout.segment_overlap:
+        recent = _ragged(tensors, "recent", rows, longest=layout.segment_overlap)
     kept = int(segments.clamp_max(layout.readable_segments).max()) if rows else 0
     fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
     fits = fits and states.shape[_BATCH[layout.placement]] == rows
@@ -333,8 +339,19 @@ def _from_tensors(cls, metadata, tensors):
         states,
         segments,
         seen,
-        unfinished.split(lengths.tolist()),
+        unfinished,
+        recent,
         tuple(label and tuple(label) for label in labels),
         layout,
         origin,
     )
+
+
+def _ragged(tensors, name, rows, longest=None):
+    """Rows of token ids, which stand one after the other. Raises ValueError if they are not what their lengths say."""
+    ids, lengths = tensors[name].cpu(), tensors[f"{name}_lengths"].cpu()
+    fits = lengths.shape == (rows,) and lengths.dtype == torch.int64 and (lengths >= 0).all()
+    fits = fits and (longest is None or not rows or lengths.max() <= longest)
+    if not fits or ids.shape != (lengths.sum(),) or ids.dtype != torch.int64 or (ids < 0).any():
+        raise ValueError(f"its {name} tokens are not what it says")
+    return ids.split(lengths.tolist())

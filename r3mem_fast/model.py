@@ -10,10 +10,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
@@ -23,32 +25,24 @@ from .memory import Memory, Origin, appended, empty_states
 from .reversible import make_reversible, reading_backward
 from .reversible.cache import PrefixCache
 from .reversible.convert import check_convertible, find_decoder_layers, reversible_layers, stack_of, text_config
+from .reversible.replay import replay
 from .reversible.rotary import is_rotary
+from .segments import IGNORED as _IGNORED
+from .segments import after, cut
 
-_IGNORED = -100
 # As transformers has it where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
-# What the memory settles, or what R3MemOutput has no place for.
-_NOT_BEHIND_A_MEMORY = {
-    "past_key_values",
-    "position_ids",
-    "inputs_embeds",
-    "logits_to_keep",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-}
 
 
 @dataclasses.dataclass
 class R3MemOutput(ModelOutput):
     """What `R3MemModel.forward` returns.
 
-    loss: float scalar, or None without labels. logits: see `forward`. compress_loss, expand_loss, cycle_loss: the
-    terms of the objective, unweighted; None where they were not computed. targets: with a query, what `logits`
-    predict.
-    cycle_logits: as `logits`, read from the memory of the context in place of the query.
+    loss: float scalar, or None without labels. logits: see `forward`; None where it trains through several segments.
+    compress_loss, expand_loss, cycle_loss: the terms of the objective, unweighted; None where they were not computed.
+    targets: with a query, what `logits` predict. cycle_logits: as `logits`, read from the memory of the context in
+    place of the query.
     """
 
     loss: torch.Tensor | None = None
@@ -75,8 +69,8 @@ class R3MemModel(nn.Module):
     whose config names no end-of-text token; the base model is then as it was.
     """
 
-    # Its loss is a mean; a trainer that accumulates gradients divides by the number of batches itself.
-    accepts_loss_kwargs = False
+    # For a trainer that accumulates gradients: the loss is a mean over `num_items_in_batch` tokens, if that is given.
+    accepts_loss_kwargs = True
 
     def __init__(self, base, config: R3MemConfig | None = None):
         super().__init__()
@@ -141,15 +135,23 @@ class R3MemModel(nn.Module):
         query_attention_mask=None,
         terms=None,
         memory: Memory | None = None,
+        num_items_in_batch=None,
         **inputs,
     ) -> R3MemOutput:
-        """The base model's forward pass, behind a memory if there is one; with a query, the objective of pairs.
+        """The base model's forward pass, segment by segment behind memories; with a query, the objective of pairs.
 
         input_ids, attention_mask, labels: int64 `[B, T]`, of the contexts; labels are -100 where they do not count.
         query_input_ids, query_attention_mask: int64 `[B, Q]`. Rows may be padded on either side, as the masks say.
-        memory: of as many rows. Its unfinished tokens are read before the row's own.
+        memory: of as many rows. Its unfinished tokens are read before the row's own. num_items_in_batch: by which the
+        loss is divided in place of the number of tokens that count, so that the losses of several batches add up to
+        the mean over all of them (with a query: each term is multiplied by the batch's share of their labels).
 
-        Without a query: what the base model returns, as an `R3MemOutput`, with its `logits` `[B, T, V]`.
+        Without a query: what the base model returns, as an `R3MemOutput`, with its `logits` `[B, T, V]`. With labels
+        and memory tokens, rows longer than a segment are read in segments of `segment_length` tokens, each behind the
+        memory of those before (and `segment_overlap` tokens of them); the loss is the mean over all tokens. In
+        training through several segments only their memories are kept, each is run again in the backward pass
+        (`kept_segments`, DESIGN 2.8), and there are no `logits`. Without its adapters (`disable_adapters`) and a
+        memory it is the base model, whatever the length.
         With one, `loss` is the sum of the objective's terms with their weights from the config, each a mean over
         tokens (DESIGN 2.7): `compress` is `-log p(query | context)`, forward, where with memory tokens the context is
         read from the memory of it; `expand` is `-log p(context | query)`, backward; `cycle` is
@@ -165,13 +167,24 @@ class R3MemModel(nn.Module):
         memory.
         """
         if query_input_ids is None:
-            if memory is None:
+            if inputs.pop("use_cache", None):
+                raise ValueError("R3MemModel.forward returns no cache; use generate, or the base model")
+            rows = _Rows(input_ids, attention_mask, labels)
+            if memory is None and (labels is None or self._is_one_pass(rows)):
+                extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
                 with self._without_memory():
                     output = self.peft_model(
-                        input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs
-                    )
+                        input_ids=rows.ids, attention_mask=attention_mask, labels=labels, use_cache=False,
+                        **extra, **inputs,
+                    )  # fmt: skip
                 return R3MemOutput(loss=output.loss, logits=output.logits)
-            return self._behind(memory, _Rows(input_ids, attention_mask, labels), labels is not None, inputs)
+            if inputs:
+                raise ValueError(f"behind a memory, forward takes no {sorted(inputs)}")
+            if memory is None:
+                memory = self._empty(len(rows.ids), origin=None)
+            else:
+                self.check_memory(memory, len(rows.ids))
+            return self._in_segments(memory, rows, labels is not None, num_items_in_batch)
         if refused := sorted([*inputs, *(["memory"] if memory is not None else [])]):
             raise ValueError(f"with query_input_ids, forward takes no {refused}")
         contexts = _Rows(input_ids, attention_mask, labels)
@@ -205,7 +218,15 @@ class R3MemModel(nn.Module):
             output.targets = targets if output.targets is None else output.targets
         if labels is not None:
             output.loss = sum(weights[term] * output[f"{term}_loss"] for term in terms)
+            if num_items_in_batch is not None:
+                output.loss = output.loss * ((labels != _IGNORED).sum() / num_items_in_batch)
         return output
+
+    def _is_one_pass(self, rows):
+        """Whether rows without a memory are read as the base model reads them."""
+        if self.layout is None or stack_of(self.peft_model).bypassed:
+            return True
+        return int(rows.mask.sum(1).max()) <= self.layout.segment_length
 
     def _backward(self):
         config = self.r3mem_config
@@ -222,33 +243,156 @@ class R3MemModel(nn.Module):
         """Of how many of the last tokens that stand behind a memory, forward, the adapters change anything."""
         return 0 if self.r3mem_config.adapter_rows == "memory" else None
 
-    def _behind(self, memory, rows, with_loss, inputs):
-        """The forward pass of rows behind a memory."""
-        self.check_memory(memory, len(rows.ids))
-        if inputs.keys() & _NOT_BEHIND_A_MEMORY:
-            raise ValueError(f"behind a memory, forward takes no {sorted(inputs.keys() & _NOT_BEHIND_A_MEMORY)}")
-        before = self._unfinished(memory)
-        width = before.ids.shape[1]
-        joined = before.joined(rows)
-        # Padding between tokens would use up a sliding window.
-        ids, mask, labels, order = joined.left_padded_with_labels()
-        self._check_length(ids.shape[1], memory)
-        output = self.peft_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask),
-            past_key_values=self._read(self._cache(keep=False, adapted_rows=self._read_rows), memory),
-            labels=labels if with_loss else None,
-            **inputs,
-        )
-        places = order.argsort(1)[:, width:, None]
-        return R3MemOutput(
-            loss=output.loss, logits=output.logits.gather(1, places.expand(-1, -1, output.logits.shape[2]))
-        )
+    def _in_segments(self, memory, rows, with_loss, num_items):
+        """The forward pass of rows behind a memory, segment by segment."""
+        ids, labels = rows.lists(), rows.lists(rows.labels)
+        # Logits alone are those that `generate` continues by: of one pass.
+        length = None if with_loss else max(1, *map(len, map(torch.cat, zip(memory.unfinished, ids, strict=True))))
+        segments = cut(memory, ids, labels, finish=True, writes_all=False, length=length)
+        for segment in segments:
+            self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
+        if num_items is None:
+            num_items = max(1, sum(int((segment.targets != _IGNORED).sum()) for segment in segments))
+        training = with_loss and self._trains_through(segments)
+        teacher = self._teacher_logits(memory, rows) if training and self.r3mem_config.distillation_weight else None
+
+        def outcome(segment, hidden):
+            return self._outcome(segment, hidden, with_loss, num_items, not training, teacher)
+
+        outcomes, _ = self._through(segments, memory, outcome)
+        output = R3MemOutput()
+        if with_loss:
+            output.loss = sum(found["loss"] for found in outcomes)
+        if not training:
+            output.logits = self._placed(rows, segments, [found["logits"] for found in outcomes])
+        return output
+
+    def _outcome(self, segment, hidden, with_loss, num_items, with_logits, teacher):
+        """Loss and logits of a segment whose last hidden states are known, in a dict."""
+        targets = segment.targets.to(self.device)
+        inputs = {"labels": targets, "shift_labels": targets, "num_items_in_batch": num_items} if with_loss else {}
+        output = self._head(hidden, **inputs)
+        found = {"loss": output.loss} if with_loss else {}
+        if with_logits:
+            found["logits"] = output.logits
+        if teacher is not None:
+            if output.logits is None:
+                raise ValueError(
+                    "distillation needs the logits, which a fused loss (Liger's) does not make; apply it with "
+                    "fused_linear_cross_entropy=False"
+                )
+            counted = targets != _IGNORED
+            wanted = teacher[torch.tensor(segment.rows, device=self.device)[:, None], segment.places.to(self.device)]
+            wanted = wanted[counted].float().log_softmax(-1)
+            divergence = kl_div(
+                output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True
+            )
+            found["loss"] = found["loss"] + self.r3mem_config.distillation_weight * divergence / num_items
+        return found
+
+    @torch.no_grad()
+    def _teacher_logits(self, memory, rows):
+        """The base model's logits with the full context: `[B, T, V]`, padded on the right."""
+        if memory.tokens_seen.any():
+            raise ValueError(
+                "distillation_weight: the teacher reads the full context, of which a memory holds only a part; train "
+                "without one, or set the weight to 0"
+            )
+        ids, mask, _ = rows.right_padded(self.end_token_id)
+        ids, mask = ids[:, :-1], mask[:, :-1]
+        if self.max_tokens is not None and ids.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"distillation_weight: the teacher reads all {ids.shape[1]} tokens at once, and the model has "
+                f"{self.max_tokens} positions; use shorter rows, or set the weight to 0"
+            )
+        with evaluating(self), self.disable_adapters():
+            return self.peft_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def _placed(self, rows, segments, logits):
+        """Logits `[B, T, V]` where the rows' own tokens stand, zeros in padding, from those of segments."""
+        pieces = [[] for _ in rows.ids]
+        for segment, found in zip(segments, logits, strict=True):
+            for row, (start, end), values in zip(segment.rows, segment.own, found, strict=True):
+                pieces[row].append(values[len(values) - (end - start) :])
+        some = logits[0]
+        placed = some.new_zeros(*rows.ids.shape, some.shape[-1])
+        kept = [torch.cat(found) for found in pieces if found]
+        return placed.masked_scatter(rows.mask.bool()[..., None], torch.cat(kept))
+
+    def _through(self, segments, memory, outcome, advance=None):
+        """Read segments one after the other: what `outcome(segment, hidden)` makes of each, and the last states."""
+        config = self.r3mem_config
+        states = memory.states.to(self.device, self.peft_model.dtype)
+
+        def step(segment, states):
+            hidden, states = self._segment(segment, states, memory)
+            return outcome(segment, hidden), states
+
+        training = self._trains_through(segments)
+        if training and config.kept_segments == "none":
+            return replay(self, step, segments, states, bptt_segments=config.bptt_segments)
+        outcomes = []
+        for index, segment in enumerate(segments):
+            if training and index and config.bptt_segments is not None and index % config.bptt_segments == 0:
+                states = states.detach()
+            with self._kept(training):
+                hidden, states = self._segment(segment, states, memory)
+                if training:  # the logits are as large as all else that a segment computes
+                    outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
+                else:
+                    outcomes.append(outcome(segment, hidden))
+            if advance is not None:
+                advance(sum(end - start for start, end in segment.own))
+        return outcomes, states
+
+    def _trains_through(self, segments):
+        return self.training and torch.is_grad_enabled() and len(segments) > 1
+
+    def _kept(self, training):
+        """Where what is kept of a segment for the backward pass is kept."""
+        if training and self.r3mem_config.kept_segments == "host":
+            return stack_of(self.peft_model).on_host()
+        return contextlib.nullcontext()
+
+    def _segment(self, segment, states, memory):
+        """A segment behind the memory with these states: its last hidden states `[A, n, hidden_size]`, new states."""
+        rows = list(segment.rows)
+        memory = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
+        read = memory.rows(rows) if len(rows) < len(memory) else memory
+        embeddings = self.peft_model.get_input_embeddings()(segment.ids.to(self.device))
+        mask, count = segment.mask.to(self.device), 0
+        if segment.writes:
+            count = self.layout.num_memory_tokens
+            written = self.memory_embeddings.to(embeddings.dtype).expand(len(rows), -1, -1)
+            embeddings = torch.cat([embeddings, written], 1)
+            mask = torch.cat([mask, mask.new_ones(len(rows), count)], 1)
+        adapted_rows = count if self.r3mem_config.adapter_rows == "memory" else None
+        cache = self._cache(keep=False, capture=count, adapted_rows=adapted_rows)
+        hidden = self._decode_embeddings(embeddings, mask, self._read(cache, read))
+        if segment.writes:
+            written = hidden[:, -count:] if self.layout.placement == "input" else cache.captured()
+            states = appended(states, written, rows, self.layout)
+        return hidden[:, : hidden.shape[1] - count], states
+
+    def _head(self, hidden, **inputs):
+        """The base model's output where its decoder's last hidden states `[B, T, hidden_size]` are known.
+
+        Its own head and loss, whatever they are: only the decoder is left out.
+        """
+        result = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        own = vars(self._decoder)
+        before = own.get("forward")
+        own["forward"] = lambda *args, **kwargs: result
+        try:
+            return self.peft_model(inputs_embeds=hidden, use_cache=False, **inputs)
+        finally:
+            del own["forward"]
+            if before is not None:
+                own["forward"] = before
 
     def _unfinished(self, memory):
-        """What a memory has not compressed yet, as rows padded on the left: `[B, longest]`."""
-        return _left_padded(memory.unfinished, self.device)
+        """What a memory carries as tokens, as rows padded on the left: `[B, longest]`."""
+        return _left_padded(list(map(torch.cat, zip(memory.recent, memory.unfinished, strict=True))), self.device)
 
     def _continued(self, prompts, continuations, memory=None, adapted_rows=None):
         """Logits that predict the continuations of prompts, `[B, N + 1, V]`, and their targets `[B, N + 1]`."""
@@ -426,6 +570,7 @@ class R3MemModel(nn.Module):
             num_segments=torch.zeros(rows, dtype=torch.int64),
             tokens_seen=torch.zeros(rows, dtype=torch.int64),
             unfinished=(torch.zeros(0, dtype=torch.int64),) * rows,
+            recent=(torch.zeros(0, dtype=torch.int64),) * rows,
             labels=(None,) * rows,
             layout=self.layout,
             origin=origin,
@@ -499,45 +644,16 @@ class R3MemModel(nn.Module):
 
     def _after(self, rows, memory, finish, advance=None):
         """The memory after some more tokens, lists of int64 on the CPU. Differentiable."""
-        rows = [torch.cat(pair) for pair in zip(memory.unfinished, rows, strict=True)]
-        length = self.layout.segment_length
-        memory = memory.to(self.device, self.peft_model.dtype)
-        segments = memory.num_segments.clone()
-        read = 0
-        while active := [i for i, row in enumerate(rows) if len(row) - read >= (1 if finish else length)]:
-            if self.layout.keeps_all and segments[active].max() >= self.layout.readable_segments:
-                raise ValueError(
-                    f"max_memory_segments=None keeps {self.layout.readable_segments} segments within the model's "
-                    "positions, and this is one more (to expand a memory compresses what is unfinished in it); use a "
-                    "number, or longer segments"
-                )
-            pieces = [rows[i][read : read + length] for i in active]
-            written = self._write(pieces, memory.rows(active) if len(active) < len(rows) else memory)
-            segments = segments.index_add(0, torch.tensor(active), torch.ones(len(active), dtype=torch.int64))
-            states = appended(memory.states, written, active, self.layout)
-            memory = dataclasses.replace(memory, states=states, num_segments=segments)
-            read += length
-            if advance is not None:
-                advance(sum(map(len, pieces)))
-        seen = torch.tensor([len(row) - len(old) for row, old in zip(rows, memory.unfinished, strict=True)])
-        return dataclasses.replace(
-            memory,
-            tokens_seen=memory.tokens_seen + seen,
-            # A copy: a piece of a long text would keep all of it.
-            unfinished=tuple(row[len(row) // length * length if not finish else len(row) :].clone() for row in rows),
-        )
-
-    def _write(self, pieces, memory):
-        """What the memory tokens hold after a segment of each row: as the memory's states, one segment."""
-        rows = _left_padded(pieces, self.device)
-        embeddings = self.peft_model.get_input_embeddings()(rows.ids)
-        written = self.memory_embeddings.to(embeddings.dtype).expand(len(pieces), -1, -1)
-        count = written.shape[1]
-        mask = torch.cat([rows.mask, rows.mask.new_ones(len(pieces), count)], 1)
-        adapted_rows = count if self.r3mem_config.adapter_rows == "memory" else None
-        cache = self._cache(keep=False, capture=count, adapted_rows=adapted_rows)
-        hidden = self._decode_embeddings(torch.cat([embeddings, written], 1), mask, self._read(cache, memory))
-        return hidden[:, -count:] if self.layout.placement == "input" else cache.captured()
+        segments = cut(memory, rows, finish=finish, writes_all=True)
+        carried = after(memory, rows, segments)
+        readable = self.layout.readable_segments
+        if self.layout.keeps_all and len(carried["num_segments"]) and carried["num_segments"].max() > readable:
+            raise ValueError(
+                f"max_memory_segments=None keeps {readable} segments within the model's positions, and this is more "
+                "(to expand a memory compresses what is unfinished in it); use a number, or longer segments"
+            )
+        _, states = self._through(segments, memory, lambda segment, hidden: (), advance)
+        return dataclasses.replace(memory, states=states, **carried)
 
     def _read(self, cache, memory):
         """Let a cache read a memory, in the direction that the model is being read in."""
@@ -774,10 +890,10 @@ class _Rows:
         self.mask = torch.ones_like(ids) if mask is None else (mask != 0).to(torch.int64)
         self.labels = ids if labels is None else labels
 
-    def lists(self):
-        """The tokens of each row, without padding, on the CPU."""
-        ids, mask = self.ids.cpu(), self.mask.cpu().bool()
-        return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+    def lists(self, values=None):
+        """The tokens of each row, or what stands in their places in `values`, without padding, on the CPU."""
+        values, mask = (self.ids if values is None else values).cpu(), self.mask.cpu().bool()
+        return [row[keep] for row, keep in zip(values, mask, strict=True)]
 
     def joined(self, rows):
         """These and, after them, others: whose labels count, where they are no padding, while these' do not."""

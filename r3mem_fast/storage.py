@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import r3mem_fast
 
-from .config import R3MemConfig
+from .config import TRAINING_SETTINGS, R3MemConfig
 from .files import flush
 from .models import load_model
 from .reversible.convert import text_config
@@ -216,7 +216,11 @@ def adapter_fingerprint(model, settings) -> str:
 
     settings: of `adapter_settings`. In which precision the same values are held does not matter.
     """
-    described = [{k: v for k, v in model.r3mem_config.to_dict().items() if not k.endswith("_weight")}, settings]
+    # A setting at its default, and one that was not known when a memory was made, are the same.
+    values, defaults = model.r3mem_config.to_dict(), R3MemConfig().to_dict()
+    added = {"segment_overlap"}
+    values = {k: v for k, v in values.items() if k not in TRAINING_SETTINGS and not (k in added and v == defaults[k])}
+    described = [values, settings]
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
     tensors = {} if model.layout is None else {"memory_embeddings": model.memory_embeddings}
     for adapter in model.peft_model.active_adapters:

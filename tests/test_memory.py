@@ -38,6 +38,7 @@ def made(segments=(1, 3, 0), placement="every_layer", dtype=torch.float32, seed=
         torch.tensor(segments),
         torch.tensor([8 * n + len(ids) for n, ids in zip(segments, rest, strict=True)]),
         rest,
+        (torch.zeros(0, dtype=torch.int64),) * len(segments),
         tuple(("document", f"d{index}") for index in range(len(segments))),
         layout(placement),
         ORIGIN,

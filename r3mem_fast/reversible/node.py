@@ -95,7 +95,7 @@ class Step:
         leaf.register_hook(_refuse_capture)
         with self._surroundings.recorded(), torch.enable_grad(), _nothing_saved():
             branch, new_states = self._call(leaf, self._leaves, self._past)
-        _refuse_outside_tensors(self.layer, (branch, *new_states), [leaf, *self.inputs()])
+        refuse_outside_tensors(f"a {type(self.layer).__name__}", (branch, *new_states), [leaf, *self.inputs()])
         return branch.detach(), tuple(state.detach() for state in new_states)
 
     def evaluate_again(self, hidden):
@@ -339,7 +339,7 @@ class LayerNode(torch.autograd.Function):
                 grads.append(gradient)
         if not ctx.needs_input_grad[4]:  # the layers below, and what lies before them, are frozen
             leaves = leaves[1:]
-        with _hooks_paused(leaves):
+        with hooks_paused(leaves):
             gradients = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
         if ctx.needs_input_grad[4]:
             grad_branch, *grad_inputs = gradients
@@ -391,8 +391,8 @@ def _modes_and_hooks(layer):
     return (modes, trainable), hooks
 
 
-def _refuse_outside_tensors(layer, outputs, known):
-    """Raise ValueError if a tensor that wants a gradient entered a branch by no argument and no parameter.
+def refuse_outside_tensors(where, outputs, known):
+    """Raise ValueError if a tensor that wants a gradient entered a layer or a segment by no argument and no parameter.
 
     outputs: of the first evaluation. known: the tensors that gradients are delivered to.
     """
@@ -408,9 +408,8 @@ def _refuse_outside_tensors(layer, outputs, known):
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in leaves:
             raise ValueError(
-                f"a tensor {list(leaf.shape)} that requires a gradient enters a {type(layer).__name__} from outside "
-                "(by a hook, say) and would get none. Register it as a parameter of the layer, or pass it as an "
-                "argument."
+                f"a tensor {list(leaf.shape)} that requires a gradient enters {where} from outside (by a hook, say) "
+                "and would get none. Register it as a parameter, or pass it as an argument."
             )
         waiting += [function for function, _ in node.next_functions if function is not None]
 
@@ -427,7 +426,7 @@ def _refuse_capture(_):
 
 
 @contextlib.contextmanager
-def _hooks_paused(leaves):
+def hooks_paused(leaves):
     """Keep hooks on parameters for the outer backward pass: the inner one only computes, it does not deliver."""
     hooked = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
     saved = [dict(hooks) for hooks in hooked]

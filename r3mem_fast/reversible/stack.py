@@ -51,6 +51,7 @@ class ReversibleStack:
         self.bypassed = False
         self.stored = False
         self.recording = None
+        self._forgetting = False
         self.checkpointing_refused = False
         self._pending = {}  # flags of passes since they were last asked for, by device
         self._observed = None
@@ -101,6 +102,15 @@ class ReversibleStack:
         self._passing.hand_on(state, hidden)
         return hidden
 
+    @contextlib.contextmanager
+    def forgetting(self):
+        """While this lasts, layers compute exactly what they do in training, and keep nothing to go back by."""
+        before, self._forgetting = self._forgetting, True
+        try:
+            yield
+        finally:
+            self._forgetting = before
+
     def _branch(self, index, kwargs):
         """A layer's branch; if adapters are to act on some rows alone, one in which they do."""
         branch_of = self._plain if self.bypassed else self.branches[index]
@@ -123,6 +133,13 @@ class ReversibleStack:
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or _any_requires_grad(layer, kwargs))
         if wanted or self.recording is not None:
             step = Step(layer, branch_of, kwargs, hidden.device)
+            if self._forgetting:
+                _refuse_captured_outputs(kwargs)
+                state.begin_step(None)
+                branch, new_states = step.evaluate(state.input_of_next(hidden))
+                step.write_cache(new_states)
+                with torch.no_grad():
+                    return state.forward(branch, update)
             if wanted:
                 _refuse_captured_outputs(kwargs)
                 hidden, *new_states = LayerNode.apply(self, state, step, update, hidden, *step.inputs())
