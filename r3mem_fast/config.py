@@ -13,6 +13,7 @@ KEPT_SEGMENTS = ("none", "device", "host")
 TRAINING_SETTINGS = (
     "bptt_segments",
     "kept_segments",
+    "offload_side_bits",
     "distillation_weight",
     "compress_weight",
     "expand_weight",
@@ -51,8 +52,9 @@ class R3MemConfig:
         counted from the first; None: of all. kept_segments: what is kept of each segment until the backward pass.
         "none": nothing but its memory; it is run again then (DESIGN 2.8). "device": its last streams and side bits,
         which saves that; "host": the same in host memory.
-    distillation_weight: of what the base model, with the full context, teaches in training over several segments: its
-        Kullback-Leibler divergence, in nats a token, is added to the loss with this weight. 0: it teaches nothing.
+    offload_side_bits: of training, let them wait in host memory, see `make_reversible`.
+    distillation_weight: in training over several segments the loss is `(1 - w) * cross-entropy + w * divergence`: the
+        Kullback-Leibler divergence, in nats a token, from the base model with the full context. 0 to 1; 0: without.
     compress_weight, expand_weight, cycle_weight: of the terms of the objective (DESIGN 2.7): the query from its
         context (with memory tokens: from the memory of it) in the forward direction; the context from its query, and
         the context from its memory, in the backward direction. The third only with memory tokens.
@@ -78,6 +80,7 @@ class R3MemConfig:
     adapter_rows: str = "all"
     bptt_segments: int | None = None
     kept_segments: str = "none"
+    offload_side_bits: bool = False
     distillation_weight: float = 0.0
     compress_weight: float = 1.0
     expand_weight: float = 1.0
@@ -112,7 +115,9 @@ class R3MemConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("compress_weight", "expand_weight", "cycle_weight", "distillation_weight"):
+        if not (isinstance(self.distillation_weight, (int, float)) and 0 <= self.distillation_weight <= 1):
+            raise ValueError(f"distillation_weight must be a number from 0 to 1, got {self.distillation_weight!r}")
+        for name in ("compress_weight", "expand_weight", "cycle_weight"):
             weight = getattr(self, name)
             if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
                 raise ValueError(f"{name} must be a number that is not negative, got {weight!r}")

@@ -96,7 +96,9 @@ class R3MemModel(nn.Module):
             raise ValueError("the model's config has no eos_token_id, which ends a recalled context; set it")
         if not isinstance(base, PeftModel):
             base = get_peft_model(base, self._lora_config(base))
-        self.peft_model = make_reversible(base, self.r3mem_config.coupling())
+        self.peft_model = make_reversible(
+            base, self.r3mem_config.coupling(), offload_side_bits=config.offload_side_bits
+        )
         self._slices_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
         self.memory_embeddings = None if self.layout is None else _new_embeddings(plain, self.layout.num_memory_tokens)
         if self.r3mem_config.adapter_rows == "memory":
@@ -287,7 +289,8 @@ class R3MemModel(nn.Module):
             divergence = kl_div(
                 output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True
             )
-            found["loss"] = found["loss"] + self.r3mem_config.distillation_weight * divergence / num_items
+            weight = self.r3mem_config.distillation_weight
+            found["loss"] = (1 - weight) * found["loss"] + weight * divergence / num_items
         return found
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from .stack import ReversibleStack
 _INTEGRITY = ("auto", "raise", "nan")
 
 
-def make_reversible(model, coupling=None, *, integrity="auto"):
+def make_reversible(model, coupling=None, *, integrity="auto", offload_side_bits=False):
     """Make the decoder layers of a causal language model reversible, in place; returns `model`.
 
     A backward pass then reconstructs each layer's input from its output instead of storing it: between the passes a
@@ -25,6 +25,8 @@ def make_reversible(model, coupling=None, *, integrity="auto"):
     integrity: what happens when a range, a non-finite or a checksum flag is set. "auto": raise IntegrityError at once
         on the CPU; on a GPU turn outputs or gradients into NaN without synchronising, until `check_integrity(model)`
         raises. "raise": raise at once everywhere, which synchronises. "nan": as on a GPU, everywhere.
+    offload_side_bits: let the side bits wait for the backward pass in host memory, so that on a GPU nothing grows with
+        the depth; they are copied in the order of the current stream.
 
     Raises ValueError for an encoder-decoder, a mixture of experts, a layer whose `forward` was replaced on the
     instance, a model that is reversible already; TypeError for something that is no such model.
@@ -43,7 +45,8 @@ def make_reversible(model, coupling=None, *, integrity="auto"):
             stacklevel=2,
         )
     fraction_bits = None if coupling.fraction_bits == "auto" else coupling.fraction_bits
-    stack = ReversibleStack(branches, coupling.bits_of_layers(len(layers)), fraction_bits, integrity)
+    bits = coupling.bits_of_layers(len(layers))
+    stack = ReversibleStack(branches, bits, fraction_bits, integrity, offload_side_bits)
     _turn_off_checkpointing(stack, decoder)
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)

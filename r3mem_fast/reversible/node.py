@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from r3mem_fast.kernels import coupling
 
+from . import offload
 from .cache import CACHE_NAMES, PastKeysValues, append_to, layer_index, past_of
 from .surroundings import Surroundings
 
@@ -172,10 +173,10 @@ class ReversibleState:
 
     position: int32, the shape of the hidden state. velocities: by form, the same; the one of the other form waits.
     flags: int32 [3], see the coupling kernels. start: the first step that autograd can reach (None: none so far); from
-    there on side bits are kept.
+    there on side bits are kept, and if `side_bits_on_host`, they wait in host memory.
     """
 
-    def __init__(self, hidden, fraction_bits, recording=None):
+    def __init__(self, hidden, fraction_bits, recording=None, side_bits_on_host=False):
         self.fraction_bits, self.dtype = fraction_bits, hidden.dtype
         self.flags = coupling.new_flags(hidden.device)
         self.position, velocity, self._entered = coupling.momentum_enter(
@@ -188,6 +189,7 @@ class ReversibleState:
         self._bits_above = {}
         self._graph_task = None
         self._hidden = None  # while running backward: the dequantised position, one layer below the velocity
+        self.side_bits_on_host = side_bits_on_host
         self.recording = recording
         if recording is not None:
             recording.begin(self)
@@ -221,12 +223,19 @@ class ReversibleState:
             sum_streams=opens,
         )
         if step is not None:
+            if self.side_bits_on_host:
+                kept = kept._replace(side=offload.HostCopy(kept.side))
             step.update, step.kept, step.opens = update, kept, opens
         self._form = form
         self.level += 1
         if self.recording is not None:
             self.recording.append(self)
         return hidden
+
+    def to_host(self):
+        """Let the streams wait in host memory for the backward pass."""
+        self.position = offload.HostCopy(self.position)
+        self.velocities = {form: offload.HostCopy(velocity) for form, velocity in self.velocities.items()}
 
     def input_of(self, index):
         """Run the streams backward to the input of step `index` and return it as a hidden state, a fresh tensor."""
@@ -236,6 +245,9 @@ class ReversibleState:
                 "it a second time (retain_graph=True) is not supported. Run the forward pass again, or add the "
                 "losses before one backward()."
             )
+        if isinstance(self.position, offload.HostCopy):
+            self.position = self.position.back()
+            self.velocities = {form: velocity.back() for form, velocity in self.velocities.items()}
         while self.level > index + 1:  # layers above whose output has no part in the loss
             above = self.level - 1
             step = self.steps[above]
@@ -288,7 +300,7 @@ class ReversibleState:
             self.position,
             self.velocities[form],
             branch,
-            step.kept,
+            step.kept._replace(side=offload.back(step.kept.side)),
             grad_output,
             grad_branch,
             bits=bits,

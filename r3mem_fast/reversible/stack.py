@@ -39,19 +39,21 @@ class ReversibleStack:
 
     bits: side bits of each layer. route: the order of the layers, first to last unless they are read backward.
     fraction_bits: of the streams, None until chosen from the first input.
+    offload_side_bits: they wait for the backward pass in host memory.
     integrity: "auto" (raise at once on the CPU, NaN elsewhere), "raise" or "nan".
     bypassed: run the ordinary network. stored: compute the same network with activations stored by autograd, to
     compare with.
     """
 
-    def __init__(self, branches, bits, fraction_bits, integrity):
+    def __init__(self, branches, bits, fraction_bits, integrity, offload_side_bits=False):
         self.branches, self.bits, self.fraction_bits = branches, bits, fraction_bits
         self.integrity = integrity
         self.route = self.route_through(range(len(bits)))
         self.bypassed = False
         self.stored = False
         self.recording = None
-        self._forgetting = False
+        self.offload_side_bits = offload_side_bits
+        self._forgetting = self._on_host = False
         self.checkpointing_refused = False
         self._pending = {}  # flags of passes since they were last asked for, by device
         self._observed = None
@@ -110,6 +112,17 @@ class ReversibleStack:
             yield
         finally:
             self._forgetting = before
+
+    @contextlib.contextmanager
+    def on_host(self):
+        """While this lasts, what a forward pass leaves for the backward pass waits in host memory: streams, side bits,
+        and what autograd saves of all else."""
+        before, self._on_host = self._on_host, True
+        try:
+            with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+                yield
+        finally:
+            self._on_host = before
 
     def _branch(self, index, kwargs):
         """A layer's branch; if adapters are to act on some rows alone, one in which they do."""
@@ -183,7 +196,8 @@ class ReversibleStack:
             return state
         if index == self.route.order[0]:
             with _versioned_tensors(), torch.no_grad():
-                return ReversibleState(hidden.detach(), self.fraction_bits, self.recording)
+                on_host = self.offload_side_bits or self._on_host
+                return ReversibleState(hidden.detach(), self.fraction_bits, self.recording, on_host)
         raise RuntimeError(
             f"layer {index} ({type(layer).__name__}) of a reversible model did not receive the output of the layer "
             "before it, unchanged: a hook, a wrapper or the model's own loop replaced it or edited it in place "
@@ -192,6 +206,8 @@ class ReversibleStack:
 
     def _leave(self, state, hidden):
         """The last layer's output. A range or non-finite flag makes it NaN, or raises."""
+        if self._on_host and state.start is not None:
+            state.to_host()
         if hidden.device.type == "cpu" and not state.flags.any():
             return hidden
         self.report(state)
