@@ -17,6 +17,8 @@ _EXPORTS = {
     "R3MemPipeline": "pipeline",
     "RememberReport": "training.remember",
     "RememberSettings": "training.remember",
+    "TrainReport": "training.history",
+    "TrainSettings": "training.history",
     "build_pairs": "hierarchy",
     "check_gradients": "reversible",
     "check_integrity": "reversible",
@@ -24,6 +26,7 @@ _EXPORTS = {
     "load_model": "models",
     "make_reversible": "reversible",
     "reading_backward": "reversible",
+    "replay": "reversible",
     "restore": "reversible",
 }
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 
-_OF_MEMORIES = ("segment_length", "memory_segments", "memory_placement", "adapter_rows")
+_OF_MEMORIES = ("segment_length", "segment_overlap", "memory_segments", "memory_placement", "adapter_rows")
 # Options of a new adapter, and what R3MemConfig calls them.
 _OF_NEW_ADAPTERS = {
     "core": "core",
@@ -13,9 +13,16 @@ _OF_NEW_ADAPTERS = {
     "lora_r": "lora_r",
     "memory_tokens": "num_memory_tokens",
     "segment_length": "segment_length",
+    "segment_overlap": "segment_overlap",
     "memory_segments": "max_memory_segments",
     "memory_placement": "memory_placement",
     "adapter_rows": "adapter_rows",
+}
+# How an adapter that is made by `train` is trained.
+_OF_TRAINING = {
+    "distillation": "distillation_weight",
+    "bptt_segments": "bptt_segments",
+    "kept_segments": "kept_segments",
 }
 
 
@@ -60,6 +67,7 @@ def _parser():
     _add_model_options(check, dtype="float32")
 
     _add_remember(commands)
+    _add_train(commands)
     _add_memories(commands)
 
     env = commands.add_parser("env", help="show machine, versions and which kernels run")
@@ -77,12 +85,7 @@ def _add_remember(commands):
     remember.add_argument("--model", help="of a new adapter: a folder or hub id (smollm2-135m)")
     remember.add_argument("--core", type=_core, help="layers FIRST,END that are read backward, or all")
     remember.add_argument("--backward", choices=["reversed", "inverse"], help="of a new adapter (reversed)")
-    remember.add_argument("--lora-r", type=_positive, help="rank of a new adapter (16)")
-    remember.add_argument("--memory-tokens", type=_positive, help="of a new adapter that is to make memories (none)")
-    remember.add_argument("--segment-length", type=_positive, help="of its segments, in tokens (256)")
-    remember.add_argument("--memory-segments", type=_positive, help="of which the memory is kept (1)")
-    remember.add_argument("--memory-placement", choices=["every_layer", "input"], help="of its memories (every_layer)")
-    remember.add_argument("--adapter-rows", choices=["all", "memory"], help="that it changes, reading forward (all)")
+    _add_new_adapter_options(remember, memory_tokens="none")
     remember.add_argument("--max-steps", type=_positive, default=2000, help="of training (%(default)s)")
     remember.add_argument("--learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
     seconds = "between checkpoints in FOLDER (%(default)s)"
@@ -102,6 +105,39 @@ def _add_remember(commands):
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("path", metavar="PATH", help="the folder of an adapter, or a memory file")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_new_adapter_options(parser, memory_tokens):
+    parser.add_argument("--lora-r", type=_positive, help="rank of a new adapter (16)")
+    parser.add_argument("--memory-tokens", type=_positive, help=f"of a new adapter ({memory_tokens})")
+    parser.add_argument("--segment-length", type=_positive, help="of its segments, in tokens (256)")
+    parser.add_argument("--segment-overlap", type=int, help="tokens before a segment that are read with it (0)")
+    parser.add_argument("--memory-segments", type=_positive, help="of which the memory is kept (1)")
+    parser.add_argument("--memory-placement", choices=["every_layer", "input"], help="of its memories (every_layer)")
+    parser.add_argument("--adapter-rows", choices=["all", "memory"], help="that it changes, reading forward (all)")
+
+
+def _add_train(commands):
+    train = commands.add_parser("train", help="train an adapter to make memories of long texts, and to read them")
+    train.set_defaults(run=_train)
+    data = "a UTF-8 text, a .jsonl file, or a folder of the datasets library"
+    train.add_argument("texts", metavar="DATA", nargs="+", help=data)
+    train.add_argument("--output", "-o", required=True, metavar="FOLDER", help="of the adapter; made, or resumed")
+    train.add_argument("--model", help="a folder or hub id, or the folder of an adapter (smollm2-135m)")
+    train.add_argument("--column", default="text", help="of the texts in a .jsonl file or folder (%(default)s)")
+    _add_new_adapter_options(train, memory_tokens=16)
+    train.add_argument("--distillation", type=float, help="weight of the base model with full context, 0 to 1 (0)")
+    train.add_argument("--bptt-segments", type=int, help="through which gradients pass at most (all)")
+    train.add_argument("--kept-segments", choices=["none", "device", "host"], help="until the backward pass (none)")
+    train.add_argument("--segments", type=_positive, default=3, help="of a window (%(default)s)")
+    train.add_argument("--steps", type=_positive, default=1000, help="of training (%(default)s)")
+    train.add_argument("--batch-size", type=_positive, default=1, help="windows a pass (%(default)s)")
+    train.add_argument("--accumulate", type=_positive, default=1, help="passes a step (%(default)s)")
+    train.add_argument("--learning-rate", type=float, default=1e-3, help="(%(default)s)")
+    train.add_argument("--hold-out", type=float, default=0.0, help="share at the end of each text (%(default)s)")
+    train.add_argument("--checkpoint-steps", type=_positive, default=50, help="(%(default)s)")
+    train.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    _add_run_options(train)
 
 
 def _add_memories(commands):
@@ -263,6 +299,42 @@ def _remember(options):
         print(report)
         print(f"Ask with: r3mem recall {options.folder} {report.pairs[0].query!r}")
     return 0 if all(report.exact) and all(report.expanded or [True]) and not report.lost else 1
+
+
+def _train(options):
+    from pathlib import Path
+
+    from . import R3MemConfig, TrainSettings, storage
+    from .training.texts import read_texts
+
+    texts = [text for path in options.texts for text in read_texts(path, options.column)]
+    settings = TrainSettings(
+        steps=options.steps,
+        segments=options.segments,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        learning_rate=options.learning_rate,
+        held_out=options.hold_out,
+        checkpoint_steps=options.checkpoint_steps,
+        seed=options.seed,
+    )
+    named = {**_OF_NEW_ADAPTERS, **_OF_TRAINING}
+    given = {named[name]: value for name in named if (value := getattr(options, name, None)) is not None}
+    model = options.model or "smollm2-135m"
+    if (Path(model) / storage.MANIFEST).is_file():
+        if given:
+            raise ValueError(f"{model} is an adapter, which has its settings ({sorted(given)}) already")
+        pipeline = _pipeline(options, model)
+    else:
+        config = R3MemConfig(**{"num_memory_tokens": 16, **given})
+        pipeline = _pipeline(options, model, config=config, seed=options.seed)
+    report = pipeline.train(texts, folder=options.output, settings=settings, progress=not options.json)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        print(report)
+        print(f"Make a memory with: r3mem compress {options.output} TEXT -o FILE")
+    return 0
 
 
 def _texts(options):

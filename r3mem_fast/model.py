@@ -103,6 +103,8 @@ class R3MemModel(nn.Module):
         self.memory_embeddings = None if self.layout is None else _new_embeddings(plain, self.layout.num_memory_tokens)
         if self.r3mem_config.adapter_rows == "memory":
             _let_adapters_choose_rows(self.peft_model)
+        self.register_state_dict_post_hook(_without_frozen_base)
+        self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
 
     def _lora_config(self, base):
         config = self.r3mem_config
@@ -832,6 +834,25 @@ def _check_rows_can_be_chosen(model):
                 'adapter_rows="memory" needs one adapter, LoRA on linear modules of the layers alone, not merged; '
                 f'{name} has another. Use adapter_rows="all"'
             )
+
+
+def _frozen_base(model):
+    """Names in the state dict of what is the base model's and does not learn."""
+    own = {id(parameter) for _, parameter in storage.own_parameters(model.peft_model)}
+    # Tied weights stand there under each of their names.
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if id(parameter) in own and not parameter.requires_grad}
+
+
+def _without_frozen_base(model, state, prefix, metadata):
+    """What is saved is what learns: a trainer's checkpoints hold no copy of the base model."""
+    for name in _frozen_base(model):
+        state.pop(prefix + name, None)
+
+
+def _do_not_miss_frozen_base(model, incompatible):
+    known = _frozen_base(model)
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in known]
 
 
 class _ChosenRows:

@@ -17,6 +17,7 @@ from .memory import Memory
 from .model import R3MemModel
 from .models import default_dtype, load_model
 from .training.collate import padded
+from .training.history import CHECKPOINTS, TrainReport, TrainSettings, discard_checkpoints, train
 from .training.remember import CHECKPOINT, RememberReport, RememberSettings, remember
 
 # Rows that are compressed or read at one time.
@@ -57,11 +58,13 @@ class R3MemPipeline:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
                 self._load(Path(model), device, dtype)
                 return
-            if (Path(model) / CHECKPOINT).is_file():
-                raise ValueError(
-                    f"{model} holds a run that was interrupted, and no adapter yet: remember the same documents "
-                    "again, with the model that they were for and this folder"
-                )
+            runs = {CHECKPOINT: "remember the same documents", CHECKPOINTS: "train on the same texts"}
+            for checkpoint, what in runs.items():
+                if (Path(model) / checkpoint).exists():
+                    raise ValueError(
+                        f"{model} holds a run that was interrupted, and no adapter yet: {what} again, with the model "
+                        "that they were for and this folder"
+                    )
             model, tokenizer = load_model(model, dtype=dtype or default_dtype(device))
             model.to(device)
         elif tokenizer is None:
@@ -144,6 +147,33 @@ class R3MemPipeline:
             self.save(folder)
             for leftover in (folder / CHECKPOINT, *unfinished_files(folder / CHECKPOINT)):
                 leftover.unlink(missing_ok=True)
+        return report
+
+    def train(
+        self,
+        texts: str | Sequence[str] | Mapping[str, str],
+        *,
+        folder,
+        settings: TrainSettings | None = None,
+        progress=True,
+    ) -> TrainReport:
+        """Train the adapter to write memories of texts, and to read on behind them.
+
+        texts: a text, several, or texts by name, of any length. folder: where the adapter is saved at the end, and
+        checkpoints meanwhile: a run that was interrupted goes on from the last when it is started again with the same
+        arguments, to the same result. settings: `TrainSettings`; how segments are read, and what is learned from
+        them, is the model's `R3MemConfig`. What was remembered before may be forgotten.
+
+        Raises ValueError for a model without memory tokens, texts that are not longer than a segment, a folder with
+        another run or another adapter in it; IntegrityError if a pass could not be trusted.
+        """
+        folder = Path(folder)
+        self._refuse_foreign(folder, CHECKPOINTS)
+        rows = [self._ids(text) for text in _by_name(texts, ()).values()]
+        report = train(self.model, rows, settings, folder=folder, progress=progress)
+        self.remembered = [{**entry, "exact": False} for entry in self.remembered]
+        self.save(folder)
+        discard_checkpoints(folder)
         return report
 
     def recall(self, query: str | Sequence[str], *, max_new_tokens: int | None = None) -> str | list[str]:
@@ -277,14 +307,14 @@ class R3MemPipeline:
             if _sha256(context) == entry["sha256"]
         ]
 
-    def _refuse_foreign(self, folder):
+    def _refuse_foreign(self, folder, checkpoint=CHECKPOINT):
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; an adapter is saved as a folder")
         # With a checkpoint beside it: of the very run that made it, or refused where that is read.
-        alone = (folder / storage.MANIFEST).is_file() and not (folder / CHECKPOINT).is_file()
+        alone = (folder / storage.MANIFEST).is_file() and not (folder / checkpoint).exists()
         if alone and (self.folder is None or self.folder.resolve() != folder.resolve()):
             raise ValueError(
-                f"{folder} holds an adapter already; choose another folder, or remember more with "
+                f"{folder} holds an adapter already; choose another folder, or go on from it with "
                 f"R3MemPipeline({str(folder)!r})"
             )
 
@@ -348,7 +378,7 @@ def _by_name(documents, taken):
         numbers = (n for n in itertools.count(1) if f"document {n}" not in taken)
         documents = {f"document {n}": text for n, text in zip(numbers, documents, strict=False)}
     if not documents:
-        raise ValueError("there is no document to remember")
+        raise ValueError("there is no document")
     if wrong := [name for name in documents if not isinstance(name, str)]:
         raise TypeError(f"a document's name must be a string, got {wrong[0]!r}")
     return dict(documents)

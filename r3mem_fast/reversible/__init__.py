@@ -5,6 +5,7 @@ from .convert import check_integrity, make_reversible, restore
 from .coupling import MomentumCoupling
 from .direction import reading_backward
 from .node import IntegrityError
+from .replay import replay
 
 __all__ = [
     "GradientReport",
@@ -16,5 +17,6 @@ __all__ = [
     "check_inverse",
     "make_reversible",
     "reading_backward",
+    "replay",
     "restore",
 ]

@@ -1,0 +1,216 @@
+"""Training a memory network on long texts, segment by segment, with transformers' Trainer (DESIGN 2.7, 2.8)."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..files import replacing
+from ..model import R3MemModel
+from ..reversible import check_integrity
+
+CHECKPOINTS = "train-checkpoints"
+_RUN, _STATE = "run.json", "trainer_state.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How a memory network is trained on texts.
+
+    steps: of AdamW. segments: of a window, at most; a window is a row of a batch. batch_size: windows a pass;
+    accumulate: passes a step. learning_rate: after `warmup_steps`, then down to 0 as a cosine. held_out: the share of
+    each text, at its end, that is not trained on. checkpoint_steps: between checkpoints. seed: of the order.
+    """
+
+    steps: int = 1000
+    segments: int = 3
+    batch_size: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    held_out: float = 0.0
+    checkpoint_steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self):
+        least = {"segments": 2, "warmup_steps": 0, "seed": 0}
+        for field in dataclasses.fields(self):
+            value, whole = getattr(self, field.name), field.type in (int, "int")
+            if whole and (type(value) is not int or value < least.get(field.name, 1)):
+                raise ValueError(f"{field.name} must be an integer of at least {least.get(field.name, 1)}: {value!r}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be a share from 0 to below 1, got {self.held_out!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainReport:
+    """What `train` did. steps, tokens: trained on, with those before an interruption; windows: that there are;
+    seconds: of this process; losses: `(step, nats a token)`, a mean over the steps since the one before."""
+
+    steps: int
+    tokens: int
+    windows: int
+    seconds: float
+    losses: list[tuple[int, float]]
+
+    def __str__(self):
+        loss = f", loss {self.losses[-1][1]:.4f}" if self.losses else ""
+        return f"{self.steps} steps on {self.windows} windows, {self.tokens} tokens{loss}, {self.seconds:.0f} s"
+
+
+class Windows(Dataset):
+    """Token ids as rows of so many segments: of each text one after the other, from its start.
+
+    rows: token ids of texts. segment_length, segments: of a window. What is not longer than a segment is left out: it
+    reads no memory. Raises ValueError if nothing is left.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[int]], segment_length: int, segments: int):
+        size = segment_length * segments
+        windows = [torch.tensor(row[i : i + size]) for row in rows for i in range(0, len(row), size)]
+        self._windows = [window for window in windows if len(window) > segment_length]
+        if not self._windows:
+            raise ValueError(
+                f"no text has more than {segment_length} tokens, one segment, so no memory would be read; use longer "
+                "texts, or a shorter segment_length"
+            )
+
+    def __len__(self):
+        return len(self._windows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self._windows[index]}
+
+
+def collate_windows(windows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """Windows as a batch, padded on the right: int64 `[B, T]` `input_ids`, `attention_mask`, `labels`."""
+    ids = torch.nn.utils.rnn.pad_sequence([window["input_ids"] for window in windows], batch_first=True)
+    lengths = torch.tensor([len(window["input_ids"]) for window in windows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def train(
+    model: R3MemModel, rows: Sequence[Sequence[int]], settings: TrainSettings | None = None, *, folder, progress=True
+) -> TrainReport:
+    """Train the adapters and memory tokens of `model` on long texts, through the memories of their segments.
+
+    rows: token ids of texts, of any length. The loss is that of `R3MemModel.forward` with labels: nats a token, read
+    segment by segment, with the model's `distillation_weight`. folder: of checkpoints while it runs; a run of the
+    same texts and settings that was interrupted (Ctrl-C, a killed process) goes on from the last whole one, to the
+    same result. They are left there: `discard_checkpoints(folder)` once the model is saved. progress: show a bar.
+    On bfloat16 weights autocast to bfloat16 is on; adapters and moments are float32.
+
+    Raises ValueError for a model without memory tokens or in float16, texts that are all too short, or a folder with
+    the checkpoints of another run; IntegrityError if a pass could not be trusted.
+    """
+    settings = TrainSettings() if settings is None else settings
+    model.check_memories()
+    if model.peft_model.dtype == torch.float16:
+        raise ValueError("training in float16 overflows without a scaled loss; load the model in bfloat16 or float32")
+    kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]
+    windows = Windows(kept, model.layout.segment_length, settings.segments)
+    checkpoints = Path(folder) / CHECKPOINTS
+    last = _prepared(checkpoints, _identity(model, kept, settings))
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=model.peft_model.dtype == torch.bfloat16,
+        use_cpu=model.device.type == "cpu",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=2,
+        logging_steps=min(10, settings.steps),
+        logging_first_step=True,
+        include_num_input_tokens_seen="non_padding",
+        seed=settings.seed,
+        report_to=[],
+        disable_tqdm=not progress,
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type != "cpu",
+    )
+    trainer = Trainer(model, arguments, collate_windows, train_dataset=windows, callbacks=[_CheckIntegrity(model)])
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finally:
+        model.eval()
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    steps = trainer.state.global_step
+    tokens = int(trainer.state.num_input_tokens_seen)
+    return TrainReport(steps, tokens, len(windows), time.monotonic() - started, losses)
+
+
+def discard_checkpoints(folder):
+    """Delete the checkpoints that `train` left in a folder."""
+    shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
+
+
+class _CheckIntegrity(TrainerCallback):
+    def __init__(self, model):
+        self._model = model
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        check_integrity(self._model)
+
+
+def _prepared(checkpoints, identity):
+    """The last whole checkpoint of this run, None at its start. What a killed process left half-written is deleted."""
+    run = checkpoints / _RUN
+    if run.is_file():
+        if json.loads(run.read_text(encoding="utf-8")) != identity:
+            raise ValueError(
+                f"{checkpoints} belongs to an unfinished run with other texts, settings or another model. Finish that "
+                "run, delete the folder, or choose another one"
+            )
+    else:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with replacing(run) as path:
+            path.write_text(json.dumps(identity), encoding="utf-8")
+    whole = []
+    for found in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        # Written last of all.
+        if _is_json(found / _STATE):
+            whole.append(found)
+        else:
+            shutil.rmtree(found)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path):
+    with contextlib.suppress(OSError, ValueError):
+        json.loads(path.read_text(encoding="utf-8"))
+        return True
+    return False
+
+
+def _identity(model, rows, settings):
+    """What checkpoints must agree in with the run that goes on from them."""
+    free = ("checkpoint_steps",)
+    described = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    origin = model.origin()
+    return {
+        "settings": described,
+        "model": [origin.base, origin.adapter, str(model.peft_model.dtype)],
+        "config": json.loads(json.dumps(model.r3mem_config.to_dict())),
+        "texts": hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest(),
+    }
