@@ -21,6 +21,7 @@ _OF_NEW_ADAPTERS = {
 # How an adapter that is made by `train` is trained.
 _OF_TRAINING = {
     "distillation": "distillation_weight",
+    "memory_dropout": "memory_dropout",
     "bptt_segments": "bptt_segments",
     "kept_segments": "kept_segments",
 }
@@ -109,7 +110,7 @@ def _add_remember(commands):
 
 def _add_new_adapter_options(parser, memory_tokens):
     parser.add_argument("--lora-r", type=_positive, help="rank of a new adapter (16)")
-    parser.add_argument("--memory-tokens", type=_positive, help=f"of a new adapter ({memory_tokens})")
+    parser.add_argument("--memory-tokens", type=int, help=f"of a new adapter; 0: none ({memory_tokens})")
     parser.add_argument("--segment-length", type=_positive, help="of its segments, in tokens (256)")
     parser.add_argument("--segment-overlap", type=int, help="tokens before a segment that are read with it (0)")
     parser.add_argument("--memory-segments", type=_positive, help="of which the memory is kept (1)")
@@ -127,6 +128,7 @@ def _add_train(commands):
     train.add_argument("--column", default="text", help="of the texts in a .jsonl file or folder (%(default)s)")
     _add_new_adapter_options(train, memory_tokens=16)
     train.add_argument("--distillation", type=float, help="weight of the base model with full context, 0 to 1 (0)")
+    train.add_argument("--memory-dropout", type=float, help="share of segments read without their memory (0)")
     train.add_argument("--bptt-segments", type=int, help="through which gradients pass at most (all)")
     train.add_argument("--kept-segments", choices=["none", "device", "host"], help="until the backward pass (none)")
     train.add_argument("--segments", type=_positive, default=3, help="of a window (%(default)s)")
@@ -270,7 +272,7 @@ def _remember(options):
         pipeline = _pipeline(options, options.folder)
     else:
         given = {name: value for name in _OF_NEW_ADAPTERS if (value := getattr(options, name)) is not None}
-        if "memory_tokens" not in given and (useless := [name for name in _OF_MEMORIES if name in given]):
+        if not given.get("memory_tokens") and (useless := [name for name in _OF_MEMORIES if name in given]):
             raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with --memory-tokens")
         config = R3MemConfig(**{_OF_NEW_ADAPTERS[name]: value for name, value in given.items()})
         pipeline = _pipeline(options, options.model or "smollm2-135m", config=config, seed=options.seed)

@@ -14,6 +14,7 @@ TRAINING_SETTINGS = (
     "bptt_segments",
     "kept_segments",
     "offload_side_bits",
+    "memory_dropout",
     "distillation_weight",
     "compress_weight",
     "expand_weight",
@@ -53,6 +54,8 @@ class R3MemConfig:
         "none": nothing but its memory; it is run again then (DESIGN 2.8). "device": its last streams and side bits,
         which saves that; "host": the same in host memory.
     offload_side_bits: of training, let them wait in host memory, see `make_reversible`.
+    memory_dropout: in training over several segments, the probability with which a row does not see the memory before
+        a segment, only its overlap: so that what can be known without a memory is not learned as a part of it.
     distillation_weight: in training over several segments the loss is `(1 - w) * cross-entropy + w * divergence`: the
         Kullback-Leibler divergence, in nats a token, from the base model with the full context. 0 to 1; 0: without.
     compress_weight, expand_weight, cycle_weight: of the terms of the objective (DESIGN 2.7): the query from its
@@ -81,6 +84,7 @@ class R3MemConfig:
     bptt_segments: int | None = None
     kept_segments: str = "none"
     offload_side_bits: bool = False
+    memory_dropout: float = 0.0
     distillation_weight: float = 0.0
     compress_weight: float = 1.0
     expand_weight: float = 1.0
@@ -115,8 +119,9 @@ class R3MemConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if not (isinstance(self.distillation_weight, (int, float)) and 0 <= self.distillation_weight <= 1):
-            raise ValueError(f"distillation_weight must be a number from 0 to 1, got {self.distillation_weight!r}")
+        for name in ("memory_dropout", "distillation_weight"):
+            if not (isinstance(getattr(self, name), (int, float)) and 0 <= getattr(self, name) <= 1):
+                raise ValueError(f"{name} must be a number from 0 to 1, got {getattr(self, name)!r}")
         for name in ("compress_weight", "expand_weight", "cycle_weight"):
             weight = getattr(self, name)
             if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):

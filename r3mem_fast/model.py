@@ -122,6 +122,11 @@ class R3MemModel(nn.Module):
         return self.peft_model.config
 
     @property
+    def loss_type(self):
+        """The base model's, by which a trainer knows that the first label of a row is predicted by nothing."""
+        return getattr(self.peft_model.get_base_model(), "loss_type", None)
+
+    @property
     def device(self):
         return self.peft_model.device
 
@@ -364,6 +369,10 @@ class R3MemModel(nn.Module):
         rows = list(segment.rows)
         memory = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
         read = memory.rows(rows) if len(rows) < len(memory) else memory
+        if self.training and torch.is_grad_enabled() and self.r3mem_config.memory_dropout:
+            # Drawn within the segment, so that it is the same when the segment is run again.
+            seen = torch.rand(len(rows)) >= self.r3mem_config.memory_dropout
+            read = dataclasses.replace(read, num_segments=read.num_segments * seen)
         embeddings = self.peft_model.get_input_embeddings()(segment.ids.to(self.device))
         mask, count = segment.mask.to(self.device), 0
         if segment.writes:

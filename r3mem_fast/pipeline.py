@@ -164,8 +164,8 @@ class R3MemPipeline:
         arguments, to the same result. settings: `TrainSettings`; how segments are read, and what is learned from
         them, is the model's `R3MemConfig`. What was remembered before may be forgotten.
 
-        Raises ValueError for a model without memory tokens, texts that are not longer than a segment, a folder with
-        another run or another adapter in it; IntegrityError if a pass could not be trusted.
+        Raises ValueError for texts that are not longer than a segment, a folder with another run or another adapter in
+        it; IntegrityError if a pass could not be trusted.
         """
         folder = Path(folder)
         self._refuse_foreign(folder, CHECKPOINTS)

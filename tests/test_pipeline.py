@@ -205,7 +205,7 @@ def test_bad_input(folder, remembered, tmp_path):
     pipeline = R3MemPipeline(str(folder), config=CONFIG)
     for documents, error, message in (
         ("", ValueError, "document 'document 1' holds no text"),
-        ([], ValueError, "no document to remember"),
+        ([], ValueError, "there is no document"),
         ([TEXT, 3], TypeError, "document 'document 2' must be a string"),
         ({3: TEXT}, TypeError, "a document's name must be a string, got 3"),
         ("a lone \ud800 surrogate", ValueError, "is no Unicode text"),

@@ -110,17 +110,19 @@ def train(
     segment by segment, with the model's `distillation_weight`. folder: of checkpoints while it runs; a run of the
     same texts and settings that was interrupted (Ctrl-C, a killed process) goes on from the last whole one, to the
     same result. They are left there: `discard_checkpoints(folder)` once the model is saved. progress: show a bar.
-    On bfloat16 weights autocast to bfloat16 is on; adapters and moments are float32.
+    If it is interrupted, or fails, the adapter is as it was before. On bfloat16 weights autocast to bfloat16 is on;
+    adapters and moments are float32.
 
-    Raises ValueError for a model without memory tokens or in float16, texts that are all too short, or a folder with
+    A model without memory tokens reads each window in one pass: an ordinary fine-tune, to compare with.
+
+    Raises ValueError for a model in float16, texts that are all too short, or a folder with
     the checkpoints of another run; IntegrityError if a pass could not be trusted.
     """
     settings = TrainSettings() if settings is None else settings
-    model.check_memories()
     if model.peft_model.dtype == torch.float16:
         raise ValueError("training in float16 overflows without a scaled loss; load the model in bfloat16 or float32")
     kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]
-    windows = Windows(kept, model.layout.segment_length, settings.segments)
+    windows = Windows(kept, model.r3mem_config.segment_length, settings.segments)
     checkpoints = Path(folder) / CHECKPOINTS
     last = _prepared(checkpoints, _identity(model, kept, settings))
     arguments = TrainingArguments(
@@ -150,8 +152,16 @@ def train(
     trainer = Trainer(model, arguments, collate_windows, train_dataset=windows, callbacks=[_CheckIntegrity(model)])
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except BaseException:
+        # What the adapter held before is in it still; what was learned since is in the checkpoints.
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in before:
+                    parameter.copy_(before[name])
+        raise
     finally:
         model.eval()
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,169 @@
+"""What a memory is worth to a language model: cross-entropy of held-out text, with it and without.
+
+    python -m bench.memory_ppl --json --adapter FOLDER --text BOOK.txt OTHER.txt
+
+The last tenth of each text, which `r3mem train --hold-out 0.1` did not see, is cut into segments of 256 tokens. Each
+is read in several ways, its first token not counted:
+
+    none        alone
+    tail        behind the last 32 tokens of the segment before it, as they are
+    memory      behind these, and the memory of the segment before
+    shuffled    behind these, and the memory of a segment of another text
+    full        behind the whole segment before
+    memory_of_7, full_of_7      behind the memory, or the whole, of the seven segments before, and the tail
+    memory_of_third             behind the memory of the third segment before alone, and the tail
+
+`closed` is the share of the gap between `tail` and `full` that the memory closes, (tail - memory) / (tail - full),
+with a bootstrapped interval of 95 % over segments. One record an arm, with nats a token, and one a share. With
+--plain, an adapter that was trained equally without memory (`--memory-tokens 0`), there are its `none`, `tail` and
+`full`, and the shares over its gap, too.
+"""
+
+import argparse
+import dataclasses
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from r3mem_fast import R3MemPipeline
+from r3mem_fast.memory import Memory
+from r3mem_fast.text import read_text
+
+from .records import add_output_option, add_record
+
+TAIL, CHAIN = 32, 7
+_RESAMPLES = 10_000
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.memory_ppl", description=__doc__.split("\n")[0])
+    parser.add_argument("--adapter", required=True, help="folder of a trained adapter with memory tokens")
+    parser.add_argument("--plain", help="folder of an adapter that was trained equally, without memory")
+    parser.add_argument("--text", nargs="+", default=[None], help="UTF-8 texts (Python's help topics)")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share at the end of each text (%(default)s)")
+    parser.add_argument("--segments", type=int, default=200, help="that are read, at most (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="of them at one time (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    records = []
+    for record in _records(options):
+        add_record(record, records, options)
+    return 0
+
+
+def _records(options):
+    pipeline = R3MemPipeline(options.adapter)
+    config = pipeline.model.r3mem_config
+    places = _places(options, pipeline.tokenizer, config.segment_length)
+    losses = _losses(options, pipeline.model, places)
+    yield {
+        "adapter": {
+            name: getattr(config, name)
+            for name in ("num_memory_tokens", "segment_length", "segment_overlap", "max_memory_segments",
+                         "memory_placement", "adapter_rows", "distillation_weight", "lora_r")
+        },
+        "memory_bytes": pipeline.model.compress(places[0].segments[:1], finish=True).nbytes,
+        "segments": len(places),
+        "texts": len({place.text for place in places}),
+    }  # fmt: skip
+    for arm, values in losses.items():
+        yield {"arm": arm, "nats_per_token": round(values.mean().item(), 4)}
+    yield from _shares(losses, losses, "the same model")
+    if options.plain:
+        plain = R3MemPipeline(options.plain)
+        gap = _losses(options, plain.model, places)
+        for arm, values in gap.items():
+            yield {"arm": f"{arm}, trained without memory", "nats_per_token": round(values.mean().item(), 4)}
+        yield from _shares(losses, gap, "a model trained equally without memory")
+
+
+@dataclasses.dataclass
+class _Place:
+    """A segment to be read, with the seven before it: int64 `[8, segment_length]`; of which text."""
+
+    text: int
+    segments: torch.Tensor
+
+
+def _places(options, tokenizer, length):
+    places = []
+    for index, path in enumerate(options.text):
+        ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False).input_ids
+        ids = torch.tensor(ids[len(ids) - int(len(ids) * options.held_out) :])
+        segments = ids[: len(ids) // length * length].view(-1, length)
+        places += [_Place(index, segments[i - CHAIN : i + 1]) for i in range(CHAIN, len(segments))]
+    if len(places) < 2:
+        raise ValueError(f"the held-out texts have {len(places)} segments with {CHAIN} before them; 2 are needed")
+    # Spread over all texts, whatever their number.
+    step = max(1.0, len(places) / options.segments)
+    return [places[int(i * step)] for i in range(min(options.segments, len(places)))]
+
+
+@torch.no_grad()
+def _losses(options, model, places):
+    """Nats a token by arm, `[segments]` each: those with memories only of a model that makes them."""
+    arms = {}
+
+    def add(arm, logits, segments):
+        found = cross_entropy(logits[:, :-1].float().transpose(1, 2), segments[:, 1:], reduction="none").mean(1)
+        arms.setdefault(arm, []).append(found)
+
+    # Another text's memory: that of the segment half-way through all of them, or the next that is of another text.
+    foreign = []
+    for index, place in enumerate(places):
+        others = (places[(index + len(places) // 2 + i) % len(places)] for i in range(len(places)))
+        foreign.append(next((other for other in others if other.text != place.text), None))
+    if any(other is None for other in foreign):  # one text: another segment of it
+        foreign = [places[(index + len(places) // 2) % len(places)] for index in range(len(places))]
+    for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading"):
+        context = torch.stack([place.segments for place in places[start : start + options.batch]]).to(model.device)
+        segment, length = context[:, -1], context.shape[-1]
+        tail = context[:, -2, -TAIL:]
+        add("none", model(segment).logits, segment)
+        add("tail", model(torch.cat([tail, segment], 1)).logits[:, -length:], segment)
+        add("full", model(context[:, -2:].flatten(1)).logits[:, -length:], segment)
+        if model.layout is None:
+            continue
+        others = torch.stack([place.segments for place in foreign[start : start + options.batch]]).to(model.device)
+        for arm, before in (
+            ("memory", context[:, -2]),
+            ("shuffled", others[:, -2]),
+            ("memory_of_7", context[:, :-1].flatten(1)),
+            ("memory_of_third", context[:, -4]),
+        ):
+            memory: Memory = model.compress(before, finish=True)
+            memory = dataclasses.replace(memory, recent=tuple(tail.cpu()))
+            add(arm, model(segment, memory=memory).logits, segment)
+        add("full_of_7", model(context.flatten(1)).logits[:, -length:], segment)
+    return {arm: torch.cat(found) for arm, found in arms.items()}
+
+
+def _shares(losses, gap, of):
+    """Shares of the gap between `tail` and `full` that memories close."""
+    for name, arm, full in (
+        ("closed", "memory", "full"),
+        ("closed by a foreign memory", "shuffled", "full"),
+        ("closed by the memory of seven segments", "memory_of_7", "full"),
+        ("closed by the memory of seven segments, of all seven", "memory_of_7", "full_of_7"),
+        ("closed by the memory of the third segment before", "memory_of_third", "full"),
+    ):
+        if full in gap:
+            won, wanted = losses["tail"] - losses[arm], gap["tail"] - gap[full]
+            yield {"share": name, "gap_of": of, **_interval(won, wanted)}
+    more = losses["memory"] - losses["memory_of_7"]
+    yield {"difference": "nats a token that the memory of seven segments wins over that of one",
+           **_interval(more, torch.ones_like(more))}  # fmt: skip
+
+
+def _interval(won, wanted, seed=0):
+    """Mean of `won` over that of `wanted`, with the bootstrapped interval that holds it with 95 %."""
+    picks = torch.randint(len(won), (_RESAMPLES, len(won)), generator=torch.Generator().manual_seed(seed))
+    ratios = won[picks].mean(1) / wanted[picks].mean(1)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"mean": round((won.mean() / wanted.mean()).item(), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

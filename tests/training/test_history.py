@@ -1,0 +1,209 @@
+"""Training on long texts: what is trained on, that it learns, and that an interrupted run ends as an uninterrupted."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, TrainSettings, load_model
+from r3mem_fast.cli import main
+from r3mem_fast.training import history as module
+from r3mem_fast.training.history import CHECKPOINTS, Windows, collate_windows, train
+from r3mem_fast.training.texts import read_texts
+
+SETTINGS = TrainSettings(steps=6, segments=3, checkpoint_steps=2, learning_rate=1e-2, warmup_steps=1)
+CONFIG = R3MemConfig(core=(1, 3), num_memory_tokens=2, segment_length=8, segment_overlap=2)
+TEXT = "The ship left Nantucket. Ahab of the Pequod was mad about the whale, said Starbuck. " * 4
+
+
+def fresh(folder, config=CONFIG):
+    base, tokenizer = load_model(str(folder))
+    torch.manual_seed(0)
+    return R3MemModel(base, config), tokenizer
+
+
+def rows(tokenizer):
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in (TEXT, TEXT[40:150])]
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_windows_are_all_of_the_texts_that_reads_a_memory():
+    windows = Windows([range(50), range(100, 108), range(200, 209)], 8, 3)
+    found = [windows[i]["input_ids"].tolist() for i in range(len(windows))]
+    assert found == [list(range(24)), list(range(24, 48)), list(range(200, 209))]  # not the rest of 2, nor 8 tokens
+    batch = collate_windows([windows[0], windows[2]])
+    assert batch["attention_mask"].sum(1).tolist() == [24, 9]
+    assert batch["labels"][1].tolist() == [*range(200, 209), *[-100] * 15]
+    with pytest.raises(ValueError, match="no text has more than 8 tokens"):
+        Windows([range(8)], 8, 3)
+
+
+def test_it_learns(folder, tmp_path):
+    """The loss of the text falls, the base model stays, and of what was held out nothing is seen."""
+    model, tokenizer = fresh(folder)
+    base = model.base_fingerprint()
+    settings = dataclasses.replace(SETTINGS, steps=40, held_out=0.25, checkpoint_steps=100)
+    report = train(model, rows(tokenizer), settings, folder=tmp_path, progress=False)
+    assert report.steps == 40 and report.losses[0][0] == 1
+    assert report.losses[-1][1] < report.losses[0][1] - 0.5
+    kept = [len(row) - len(row) // 4 for row in rows(tokenizer)]
+    assert report.windows == sum(-(-n // 24) - (0 < n % 24 <= 8) for n in kept)
+    model.set_base_fingerprint(None)
+    assert module.R3MemModel is type(model) and storage_fingerprint(model) == base
+
+
+def storage_fingerprint(model):
+    from r3mem_fast import storage
+
+    return storage.fingerprint(model.peft_model)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monkeypatch):
+    expected, tokenizer = fresh(folder)
+    whole = train(expected, rows(tokenizer), SETTINGS, folder=tmp_path / "whole", progress=False)
+    model, _ = fresh(folder)
+    before = weights(model)
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._CheckIntegrity, "on_pre_optimizer_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+    monkeypatch.undo()
+    half = tmp_path / CHECKPOINTS / "checkpoint-4"  # as a process that was killed while it wrote leaves one
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"global_step": 4, "log_hi')
+    report = train(model, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
+    assert (report.steps, report.tokens) == (whole.steps, whole.tokens)
+    assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(model).items())
+    # Another run's checkpoints are refused, and left alone.
+    for other in (dataclasses.replace(SETTINGS, seed=1), dataclasses.replace(SETTINGS, steps=9)):
+        with pytest.raises(ValueError, match="belongs to an unfinished run with other texts"):
+            train(fresh(folder)[0], rows(tokenizer), other, folder=tmp_path, progress=False)
+
+
+def test_without_memory_tokens_it_is_an_ordinary_fine_tune(folder, tmp_path):
+    """Of the same windows, in one pass: the loss of the first step is that of the model's logits."""
+    model, tokenizer = fresh(folder, R3MemConfig(core=(1, 3), segment_length=8))
+    row = rows(tokenizer)[0][:24]
+    ids = torch.tensor([row])
+    expected = model.eval()(ids, labels=ids).loss.item()
+    report = train(model, [row], dataclasses.replace(SETTINGS, steps=1), folder=tmp_path, progress=False)
+    assert report.losses[0][1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_settings_and_models_that_are_refused(folder, tmp_path):
+    for settings, message in (
+        ({"steps": 0}, "steps must be an integer of at least 1"),
+        ({"segments": 1}, "segments must be an integer of at least 2"),
+        ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
+        ({"held_out": 1.0}, "held_out must be a share"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainSettings(**settings)
+    base, tokenizer = load_model(str(folder), dtype=torch.float16)
+    with pytest.raises(ValueError, match="training in float16 overflows"):
+        train(R3MemModel(base, CONFIG), rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
+
+
+def test_texts_of_all_kinds(tmp_path):
+    (tmp_path / "a.txt").write_text("One text.\n\nOf two paragraphs.")
+    assert read_texts(tmp_path / "a.txt") == ["One text.\n\nOf two paragraphs."]
+    lines = [{"text": "first"}, {"text": " "}, {"text": "second", "n": 1}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read_texts(tmp_path / "b.jsonl") == ["first", "second"]
+    for content, message in (
+        ('{"text": "x"}\n{"text"', "line 2: not JSON"),
+        ('{"body": "x"}', r"line 1: there is no text in 'text' \(it has \['body'\]\); name the column"),
+        ("[1]", "line 1: there is no text in 'text' .it is no object"),
+        ("\n", "holds no text"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+    ):
+        (tmp_path / "c.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ValueError, match=message):
+            read_texts(tmp_path / "c.jsonl")
+    (tmp_path / "c.jsonl").write_text('{"body": "x"}')
+    assert read_texts(tmp_path / "c.jsonl", column="body") == ["x"]
+    with pytest.raises(FileNotFoundError):
+        read_texts(tmp_path / "missing.txt")
+
+
+def test_folders_of_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": ["first", "second"]})
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "both")
+    assert read_texts(tmp_path / "one") == ["first", "second"]
+    assert read_texts(tmp_path / "both") == ["first", "second"] * 2
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="is no folder that `datasets` wrote"):
+        read_texts(tmp_path / "none")
+
+
+def test_the_pipeline_saves_what_it_trained(folder, tmp_path):
+    pipeline = R3MemPipeline(str(folder), config=CONFIG)
+    report = pipeline.train({"ship": TEXT}, folder=tmp_path, settings=SETTINGS, progress=False)
+    assert report.steps == 6 and not (tmp_path / CHECKPOINTS).exists()
+    again = R3MemPipeline(tmp_path)
+    assert torch.equal(again.compress(TEXT).states, pipeline.compress(TEXT).states)
+    with pytest.raises(ValueError, match="holds an adapter already"):
+        R3MemPipeline(str(folder), config=CONFIG).train(TEXT, folder=tmp_path, progress=False)
+
+
+_COMMAND = [sys.executable, "-m", "r3mem_fast.cli", "train", "--steps", "30", "--checkpoint-steps", "2"]
+
+
+def test_a_killed_process_resumes_to_the_same_result(folder, tmp_path):
+    """kill -9 in the middle, then the same command again: the same adapter as without, byte for byte."""
+    text = tmp_path / "book.txt"
+    text.write_text(TEXT)
+
+    def command(name):
+        options = ["--memory-tokens", "2", "--segment-length", "8", "--distillation", "0.5", "--device", "cpu"]
+        return [*_COMMAND, str(text), "-o", str(tmp_path / name), "--model", str(folder), *options, "--json"]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / CHECKPOINTS
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline and killed.poll() is None:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert list(checkpoints.glob("checkpoint-*")) and not (tmp_path / "killed" / "r3mem.json").exists()
+    with pytest.raises(ValueError, match="holds a run that was interrupted, and no adapter yet: train on the same"):
+        R3MemPipeline(tmp_path / "killed")
+    for name in ("killed", "whole"):
+        done = subprocess.run(command(name), env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] == 30
+    for file in ("adapter_model.safetensors", "memory_tokens.safetensors"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_the_command_says_what_is_wrong(folder, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("short")
+    for arguments, message in (
+        (["short.txt"], "no text has more than 256 tokens"),
+        (["missing.txt"], "No such file"),
+        (["short.txt", "--segments", "1"], "segments must be an integer of at least 2"),
+        (["short.txt", "--bptt-segments", "1"], "bptt_segments must be an integer of at least 2"),
+        (["short.txt", "--distillation", "2"], "distillation_weight must be a number from 0 to 1"),
+    ):
+        path, *options = arguments
+        command = ["train", str(tmp_path / path), "-o", str(tmp_path / "out"), "--model", str(folder)]
+        config = ["--segment-length", "256", "--device", "cpu"] if path != "missing.txt" else []
+        assert main([*command, *config, *options]) == 2
+        assert message in capsys.readouterr().err, arguments
