@@ -196,7 +196,7 @@ def test_a_killed_process_resumes_to_the_same_result(folder, tmp_path):
 def test_the_command_says_what_is_wrong(folder, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("short")
     for arguments, message in (
-        (["short.txt"], "no text has more than 256 tokens"),
+        (["short.txt"], "no text has more than 64 tokens"),
         (["missing.txt"], "No such file"),
         (["short.txt", "--segments", "1"], "segments must be an integer of at least 2"),
         (["short.txt", "--bptt-segments", "1"], "bptt_segments must be an integer of at least 2"),
@@ -204,6 +204,6 @@ def test_the_command_says_what_is_wrong(folder, tmp_path, capsys):
     ):
         path, *options = arguments
         command = ["train", str(tmp_path / path), "-o", str(tmp_path / "out"), "--model", str(folder)]
-        config = ["--segment-length", "256", "--device", "cpu"] if path != "missing.txt" else []
+        config = ["--segment-length", "64", "--device", "cpu"]
         assert main([*command, *config, *options]) == 2
         assert message in capsys.readouterr().err, arguments
