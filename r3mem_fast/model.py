@@ -24,7 +24,7 @@ from .config import R3MemConfig
 from .memory import Memory, Origin, appended, empty_states
 from .reversible import make_reversible, reading_backward
 from .reversible.cache import PrefixCache
-from .reversible.convert import check_convertible, find_decoder_layers, reversible_layers, stack_of, text_config
+from .reversible.convert import check_convertible, find_decoder_layers, reversible_layers, text_config
 from .reversible.replay import replay
 from .reversible.rotary import is_rotary
 from .segments import IGNORED as _IGNORED
@@ -99,10 +99,11 @@ class R3MemModel(nn.Module):
         self.peft_model = make_reversible(
             base, self.r3mem_config.coupling(), offload_side_bits=config.offload_side_bits
         )
+        self._stack, self._layers = reversible_layers(self.peft_model)
         self._slices_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
         self.memory_embeddings = None if self.layout is None else _new_embeddings(plain, self.layout.num_memory_tokens)
         if self.r3mem_config.adapter_rows == "memory":
-            _let_adapters_choose_rows(self.peft_model)
+            _let_adapters_choose_rows(self._layers)
         self.register_state_dict_post_hook(_without_frozen_base)
         self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
 
@@ -233,7 +234,7 @@ class R3MemModel(nn.Module):
 
     def _is_one_pass(self, rows):
         """Whether rows without a memory are read as the base model reads them."""
-        if self.layout is None or stack_of(self.peft_model).bypassed:
+        if self.layout is None or self._stack.bypassed:
             return True
         return int(rows.mask.sum(1).max()) <= self.layout.segment_length
 
@@ -361,7 +362,7 @@ class R3MemModel(nn.Module):
     def _kept(self, training):
         """Where what is kept of a segment for the backward pass is kept."""
         if training and self.r3mem_config.kept_segments == "host":
-            return stack_of(self.peft_model).on_host()
+            return self._stack.on_host()
         return contextlib.nullcontext()
 
     def _segment(self, segment, states, memory):
@@ -605,7 +606,7 @@ class R3MemModel(nn.Module):
         others. Raises RuntimeError while the model is being read backward, ValueError for adapters that
         `adapter_rows="memory"` cannot hold to their rows.
         """
-        return self._origin_with(storage.adapters_are_off(self.peft_model) or stack_of(self.peft_model).bypassed)
+        return self._origin_with(storage.adapters_are_off(self.peft_model) or self._stack.bypassed)
 
     def _origin_with(self, adapters_off):
         if self._is_reading_backward:
@@ -624,7 +625,7 @@ class R3MemModel(nn.Module):
 
     @property
     def _is_reading_backward(self):
-        order = stack_of(self.peft_model).route.order
+        order = self._stack.route.order
         return list(order) != sorted(order)
 
     def check_memories(self):
@@ -688,7 +689,7 @@ class R3MemModel(nn.Module):
 
     @property
     def _decoder(self):
-        return reversible_layers(self.peft_model)[1][0].reversible.decoder
+        return self._layers[0].reversible.decoder
 
     def _decode_embeddings(self, embeddings, mask, cache, positions=None):
         """The last hidden states, `[B, T, hidden_size]`; no logits are computed.
@@ -748,7 +749,7 @@ class R3MemModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapters(self):
         """While this lasts the model is its base model, bit for bit: no adapters, no coupling, no quantisation."""
-        stack = stack_of(self.peft_model)
+        stack = self._stack
         if stack.bypassed:
             yield
             return
@@ -880,8 +881,8 @@ class _ChosenRows:
         return (rows * keep[:, None].to(output.dtype)).view(output.shape)
 
 
-def _let_adapters_choose_rows(model):
-    for layer in reversible_layers(model)[1]:
+def _let_adapters_choose_rows(layers):
+    for layer in layers:
         for name, module in layer.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):
                 module.register_forward_hook(_ChosenRows(layer.reversible))

@@ -52,10 +52,11 @@ class Step:
     """One layer of one forward pass: what its branch is called with, and what its inverse needs.
 
     Once it has run forward: update, how its branch joined the streams; kept, what that left; opens, whether the layers
-    below have another form or are out of autograd's reach, so that the streams are verified here.
+    below have another form or are out of autograd's reach, so that the streams are verified here. evaluated_once: of a
+    pass that nothing goes back through.
     """
 
-    def __init__(self, layer, branch, kwargs, device):
+    def __init__(self, layer, branch, kwargs, device, *, evaluated_once=False):
         if dist.is_initialized() and any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer):
             # Their hooks would see the inner backward pass, not the outer: each process would keep its own gradients.
             raise ValueError(
@@ -71,6 +72,9 @@ class Step:
             self._cache_index = layer_index(layer)
             self._past = past_of(self._cache, self._cache_index)
         self._leaves, self._structure = tree_flatten(kwargs)
+        self._evaluated_once = evaluated_once
+        if evaluated_once:
+            return
         # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
         self._parameters = list(layer.parameters())
         self._trainable = [p for p in self._parameters if p.requires_grad]
@@ -96,7 +100,8 @@ class Step:
         leaf.register_hook(_refuse_capture)
         with self._surroundings.recorded(), torch.enable_grad(), _nothing_saved():
             branch, new_states = self._call(leaf, self._leaves, self._past)
-        refuse_outside_tensors(f"a {type(self.layer).__name__}", (branch, *new_states), [leaf, *self.inputs()])
+        if not self._evaluated_once:
+            refuse_outside_tensors(f"a {type(self.layer).__name__}", (branch, *new_states), [leaf, *self.inputs()])
         return branch.detach(), tuple(state.detach() for state in new_states)
 
     def evaluate_again(self, hidden):

@@ -10,6 +10,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
@@ -145,7 +146,7 @@ class ReversibleStack:
         branch_of = self._branch(index, kwargs)
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or _any_requires_grad(layer, kwargs))
         if wanted or self.recording is not None:
-            step = Step(layer, branch_of, kwargs, hidden.device)
+            step = Step(layer, branch_of, kwargs, hidden.device, evaluated_once=self._forgetting)
             if self._forgetting:
                 _refuse_captured_outputs(kwargs)
                 state.begin_step(None)
@@ -251,7 +252,9 @@ class ReversibleStack:
         if self._observed is not None:
             return None
         if (cache := memory_cache(kwargs)) is not None:
-            layers = [layer for layer in decoder.modules() if hasattr(layer, "reversible")]
+            # Not among all modules: asked for in every pass, that would take as long as some layers.
+            lists = (child for child in decoder.children() if isinstance(child, nn.ModuleList))
+            layers = [layer for child in lists for layer in child if hasattr(layer, "reversible")]
             args, kwargs = (), cache.enter(decoder, layers, self.route.order, args, kwargs)
         if self.bypassed:
             return args, kwargs

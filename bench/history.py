@@ -1,0 +1,168 @@
+"""Training through long histories: peak memory and time by the number of segments.
+
+    python -m bench.history --segments 2,8,64 --json
+
+Each count of segments has two processes of its own: one that trains a step by memory replay, for the peak of resident
+memory (on a GPU: of allocated memory), and one that times paired steps of replay and of its rival. The rival is full
+back-propagation through time with every layer of the ordinary network checkpointed, and what the head computes kept:
+the fastest that fits. One record a count, with
+
+    peak_bytes            of the process: weights, libraries and the allocator's reserve are in it
+    resident_bytes        of the same before the first step
+    kept_bytes            created in the forward pass and alive after it, however held
+    seconds_per_token     of forward and backward pass, the median over rounds
+    checkpointed_...      of the rival, up to --rival-segments
+    time_ratio            replay over the rival: the median of the ratios within a round, with its quartiles
+
+and one with `peak_ratio`, of the largest count over the smallest.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import multiprocessing
+import statistics
+import time
+
+import psutil
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import r3mem_fast.model
+from r3mem_fast import R3MemConfig, R3MemModel, load_model
+from r3mem_fast.measure import StorageRecorder, peak_rss, reset_peak_rss
+from r3mem_fast.models import default_dtype
+from r3mem_fast.reversible.convert import stack_of
+from r3mem_fast.text import read_text, token_windows
+
+from .records import add_output_option, add_record
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.history", description=__doc__.split("\n")[0])
+    parser.add_argument("--segments", type=_counts, default=[2, 8, 64], help="(2,8,64)")
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
+    parser.add_argument("--text", help="a UTF-8 text (Python's help topics)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument("--memory-tokens", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--segment-length", type=int, default=256, help="in tokens (%(default)s)")
+    parser.add_argument("--kept-segments", choices=["none", "device", "host"], default="none", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of timed steps (%(default)s)")
+    parser.add_argument("--rival-segments", type=int, default=8, help="timed up to so many (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    records, peaks = [], {}
+    for count in options.segments:
+        record = {"segments": count, "tokens": count * options.segment_length, "kept_segments": options.kept_segments}
+        record |= _alone(_peak, options, count)
+        record |= _alone(_times, options, count)
+        peaks[count] = record["peak_bytes"]
+        add_record(record, records, options)
+    if len(peaks) > 1:
+        few, many = min(peaks), max(peaks)
+        record = {"segments_compared": [many, few], "peak_ratio": round(peaks[many] / peaks[few], 4)}
+        add_record(record, records, options)
+    return 0
+
+
+def _counts(text):
+    return [int(part) for part in text.split(",")]
+
+
+def _alone(function, *arguments):
+    """The function's result in a process of its own, whose memory is nobody else's."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _made(options, count):
+    """Model, memory of nothing and tokens: with untrained adapters, whose gradients cost what any do."""
+    base, tokenizer = load_model(options.model, dtype=default_dtype(options.device))
+    torch.manual_seed(0)
+    config = R3MemConfig(
+        num_memory_tokens=options.memory_tokens,
+        segment_length=options.segment_length,
+        kept_segments=options.kept_segments,
+    )
+    model = R3MemModel(base.to(options.device), config).train()
+    ids = token_windows(tokenizer, read_text(options.text), tokens=count * options.segment_length, count=1)
+    return model, model.empty_memory(), ids.to(options.device)
+
+
+def _forward(model, memory, ids):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=model.peft_model.dtype == torch.bfloat16):
+        return model(ids, labels=ids, memory=memory).loss
+
+
+def _step(model, memory, ids):
+    _forward(model, memory, ids).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _peak(options, count):
+    model, memory, ids = _made(options, count)
+    _step(model, memory, ids[:, : 2 * options.segment_length])  # what every step needs: workspaces, code
+    on_gpu = ids.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif not reset_peak_rss():
+        raise RuntimeError("peak memory can be measured anew on Linux alone")
+    _step(model, memory, ids)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_rss()
+    with StorageRecorder() as recorder:
+        loss = _forward(model, memory, ids)
+    kept = sum(storage.nbytes for storage in recorder.live())
+    del loss
+    return {"peak_bytes": peak, "resident_bytes": before, "kept_bytes": kept}
+
+
+def _times(options, count):
+    model, memory, ids = _made(options, count)
+    arms = {"": contextlib.nullcontext}
+    if count <= options.rival_segments:
+        arms["checkpointed_"] = lambda: _checkpointed(model)
+    seconds = {arm: [] for arm in arms}
+    for number in range(options.rounds + 1):
+        for arm, context in arms.items():
+            with context():
+                started = _now(ids)
+                _step(model, memory, ids)
+                if number or count > options.rival_segments:  # the first warms up; of a long one it matters little
+                    seconds[arm].append(_now(ids) - started)
+        if count > options.rival_segments:
+            break
+    record = {f"{arm}seconds_per_token": statistics.median(found) / ids.numel() for arm, found in seconds.items()}
+    if len(arms) > 1:
+        ratios = [a / b for a, b in zip(seconds[""], seconds["checkpointed_"], strict=True)]
+        record["time_ratio"] = round(statistics.median(ratios), 4)
+        record["time_ratio_quartiles"] = [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]]
+    return record
+
+
+def _now(ids):
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _checkpointed(model):
+    """The ordinary network, each of its layers checkpointed, in one graph over all segments."""
+    stack, config = stack_of(model), model.r3mem_config
+    plain, own = stack._plain, r3mem_fast.model.checkpoint
+    stack._plain = lambda layer, hidden, kwargs: checkpoint(plain, layer, hidden, kwargs, use_reentrant=False)
+    r3mem_fast.model.checkpoint = lambda function, *arguments, use_reentrant: function(*arguments)
+    stack.bypassed = True
+    model.r3mem_config = type(config)(**{**config.to_dict(), "kept_segments": "device"})
+    try:
+        yield
+    finally:
+        stack._plain, r3mem_fast.model.checkpoint = plain, own
+        stack.bypassed = False
+        model.r3mem_config = config
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
