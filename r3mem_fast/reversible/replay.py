@@ -36,9 +36,9 @@ def replay(
     of a plain loop. Random numbers and autocast are in the second call as in the first. If a segment computes
     something else then, IntegrityError is raised, at once on the CPU, elsewhere by `check_integrity(model)`, and the
     gradients are NaN until then.
-    Raises ValueError for a model that is not reversible, a tensor that requires a gradient and is not known, or
-    `bptt_segments` below 2; RuntimeError in the backward pass if a parameter was changed in between, or if it comes a
-    second time.
+    Raises ValueError for a model that is not reversible, or `bptt_segments` below 2; in the backward pass ValueError
+    for a tensor that requires a gradient and is not known, RuntimeError if a parameter was changed in between, or if
+    the pass comes a second time.
     """
     check_bptt_segments(bptt_segments)
     run = _Run(model, step, list(segments), bptt_segments, others)
@@ -82,7 +82,7 @@ class _Run:
         """Every segment once: the tensors of all outputs and of the last state, without a graph."""
         values, last = [], leaves
         for index, segment in enumerate(self.segments):
-            self._states.append([leaf.detach() for leaf in last])
+            self._states.append([_compact(leaf.detach()) for leaf in last])
             surroundings = Surroundings(self._device)
             self._surroundings.append(surroundings)
             given = self._given(index)
@@ -94,8 +94,6 @@ class _Run:
             last, structure = tree_flatten(state)
             if structure != self.structure:
                 raise ValueError(f"step returned a state of {structure}, and was given one of {self.structure}")
-            if not self.sharded:  # whose layers compute with other tensors than its parameters
-                refuse_outside_tensors("a segment", [*outputs, *last], [*self.known, *given])
             values += [tensor.detach() for tensor in outputs]
             self._digests.append([_digest(tensor) for tensor in (*outputs, *last)])
         # An input returned as it is would be taken for a view of it.
@@ -156,6 +154,8 @@ class _Run:
         with self._surroundings[index].restored(), torch.enable_grad():
             output, state = self.step(self.segments[index], tree_unflatten(given, self.structure))
         tensors = [*tree_flatten(output)[0], *tree_flatten(state)[0]]
+        if not self.sharded:  # whose layers compute with other tensors than its parameters
+            refuse_outside_tensors("a segment", tensors, [*self.known, *given])
         same = [(_digest(t) == digest).all() for t, digest in zip(tensors, self._digests[index], strict=True)]
         flags[2] |= (~torch.stack(same).all()).to(flags.device, flags.dtype)
         self.stack.report_if_known(SimpleNamespace(flags=flags), f"segment {index}, run again: ")
@@ -192,6 +192,11 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("replayed segments have no second derivative (create_graph=True)")
         grad_state, totals = ctx.run.backward(grads[: ctx.num_outputs], grads[ctx.num_outputs :])
         return (None, None, *grad_state, *([None] if ctx.run.sharded else totals))
+
+
+def _compact(tensor):
+    """The tensor, or a copy where it is a view that would keep more than itself alive."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _digest(tensor):
