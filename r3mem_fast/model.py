@@ -29,6 +29,7 @@ from .reversible.replay import replay
 from .reversible.rotary import is_rotary
 from .segments import IGNORED as _IGNORED
 from .segments import after, cut
+from .training.interface import TrainerInterface
 
 # As transformers has it where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
@@ -54,7 +55,7 @@ class R3MemOutput(ModelOutput):
     cycle_logits: torch.Tensor | None = None
 
 
-class R3MemModel(nn.Module):
+class R3MemModel(TrainerInterface, nn.Module):
     """A memory network made from a pretrained causal language model (R3Mem, arXiv 2502.15957, section 3).
 
     The base model gets LoRA adapters, trained, and reversible layers; its own weights stay as they are. Forward it is
@@ -103,8 +104,7 @@ class R3MemModel(nn.Module):
         self.memory_embeddings = None if self.layout is None else _new_embeddings(plain, self.layout.num_memory_tokens)
         if self.r3mem_config.adapter_rows == "memory":
             _let_adapters_choose_rows(self.peft_model)
-        self.register_state_dict_post_hook(_without_frozen_base)
-        self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
+        self._register_checkpoint_hooks()
 
     def _lora_config(self, base):
         config = self.r3mem_config
@@ -228,7 +228,8 @@ class R3MemModel(nn.Module):
         if labels is not None:
             output.loss = sum(weights[term] * output[f"{term}_loss"] for term in terms)
             if num_items_in_batch is not None:
-                output.loss = output.loss * ((labels != _IGNORED).sum() / num_items_in_batch)
+                # Counted as trainers count the labels of a causal model: without the first of a row.
+                output.loss = output.loss * ((labels[:, 1:] != _IGNORED).sum() / num_items_in_batch)
         return output
 
     def _is_one_pass(self, rows):
@@ -254,12 +255,8 @@ class R3MemModel(nn.Module):
 
     def _in_segments(self, memory, rows, with_loss, num_items):
         """The forward pass of rows behind a memory, segment by segment."""
-        ids, labels = rows.lists(), rows.lists(rows.labels)
         # Logits alone are those that `generate` continues by: of one pass.
-        length = None if with_loss else max(1, *map(len, map(torch.cat, zip(memory.unfinished, ids, strict=True))))
-        segments = cut(memory, ids, labels, finish=True, writes_all=False, length=length)
-        for segment in segments:
-            self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
+        segments = self._segments_of(memory, rows, in_one=not with_loss)
         if num_items is None:
             num_items = max(1, sum(int((segment.targets != _IGNORED).sum()) for segment in segments))
         training = with_loss and self._trains_through(segments)
@@ -275,6 +272,33 @@ class R3MemModel(nn.Module):
         if not training:
             output.logits = self._placed(rows, segments, [found["logits"] for found in outcomes])
         return output
+
+    def hidden_states(self, input_ids, attention_mask=None) -> torch.Tensor:
+        """The hidden states before the head that `forward` has with labels: `[B, T, hidden_size]`, zeros in padding.
+
+        input_ids, attention_mask: int64 `[B, T]`. Rows are read in the same segments, and in training replayed in the
+        backward pass in the same way. Raises ValueError as `forward` does.
+        """
+        rows = _Rows(input_ids, attention_mask, None)
+        if self._is_one_pass(rows):
+            with self._without_memory():
+                hidden = self._decoder(
+                    input_ids=rows.ids, attention_mask=attention_mask, use_cache=False
+                ).last_hidden_state
+            return hidden.masked_fill(rows.mask[..., None] == 0, 0)
+        memory = self._empty(len(rows.ids), origin=None)
+        segments = self._segments_of(memory, rows)
+        found, _ = self._through(segments, memory, lambda segment, hidden: hidden)
+        return self._placed(rows, segments, found)
+
+    def _segments_of(self, memory, rows, in_one=False):
+        """Rows behind a memory, in the segments that they are read in, or in one."""
+        ids, labels = rows.lists(), rows.lists(rows.labels)
+        length = max(1, *map(len, map(torch.cat, zip(memory.unfinished, ids, strict=True)))) if in_one else None
+        segments = cut(memory, ids, labels, finish=True, writes_all=False, length=length)
+        for segment in segments:
+            self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
+        return segments
 
     def _outcome(self, segment, hidden, with_loss, num_items, with_logits, teacher):
         """Loss and logits of a segment whose last hidden states are known, in a dict."""
@@ -843,25 +867,6 @@ def _check_rows_can_be_chosen(model):
                 'adapter_rows="memory" needs one adapter, LoRA on linear modules of the layers alone, not merged; '
                 f'{name} has another. Use adapter_rows="all"'
             )
-
-
-def _frozen_base(model):
-    """Names in the state dict of what is the base model's and does not learn."""
-    own = {id(parameter) for _, parameter in storage.own_parameters(model.peft_model)}
-    # Tied weights stand there under each of their names.
-    named = model.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in named if id(parameter) in own and not parameter.requires_grad}
-
-
-def _without_frozen_base(model, state, prefix, metadata):
-    """What is saved is what learns: a trainer's checkpoints hold no copy of the base model."""
-    for name in _frozen_base(model):
-        state.pop(prefix + name, None)
-
-
-def _do_not_miss_frozen_base(model, incompatible):
-    known = _frozen_base(model)
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in known]
 
 
 class _ChosenRows:
