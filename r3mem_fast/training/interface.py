@@ -58,6 +58,15 @@ class TrainerInterface:
     def gradient_checkpointing_disable(self):
         self._plain_model.gradient_checkpointing_disable()
 
+    def _refuse_adapters(self, peft_config):
+        raise TypeError(
+            "an R3MemModel has its adapters already. Give a trainer no peft_config; to choose the adapters, make "
+            "R3MemModel(get_peft_model(base, peft_config), config)"
+        )
+
+    # PEFT sets it on what it puts adapters on, whose memory tokens it would freeze.
+    peft_config = property(None, _refuse_adapters)
+
     @property
     def _plain_model(self):
         return self.peft_model.get_base_model()
