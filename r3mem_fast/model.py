@@ -7,9 +7,11 @@ import inspect
 import re
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -186,7 +188,8 @@ class R3MemModel(TrainerInterface, nn.Module):
                         input_ids=rows.ids, attention_mask=attention_mask, labels=labels, use_cache=False,
                         **extra, **inputs,
                     )  # fmt: skip
-                return R3MemOutput(loss=output.loss, logits=output.logits)
+                loss = output.loss if labels is None else self._with_memory_tokens(output.loss)
+                return R3MemOutput(loss=loss, logits=output.logits)
             if inputs:
                 raise ValueError(f"behind a memory, forward takes no {sorted(inputs)}")
             if memory is None:
@@ -236,7 +239,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         """Whether rows without a memory are read as the base model reads them."""
         if self.layout is None or stack_of(self.peft_model).bypassed:
             return True
-        return int(rows.mask.sum(1).max()) <= self.layout.segment_length
+        return _most_of_ranks(self, int(rows.mask.sum(1).max())) <= self.layout.segment_length
 
     def _backward(self):
         config = self.r3mem_config
@@ -285,16 +288,26 @@ class R3MemModel(TrainerInterface, nn.Module):
                 hidden = self._decoder(
                     input_ids=rows.ids, attention_mask=attention_mask, use_cache=False
                 ).last_hidden_state
-            return hidden.masked_fill(rows.mask[..., None] == 0, 0)
+            return self._with_memory_tokens(hidden.masked_fill(rows.mask[..., None] == 0, 0))
         memory = self._empty(len(rows.ids), origin=None)
         segments = self._segments_of(memory, rows)
         found, _ = self._through(segments, memory, lambda segment, hidden: hidden)
         return self._placed(rows, segments, found)
 
+    def _with_memory_tokens(self, value):
+        """A value that no memory has a part in, with a gradient of zero for the memory tokens: DDP waits for one."""
+        return value if self.memory_embeddings is None else value + 0 * self.memory_embeddings.sum().to(value.dtype)
+
     def _segments_of(self, memory, rows, in_one=False):
         """Rows behind a memory, in the segments that they are read in, or in one."""
         ids, labels = rows.lists(), rows.lists(rows.labels)
-        length = max(1, *map(len, map(torch.cat, zip(memory.unfinished, ids, strict=True)))) if in_one else None
+        lengths = [len(before) + len(row) for before, row in zip(memory.unfinished, ids, strict=True)]
+        length = max(1, *lengths) if in_one else None
+        longest = max(lengths) if in_one else _most_of_ranks(self, max(lengths))
+        if longest > max(lengths):
+            # Another process has more segments: what is read here with them counts nowhere.
+            more = torch.zeros(longest - lengths[-1], dtype=torch.int64)
+            ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + _IGNORED])
         segments = cut(memory, ids, labels, finish=True, writes_all=False, length=length)
         for segment in segments:
             self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
@@ -315,7 +328,8 @@ class R3MemModel(TrainerInterface, nn.Module):
                     "fused_linear_cross_entropy=False"
                 )
             counted = targets != _IGNORED
-            wanted = teacher[torch.tensor(segment.rows, device=self.device)[:, None], segment.places.to(self.device)]
+            places = segment.places.clamp_max(teacher.shape[1] - 1)
+            wanted = teacher[torch.tensor(segment.rows, device=self.device)[:, None], places.to(self.device)]
             wanted = wanted[counted].float().log_softmax(-1)
             divergence = kl_div(
                 output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True
@@ -683,6 +697,11 @@ class R3MemModel(TrainerInterface, nn.Module):
     def _after(self, rows, memory, finish, advance=None):
         """The memory after some more tokens, lists of int64 on the CPU. Differentiable."""
         segments = cut(memory, rows, finish=finish, writes_all=True)
+        if _most_of_ranks(self, len(segments)) + _most_of_ranks(self, -len(segments)):
+            raise ValueError(
+                "a model sharded by FSDP2 gathers its layers in all processes together, so each has to compress as "
+                f"many segments; here are {len(segments)}. Give all of them rows that are cut into as many"
+            )
         carried = after(memory, rows, segments)
         readable = self.layout.readable_segments
         if self.layout.keeps_all and len(carried["num_segments"]) and carried["num_segments"].max() > readable:
@@ -1009,6 +1028,15 @@ class _StreamerOfPrompts:
 
 def _positions(mask):
     return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _most_of_ranks(model, count):
+    """The largest of all processes' counts, if FSDP2 has them gather parameters together; else this one's."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return count
+    counts = torch.tensor(count, device=model.device)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    return int(counts)
 
 
 def _mean_loss(logits, targets):
