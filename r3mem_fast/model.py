@@ -7,9 +7,11 @@ import inspect
 import re
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -29,6 +31,7 @@ from .reversible.replay import replay
 from .reversible.rotary import is_rotary
 from .segments import IGNORED as _IGNORED
 from .segments import after, cut
+from .training.interface import TrainerInterface
 
 # As transformers has it where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
@@ -54,7 +57,7 @@ class R3MemOutput(ModelOutput):
     cycle_logits: torch.Tensor | None = None
 
 
-class R3MemModel(nn.Module):
+class R3MemModel(TrainerInterface, nn.Module):
     """A memory network made from a pretrained causal language model (R3Mem, arXiv 2502.15957, section 3).
 
     The base model gets LoRA adapters, trained, and reversible layers; its own weights stay as they are. Forward it is
@@ -104,8 +107,7 @@ class R3MemModel(nn.Module):
         self.memory_embeddings = None if self.layout is None else _new_embeddings(plain, self.layout.num_memory_tokens)
         if self.r3mem_config.adapter_rows == "memory":
             _let_adapters_choose_rows(self._layers)
-        self.register_state_dict_post_hook(_without_frozen_base)
-        self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
+        self._register_checkpoint_hooks()
 
     def _lora_config(self, base):
         config = self.r3mem_config
@@ -121,11 +123,6 @@ class R3MemModel(nn.Module):
     def config(self):
         """The base model's configuration, where trainers look for it."""
         return self.peft_model.config
-
-    @property
-    def loss_type(self):
-        """The base model's, by which a trainer knows that the first label of a row is predicted by nothing."""
-        return getattr(self.peft_model.get_base_model(), "loss_type", None)
 
     @property
     def device(self):
@@ -187,7 +184,8 @@ class R3MemModel(nn.Module):
                         input_ids=rows.ids, attention_mask=attention_mask, labels=labels, use_cache=False,
                         **extra, **inputs,
                     )  # fmt: skip
-                return R3MemOutput(loss=output.loss, logits=output.logits)
+                loss = output.loss if labels is None else self._with_memory_tokens(output.loss)
+                return R3MemOutput(loss=loss, logits=output.logits)
             if inputs:
                 raise ValueError(f"behind a memory, forward takes no {sorted(inputs)}")
             if memory is None:
@@ -229,14 +227,15 @@ class R3MemModel(nn.Module):
         if labels is not None:
             output.loss = sum(weights[term] * output[f"{term}_loss"] for term in terms)
             if num_items_in_batch is not None:
-                output.loss = output.loss * ((labels != _IGNORED).sum() / num_items_in_batch)
+                # Counted as trainers count the labels of a causal model: without the first of a row.
+                output.loss = output.loss * ((labels[:, 1:] != _IGNORED).sum() / num_items_in_batch)
         return output
 
     def _is_one_pass(self, rows):
         """Whether rows without a memory are read as the base model reads them."""
         if self.layout is None or self._stack.bypassed:
             return True
-        return int(rows.mask.sum(1).max()) <= self.layout.segment_length
+        return _most_of_ranks(self, int(rows.mask.sum(1).max())) <= self.layout.segment_length
 
     def _backward(self):
         config = self.r3mem_config
@@ -255,12 +254,8 @@ class R3MemModel(nn.Module):
 
     def _in_segments(self, memory, rows, with_loss, num_items):
         """The forward pass of rows behind a memory, segment by segment."""
-        ids, labels = rows.lists(), rows.lists(rows.labels)
         # Logits alone are those that `generate` continues by: of one pass.
-        length = None if with_loss else max(1, *map(len, map(torch.cat, zip(memory.unfinished, ids, strict=True))))
-        segments = cut(memory, ids, labels, finish=True, writes_all=False, length=length)
-        for segment in segments:
-            self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
+        segments = self._segments_of(memory, rows, in_one=not with_loss)
         if num_items is None:
             num_items = max(1, sum(int((segment.targets != _IGNORED).sum()) for segment in segments))
         training = with_loss and self._trains_through(segments)
@@ -277,6 +272,43 @@ class R3MemModel(nn.Module):
             output.logits = self._placed(rows, segments, [found["logits"] for found in outcomes])
         return output
 
+    def hidden_states(self, input_ids, attention_mask=None) -> torch.Tensor:
+        """The hidden states before the head that `forward` has with labels: `[B, T, hidden_size]`, zeros in padding.
+
+        input_ids, attention_mask: int64 `[B, T]`. Rows are read in the same segments, and in training replayed in the
+        backward pass in the same way. Raises ValueError as `forward` does.
+        """
+        rows = _Rows(input_ids, attention_mask, None)
+        if self._is_one_pass(rows):
+            with self._without_memory():
+                hidden = self._decoder(
+                    input_ids=rows.ids, attention_mask=attention_mask, use_cache=False
+                ).last_hidden_state
+            return self._with_memory_tokens(hidden.masked_fill(rows.mask[..., None] == 0, 0))
+        memory = self._empty(len(rows.ids), origin=None)
+        segments = self._segments_of(memory, rows)
+        found, _ = self._through(segments, memory, lambda segment, hidden: hidden)
+        return self._placed(rows, segments, found)
+
+    def _with_memory_tokens(self, value):
+        """A value that no memory has a part in, with a gradient of zero for the memory tokens: DDP waits for one."""
+        return value if self.memory_embeddings is None else value + 0 * self.memory_embeddings.sum().to(value.dtype)
+
+    def _segments_of(self, memory, rows, in_one=False):
+        """Rows behind a memory, in the segments that they are read in, or in one."""
+        ids, labels = rows.lists(), rows.lists(rows.labels)
+        lengths = [len(before) + len(row) for before, row in zip(memory.unfinished, ids, strict=True)]
+        length = max(1, *lengths) if in_one else None
+        longest = max(lengths) if in_one else _most_of_ranks(self, max(lengths))
+        if longest > max(lengths):
+            # Another process has more segments: what is read here with them counts nowhere.
+            more = torch.zeros(longest - lengths[-1], dtype=torch.int64)
+            ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + _IGNORED])
+        segments = cut(memory, ids, labels, finish=True, writes_all=False, length=length)
+        for segment in segments:
+            self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
+        return segments
+
     def _outcome(self, segment, hidden, with_loss, num_items, with_logits, teacher):
         """Loss and logits of a segment whose last hidden states are known, in a dict."""
         targets = segment.targets.to(self.device)
@@ -292,7 +324,8 @@ class R3MemModel(nn.Module):
                     "fused_linear_cross_entropy=False"
                 )
             counted = targets != _IGNORED
-            wanted = teacher[torch.tensor(segment.rows, device=self.device)[:, None], segment.places.to(self.device)]
+            places = segment.places.clamp_max(teacher.shape[1] - 1)
+            wanted = teacher[torch.tensor(segment.rows, device=self.device)[:, None], places.to(self.device)]
             wanted = wanted[counted].float().log_softmax(-1)
             divergence = kl_div(
                 output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True
@@ -660,6 +693,11 @@ class R3MemModel(nn.Module):
     def _after(self, rows, memory, finish, advance=None):
         """The memory after some more tokens, lists of int64 on the CPU. Differentiable."""
         segments = cut(memory, rows, finish=finish, writes_all=True)
+        if _most_of_ranks(self, len(segments)) + _most_of_ranks(self, -len(segments)):
+            raise ValueError(
+                "a model sharded by FSDP2 gathers its layers in all processes together, so each has to compress as "
+                f"many segments; here are {len(segments)}. Give all of them rows that are cut into as many"
+            )
         carried = after(memory, rows, segments)
         readable = self.layout.readable_segments
         if self.layout.keeps_all and len(carried["num_segments"]) and carried["num_segments"].max() > readable:
@@ -846,25 +884,6 @@ def _check_rows_can_be_chosen(model):
             )
 
 
-def _frozen_base(model):
-    """Names in the state dict of what is the base model's and does not learn."""
-    own = {id(parameter) for _, parameter in storage.own_parameters(model.peft_model)}
-    # Tied weights stand there under each of their names.
-    named = model.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in named if id(parameter) in own and not parameter.requires_grad}
-
-
-def _without_frozen_base(model, state, prefix, metadata):
-    """What is saved is what learns: a trainer's checkpoints hold no copy of the base model."""
-    for name in _frozen_base(model):
-        state.pop(prefix + name, None)
-
-
-def _do_not_miss_frozen_base(model, incompatible):
-    known = _frozen_base(model)
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in known]
-
-
 class _ChosenRows:
     """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_rows` names."""
 
@@ -1005,6 +1024,15 @@ class _StreamerOfPrompts:
 
 def _positions(mask):
     return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _most_of_ranks(model, count):
+    """The largest of all processes' counts, if FSDP2 has them gather parameters together; else this one's."""
+    if not (dist.is_initialized() and any(isinstance(module, FSDPModule) for module in model.modules())):
+        return count
+    counts = torch.tensor(count, device=model.device)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    return int(counts)
 
 
 def _mean_loss(logits, targets):

@@ -5,10 +5,12 @@ forward pass keeps the states and nothing else; the backward pass takes the segm
 more, and hands the gradient of its state to the one before.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -69,7 +71,10 @@ class _Run:
         self.stack, self.step, self.segments, self.bptt_segments = stack_of(model), step, segments, bptt_segments
         self.known = list(dict.fromkeys([*(p for p in model.parameters() if p.requires_grad), *others]))
         # Of a sharded model each layer delivers its gradients itself, to the parameters that it gathers when it runs.
-        self.sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        sharded = [m for m in model.modules() if isinstance(m, FSDPModule)] if dist.is_initialized() else []
+        self.sharded = bool(sharded)
+        # Those that run in the segments, and not around them.
+        self._units = [module for module in sharded if module is not model]
         self.inputs = [torch.zeros((), requires_grad=True)] if self.sharded else self.known
         self._device = next(model.parameters()).device
         self._versions = [
@@ -108,6 +113,16 @@ class _Run:
             )
         flags = coupling.new_flags(self._device)
         totals = [None] * len(self.known)
+        with self._units_resharded():
+            grad_state = self._all_backward(grad_outputs, grad_state, totals, flags)
+        if flags.device.type != "cpu" or self.stack.integrity == "nan":
+            self.stack.report(SimpleNamespace(flags=flags))
+            grad_state = [poisoned(gradient, flags) for gradient in grad_state]
+            totals = [poisoned(gradient, flags) for gradient in totals]
+        return grad_state, totals
+
+    def _all_backward(self, grad_outputs, grad_state, totals, flags):
+        """The gradients of the first state; those of `known` are added to `totals`."""
         while self._states:
             index = len(self._states) - 1
             count = self.output_structures[index].num_leaves
@@ -125,11 +140,17 @@ class _Run:
                 if gradient is not None:
                     totals[place] = gradient if totals[place] is None else totals[place] + gradient
             del tensors, pairs, given, wanted, found, of
-        if flags.device.type != "cpu" or self.stack.integrity == "nan":
-            self.stack.report(SimpleNamespace(flags=flags))
-            grad_state = [poisoned(gradient, flags) for gradient in grad_state]
-            totals = [poisoned(gradient, flags) for gradient in totals]
-        return grad_state, totals
+        return grad_state
+
+    @contextlib.contextmanager
+    def _units_resharded(self):
+        """While this lasts, FSDP2 frees what it gathered once a unit has run, as it does outside a backward pass."""
+        hooks = [unit.register_forward_hook(lambda unit, args, output: unit.reshard()) for unit in self._units]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _given(self, index):
         """The state before a segment as leaves, of which those require a gradient that one is passed on from."""
@@ -151,6 +172,11 @@ class _Run:
                     "segment cannot be run again as it was. Run backward before the optimizer step (or whatever "
                     "changed it)."
                 )
+        for unit in self._units:
+            # A unit that was run backward before, in this backward pass, is taken for one that is recomputed by
+            # activation checkpointing: its gradients would not be reduced, and it would stay gathered.
+            state = unit._get_fsdp_state()
+            state._training_state = type(state._training_state).IDLE
         with self._surroundings[index].restored(), torch.enable_grad():
             output, state = self.step(self.segments[index], tree_unflatten(given, self.structure))
         tensors = [*tree_flatten(output)[0], *tree_flatten(state)[0]]

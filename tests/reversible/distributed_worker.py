@@ -24,10 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible
 from r3mem_fast.reversible.convert import find_decoder_layers
 from tests.reversible.tiny import build, token_ids
+from tests.test_model_memory import made
 
 STEPS = 2
 ROWS = 2  # of one microbatch
 LAYERS = 3
+SEGMENT_TOKENS = 37  # five segments of 8, the last a shorter one
 
 # As fine as float32 at the size of these hidden states. On a coarser grid a last-bit difference between a product of 2
 # rows and one of 8 would at times become a whole grid step, which says nothing about the distribution.
@@ -65,6 +67,44 @@ def training(wrapper, first, tuning, microbatches=1, synchronise="last", **optio
         result["evaluations"].append(evaluations.copy())
         evaluations[:] = [0] * LAYERS
     return result
+
+
+def memory_network(wrapper, kept="none", placement="every_layer", microbatches=1, tokens=None, **options):
+    """Train an R3MemModel for `STEPS` steps on rows of up to five segments, as in `training`.
+
+    kept: its `kept_segments`. placement: its `memory_placement`. tokens: of a row, by rank. Returns the largest
+    relative differences of gradients, a value a step, and how many layers were gathered at once, when one of them ran.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tokens = tokens or [SEGMENT_TOKENS] * world_size
+    settings = {"kept_segments": kept, "memory_placement": placement, "fraction_bits": COUPLING.fraction_bits}
+    model, reference = (made(base=tuned_model("full"), **settings).train() for _ in range(2))
+    wrapped = DistributedDataParallel(model, **options) if wrapper == "ddp" else sharded(model)
+    optimizers = [torch.optim.SGD(trainable(m).values(), lr=0.05) for m in (model, reference)]
+    gathered = count_gathered(model)
+    result = {"gradients": []}
+    for step in range(STEPS):
+        ids = token_ids(batch=ROWS * microbatches * world_size, tokens=max(tokens), seed=step).chunk(world_size)
+        of_ranks = [rows[:, :count] for rows, count in zip(ids, tokens, strict=True)]
+        for index, rows in enumerate(of_ranks[rank].chunk(microbatches)):
+            with unsynchronised(wrapped, index < microbatches - 1):
+                (wrapped(rows, labels=rows).loss / microbatches).backward()
+        for rows in of_ranks:
+            (reference(rows, labels=rows).loss / world_size).backward()
+        result["gradients"].append(largest_difference(model, reference, lambda p: p.grad))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        copy_parameters(model, reference)
+    return {**result, "gathered": max(gathered)}
+
+
+def unequal_histories():
+    """The error of compressing other numbers of segments in each process under FSDP2."""
+    model = sharded(made(base=tuned_model("full")))
+    queries = token_ids(tokens=4)
+    contexts = token_ids(tokens=SEGMENT_TOKENS - 16 * dist.get_rank())
+    return error_of(lambda: model(contexts, labels=contexts, query_input_ids=queries))
 
 
 def loss_below_the_last_layer():
@@ -177,6 +217,18 @@ def count_evaluations(model):
     return counts
 
 
+def count_gathered(model):
+    """A list that tells, each time that a layer starts, how many layers' parameters are whole."""
+    counts, layers = [], find_decoder_layers(model)[1]
+
+    def count(module, arguments):
+        counts.append(sum(not hasattr(next(layer.parameters()), "full_tensor") for layer in layers))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(count)
+    return counts
+
+
 @torch.no_grad()
 def copy_parameters(source, target):
     values = trainable(source)
@@ -206,7 +258,15 @@ def whole(tensor):
 
 CASES = {
     case.__name__: case
-    for case in (training, loss_below_the_last_layer, update_between_passes, sharding_within_layers, checks)
+    for case in (
+        training,
+        memory_network,
+        unequal_histories,
+        loss_below_the_last_layer,
+        update_between_passes,
+        sharding_within_layers,
+        checks,
+    )
 }
 
 

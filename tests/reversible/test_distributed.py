@@ -180,3 +180,36 @@ def test_checks_of_a_sharded_model(workers, first):
     for answer in workers.run("checks", first=first):
         assert answer["exact"]
         assert answer["raised"] == "ValueError" and "fully_shard" in answer["message"]
+
+
+@pytest.mark.parametrize("placement", ["every_layer", "input"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_memory_network_trains_as_one_process(workers, wrapper, microbatches, placement):
+    """An R3MemModel on rows of five segments, each replayed in the backward pass: the gradients of one process. FSDP2
+    gathers one layer at a time, in the backward pass too."""
+    for answer in workers.run("memory_network", wrapper=wrapper, microbatches=microbatches, placement=placement):
+        assert max(answer["gradients"]) < (1e-6 if wrapper == "ddp" else 1e-5)
+        assert wrapper == "ddp" or answer["gathered"] == 1
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_memory_network_with_kept_segments(workers, wrapper):
+    """The same with each segment kept until the backward pass."""
+    for answer in workers.run("memory_network", wrapper=wrapper, kept="device"):
+        assert max(answer["gradients"]) < (1e-6 if wrapper == "ddp" else 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [[37, 20], [37, 6]], ids=["three segments", "one segment"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_processes_with_other_numbers_of_segments(workers, wrapper, tokens):
+    """Where one process has five segments and another three, or one and no memory, neither waits for the other in
+    vain, and the gradients are those of one process."""
+    for answer in workers.run("memory_network", wrapper=wrapper, tokens=tokens):
+        assert max(answer["gradients"]) < (1e-6 if wrapper == "ddp" else 1e-5)
+
+
+def test_histories_of_other_numbers_of_segments_are_refused(workers):
+    """What is compressed cannot be made longer; each process says so, where otherwise all would wait for ever."""
+    for rank, answer in enumerate(workers.run("unequal_histories")):
+        assert answer["raised"] == "ValueError" and f"here are {5 - 2 * rank}" in answer["message"]

@@ -1,0 +1,126 @@
+"""What trainers look for on a model beside its forward pass: a backbone and a head, tags, checkpoints."""
+
+import dataclasses
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .. import storage
+
+
+class TrainerInterface:
+    """A mixin of `R3MemModel`: what transformers' Trainer and TRL's trainers ask of a PreTrainedModel.
+
+    The model it is mixed into has `peft_model`, and `hidden_states(input_ids, attention_mask)`.
+    """
+
+    # Trainer reads it when a checkpoint lacks something.
+    _keys_to_ignore_on_save = None
+
+    def _register_checkpoint_hooks(self):
+        self.register_state_dict_post_hook(_leave_frozen_base_out)
+        self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
+
+    @property
+    def loss_type(self) -> str:
+        """The base model's, by which Trainer tells that a row's first label is never predicted, and not counted."""
+        return self._plain_model.loss_type
+
+    @property
+    def base_model(self) -> "Backbone":
+        """The model without its head, read as it is in training: see `Backbone`."""
+        return Backbone(self)
+
+    @property
+    def generation_config(self):
+        return self._plain_model.generation_config
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self._plain_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self._plain_model.get_output_embeddings()
+
+    def add_model_tags(self, tags):
+        self._plain_model.add_model_tags(tags)
+
+    def activation_checkpointing_enable(self, *args, **settings):
+        """Warns once that there are no activations to save (as on any reversible model), and turns nothing on."""
+        self._plain_model.activation_checkpointing_enable(*args, **settings)
+
+    def activation_checkpointing_disable(self):
+        self._plain_model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(self, *args, **settings):
+        """`activation_checkpointing_enable` by its former name, which transformers up to 5.2x calls."""
+        self._plain_model.gradient_checkpointing_enable(*args, **settings)
+
+    def gradient_checkpointing_disable(self):
+        self._plain_model.gradient_checkpointing_disable()
+
+    def _refuse_adapters(self, peft_config):
+        raise TypeError(
+            "an R3MemModel has its adapters already. Give a trainer no peft_config; to choose the adapters, make "
+            "R3MemModel(get_peft_model(base, peft_config), config)"
+        )
+
+    # PEFT sets it on what it puts adapters on, whose memory tokens it would freeze.
+    peft_config = property(None, _refuse_adapters)
+
+    @property
+    def _plain_model(self):
+        return self.peft_model.get_base_model()
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A model without its head, for trainers that apply the head themselves (TRL's, in tiles over the vocabulary)."""
+
+    model: torch.nn.Module
+
+    def __call__(self, input_ids, attention_mask=None, use_cache=False, **inputs) -> BaseModelOutputWithPast:
+        """`last_hidden_state` `[B, T, hidden_size]`, in the model's or autocast's dtype; see `hidden_states`.
+
+        input_ids, attention_mask: int64 `[B, T]`. Raises ValueError for other inputs (a trainer's packed rows, say),
+        and in training with a `distillation_weight`, whose teacher needs the logits.
+        """
+        if "position_ids" in inputs:
+            raise ValueError(
+                "R3MemModel cuts rows into segments itself, and takes no position_ids: several texts packed into one "
+                "row would be read as one. Set packing=False and padding_free=False"
+            )
+        if use_cache or inputs:
+            raise ValueError(f"R3MemModel's backbone takes no {sorted(inputs) or 'cache'}")
+        if self.model.training and self.model.r3mem_config.distillation_weight:
+            raise ValueError(
+                "distillation_weight: this trainer applies the head itself (TRL's do), so there are no logits that a "
+                "teacher's could be compared with; use transformers' Trainer, or set the weight to 0"
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.model.hidden_states(input_ids, attention_mask))
+
+
+def _left_out(model):
+    """Names that a checkpoint does not have: of frozen parameters of the base model, and all but one of tied ones."""
+    own = {id(parameter) for _, parameter in storage.own_parameters(model.peft_model)}
+    names, seen = set(), set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (id(parameter) in own and not parameter.requires_grad) or id(parameter) in seen:
+            names.add(name)
+        seen.add(id(parameter))
+    return names
+
+
+def _leave_frozen_base_out(model, state, prefix, metadata):
+    """What is saved is what learns: a trainer's checkpoints hold no copy of the base model."""
+    for name in _left_out(model):
+        state.pop(prefix + name, None)
+        # A quantised weight has more entries of its own, such as the scales of its blocks.
+        for entry in [entry for entry in state if entry.startswith(f"{prefix}{name}.")]:
+            del state[entry]
+
+
+def _do_not_miss_frozen_base(model, incompatible):
+    # Keys begin with the names of what the model is wrapped in, if in anything.
+    left_out = tuple(_left_out(model))
+    found = [key for key in incompatible.missing_keys if not f".{key}".endswith(tuple(f".{n}" for n in left_out))]
+    incompatible.missing_keys[:] = found
