@@ -39,6 +39,7 @@ setup(
         *find_packages(include=["r3mem_fast", "r3mem_fast.*"]),
         *(f"r3mem_fast.kernels.{name}" for name in operations),
     ],
+    package_data={"r3mem_fast": ["adapters/*/*"]},
     package_dir={f"r3mem_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in operations},
     install_requires=[
         "torch>=2.10",

@@ -137,6 +137,8 @@ def _add_train(commands):
     train.add_argument("--accumulate", type=_positive, default=1, help="passes a step (%(default)s)")
     train.add_argument("--learning-rate", type=float, default=1e-3, help="(%(default)s)")
     train.add_argument("--hold-out", type=float, default=0.0, help="share at the end of each text (%(default)s)")
+    dtypes = ["bfloat16", "float32"]
+    train.add_argument("--adapter-dtype", choices=dtypes, help="of the adapter's files (as trained, float32)")
     train.add_argument("--checkpoint-steps", type=_positive, default=50, help="(%(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     _add_run_options(train)
@@ -255,8 +257,6 @@ def _check(options):
 
 
 def _remember(options):
-    from pathlib import Path
-
     from . import R3MemConfig, RememberSettings, storage
 
     texts = _texts(options)
@@ -266,7 +266,7 @@ def _remember(options):
         checkpoint_seconds=options.checkpoint_seconds,
         seed=options.seed,
     )
-    if (Path(options.folder) / storage.MANIFEST).is_file():
+    if storage.is_adapter(options.folder):
         if given := [name for name in ("model", *_OF_NEW_ADAPTERS) if getattr(options, name) is not None]:
             raise ValueError(f"--{given[0].replace('_', '-')} is for a new adapter; {options.folder} has one")
         pipeline = _pipeline(options, options.folder)
@@ -304,7 +304,7 @@ def _remember(options):
 
 
 def _train(options):
-    from pathlib import Path
+    import torch
 
     from . import R3MemConfig, TrainSettings, storage
     from .training.texts import read_texts
@@ -323,7 +323,7 @@ def _train(options):
     named = {**_OF_NEW_ADAPTERS, **_OF_TRAINING}
     given = {named[name]: value for name in named if (value := getattr(options, name, None)) is not None}
     model = options.model or "smollm2-135m"
-    if (Path(model) / storage.MANIFEST).is_file():
+    if storage.is_adapter(model):
         if given:
             raise ValueError(f"{model} is an adapter, which has its settings ({sorted(given)}) already")
         pipeline = _pipeline(options, model)
@@ -331,6 +331,8 @@ def _train(options):
         config = R3MemConfig(**{"num_memory_tokens": 16, **given})
         pipeline = _pipeline(options, model, config=config, seed=options.seed)
     report = pipeline.train(texts, folder=options.output, settings=settings, progress=not options.json)
+    if options.adapter_dtype is not None:
+        pipeline.save(options.output, adapter_dtype=getattr(torch, options.adapter_dtype))
     if options.json:
         print(json.dumps(dataclasses.asdict(report)))
     else:

@@ -816,9 +816,12 @@ class R3MemModel(TrainerInterface, nn.Module):
     def _base_versions(self):
         return _versions(parameter for _, parameter in storage.own_parameters(self.peft_model))
 
-    def save_pretrained(self, folder, **details):
-        """Save the adapters as a PEFT folder, with `r3mem.json` beside them (see `storage.save`)."""
-        storage.save(self, folder, **details)
+    def save_pretrained(self, folder, *, adapter_dtype=None, **details):
+        """Save the adapters as a PEFT folder, with `r3mem.json` beside them (see `storage.save`).
+
+        adapter_dtype: that their weights are rounded to in the files; None: as they are.
+        """
+        storage.save(self, folder, adapter_dtype=adapter_dtype, **details)
 
     @classmethod
     def from_pretrained(cls, folder, base=None, *, dtype=torch.float32) -> "R3MemModel":

@@ -39,8 +39,8 @@ class R3MemPipeline:
     >>> pipeline.generate("Who owns Pemberley?", memory=memory)
     >>> pipeline.expand(pipeline.compress(page)) == page  # of a page that was remembered
 
-    model: `"smollm2-135m"`, a hub id, the folder of a model, the folder of an adapter that `save` wrote, an
-        `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
+    model: `"smollm2-135m"`, a hub id, the folder of a model, the folder of an adapter that `save` wrote,
+        `"smollm2-135m-memory"` (an adapter that comes with this package), an `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
         tokenizer. config: for a model without adapters. device, dtype: of a model that is loaded here; by default the
         dtype that an adapter was trained in, and for a new one bfloat16 where the device computes in it natively,
         else float32. seed: of new adapters, which start the same every time.
@@ -53,10 +53,10 @@ class R3MemPipeline:
         if isinstance(model, (str, Path)):
             if tokenizer is not None:
                 raise TypeError("a model that is given by name brings its own tokenizer")
-            if (Path(model) / storage.MANIFEST).is_file():
+            if storage.is_adapter(model):
                 if config is not None:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
-                self._load(Path(model), device, dtype)
+                self._load(storage.adapter_folder(model), device, dtype)
                 return
             runs = {CHECKPOINT: "remember the same documents", CHECKPOINTS: "train on the same texts"}
             for checkpoint, what in runs.items():
@@ -284,11 +284,14 @@ class R3MemPipeline:
         )
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
 
-    def save(self, folder):
-        """Save the adapter, and what was remembered (queries and digests, no contexts), into a folder."""
+    def save(self, folder, *, adapter_dtype=None):
+        """Save the adapter, and what was remembered (queries and digests, no contexts), into a folder.
+
+        adapter_dtype: that its weights are rounded to in the files; torch.bfloat16 makes them half as large.
+        """
         self.folder = Path(folder)
         dtype = str(self.model.peft_model.dtype).removeprefix("torch.")
-        self.model.save_pretrained(folder, dtype=dtype, remembered=self.remembered)
+        self.model.save_pretrained(folder, adapter_dtype=adapter_dtype, dtype=dtype, remembered=self.remembered)
 
     def _rehearsed(self, entries):
         """What was remembered before, as pairs: recalled, and taken if it is still what it was."""

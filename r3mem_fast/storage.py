@@ -46,6 +46,8 @@ _CONFIG_KEYS = (
 # Of characters that normalisers and splitters treat in their own ways.
 _PROBE = "A naïve  tab\tand\nline, 1234.5 'don't' ﬁ Ǆ é ½ 東京 🙂 end"
 _SAVED = ".saved"
+# Of the embedded model, by name.
+EMBEDDED_ADAPTERS = Path(__file__).parent / "adapters"
 _OF_A_PAIR = {
     "level": str,
     "document": str,
@@ -57,9 +59,10 @@ _OF_A_PAIR = {
 }
 
 
-def save(model, folder, **details):
+def save(model, folder, *, adapter_dtype=None, **details):
     """Write a model's adapters, settings and `details` (values for JSON) into a folder, made if need be.
 
+    adapter_dtype: that weights of adapters and memory tokens are rounded to; None: as they are.
     All files together: until the last of them is on the disk the folder is as it was, and from then on it is the new
     one, also if the process is killed while they move to their places: the next load or save moves the rest.
     """
@@ -86,6 +89,10 @@ def save(model, folder, **details):
         if model.layout is not None:
             save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / _MEMORY_TOKENS)
             files.append(_MEMORY_TOKENS)
+        if adapter_dtype is not None:
+            for name in files[1:]:
+                rounded = {key: tensor.to(adapter_dtype) for key, tensor in load_file(staging / name).items()}
+                save_file(rounded, staging / name, {"format": "pt"})
         manifest["files"] = {name: _digest(staging / name) for name in files}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in (*files, MANIFEST):
@@ -108,7 +115,7 @@ def _finish(folder):
 
 def load(cls, folder, base, dtype):
     """What `save` wrote, as a model in eval mode; see `R3MemModel.from_pretrained`."""
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     manifest = read_manifest(folder)
     config = R3MemConfig.from_dict(manifest["r3mem_config"])
     for name in (*_ADAPTER_FILES, *([_MEMORY_TOKENS] if config.num_memory_tokens else [])):
@@ -137,6 +144,17 @@ def load(cls, folder, base, dtype):
     return model.eval()
 
 
+def adapter_folder(name) -> Path:
+    """The folder of an adapter: of one that comes with this package by its name, else the folder of that name."""
+    embedded = EMBEDDED_ADAPTERS / str(name)
+    return embedded if Path(name).name == str(name) and embedded.is_dir() and not Path(name).exists() else Path(name)
+
+
+def is_adapter(name) -> bool:
+    """Whether this names an adapter that was saved here, or comes with this package."""
+    return (adapter_folder(name) / MANIFEST).is_file()
+
+
 def load_base(folder, manifest, dtype):
     """`(model, tokenizer)` that an adapter was made for. Raises OSError if it cannot be found."""
     if not manifest["base_model"]:
@@ -146,8 +164,9 @@ def load_base(folder, manifest, dtype):
 
 def read_manifest(folder) -> dict:
     """`r3mem.json` of a folder. Raises OSError if there is none, ValueError if it is no such file."""
-    folder = Path(folder)
-    _finish(folder)
+    folder = adapter_folder(folder)
+    if folder != EMBEDDED_ADAPTERS / folder.name:  # which nobody writes to
+        _finish(folder)
     path = folder / MANIFEST
     if not path.is_file():
         what = (
