@@ -40,10 +40,11 @@ class R3MemPipeline:
     >>> pipeline.expand(pipeline.compress(page)) == page  # of a page that was remembered
 
     model: `"smollm2-135m"`, a hub id, the folder of a model, the folder of an adapter that `save` wrote,
-        `"smollm2-135m-memory"` (an adapter that comes with this package), an `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
-        tokenizer. config: for a model without adapters. device, dtype: of a model that is loaded here; by default the
-        dtype that an adapter was trained in, and for a new one bfloat16 where the device computes in it natively,
-        else float32. seed: of new adapters, which start the same every time.
+        `"smollm2-135m-memory"` (an adapter that comes with this package), an `R3MemModel`, or a `transformers` causal
+        language model, which is changed in place; the last two with their tokenizer. config: for a model without
+        adapters. device, dtype: of a model that is loaded here; by default the dtype that an adapter was trained in,
+        and for a new one bfloat16 where the device computes in it natively, else float32. seed: of new adapters, which
+        start the same every time.
     Raises OSError for a model or folder that is not there, ValueError for one that is damaged or foreign, TypeError
     for arguments that do not go together.
     """
