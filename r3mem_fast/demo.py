@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .files import replacing
 from .measure import StorageRecorder
-from .models import load_model
+from .models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, load_model
 from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers, text_config
@@ -22,6 +22,7 @@ from .training.remember import RememberSettings
 ARMS = ("plain", "checkpointing", "reversible")
 _TIMING_ROUNDS = 3
 _HELD_OUT = 4
+_MEMORY_WINDOWS = 12
 
 
 def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fraction_bits, device, output):
@@ -81,6 +82,10 @@ def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fr
     _draw(output, measured, losses, held_out=(loss_before, loss_after), bits=bits, title=title)
     print(f"Picture: {output}")
     _remember_a_page(model_name, page, remember_steps, device)
+    if model_name == EMBEDDED_MODEL:
+        _read_behind_memories(EMBEDDED_ADAPTER, text, device)
+    else:
+        print(f"\nThe memory adapter that comes with this package is for {EMBEDDED_MODEL}: not shown.")
 
 
 def _remember_a_page(model_name, page, max_steps, device):
@@ -93,6 +98,33 @@ def _remember_a_page(model_name, page, max_steps, device):
         recalled = pipeline.recall(pair.query)
         verdict = "exact" if recalled == pair.context else "NOT exact"
         print(f"  {pair.level}: {pair.query!r}\n    -> {verdict}: {textwrap.shorten(recalled, 100)!r}")
+
+
+def _read_behind_memories(adapter, text, device, count=_MEMORY_WINDOWS):
+    """What memories of an adapter that was trained for them are worth on a text, in nats a token."""
+    pipeline = R3MemPipeline(adapter, device=device)
+    model, layout = pipeline.model, pipeline.model.layout
+    length, overlap, slots = layout.segment_length, layout.segment_overlap, layout.num_memory_tokens
+    windows = token_windows(pipeline.tokenizer, text, tokens=2 * length, count=count).to(device)
+    losses = {name: [] for name in ("tail", "memory", "full")}
+    with torch.no_grad():
+        for window in windows.split(1):
+            before, segment = window[:, :length], window[:, length:]
+            logits = {
+                "tail": model(window[:, length - overlap :]).logits[:, -length:],
+                "memory": model(segment, memory=model.compress(before)).logits,
+                "full": model(window).logits[:, -length:],
+            }
+            for name, values in logits.items():
+                loss = torch.nn.functional.cross_entropy(values[0, :-1].float(), segment[0, 1:])
+                losses[name].append(loss.item())
+    print(f"\nReading {count} segments of {length} tokens behind the segment before, with the adapter {adapter}:")
+    for name, what in (
+        ("tail", f"its last {overlap} tokens"),
+        ("memory", f"these, and a memory of it of {slots} tokens"),
+        ("full", f"all of its {length} tokens"),
+    ):
+        print(f"  {what:44} {statistics.fmean(losses[name]):.4f} nats a token")
 
 
 def _loss(model, windows):

