@@ -51,8 +51,8 @@ class R3MemConfig:
         so that without a memory the model is its base model, bit for bit. Backward they change all in either case.
     bptt_segments: in training over several segments, gradients pass through the memories of at most so many of them,
         counted from the first; None: of all. kept_segments: what is kept of each segment until the backward pass.
-        "none": nothing but its memory; it is run again then (DESIGN 2.8). "device": its last streams and side bits,
-        which saves that; "host": the same in host memory.
+        "none": nothing but its memory, and of the last one all; the others are run again then (DESIGN 2.8). "device":
+        the last streams and the side bits, which saves that; "host": the same in host memory.
     offload_side_bits: of training, let them wait in host memory, see `make_reversible`.
     memory_dropout: in training over several segments, the probability with which a row does not see the memory before
         a segment, only its overlap: so that what can be known without a memory is not learned as a part of it.

@@ -1,8 +1,8 @@
 """Back-propagation through segments of which only the states between them are kept: memory replay (DESIGN 2.8).
 
 Of S segments that pass a state on, full back-propagation through time keeps all that each of them computed. Here the
-forward pass keeps the states and nothing else; the backward pass takes the segments last to first, runs each once
-more, and hands the gradient of its state to the one before.
+forward pass keeps the states and the last segment, where the backward pass begins. From there it takes the segments
+last to first, runs each once more, and hands the gradient of its state to the one before.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ def replay(
     """Run `step` over segments, with gradients, in memory that does not grow with their number but by the states.
 
     model: a reversible model (`make_reversible`), whose trainable parameters `step` uses. step:
-    `(segment, state) -> (output, state)`. It is called twice for each segment and must do the same each time. Outputs
-    (a loss, say) and states are tensors, or nested lists, tuples or dicts of them. state: before the first segment.
+    `(segment, state) -> (output, state)`. For each segment but the last it is called twice and must do the same.
+    Outputs (a loss, say) and states are tensors, or nested lists, tuples or dicts of them. state: before the first.
     bptt_segments: no gradient passes from segment n to the one before where n, from 0, is a multiple of this, as if
     the state were detached there; None: it always passes. others: further tensors that require a gradient and are
     used by `step`, neither of the model nor in a state.
@@ -82,23 +82,30 @@ class _Run:
         ]
         self.output_structures = []
         self._states, self._surroundings, self._digests = [], [], []
+        self._kept = None  # the last segment's state and tensors, with its graph
 
     def first(self, leaves):
         """Every segment once: the tensors of all outputs and of the last state, without a graph."""
         values, last = [], leaves
+        end = len(self.segments) - 1
         for index, segment in enumerate(self.segments):
             self._states.append([_compact(leaf.detach()) for leaf in last])
             surroundings = Surroundings(self._device)
             self._surroundings.append(surroundings)
             given = self._given(index)
             # With gradients on, as when it is replayed: attention libraries choose their kernels by that.
-            with surroundings.recorded(), torch.enable_grad(), self.stack.forgetting():
+            kept = index == end and not self.sharded  # whose layers would stay gathered
+            forgetting = contextlib.nullcontext() if kept else self.stack.forgetting()
+            with surroundings.recorded(), torch.enable_grad(), forgetting:
                 output, state = self.step(segment, tree_unflatten(given, self.structure))
             outputs, structure = tree_flatten(output)
             self.output_structures.append(structure)
             last, structure = tree_flatten(state)
             if structure != self.structure:
                 raise ValueError(f"step returned a state of {structure}, and was given one of {self.structure}")
+            if kept:
+                refuse_outside_tensors("a segment", [*outputs, *last], [*self.known, *given])
+                self._kept = (given, [*outputs, *last])
             values += [tensor.detach() for tensor in outputs]
             self._digests.append([_digest(tensor) for tensor in (*outputs, *last)])
         # An input returned as it is would be taken for a view of it.
@@ -128,8 +135,11 @@ class _Run:
             count = self.output_structures[index].num_leaves
             grads = [*grad_outputs[len(grad_outputs) - count :], *grad_state]
             grad_outputs = grad_outputs[: len(grad_outputs) - count]
-            given = self._given(index)
-            tensors = self._again(index, given, flags)
+            if self._kept is None:
+                given = self._given(index)
+                tensors = self._again(index, given, flags)
+            else:
+                (given, tensors), self._kept = self._kept, None
             self._states.pop()
             pairs = [(t, g) for t, g in zip(tensors, grads, strict=True) if g is not None and t.requires_grad]
             wanted = [leaf for leaf in given if leaf.requires_grad]

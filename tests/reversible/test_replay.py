@@ -93,10 +93,26 @@ def test_nothing_to_replay():
     assert replay(model.base, model, [], state) == ([], state)
 
 
+def _outside_at_first(model):
+    """A step that uses a tensor from outside, in the first segment alone."""
+
+    def step(segment, state):
+        if state["read"] == 0:
+            state = {**state, "prompt": state["prompt"] + model.places}
+        with torch.no_grad():
+            places = model.places.clone()
+        return torch.func.functional_call(model, {"places": places}, (segment, state), strict=False)
+
+    return step
+
+
 def test_what_is_refused():
     model, segments = Recurrent(), [token_ids(), token_ids(seed=2)]
     with pytest.raises(ValueError, match=r"a tensor \[3, 32\] that requires a gradient enters a segment from outside"):
-        replay(model.base, model, segments, model.start())[1]["prompt"].sum().backward()
+        replay(model.base, model, segments, model.start())
+    with pytest.raises(ValueError, match="enters a segment from outside"):
+        outputs, _ = replay(model.base, _outside_at_first(model), segments, model.start())
+        outputs[1]["loss"].backward()
     with pytest.raises(ValueError, match="bptt_segments must be an integer of at least 2"):
         replay(model.base, model, segments, model.start(), others=[model.places], bptt_segments=1)
     with pytest.raises(ValueError, match="the model is not reversible"):
@@ -121,7 +137,7 @@ def test_a_step_that_does_something_else_the_second_time():
         outputs, _ = replay(model.base, step, [token_ids(), token_ids(seed=2)], model.start(), others=[model.places])
         loss = sum(output["loss"] for output in outputs)
         if integrity == "auto":
-            with pytest.raises(IntegrityError, match="segment 1, run again: the backward pass did not find again"):
+            with pytest.raises(IntegrityError, match="segment 0, run again: the backward pass did not find again"):
                 loss.backward()
         else:
             loss.backward()
