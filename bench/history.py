@@ -20,6 +20,8 @@ and one with `peak_ratio`, of the largest count over the smallest.
 import argparse
 import concurrent.futures
 import contextlib
+import ctypes
+import gc
 import multiprocessing
 import statistics
 import time
@@ -103,7 +105,10 @@ def _step(model, memory, ids):
 def _peak(options, count):
     model, memory, ids = _made(options, count)
     _step(model, memory, ids[:, : 2 * options.segment_length])  # what every step needs: workspaces, code
+    gc.collect()
     on_gpu = ids.device.type == "cuda"
+    if not on_gpu:
+        ctypes.CDLL(None).malloc_trim(0)  # what loading has left free would hide what a step takes
     before = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
