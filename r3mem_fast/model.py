@@ -133,6 +133,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         """The base model's positions, None if it names no limit."""
         return _positions_of(self.peft_model)
 
+    @torch.compiler.disable  # the rows' lengths decide what runs, and reversible layers are not compiled anyway
     def forward(
         self,
         input_ids,
@@ -186,6 +187,7 @@ class R3MemModel(TrainerInterface, nn.Module):
                     )  # fmt: skip
                 loss = output.loss if labels is None else self._with_memory_tokens(output.loss)
                 return R3MemOutput(loss=loss, logits=output.logits)
+            inputs.pop("skip_logits", None)  # Trainer's wish, with Liger, where it needs none
             if inputs:
                 raise ValueError(f"behind a memory, forward takes no {sorted(inputs)}")
             if memory is None:
@@ -268,10 +270,11 @@ class R3MemModel(TrainerInterface, nn.Module):
         output = R3MemOutput()
         if with_loss:
             output.loss = sum(found["loss"] for found in outcomes)
-        if not training:
+        if not training and outcomes[0]["logits"] is not None:  # a fused loss makes none
             output.logits = self._placed(rows, segments, [found["logits"] for found in outcomes])
         return output
 
+    @torch.compiler.disable  # the rows' lengths decide what runs, and reversible layers are not compiled anyway
     def hidden_states(self, input_ids, attention_mask=None) -> torch.Tensor:
         """The hidden states before the head that `forward` has with labels: `[B, T, hidden_size]`, zeros in padding.
 
@@ -427,7 +430,8 @@ class R3MemModel(TrainerInterface, nn.Module):
 
         Its own head and loss, whatever they are: only the decoder is left out.
         """
-        result = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        # Contiguous, because fused losses (Liger's) view it as rows.
+        result = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.contiguous())
         own = vars(self._decoder)
         before = own.get("forward")
         own["forward"] = lambda *args, **kwargs: result

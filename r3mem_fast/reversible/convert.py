@@ -156,7 +156,8 @@ def _refuse_layers(layers):
         if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
             raise ValueError(
                 f"layer {index} ({type(layer).__name__}) has a forward of its own, set on the instance (by an "
-                "accelerate hook, say), which would be bypassed. Call make_reversible before adding such hooks."
+                "accelerate hook, say), which would be bypassed. Call make_reversible before adding such hooks; a "
+                'device_map of several devices adds them, so load the model on one: device_map={"": "cuda:0"}.'
             )
 
 

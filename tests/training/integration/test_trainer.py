@@ -164,3 +164,9 @@ def test_gradient_checkpointing_asked_for(tmp_path):
 
 def test_rows_are_of_several_segments():
     assert max(LENGTHS) > 4 * memory_network().layout.segment_length > min(LENGTHS)
+
+
+def test_torch_compile(tmp_path):
+    """A memory network is left as it is by torch.compile: training gives the same losses, bit for bit."""
+    expected = losses_of(trainer_of(tmp_path, memory_network()))
+    assert losses_of(trainer_of(tmp_path, memory_network(), torch_compile=True)) == expected

@@ -36,10 +36,14 @@ def memory_network(**settings):
 def trainer_of(folder, model, data=None, trainer=Trainer, arguments=TrainingArguments, **settings):
     """A Trainer that logs every step; of its settings those that are given here."""
     evaluated = settings.pop("eval_dataset", None)
-    defaults = {"max_steps": 4, "learning_rate": 3e-3, "per_device_train_batch_size": 3, "save_strategy": "no"}
-    configured = arguments(
-        str(folder), use_cpu=True, logging_steps=1, report_to=[], disable_tqdm=True, **{**defaults, **settings}
-    )
+    defaults = {
+        "max_steps": 4,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 3,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    configured = arguments(str(folder), logging_steps=1, report_to=[], disable_tqdm=True, **{**defaults, **settings})
     return trainer(
         model, configured, collate_windows, train_dataset=Rows() if data is None else data, eval_dataset=evaluated
     )
