@@ -411,6 +411,9 @@ class R3MemModel(TrainerInterface, nn.Module):
             seen = torch.rand(len(rows)) >= self.r3mem_config.memory_dropout
             read = dataclasses.replace(read, num_segments=read.num_segments * seen)
         embeddings = self.peft_model.get_input_embeddings()(segment.ids.to(self.device))
+        if embeddings.requires_grad and embeddings.is_leaf:
+            # By the hook that checkpointing puts there for frozen embeddings, so that a backward pass comes by at all.
+            embeddings = embeddings.detach()
         mask, count = segment.mask.to(self.device), 0
         if segment.writes:
             count = self.layout.num_memory_tokens
