@@ -21,6 +21,14 @@ class TrainerInterface:
         self.register_state_dict_post_hook(_leave_frozen_base_out)
         self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
 
+    def to(self, *args, **settings):
+        if any(str(value) == "meta" for value in (*args, *settings.values())):
+            raise ValueError(
+                "an R3MemModel cannot wait on the meta device: its state_dict, from which accelerate would bring it "
+                "back, leaves the frozen base out. Set fsdp_cpu_ram_efficient_loading: false"
+            )
+        return super().to(*args, **settings)
+
     @property
     def loss_type(self) -> str:
         """The base model's, by which Trainer tells that a row's first label is never predicted, and not counted."""

@@ -69,16 +69,21 @@ def training(wrapper, first, tuning, microbatches=1, synchronise="last", **optio
     return result
 
 
-def memory_network(wrapper, kept="none", placement="every_layer", microbatches=1, tokens=None, **options):
+def memory_network(wrapper, kept="none", placement="every_layer", microbatches=1, tokens=None, ends=False, **options):
     """Train an R3MemModel for `STEPS` steps on rows of up to five segments, as in `training`.
 
-    kept: its `kept_segments`. placement: its `memory_placement`. tokens: of a row, by rank. Returns the largest
+    kept: its `kept_segments`. placement: its `memory_placement`. tokens: of a row, by rank. ends: whether FSDP2 has
+    the embeddings in a unit of their own, and norm and head in another, as accelerate does it. Returns the largest
     relative differences of gradients, a value a step, and how many layers were gathered at once, when one of them ran.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokens = tokens or [SEGMENT_TOKENS] * world_size
     settings = {"kept_segments": kept, "memory_placement": placement, "fraction_bits": COUPLING.fraction_bits}
     model, reference = (made(base=tuned_model("full"), **settings).train() for _ in range(2))
+    if ends:
+        mesh, base = init_device_mesh("cpu", (world_size,)), model.peft_model.get_base_model()
+        fully_shard(base.model.embed_tokens, mesh=mesh)
+        fully_shard([base.model.norm, base.lm_head], mesh=mesh, reshard_after_forward=False)
     wrapped = DistributedDataParallel(model, **options) if wrapper == "ddp" else sharded(model)
     optimizers = [torch.optim.SGD(trainable(m).values(), lr=0.05) for m in (model, reference)]
     gathered = count_gathered(model)

@@ -200,6 +200,12 @@ def test_memory_network_with_kept_segments(workers, wrapper):
         assert max(answer["gradients"]) < (1e-6 if wrapper == "ddp" else 1e-5)
 
 
+def test_memory_network_in_the_units_of_accelerate(workers):
+    """Embeddings sharded apart from the layers, norm and head together: the same gradients."""
+    for answer in workers.run("memory_network", wrapper="fsdp2", ends=True):
+        assert max(answer["gradients"]) < 1e-5
+
+
 @pytest.mark.parametrize("tokens", [[37, 20], [37, 6]], ids=["three segments", "one segment"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_processes_with_other_numbers_of_segments(workers, wrapper, tokens):

@@ -1,7 +1,12 @@
 """transformers' Trainer, unchanged, trains a memory network through the segments of its rows."""
 
 import copy
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,9 @@ from r3mem_fast.training.history import collate_windows
 from tests.reversible.tiny import build, stored_activations
 from tests.test_model_memory import made
 from tests.training.integration.training import LENGTHS, Rows, learned, losses_of, memory_network, trainer_of
+from tests.training.integration.two_processes import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -170,3 +178,33 @@ def test_torch_compile(tmp_path):
     """A memory network is left as it is by torch.compile: training gives the same losses, bit for bit."""
     expected = losses_of(trainer_of(tmp_path, memory_network()))
     assert losses_of(trainer_of(tmp_path, memory_network(), torch_compile=True)) == expected
+
+
+def test_meta_device_is_refused():
+    """accelerate moves a model there before FSDP2 shards it, and would bring back what its state_dict has."""
+    model = memory_network()
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
+        model.to(torch.device("meta"))
+    assert model.to("cpu").device.type == "cpu"
+
+
+def test_trainer_of_two_processes(tmp_path):
+    """DDP, as torchrun starts it: every loss is that of one process with twice the batch, up to rounding, and the
+    weights in the checkpoint are its weights."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        # Without it gloo looks the host's name up, which a container may not know.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.training.integration.two_processes", str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    model = memory_network()
+    trainer = trainer_of(tmp_path / "one", model, **SETTINGS, per_device_train_batch_size=4)
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses_of(trainer), rel=1e-4)
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    start = learned(memory_network())
+    for name, weight in learned(model).items():
+        assert (saved[name] - weight).norm() <= 1e-2 * (weight - start[name]).norm(), name
