@@ -157,9 +157,10 @@ class R3MemModel(TrainerInterface, nn.Module):
         Without a query: what the base model returns, as an `R3MemOutput`, with its `logits` `[B, T, V]`. With labels
         and memory tokens, rows longer than a segment are read in segments of `segment_length` tokens, each behind the
         memory of those before (and `segment_overlap` tokens of them); the loss is the mean over all tokens. In
-        training through several segments only their memories are kept, all but the last are run again in the backward pass
-        (`kept_segments`, DESIGN 2.8), and there are no `logits`. Without its adapters (`disable_adapters`) and a
+        training through several segments only their memories are kept, all but the last are run again in the backward
+        pass (`kept_segments`, DESIGN 2.8), and there are no `logits`. Without its adapters (`disable_adapters`) and a
         memory it is the base model, whatever the length.
+
         With one, `loss` is the sum of the objective's terms with their weights from the config, each a mean over
         tokens (DESIGN 2.7): `compress` is `-log p(query | context)`, forward, where with memory tokens the context is
         read from the memory of it; `expand` is `-log p(context | query)`, backward; `cycle` is
