@@ -43,6 +43,7 @@ def main(arguments=None):
     parser.add_argument("--text", nargs="+", default=[None], help="UTF-8 texts (Python's help topics)")
     parser.add_argument("--held-out", type=float, default=0.1, help="share at the end of each text (%(default)s)")
     parser.add_argument("--segments", type=int, default=200, help="that are read, at most (%(default)s)")
+    parser.add_argument("--chains", type=int, default=64, help="of them, read behind seven others (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="of them at one time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
@@ -58,6 +59,7 @@ def _records(options):
     config = pipeline.model.r3mem_config
     places = _places(options, pipeline.tokenizer, config.segment_length)
     losses = _losses(options, pipeline.model, places)
+    chains = _losses(options, pipeline.model, _spread(places, options.chains), chains=True)
     yield {
         "adapter": {
             name: getattr(config, name)
@@ -66,11 +68,15 @@ def _records(options):
         },
         "memory_bytes": pipeline.model.compress(places[0].segments[:1], finish=True).nbytes,
         "segments": len(places),
+        "chains": len(_spread(places, options.chains)),
         "texts": len({place.text for place in places}),
     }  # fmt: skip
     for arm, values in losses.items():
         yield {"arm": arm, "nats_per_token": round(values.mean().item(), 4)}
+    for arm, values in chains.items():
+        yield {"arm": arm, "of_chains": True, "nats_per_token": round(values.mean().item(), 4)}
     yield from _shares(losses, losses, "the same model")
+    yield from _chain_shares(chains)
     if options.plain:
         plain = R3MemPipeline(options.plain)
         gap = _losses(options, plain.model, places)
@@ -96,65 +102,79 @@ def _places(options, tokenizer, length):
         places += [_Place(index, segments[i - CHAIN : i + 1]) for i in range(CHAIN, len(segments))]
     if len(places) < 2:
         raise ValueError(f"the held-out texts have {len(places)} segments with {CHAIN} before them; 2 are needed")
-    # Spread over all texts, whatever their number.
-    step = max(1.0, len(places) / options.segments)
-    return [places[int(i * step)] for i in range(min(options.segments, len(places)))]
+    return _spread(places, options.segments)
+
+
+def _spread(places, count):
+    """So many of them, at most, from all texts."""
+    step = max(1.0, len(places) / count)
+    return [places[int(i * step)] for i in range(min(count, len(places)))]
 
 
 @torch.no_grad()
-def _losses(options, model, places):
-    """Nats a token by arm, `[segments]` each: those with memories only of a model that makes them."""
+def _losses(options, model, places, chains=False):
+    """Nats a token by arm, `[segments]` each: those with memories only of a model that makes them.
+
+    chains: the arms that read behind seven segments, with those that they are compared with; else the others.
+    """
     arms = {}
 
     def add(arm, logits, segments):
         found = cross_entropy(logits[:, :-1].float().transpose(1, 2), segments[:, 1:], reduction="none").mean(1)
         arms.setdefault(arm, []).append(found)
 
-    # Another text's memory: that of the segment half-way through all of them, or the next that is of another text.
-    foreign = []
-    for index, place in enumerate(places):
-        others = (places[(index + len(places) // 2 + i) % len(places)] for i in range(len(places)))
-        foreign.append(next((other for other in others if other.text != place.text), None))
-    if any(other is None for other in foreign):  # one text: another segment of it
-        foreign = [places[(index + len(places) // 2) % len(places)] for index in range(len(places))]
+    foreign = _foreign(places)
+    device = model.device.type
     for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading"):
         context = torch.stack([place.segments for place in places[start : start + options.batch]]).to(model.device)
+        others = torch.stack([place.segments for place in foreign[start : start + options.batch]]).to(model.device)
         segment, length = context[:, -1], context.shape[-1]
         tail = context[:, -2, -TAIL:]
-        add("none", model(segment).logits, segment)
-        add("tail", model(torch.cat([tail, segment], 1)).logits[:, -length:], segment)
-        add("full", model(context[:, -2:].flatten(1)).logits[:, -length:], segment)
-        if model.layout is None:
-            continue
-        others = torch.stack([place.segments for place in foreign[start : start + options.batch]]).to(model.device)
-        for arm, before in (
-            ("memory", context[:, -2]),
-            ("shuffled", others[:, -2]),
-            ("memory_of_7", context[:, :-1].flatten(1)),
-            ("memory_of_third", context[:, -4]),
-        ):
-            memory: Memory = model.compress(before, finish=True)
-            memory = dataclasses.replace(memory, recent=tuple(tail.cpu()))
-            add(arm, model(segment, memory=memory).logits, segment)
-        add("full_of_7", model(context.flatten(1)).logits[:, -length:], segment)
+        whole = {"tail": torch.cat([tail, segment], 1)}
+        behind = {"memory": context[:, -2]}
+        if chains:
+            whole |= {"full_of_7": context.flatten(1)}
+            behind |= {"memory_of_7": context[:, :-1].flatten(1)}
+        else:
+            whole |= {"none": segment, "full": context[:, -2:].flatten(1)}
+            behind |= {"shuffled": others[:, -2], "memory_of_third": context[:, -4]}
+        # As it was trained: adapters in bfloat16, too.
+        with torch.autocast(device, torch.bfloat16, enabled=model.peft_model.dtype == torch.bfloat16):
+            for arm, ids in whole.items():
+                add(arm, model(ids).logits[:, -length:], segment)
+            for arm, before in behind.items() if model.layout is not None else ():
+                memory: Memory = model.compress(before, finish=True)
+                memory = dataclasses.replace(memory, recent=tuple(tail.cpu()))
+                add(arm, model(segment, memory=memory).logits, segment)
     return {arm: torch.cat(found) for arm, found in arms.items()}
+
+
+def _foreign(places):
+    """For each of them one of another text, half-way through all of them or next after it; of one text, half-way."""
+    found = []
+    for index, place in enumerate(places):
+        others = [places[(index + len(places) // 2 + i) % len(places)] for i in range(len(places))]
+        found.append(next((other for other in others if other.text != place.text), others[0]))
+    return found
 
 
 def _shares(losses, gap, of):
     """Shares of the gap between `tail` and `full` that memories close."""
-    for name, arm, full in (
-        ("closed", "memory", "full"),
-        ("closed by a foreign memory", "shuffled", "full"),
-        ("closed by the memory of seven segments", "memory_of_7", "full"),
-        ("closed by the memory of seven segments, of all seven", "memory_of_7", "full_of_7"),
-        ("closed by the memory of the third segment before", "memory_of_third", "full"),
+    for name, arm in (
+        ("closed", "memory"),
+        ("closed by a foreign memory", "shuffled"),
+        ("closed by the memory of the third segment before", "memory_of_third"),
     ):
-        if full in gap:
-            won, wanted = losses["tail"] - losses[arm], gap["tail"] - gap[full]
-            yield {"share": name, "gap_of": of, **_interval(won, wanted)}
+        won, wanted = losses["tail"] - losses[arm], gap["tail"] - gap["full"]
+        yield {"share": name, "gap_of": of, **_interval(won, wanted)}
+
+
+def _chain_shares(losses):
+    won, wanted = losses["tail"] - losses["memory_of_7"], losses["tail"] - losses["full_of_7"]
+    yield {"share": "closed by the memory of seven segments, of all seven", **_interval(won, wanted)}
     more = losses["memory"] - losses["memory_of_7"]
-    yield {"difference": "nats a token that the memory of seven segments wins over that of one",
-           **_interval(more, torch.ones_like(more))}  # fmt: skip
+    name = "nats a token that the memory of seven segments wins over that of one"
+    yield {"difference": name, **_interval(more, torch.ones_like(more))}
 
 
 def _interval(won, wanted, seed=0):
