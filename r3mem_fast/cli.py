@@ -497,7 +497,8 @@ def _inspect(options):
     print(f"backward: {config['backward']}, core: layers {first} to {end - 1}, LoRA rank {config['lora_r']}")
     if config.get("num_memory_tokens"):
         print(
-            f"memories: {config['num_memory_tokens']} tokens a segment of {config['segment_length']}, "
+            f"memories: {config['num_memory_tokens']} tokens a segment of {config['segment_length']}"
+            f"{_overlap(config)}, "
             f"{config['memory_placement']}, adapters on {config['adapter_rows']} rows"
         )
     for entry in manifest.get("remembered", []):
@@ -506,6 +507,11 @@ def _inspect(options):
             mark += ", from its memory too" if entry["expanded"] else ", NOT from its memory"
         print(f"{entry['document']}  {entry['level']:9}  {entry['tokens']:5} tokens  {mark:9}  {entry['query']}")
     return 0
+
+
+def _overlap(settings):
+    overlap = settings.get("segment_overlap")
+    return f" and the {overlap} before it" if overlap else ""
 
 
 def _inspect_memory(options):
@@ -526,7 +532,8 @@ def _inspect_memory(options):
         return 0
     print(f"memory of {len(memory)} rows, {memory.nbytes} bytes, {dtype}, whole")
     print(
-        f"{layout['num_memory_tokens']} tokens a segment of {layout['segment_length']}, {layout['placement']}; "
+        f"{layout['num_memory_tokens']} tokens a segment of {layout['segment_length']}{_overlap(layout)}, "
+        f"{layout['placement']}; "
         f"of {layout['readable_segments']} segments at most"
     )
     print(

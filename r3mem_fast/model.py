@@ -31,7 +31,7 @@ from .reversible.replay import replay
 from .reversible.rotary import is_rotary
 from .segments import IGNORED as _IGNORED
 from .segments import after, cut
-from .training.interface import TrainerInterface
+from .interface import TrainerInterface
 
 # As transformers has it where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20

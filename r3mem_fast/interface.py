@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .. import storage
+from . import storage
 
 
 class TrainerInterface:
