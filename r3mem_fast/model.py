@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import storage
 from .config import R3MemConfig
+from .interface import TrainerInterface
 from .memory import Memory, Origin, appended, empty_states
 from .reversible import make_reversible, reading_backward
 from .reversible.cache import PrefixCache
@@ -31,7 +32,6 @@ from .reversible.replay import replay
 from .reversible.rotary import is_rotary
 from .segments import IGNORED as _IGNORED
 from .segments import after, cut
-from .interface import TrainerInterface
 
 # As transformers has it where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
