@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from r3mem_fast import load_model
+from r3mem_fast import R3MemConfig, R3MemPipeline, load_model
 from r3mem_fast.cli import main
+from r3mem_fast.demo import _read_behind_memories
 from r3mem_fast.text import read_text, token_windows
 
 
@@ -65,6 +66,22 @@ def test_demo_on_a_tiny_model(folder, tmp_path, capsys):
     assert "exact, bit for bit" in printed and "3 reversible steps" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+
+
+def test_the_demo_reads_behind_memories(folder, tmp_path, capsys):
+    """Of any adapter that makes them: the three ways, of which the full context is that of the base model."""
+    config = R3MemConfig(core=(1, 3), num_memory_tokens=2, segment_length=8, segment_overlap=3, adapter_rows="memory")
+    pipeline = R3MemPipeline(str(folder), config=config)
+    pipeline.save(tmp_path)
+    text = read_text()
+    _read_behind_memories(str(tmp_path), text, "cpu", count=3)
+    *_, tail, memory, full = capsys.readouterr().out.splitlines()
+    assert "its last 3 tokens" in tail and "a memory of it of 2 tokens" in memory
+    windows = token_windows(pipeline.tokenizer, text, tokens=16, count=3)
+    with torch.no_grad():
+        logits = pipeline.model(windows).logits[:, 8:-1].float()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 9:].flatten()).item()
+    assert float(full.split()[-4]) == pytest.approx(expected, abs=1e-3 * expected)
 
 
 def test_token_windows(folder):

@@ -625,3 +625,46 @@ def test_saved_with_its_memory_tokens(tmp_path, folder):
     (tmp_path / "model" / "memory_tokens.safetensors").unlink()
     with pytest.raises(OSError, match="is incomplete: memory_tokens"):
         R3MemModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_overlap_is_carried_by_the_memory(placement, tmp_path):
+    """In pieces, through a file, in rows: the tokens before a segment are read with it, by whatever reads it."""
+    model = made(memory_placement=placement, segment_overlap=3)
+    ids = ids_of(45)
+    whole = model.compress(ids)
+    memory = None
+    for piece in ids.split([1, 7, 9, 11, 17], dim=1):
+        memory = model.compress(piece, memory=memory)
+        memory.save(tmp_path / "memory")
+        memory = Memory.load(tmp_path / "memory", model=model)
+    assert_same(memory, whole)
+    assert whole.recent[0].tolist() == ids[0, 37:40].tolist() and whole.unfinished[0].tolist() == ids[0, 40:].tolist()
+    both = Memory.cat([whole, model.compress(ids_of(11, 3))])
+    assert [len(row) for row in both.recent] == [3, 3]
+    assert both.rows([1, 0]).recent[1].tolist() == whole.recent[0].tolist()
+    # Behind the memory stand the overlap, what is unfinished, and the prompt.
+    prompt = ids_of(4, 9)
+    with torch.no_grad():
+        logits = model(prompt, memory=whole).logits
+        longer = dataclasses.replace(whole, recent=(ids[0, :0],), unfinished=(ids[0, 37:],))
+        assert torch.equal(logits, model(prompt, memory=longer).logits)
+    generated = model.generate(prompt, memory=whole, max_new_tokens=3, do_sample=False)
+    assert generated[0, 4] == logits[0, -1].argmax() and generated[0, :4].tolist() == prompt[0].tolist()
+    for broken in ({"recent": (ids[0, :4],)}, {"recent": ()}):
+        dataclasses.replace(whole, **broken).save(tmp_path / "broken")
+        with pytest.raises(ValueError, match="its recent tokens are not what it says"):
+            Memory.load(tmp_path / "broken")
+    with pytest.raises(ValueError, match="layout is"):
+        made(memory_placement=placement, segment_overlap=2).check_memory(
+            dataclasses.replace(whole, origin=made(memory_placement=placement, segment_overlap=2).origin())
+        )
+
+
+def test_memories_of_before_there_was_an_overlap():
+    """Files of them name none, and have the tensors that they had."""
+    memory = made().compress(ids_of(20))
+    assert set(memory.tensors()) == {"states", "num_segments", "tokens_seen", "unfinished", "unfinished_lengths"}
+    layout = dataclasses.asdict(memory.layout)
+    del layout["segment_overlap"]
+    assert type(memory.layout)(**layout) == memory.layout
