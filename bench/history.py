@@ -49,7 +49,9 @@ def main(arguments=None):
     parser.add_argument("--memory-tokens", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--segment-length", type=int, default=256, help="in tokens (%(default)s)")
     parser.add_argument("--kept-segments", choices=["none", "device", "host"], default="none", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of timed steps (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, choices=range(2, 100), default=3, metavar="N", help="timed (%(default)s)"
+    )
     parser.add_argument("--rival-segments", type=int, default=8, help="timed up to so many (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)

@@ -6,7 +6,7 @@ The last tenth of each text, which `r3mem train --hold-out 0.1` did not see, is 
 is read in several ways, its first token not counted:
 
     none        alone
-    tail        behind the last 32 tokens of the segment before it, as they are
+    tail        behind the last tokens of the segment before it, as they are: the adapter's overlap
     memory      behind these, and the memory of the segment before
     shuffled    behind these, and the memory of a segment of another text
     full        behind the whole segment before
@@ -32,7 +32,7 @@ from r3mem_fast.text import read_text
 
 from .records import add_output_option, add_record
 
-TAIL, CHAIN = 32, 7
+CHAIN = 7
 _RESAMPLES = 10_000
 
 
@@ -58,8 +58,11 @@ def _records(options):
     pipeline = R3MemPipeline(options.adapter)
     config = pipeline.model.r3mem_config
     places = _places(options, pipeline.tokenizer, config.segment_length)
-    losses = _losses(options, pipeline.model, places)
-    chains = _losses(options, pipeline.model, _spread(places, options.chains), chains=True)
+    tail = config.segment_overlap
+    if not tail:
+        raise ValueError(f"{options.adapter} was made without a segment_overlap, so there is no tail to compare with")
+    losses = _losses(options, pipeline.model, places, tail)
+    chains = _losses(options, pipeline.model, _spread(places, options.chains), tail, chains=True)
     yield {
         "adapter": {
             name: getattr(config, name)
@@ -79,7 +82,7 @@ def _records(options):
     yield from _chain_shares(chains)
     if options.plain:
         plain = R3MemPipeline(options.plain)
-        gap = _losses(options, plain.model, places)
+        gap = _losses(options, plain.model, places, tail)
         for arm, values in gap.items():
             yield {"arm": f"{arm}, trained without memory", "nats_per_token": round(values.mean().item(), 4)}
         yield from _shares(losses, gap, "a model trained equally without memory")
@@ -112,7 +115,7 @@ def _spread(places, count):
 
 
 @torch.no_grad()
-def _losses(options, model, places, chains=False):
+def _losses(options, model, places, tail_length, chains=False):
     """Nats a token by arm, `[segments]` each: those with memories only of a model that makes them.
 
     chains: the arms that read behind seven segments, with those that they are compared with; else the others.
@@ -129,7 +132,7 @@ def _losses(options, model, places, chains=False):
         context = torch.stack([place.segments for place in places[start : start + options.batch]]).to(model.device)
         others = torch.stack([place.segments for place in foreign[start : start + options.batch]]).to(model.device)
         segment, length = context[:, -1], context.shape[-1]
-        tail = context[:, -2, -TAIL:]
+        tail = context[:, -2, -tail_length:]
         whole = {"tail": torch.cat([tail, segment], 1)}
         behind = {"memory": context[:, -2]}
         if chains:

@@ -328,11 +328,16 @@ def _train(options):
             raise ValueError(f"{model} is an adapter, which has its settings ({sorted(given)}) already")
         pipeline = _pipeline(options, model)
     else:
+        if options.memory_tokens == 0 and (
+            useless := [n for n in (*_OF_MEMORIES, *_OF_TRAINING) if named[n] in given]
+        ):
+            raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with memory tokens")
         config = R3MemConfig(**{"num_memory_tokens": 16, **given})
         pipeline = _pipeline(options, model, config=config, seed=options.seed)
-    report = pipeline.train(texts, folder=options.output, settings=settings, progress=not options.json)
-    if options.adapter_dtype is not None:
-        pipeline.save(options.output, adapter_dtype=getattr(torch, options.adapter_dtype))
+    dtype = None if options.adapter_dtype is None else getattr(torch, options.adapter_dtype)
+    report = pipeline.train(
+        texts, folder=options.output, settings=settings, adapter_dtype=dtype, progress=not options.json
+    )
     if options.json:
         print(json.dumps(dataclasses.asdict(report)))
     else:

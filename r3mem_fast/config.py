@@ -119,6 +119,11 @@ class R3MemConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("memory_dropout", "distillation_weight", "bptt_segments"):
+            if getattr(self, name) and not self.num_memory_tokens:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for models with memory tokens (num_memory_tokens)"
+                )
         for name in ("memory_dropout", "distillation_weight"):
             if not (isinstance(getattr(self, name), (int, float)) and 0 <= getattr(self, name) <= 1):
                 raise ValueError(f"{name} must be a number from 0 to 1, got {getattr(self, name)!r}")

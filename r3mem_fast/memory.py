@@ -113,9 +113,13 @@ class Memory:
 
     def visible(self) -> torch.Tensor:
         """Which of its memory tokens each row has: bool `[B, N]`, on the memory's device."""
+        return self.visible_on_host().to(self.device)
+
+    def visible_on_host(self) -> torch.Tensor:
+        """The same, on the CPU."""
         slots = self.states.shape[_SLOTS[self.layout.placement]]
         kept = self.num_segments.clamp_max(self.layout.readable_segments) * self.layout.num_memory_tokens
-        return (torch.arange(slots) >= slots - kept[:, None]).to(self.device)
+        return torch.arange(slots) >= slots - kept[:, None]
 
     def to(self, *args, **kwargs) -> "Memory":
         """With its states on another device or in another dtype, as `Tensor.to` has it."""

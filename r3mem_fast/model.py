@@ -259,10 +259,12 @@ class R3MemModel(TrainerInterface, nn.Module):
         """The forward pass of rows behind a memory, segment by segment."""
         # Logits alone are those that `generate` continues by: of one pass.
         segments = self._segments_of(memory, rows, in_one=not with_loss)
+        if not segments:
+            raise ValueError("no row has a token: all are padding, and the memory carries none")
         if num_items is None:
             num_items = max(1, sum(int((segment.targets != _IGNORED).sum()) for segment in segments))
         training = with_loss and self._trains_through(segments)
-        teacher = self._teacher_logits(memory, rows) if training and self.r3mem_config.distillation_weight else None
+        teacher = self._taught(memory, rows) if training and self.r3mem_config.distillation_weight else None
 
         def outcome(segment, hidden):
             return self._outcome(segment, hidden, with_loss, num_items, not training, teacher)
@@ -295,8 +297,13 @@ class R3MemModel(TrainerInterface, nn.Module):
         return self._placed(rows, segments, found)
 
     def _with_memory_tokens(self, value):
-        """A value that no memory has a part in, with a gradient of zero for the memory tokens: DDP waits for one."""
-        return value if self.memory_embeddings is None else value + 0 * self.memory_embeddings.sum().to(value.dtype)
+        """A value that no memory has a part in, with zero gradients for what only memories use: DDP waits for them."""
+        if self.memory_embeddings is None:
+            return value
+        idle = [self.memory_embeddings]
+        if self.r3mem_config.adapter_rows == "memory" and dist.is_initialized():
+            idle = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return value + 0 * sum(parameter.sum() for parameter in idle).to(value.dtype)
 
     def _segments_of(self, memory, rows, in_one=False):
         """Rows behind a memory, in the segments that they are read in, or in one."""
@@ -330,7 +337,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             counted = targets != _IGNORED
             places = segment.places.clamp_max(teacher.shape[1] - 1)
             wanted = teacher[torch.tensor(segment.rows, device=self.device)[:, None], places.to(self.device)]
-            wanted = wanted[counted].float().log_softmax(-1)
+            wanted = self._teacher_logits(wanted[counted]).float().log_softmax(-1)
             divergence = kl_div(
                 output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True
             )
@@ -339,8 +346,8 @@ class R3MemModel(TrainerInterface, nn.Module):
         return found
 
     @torch.no_grad()
-    def _teacher_logits(self, memory, rows):
-        """The base model's logits with the full context: `[B, T, V]`, padded on the right."""
+    def _taught(self, memory, rows):
+        """The base model's last hidden states with the full context: `[B, T, hidden_size]`, padded on the right."""
         if memory.tokens_seen.any():
             raise ValueError(
                 "distillation_weight: the teacher reads the full context, of which a memory holds only a part; train "
@@ -354,7 +361,15 @@ class R3MemModel(TrainerInterface, nn.Module):
                 f"{self.max_tokens} positions; use shorter rows, or set the weight to 0"
             )
         with evaluating(self), self.disable_adapters():
-            return self.peft_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return self._decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _teacher_logits(self, hidden):
+        """The base model's logits `[N, V]` for last hidden states `[N, hidden_size]`."""
+        head = self.peft_model.get_output_embeddings()
+        adapted = head is not None and any(isinstance(module, BaseTunerLayer) for module in head.modules())
+        with self.disable_adapters() if adapted else contextlib.nullcontext():
+            return self._head(hidden[None]).logits[0]
 
     def _placed(self, rows, segments, logits):
         """Logits `[B, T, V]` where the rows' own tokens stand, zeros in padding, from those of segments."""
@@ -373,7 +388,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         states = memory.states.to(self.device, self.peft_model.dtype)
 
         def step(segment, states):
-            hidden, states = self._segment(segment, states, memory)
+            hidden, states = self._segment(segment, states, memory, drops=training)
             return outcome(segment, hidden), states
 
         training = self._trains_through(segments)
@@ -384,7 +399,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             if training and index and config.bptt_segments is not None and index % config.bptt_segments == 0:
                 states = states.detach()
             with self._kept(training):
-                hidden, states = self._segment(segment, states, memory)
+                hidden, states = self._segment(segment, states, memory, drops=training)
                 if training:  # the logits are as large as all else that a segment computes
                     outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
                 else:
@@ -402,12 +417,12 @@ class R3MemModel(TrainerInterface, nn.Module):
             return self._stack.on_host()
         return contextlib.nullcontext()
 
-    def _segment(self, segment, states, memory):
+    def _segment(self, segment, states, memory, drops):
         """A segment behind the memory with these states: its last hidden states `[A, n, hidden_size]`, new states."""
         rows = list(segment.rows)
         memory = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
         read = memory.rows(rows) if len(rows) < len(memory) else memory
-        if self.training and torch.is_grad_enabled() and self.r3mem_config.memory_dropout:
+        if drops and self.r3mem_config.memory_dropout:
             # Drawn within the segment, so that it is the same when the segment is run again.
             seen = torch.rand(len(rows)) >= self.r3mem_config.memory_dropout
             read = dataclasses.replace(read, num_segments=read.num_segments * seen)
@@ -718,8 +733,8 @@ class R3MemModel(TrainerInterface, nn.Module):
 
     def _read(self, cache, memory):
         """Let a cache read a memory, in the direction that the model is being read in."""
-        states, visible = memory.states.to(self.device, self.peft_model.dtype), memory.visible()
-        visible = visible.to(self.device)
+        states, visible = memory.states.to(self.device, self.peft_model.dtype), memory.visible_on_host()
+        all_visible, visible = bool(visible.all()), visible.to(self.device)
         if self.layout.placement == "input" and visible.shape[1]:
             # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
             count = visible.shape[1]
@@ -727,7 +742,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             places = torch.arange(count, device=self.device).expand(len(states), -1)
             self._decode_embeddings(states, visible.to(torch.int64), seen, places)
             states = seen.captured()
-        return cache.read(states, visible)
+        return cache.read(states, visible, all_visible)
 
     def _cache(self, first_position=None, **settings):
         first = self.layout.first_position if first_position is None else first_position

@@ -156,6 +156,7 @@ class R3MemPipeline:
         *,
         folder,
         settings: TrainSettings | None = None,
+        adapter_dtype=None,
         progress=True,
     ) -> TrainReport:
         """Train the adapter to write memories of texts, and to read on behind them.
@@ -163,7 +164,7 @@ class R3MemPipeline:
         texts: a text, several, or texts by name, of any length. folder: where the adapter is saved at the end, and
         checkpoints meanwhile: a run that was interrupted goes on from the last when it is started again with the same
         arguments, to the same result. settings: `TrainSettings`; how segments are read, and what is learned from
-        them, is the model's `R3MemConfig`. What was remembered before may be forgotten.
+        them, is the model's `R3MemConfig`. adapter_dtype: see `save`. What was remembered before may be forgotten.
 
         Raises ValueError for texts that are not longer than a segment, a folder with another run or another adapter in
         it; IntegrityError if a pass could not be trusted.
@@ -173,7 +174,7 @@ class R3MemPipeline:
         rows = [self._ids(text) for text in _by_name(texts, ()).values()]
         report = train(self.model, rows, settings, folder=folder, progress=progress)
         self.remembered = [{**entry, "exact": False} for entry in self.remembered]
-        self.save(folder)
+        self.save(folder, adapter_dtype=adapter_dtype)
         discard_checkpoints(folder)
         return report
 

@@ -1,11 +1,12 @@
 """Training through several segments: memory replay, what is kept of them, truncation, and what a teacher adds."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
 
-from r3mem_fast import IntegrityError
+from r3mem_fast import IntegrityError, R3MemConfig
 from r3mem_fast.memory import PLACEMENTS
 from r3mem_fast.reversible import offload
 from r3mem_fast.reversible.convert import stack_of
@@ -215,3 +216,38 @@ def test_in_evaluation_logits_are_those_of_the_segments():
             output.logits[:, :-1][mask[:, 1:].bool()], ids[:, 1:][mask[:, 1:].bool()]
         )
         assert output.loss.item() == pytest.approx(losses.item(), rel=1e-5)
+
+
+def test_memory_dropout_is_of_training_through_segments():
+    """At 1 every segment is read without a memory, as behind an empty one; elsewhere it does nothing."""
+    dropped, plain = made(memory_dropout=1.0, segment_overlap=3), made(segment_overlap=3)
+    ids = ids_of(20)
+    behind, memory = ids_of(6, 9), plain.compress(ids)
+    losses = {model: model.train()(ids, labels=ids).loss.item() for model in (dropped, plain)}
+    assert losses[dropped] != losses[plain]
+    empty, total = plain.empty_memory(), 0.0
+    with torch.no_grad():
+        for start in range(0, 20, 8):
+            own = ids[:, start : start + 8]
+            before = (ids[0, max(0, start - 3) : start],)
+            part = plain.eval()(own, labels=own, memory=dataclasses.replace(empty, recent=before))
+            total += part.loss.item() * (own.shape[1] - (start == 0))
+        # The first of a segment is predicted at the end of the one before it, there, and behind the overlap, here.
+        assert losses[dropped] == pytest.approx(total / 19, rel=0.2)
+        expected = plain(behind, labels=behind, memory=memory).loss
+        found = dropped.train()(behind, labels=behind, memory=dataclasses.replace(memory, origin=dropped.origin()))
+    assert found.loss.item() == expected.item()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_rows_of_nothing_but_padding_are_refused(labels):
+    model = made()
+    ids = ids_of(5)
+    with pytest.raises(ValueError, match="no row has a token"):
+        model(ids, torch.zeros_like(ids), labels=ids if labels else None, memory=model.compress(ids_of(8)))
+
+
+@pytest.mark.parametrize("setting", ["memory_dropout", "distillation_weight", "bptt_segments"])
+def test_settings_of_segments_need_memory_tokens(setting):
+    with pytest.raises(ValueError, match="is for models with memory tokens"):
+        R3MemConfig(**{setting: 2 if setting == "bptt_segments" else 0.5})

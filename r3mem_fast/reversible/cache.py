@@ -102,11 +102,14 @@ class PrefixCache(DynamicCache):
         self._written, self._rotation, self._positions = {}, None, None
         self._widened = {}
 
-    def read(self, prefix, visible):
-        """Set the memory: `[layers, 2, B, kv_heads, N, head_dim]`, keys without positions, and bool `[B, N]`."""
+    def read(self, prefix, visible, all_visible):
+        """Set the memory: `[layers, 2, B, kv_heads, N, head_dim]`, keys without positions, and bool `[B, N]`.
+
+        all_visible: whether all of `visible` is true; to ask its device would synchronise.
+        """
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed = prefix, visible, {}
-            self._all_visible = bool(visible.all())  # asked for once, as it synchronises
+            self._all_visible = all_visible
         return self
 
     @property

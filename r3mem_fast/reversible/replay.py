@@ -32,17 +32,22 @@ def replay(
     Outputs (a loss, say) and states are tensors, or nested lists, tuples or dicts of them. state: before the first.
     bptt_segments: no gradient passes from segment n to the one before where n, from 0, is a multiple of this, as if
     the state were detached there; None: it always passes. others: further tensors that require a gradient and are
-    used by `step`, neither of the model nor in a state.
+    used by `step`, neither of the model nor in a state; leaves.
 
     Returns `(outputs, state)`: an output for each segment, and the last state, all differentiable. Gradients are those
     of a plain loop. Random numbers and autocast are in the second call as in the first. If a segment computes
     something else then, IntegrityError is raised, at once on the CPU, elsewhere by `check_integrity(model)`, and the
     gradients are NaN until then.
-    Raises ValueError for a model that is not reversible, or `bptt_segments` below 2; in the backward pass ValueError
-    for a tensor that requires a gradient and is not known, RuntimeError if a parameter was changed in between, or if
-    the pass comes a second time.
+    Raises ValueError for a model that is not reversible, others that are no leaves, or `bptt_segments` below 2; in the
+    backward pass ValueError for a tensor that requires a gradient and is not known, RuntimeError if a parameter was
+    changed in between, or if the pass comes a second time.
     """
     check_bptt_segments(bptt_segments)
+    if any(tensor.grad_fn is not None for tensor in others):
+        raise ValueError(
+            "others must be leaves, such as parameters: the gradient of one that was computed before would pass on to "
+            "what it was computed from twice. Make it a part of the state"
+        )
     run = _Run(model, step, list(segments), bptt_segments, others)
     leaves, run.structure = tree_flatten(state)
     if not run.segments:
@@ -143,7 +148,7 @@ class _Run:
             self._states.pop()
             pairs = [(t, g) for t, g in zip(tensors, grads, strict=True) if g is not None and t.requires_grad]
             wanted = [leaf for leaf in given if leaf.requires_grad]
-            found = self._gradients(pairs, wanted)
+            found = self._gradients(pairs, wanted, flags)
             of = dict(zip(map(id, wanted), found, strict=False))
             grad_state = [of.get(id(leaf)) for leaf in given]
             for place, gradient in enumerate(found[len(wanted) :]):
@@ -192,17 +197,20 @@ class _Run:
         tensors = [*tree_flatten(output)[0], *tree_flatten(state)[0]]
         if not self.sharded:  # whose layers compute with other tensors than its parameters
             refuse_outside_tensors("a segment", tensors, [*self.known, *given])
-        same = [(_digest(t) == digest).all() for t, digest in zip(tensors, self._digests[index], strict=True)]
-        flags[2] |= (~torch.stack(same).all()).to(flags.device, flags.dtype)
+        same = [
+            (_digest(t) == digest).all().to(flags.device)
+            for t, digest in zip(tensors, self._digests[index], strict=True)
+        ]
+        flags[2] |= (~torch.stack(same).all()).to(flags.dtype)
         self.stack.report_if_known(SimpleNamespace(flags=flags), f"segment {index}, run again: ")
         return tensors
 
-    def _gradients(self, pairs, wanted):
+    def _gradients(self, pairs, wanted, flags):
         if not pairs:
             return [None] * (len(wanted) + (0 if self.sharded else len(self.known)))
         tensors, grads = zip(*pairs, strict=True)
         if self.sharded:
-            torch.autograd.backward(tensors, grads)
+            torch.autograd.backward(tensors, [poisoned(gradient, flags) for gradient in grads])
             return [leaf.grad for leaf in wanted]
         with hooks_paused(self.known):
             return list(torch.autograd.grad(tensors, [*wanted, *self.known], grads, allow_unused=True))

@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import replacing
 from ..model import R3MemModel
 from ..reversible import check_integrity
 
 CHECKPOINTS = "train-checkpoints"
-_RUN, _STATE = "run.json", "trainer_state.json"
+_RUN = "run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,8 @@ class TrainSettings:
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
     """What `train` did. steps, tokens: trained on, with those before an interruption; windows: that there are;
-    seconds: of this process; losses: `(step, nats a token)`, a mean over the steps since the one before."""
+    seconds: of this process; losses: `(step, nats a token)`, a mean over the steps since the one before, or since it
+    went on after an interruption."""
 
     steps: int
     tokens: int
@@ -149,6 +153,16 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type != "cpu",
     )
+    if model.device != arguments.device:
+        raise ValueError(
+            f"the model is on {model.device}, and Trainer trains on {arguments.device}; choose a GPU by "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    # With several GPUs in sight it would replicate the model, which has no parameters of its own then.
+    arguments._n_gpu = 1
+    if last is not None and _step_of(last) == settings.steps:  # killed on the way to saving
+        model.load_state_dict(load_file(last / SAFE_WEIGHTS_NAME))
+        return _report(TrainerState.load_from_json(last / TRAINER_STATE_NAME), windows, 0.0)
     trainer = Trainer(model, arguments, collate_windows, train_dataset=windows, callbacks=[_CheckIntegrity(model)])
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
@@ -164,10 +178,14 @@ def train(
         raise
     finally:
         model.eval()
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    steps = trainer.state.global_step
-    tokens = int(trainer.state.num_input_tokens_seen)
-    return TrainReport(steps, tokens, len(windows), time.monotonic() - started, losses)
+        for name in ("forward", "_original_forward"):  # which accelerate put around it, to convert what it returns
+            vars(model).pop(name, None)
+    return _report(trainer.state, windows, time.monotonic() - started)
+
+
+def _report(state, windows, seconds):
+    losses = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+    return TrainReport(state.global_step, int(state.num_input_tokens_seen), len(windows), seconds, losses)
 
 
 def discard_checkpoints(folder):
@@ -185,25 +203,25 @@ class _CheckIntegrity(TrainerCallback):
 
 def _prepared(checkpoints, identity):
     """The last whole checkpoint of this run, None at its start. What a killed process left half-written is deleted."""
+    found = list(checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    # Written last of all.
+    whole = [path for path in found if _is_json(path / TRAINER_STATE_NAME)]
     run = checkpoints / _RUN
-    if run.is_file():
-        if json.loads(run.read_text(encoding="utf-8")) != identity:
-            raise ValueError(
-                f"{checkpoints} belongs to an unfinished run with other texts, settings or another model. Finish that "
-                "run, delete the folder, or choose another one"
-            )
-    else:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        with replacing(run) as path:
-            path.write_text(json.dumps(identity), encoding="utf-8")
-    whole = []
-    for found in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        # Written last of all.
-        if _is_json(found / _STATE):
-            whole.append(found)
-        else:
-            shutil.rmtree(found)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if whole and not (_is_json(run) and json.loads(run.read_text(encoding="utf-8")) == identity):
+        raise ValueError(
+            f"{checkpoints} belongs to an unfinished run with other texts, settings or another model. Finish that "
+            "run, delete the folder, or choose another one"
+        )
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with replacing(run) as path:
+        path.write_text(json.dumps(identity), encoding="utf-8")
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint):
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_json(path):

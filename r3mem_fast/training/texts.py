@@ -16,7 +16,7 @@ def read_texts(path, column: str = "text") -> list[str]:
     """
     path = Path(path)
     if path.is_dir():
-        rows = _rows_of_dataset(path)
+        rows = _rows_of_dataset(path, column)
     elif path.suffix == ".jsonl":
         rows = _rows_of_lines(path)
     else:
@@ -46,7 +46,7 @@ def _rows_of_lines(path):
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 
 
-def _rows_of_dataset(path):
+def _rows_of_dataset(path, column):
     try:
         import datasets
     except ImportError:
@@ -59,5 +59,7 @@ def _rows_of_dataset(path):
         raise ValueError(f"{path} is no folder that `datasets` wrote with save_to_disk") from None
     splits = found.items() if isinstance(found, datasets.DatasetDict) else [("", found)]
     for name, split in splits:
+        if column in split.column_names:  # others may be pictures, which would be decoded
+            split = split.select_columns([column])
         for number, row in enumerate(split):
             yield f"row {number} {name}".strip(), row

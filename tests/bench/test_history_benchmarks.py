@@ -29,9 +29,8 @@ def test_history(folder, tmp_path):
     assert compared["peak_ratio"] == round(four["peak_bytes"] / two["peak_bytes"], 4)
 
 
-def test_memory_ppl(folder, tmp_path, monkeypatch):
+def test_memory_ppl(folder, tmp_path):
     """Every arm and share, of an adapter that nothing was learned by: its foreign memory is worth what its own is."""
-    monkeypatch.setattr(memory_ppl, "TAIL", 3)
     config = R3MemConfig(core=(1, 3), num_memory_tokens=2, segment_length=8, segment_overlap=3)
     R3MemPipeline(str(folder), config=config).save(tmp_path / "adapter")
     R3MemPipeline(str(folder), config=R3MemConfig(core=(1, 3), segment_length=8)).save(tmp_path / "plain")

@@ -38,7 +38,9 @@ def prefix_of(model, slots, rows=2, seed=0):
 
 def cache_with(model, prefix, visible=None, **settings):
     visible = torch.ones(prefix.shape[2], prefix.shape[4], dtype=torch.bool) if visible is None else visible
-    return PrefixCache(text_config(model.config), first_position=FIRST, **settings).read(prefix, visible)
+    return PrefixCache(text_config(model.config), first_position=FIRST, **settings).read(
+        prefix, visible, bool(visible.all())
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -115,6 +115,8 @@ def test_what_is_refused():
         outputs[1]["loss"].backward()
     with pytest.raises(ValueError, match="bptt_segments must be an integer of at least 2"):
         replay(model.base, model, segments, model.start(), others=[model.places], bptt_segments=1)
+    with pytest.raises(ValueError, match="others must be leaves"):
+        replay(model.base, model, segments, model.start(), others=[model.places * 2])
     with pytest.raises(ValueError, match="the model is not reversible"):
         replay(build(), model, segments, model.start())
     with pytest.raises(ValueError, match="step returned a state of"):

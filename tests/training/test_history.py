@@ -88,10 +88,33 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monke
     report = train(model, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
     assert (report.steps, report.tokens) == (whole.steps, whole.tokens)
     assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(model).items())
+    # Killed on the way to saving, it has nothing left to do.
+    again, _ = fresh(folder)
+    assert train(again, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False).steps == whole.steps
+    assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(again).items())
     # Another run's checkpoints are refused, and left alone.
     for other in (dataclasses.replace(SETTINGS, seed=1), dataclasses.replace(SETTINGS, steps=9)):
         with pytest.raises(ValueError, match="belongs to an unfinished run with other texts"):
             train(fresh(folder)[0], rows(tokenizer), other, folder=tmp_path, progress=False)
+
+
+def test_a_run_that_failed_at_once_is_in_nobodys_way(folder, tmp_path):
+    """Without a checkpoint there is nothing to go on from, and other settings may take the folder."""
+    model, _ = fresh(folder, dataclasses.replace(CONFIG, distillation_weight=0.5))
+    long = [[5] * 400]
+    with pytest.raises(ValueError, match="the teacher reads all"):
+        train(model, long, dataclasses.replace(SETTINGS, segments=40), folder=tmp_path, progress=False)
+    assert train(model, long, dataclasses.replace(SETTINGS, steps=1), folder=tmp_path, progress=False).steps == 1
+
+
+def test_bfloat16_leaves_the_model_as_it_was(folder, tmp_path):
+    """Trained under autocast, it computes as any model of its weights: nothing stays around its forward pass."""
+    base, tokenizer = load_model(str(folder), dtype=torch.bfloat16)
+    model = R3MemModel(base, CONFIG)
+    train(model, rows(tokenizer), dataclasses.replace(SETTINGS, steps=1), folder=tmp_path, progress=False)
+    assert not {"forward", "_original_forward"} & vars(model).keys()
+    ids = torch.tensor([rows(tokenizer)[0][:8]])
+    assert model(ids).logits.dtype == torch.bfloat16
 
 
 def test_without_memory_tokens_it_is_an_ordinary_fine_tune(folder, tmp_path):
