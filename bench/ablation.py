@@ -73,7 +73,7 @@ def _learned(options, text, seed, config=None, levels=LEVELS, instruct=False, pl
     """A page learned for so many steps, and what is known of it then."""
     settings = {"num_memory_tokens": options.memory_tokens, "segment_length": 2 * options.tokens, **(config or {})}
     pipeline = R3MemPipeline(options.model, config=R3MemConfig(**settings), seed=seed)
-    page = pages_of(text, pipeline.tokenizer, 1, tokens=options.tokens, offset=300 + seed)
+    page = pages_of(text, pipeline.tokenizer, 1, tokens=options.tokens, offset=100 + seed)
     builder = InstructBuilder(*load_model(options.instruct_model)) if instruct else None
     training = RememberSettings(max_steps=options.steps, seed=seed, divergence=None)
     with _ordinary(pipeline.model) if plain else contextlib.nullcontext():
