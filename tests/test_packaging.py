@@ -140,9 +140,12 @@ def wheel(source) -> Path:
 
 def test_wheel_holds_every_module_and_nothing_else(source, wheel):
     """The wheel has every module, operations under r3mem_fast/kernels, also one that was added just before;
-    it has no top-level `kernels`, no tests and no benchmarks."""
+    it has no top-level `kernels`, no tests and no benchmarks. The adapters that come with it are in it."""
     expected = {path.relative_to(source) for path in (source / "r3mem_fast").rglob("*.py")}
     expected |= {"r3mem_fast" / path.relative_to(source) for path in (source / "kernels").rglob("*.py")}
+    adapters = [path for path in (source / "r3mem_fast" / "adapters").rglob("*") if path.is_file()]
+    assert any(path.name == "adapter_model.safetensors" for path in adapters)
+    expected |= {path.relative_to(source) for path in adapters}
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
     metadata = {name for name in names if name.parts[0].endswith(".dist-info")}
     assert names - metadata == expected

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model, storage
 from r3mem_fast.cli import main
+from r3mem_fast.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL
+from r3mem_fast.text import read_text, token_windows
 from r3mem_fast.training.remember import CHECKPOINT
 
 TEXT = "The ship left Nantucket. Ahab of the Pequod was mad about the whale, said Starbuck."
@@ -345,3 +348,29 @@ def test_bad_input_of_commands_is_one_clear_line(folder, tmp_path, capsys, argum
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r3mem ")]
     assert len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_that_comes_with_the_package(tmp_path, monkeypatch):
+    """It is found by its name, whole, unless a folder of that name lies here; and it is of the embedded model."""
+    folder = storage.adapter_folder(EMBEDDED_ADAPTER)
+    assert storage.is_adapter(EMBEDDED_ADAPTER) and folder.parent == storage.EMBEDDED_ADAPTERS
+    manifest = storage.read_manifest(EMBEDDED_ADAPTER)
+    assert manifest["base_model"] == EMBEDDED_MODEL and manifest["r3mem_config"]["num_memory_tokens"] == 64
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / EMBEDDED_ADAPTER).mkdir()
+    assert storage.adapter_folder(EMBEDDED_ADAPTER) == Path(EMBEDDED_ADAPTER)
+    assert not storage.is_adapter(EMBEDDED_ADAPTER) and not storage.is_adapter("../adapters")
+
+
+@pytest.mark.slow
+def test_memories_of_the_embedded_model(tmp_path):
+    """On real text: a memory of a page makes its continuation more likely than another page's does."""
+    pipeline = R3MemPipeline(EMBEDDED_ADAPTER)
+    windows = token_windows(pipeline.tokenizer, read_text(), tokens=512, count=8)
+    before, after = windows.split(256, dim=1)
+    memory = pipeline.model.compress(before)
+    with torch.no_grad():
+        own = pipeline.model(after, labels=after, memory=memory).loss
+        foreign = dataclasses.replace(memory.rows([4, 5, 6, 7, 0, 1, 2, 3]), recent=memory.recent)
+        assert own < pipeline.model(after, labels=after, memory=foreign).loss
