@@ -144,7 +144,8 @@ def _losses(options, model, places, tail_length, chains=False):
         # As it was trained: adapters in bfloat16, too.
         with torch.autocast(device, torch.bfloat16, enabled=model.peft_model.dtype == torch.bfloat16):
             for arm, ids in whole.items():
-                add(arm, model(ids).logits[:, -length:], segment)
+                # Of the segment alone: those of all tokens would take gigabytes.
+                add(arm, model(ids, logits_to_keep=length).logits, segment)
             for arm, before in behind.items() if model.layout is not None else ():
                 memory: Memory = model.compress(before, finish=True)
                 memory = dataclasses.replace(memory, recent=tuple(tail.cpu()))
