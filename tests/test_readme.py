@@ -150,41 +150,6 @@ def interval(record):
     return f"{record['mean']:.3f} ({record['low']:.3f} to {record['high']:.3f})"
 
 
-def test_what_training_through_histories_costs():
-    found = rows("README.md", 5)
-    *counts, compared = records("history_smollm2.jsonl")
-    for record in counts:
-        ratio = "–"
-        if "time_ratio" in record:
-            ratio = f"{record['time_ratio']:.2f} ({'–'.join(f'{q:.2f}' for q in record['time_ratio_quartiles'])})"
-        peak, seconds = f"{record['peak_bytes'] / 1e6:.0f}", f"{record['seconds_per_token']:.5f}"
-        assert [str(record["segments"]), str(record["tokens"]), peak, seconds, ratio] in found
-    many, few = compared["segments_compared"]
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"The peak of {many} segments is {compared['peak_ratio']:.3f} × that of {few}" in text
-
-
-def test_what_a_memory_is_worth():
-    text = " ".join((ROOT / "README.md").read_text().split())
-    found, measured = rows("README.md", 3), records("memory_ppl_smollm2.jsonl")
-    assert f"{measured[0]['segments']} segments of the held-out tenths" in text
-    nats = {r["arm"]: f"{r['nats_per_token']:.4f}" for r in measured if "arm" in r and "of_chains" not in r}
-    chains = {r["arm"]: f"{r['nats_per_token']:.4f}" for r in measured if r.get("of_chains")}
-    shares = {(r["share"], r.get("gap_of")): interval(r) for r in measured if "share" in r}
-    cells = {tuple(row[1:]) for row in found}
-    same = "the same model"
-    for arm, share in (
-        ("memory", "closed"),
-        ("shuffled", "closed by a foreign memory"),
-        ("memory_of_third", "closed by the memory of the third segment before"),
-    ):
-        assert (nats[arm], shares[share, same]) in cells
-    assert {(nats["none"], "–"), (nats["tail"], "0"), (nats["full"], "1")} <= cells
-    assert shares["closed", "a model trained equally without memory"] in text
-    assert f"{chains['memory_of_7']} against {chains['memory']} nats" in text and chains["full_of_7"] in text
-    assert interval(next(r for r in measured if "difference" in r)) in text
-
-
 def test_what_the_parts_are_worth():
     found = rows("README.md", 4)
     differences = [record for record in records("ablation_smollm2.jsonl") if "minus" in record]
