@@ -9,7 +9,7 @@ the fastest that fits. One record a count, with
 
     peak_bytes            of the process: weights, libraries and the allocator's reserve are in it
     resident_bytes        of the same before the first step
-    kept_bytes            created in the forward pass and alive after it, however held
+    kept_bytes            created in the forward pass and alive after it, however held; up to --rival-segments
     seconds_per_token     of forward and backward pass, the median over rounds
     checkpointed_...      of the rival, up to --rival-segments
     time_ratio            replay over the rival: the median of the ratios within a round, with its quartiles
@@ -118,11 +118,13 @@ def _peak(options, count):
         raise RuntimeError("peak memory can be measured anew on Linux alone")
     _step(model, memory, ids)
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_rss()
-    with StorageRecorder() as recorder:
-        loss = _forward(model, memory, ids)
-    kept = sum(storage.nbytes for storage in recorder.live())
-    del loss
-    return {"peak_bytes": peak, "resident_bytes": before, "kept_bytes": kept}
+    record = {"peak_bytes": peak, "resident_bytes": before}
+    if count <= options.rival_segments:  # while it records, memory is not given back: many segments would fill it
+        with StorageRecorder() as recorder:
+            loss = _forward(model, memory, ids)
+        record["kept_bytes"] = sum(storage.nbytes for storage in recorder.live())
+        del loss
+    return record
 
 
 def _times(options, count):
