@@ -1,6 +1,5 @@
 """Training through several segments: memory replay, what is kept of them, truncation, and what a teacher adds."""
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -9,10 +8,15 @@ import torch
 from r3mem_fast import IntegrityError, R3MemConfig
 from r3mem_fast.memory import PLACEMENTS
 from r3mem_fast.reversible import offload
-from r3mem_fast.reversible.convert import stack_of
 from r3mem_fast.reversible.offload import HostCopy
 from r3mem_fast.training.collate import padded
-from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, assert_same_gradients, gradients
+from tests.reversible.tiny import (
+    EXACT_FAMILIES,
+    GENERIC_FAMILIES,
+    assert_same_gradients,
+    gradients,
+    stored_activations,
+)
 from tests.test_model_memory import ids_of, left_padded, made
 
 FAMILIES = [*EXACT_FAMILIES, *GENERIC_FAMILIES]
@@ -34,21 +38,6 @@ def step(model, ids, mask=None, **inputs):
     return loss.item(), found
 
 
-def stored(model):
-    """Full back-propagation through time with stored activations: what replay is compared with."""
-
-    @contextlib.contextmanager
-    def context():
-        stack = stack_of(model)
-        stack.stored = True
-        try:
-            yield
-        finally:
-            stack.stored = False
-
-    return context()
-
-
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replay_is_full_back_propagation_through_time(family, placement):
@@ -58,7 +47,7 @@ def test_replay_is_full_back_propagation_through_time(family, placement):
         kept = made(family, memory_placement=placement, segment_overlap=overlap, kept_segments="device").train()
         for ids, mask in (padded(rows()), left_padded(rows())):
             loss, found = step(model, ids, mask)
-            with stored(kept):
+            with stored_activations(kept):
                 expected_loss, expected = step(kept, ids, mask)
             assert loss == expected_loss
             assert any("memory_embeddings" in name for name in found)
