@@ -150,6 +150,28 @@ def interval(record):
     return f"{record['mean']:.3f} ({record['low']:.3f} to {record['high']:.3f})"
 
 
+def test_what_a_memory_is_worth():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found, measured = rows("README.md", 3), records("memory_ppl_smollm2.jsonl")
+    assert f"{measured[0]['segments']} segments of the held-out tenths" in text
+    nats = {r["arm"]: f"{r['nats_per_token']:.4f}" for r in measured if "arm" in r and "of_chains" not in r}
+    chains = {r["arm"]: f"{r['nats_per_token']:.4f}" for r in measured if r.get("of_chains")}
+    shares = {(r["share"], r.get("gap_of")): interval(r) for r in measured if "share" in r}
+    cells = {tuple(row[1:]) for row in found}
+    same = "the same model"
+    for arm, share in (
+        ("memory", "closed"),
+        ("shuffled", "closed by a foreign memory"),
+        ("memory_of_third", "closed by the memory of the third segment before"),
+    ):
+        assert (nats[arm], shares[share, same]) in cells
+    assert {(nats["none"], "–"), (nats["tail"], "0"), (nats["full"], "1")} <= cells
+    other = "a model trained equally without memory"
+    assert ("closed", other) not in shares or shares["closed", other] in text
+    assert f"{chains['memory_of_7']} against {chains['memory']} nats" in text and chains["full_of_7"] in text
+    assert interval(next(r for r in measured if "difference" in r)) in text
+
+
 def test_what_the_parts_are_worth():
     found = rows("README.md", 4)
     differences = [record for record in records("ablation_smollm2.jsonl") if "minus" in record]
