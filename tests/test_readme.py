@@ -172,6 +172,20 @@ def test_what_a_memory_is_worth():
     assert interval(next(r for r in measured if "difference" in r)) in text
 
 
+def test_what_training_through_histories_costs():
+    found = rows("README.md", 5)
+    *counts, compared = records("history_smollm2.jsonl")
+    for record in counts:
+        ratio = "–"
+        if "time_ratio" in record:
+            ratio = f"{record['time_ratio']:.2f} ({'–'.join(f'{q:.2f}' for q in record['time_ratio_quartiles'])})"
+        peak, seconds = f"{record['peak_bytes'] / 1e6:.0f}", f"{record['seconds_per_token']:.5f}"
+        assert [str(record["segments"]), str(record["tokens"]), peak, seconds, ratio] in found
+    many, few = compared["segments_compared"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"The peak of {many} segments is {compared['peak_ratio']:.3f} × that of {few}" in text
+
+
 def test_what_the_parts_are_worth():
     found = rows("README.md", 4)
     differences = [record for record in records("ablation_smollm2.jsonl") if "minus" in record]
