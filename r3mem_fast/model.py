@@ -1091,3 +1091,16 @@ def evaluating(module):
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextlib.contextmanager
+def unchanged_on_failure(model):
+    """If what is done meanwhile is interrupted, or fails, trainable parameters are as before."""
+    before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        raise

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import replacing
-from ..model import R3MemModel
+from ..model import R3MemModel, unchanged_on_failure
 from ..reversible import check_integrity
 
 CHECKPOINTS = "train-checkpoints"
@@ -166,16 +166,9 @@ def train(
     trainer = Trainer(model, arguments, collate_windows, train_dataset=windows, callbacks=[_CheckIntegrity(model)])
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except BaseException:
-        # What the adapter held before is in it still; what was learned since is in the checkpoints.
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in before:
-                    parameter.copy_(before[name])
-        raise
+        with unchanged_on_failure(model):  # what was learned is in the checkpoints
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         model.eval()
         for name in ("forward", "_original_forward"):  # which accelerate put around it, to convert what it returns

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..files import replacing
 from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
-from ..model import R3MemModel, evaluating
+from ..model import R3MemModel, evaluating, unchanged_on_failure
 from ..reversible import check_integrity
 from .collate import collate_ids
 
@@ -137,18 +137,11 @@ def remember(
     settings = RememberSettings() if settings is None else settings
     if not pairs:
         raise ValueError("there is nothing to remember: no pairs")
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     try:
-        run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
-        model.train()
-        return run.to_the_end(progress)
-    except BaseException:
-        # What the adapter held before is in it still; what was learned since is in the checkpoint.
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in before:
-                    parameter.copy_(before[name])
-        raise
+        with unchanged_on_failure(model):  # what was learned is in the checkpoint
+            run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
+            model.train()
+            return run.to_the_end(progress)
     finally:
         model.eval()
 
