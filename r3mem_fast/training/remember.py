@@ -22,7 +22,7 @@ from ..reversible import check_integrity
 from .collate import collate_ids
 
 CHECKPOINT = "remember-checkpoint.safetensors"
-_CHECKPOINT_VERSION = 3
+_CHECKPOINT_VERSION = 4
 
 
 _AT_LEAST = {"max_steps": 1, "tokens_per_step": 1, "anchor_windows": 1, "anchor_tokens": 2, "decoys_every": 1}
@@ -41,7 +41,7 @@ class RememberSettings:
         anchor_tokens: of that text; one window a step.
     decoys: queries that have no context, in every `decoys_every`-th step: without them any query would be answered
         with what was learned. None: one for each six pairs, four at least; the more is learned, the more queries are
-        near to one that is known. 0: without.
+        near to one that is known. Those that are answered all the same are asked again, until none is. 0: without.
     margin: tokens predicted with a loss below it (nats) teach no more, so that nothing is learned further than needed.
     checkpoint_seconds: between checkpoints. seed: of the order and the samples.
     """
@@ -169,6 +169,7 @@ class _Run:
         self.weights = {term: weight for term, weight in weights.items() if weight}
         self.known = {term: [False] * len(pairs) for term in self.weights}
         self.losses = dict.fromkeys(self.weights)
+        self.answered = []  # queries of decoys that were, as if they were known
         self.compress_loss = None
         self.divergence = None
         self.checkpoint = None if folder is None else folder / CHECKPOINT
@@ -186,7 +187,8 @@ class _Run:
         try:
             while self.step < settings.max_steps:
                 if not self.queue:
-                    if self.weights and all(self._all_known()) and self._is_near() and self._verified():
+                    known = self.weights and all(self._all_known()) and self._is_near() and not self.answered
+                    if known and self._verified():
                         break
                     self._begin_epoch()
                 with torch.random.fork_rng():  # for dropout: the same after an interruption
@@ -224,9 +226,7 @@ class _Run:
             (config.compress_weight * compress).backward()
             self.compress_loss = compress.item()
         if self.decoys and "expand" in self.weights and self.step % settings.decoys_every == 0:
-            foreign = decoys(self.pairs, self.decoys, random.Random(f"{settings.seed}/{self.step}"))
-            inputs = self._batch([([], self._ids(pair.query)) for pair in foreign])
-            model(**inputs, terms=["expand"]).loss.backward()
+            self._refuse(decoys(self.pairs, self.decoys, random.Random(f"{settings.seed}/{self.step}")))
         if self.anchor is not None:
             self._stay_near(self.step % len(self.anchor))
 
@@ -251,6 +251,17 @@ class _Run:
             self.known[term][index] = right
         now, before = (losses.detach().sum() / counted).item(), self.losses[term]
         self.losses[term] = now if before is None else 0.7 * before + 0.3 * now
+
+    def _refuse(self, foreign):
+        """The gradient of decoys, new ones and those that were answered when last asked: until they no longer are."""
+        queries = list(dict.fromkeys([*self.answered, *(pair.query for pair in foreign)]))[: 2 * self.decoys]
+        logits, targets = self._predictions("expand", self._batch([([], self._ids(query)) for query in queries]))
+        losses = cross_entropy(logits[:, 0].float(), targets[:, 0], reduction="none")
+        # The few that are not known yet count, not the many that are.
+        wanting = losses.detach() > self.settings.margin
+        ((losses * wanting).sum() / wanting.sum().clamp_min(len(queries) / 4)).backward()
+        refused = _right(logits, targets)
+        self.answered = [query for query, right in zip(queries, refused, strict=True) if not right]
 
     def _predictions(self, term, inputs):
         """Logits of the contexts, read backward from their queries or their memories, and their targets."""
@@ -438,7 +449,7 @@ class _Run:
 
 
 # Of a run, beside tensors.
-_STATE = ("step", "epoch", "seconds", "queue", "known", "losses", "compress_loss", "divergence")
+_STATE = ("step", "epoch", "seconds", "queue", "known", "losses", "answered", "compress_loss", "divergence")
 
 
 def _right(logits, targets):
