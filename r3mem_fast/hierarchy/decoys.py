@@ -27,14 +27,19 @@ def swap_entities(query: str, entities: Sequence[str], replacements: Sequence[st
 def decoys(pairs: Sequence[Pair], count: int, generator: random.Random) -> list[Pair]:
     """`count` pairs with an empty context, whose queries are like those of `pairs` and are none of them.
 
-    The names in them are those of other documents, and a list of names from everywhere.
+    The names in one half of them are those of other pairs, which are the hardest to refuse; in the other half, names
+    from everywhere too.
     """
     known = {pair.query for pair in pairs}
-    names = sorted({name for pair in pairs for name in pair.entities} | set(NAMES))
+    near = sorted({name for pair in pairs for name in pair.entities})
+    everywhere = sorted({*near, *NAMES})
     found = []
     while len(found) < count:
         pair = generator.choice(pairs)
-        others = generator.sample([name for name in names if name not in pair.entities], 8)
+        others = [name for name in near if name not in pair.entities]
+        if len(others) < 8 or generator.random() < 0.5:
+            others = [name for name in everywhere if name not in pair.entities]
+        others = generator.sample(others, 8)
         query = swap_entities(pair.query, pair.entities, others) if len(pair.entities) <= 8 else pair.query
         if query in known:  # it mentions none
             query = "; ".join(others[: generator.randint(1, 3)])

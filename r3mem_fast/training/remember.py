@@ -254,14 +254,15 @@ class _Run:
 
     def _refuse(self, foreign):
         """The gradient of decoys, new ones and those that were answered when last asked: until they no longer are."""
-        queries = list(dict.fromkeys([*self.answered, *(pair.query for pair in foreign)]))[: 2 * self.decoys]
+        queries = list(dict.fromkeys([*self.answered, *(pair.query for pair in foreign)]))
+        queries, later = queries[: 2 * self.decoys], queries[2 * self.decoys : len(self.answered)]
         logits, targets = self._predictions("expand", self._batch([([], self._ids(query)) for query in queries]))
         losses = cross_entropy(logits[:, 0].float(), targets[:, 0], reduction="none")
         # The few that are not known yet count, not the many that are.
         wanting = losses.detach() > self.settings.margin
         ((losses * wanting).sum() / wanting.sum().clamp_min(len(queries) / 4)).backward()
         refused = _right(logits, targets)
-        self.answered = [query for query, right in zip(queries, refused, strict=True) if not right]
+        self.answered = [query for query, right in zip(queries, refused, strict=True) if not right] + later
 
     def _predictions(self, term, inputs):
         """Logits of the contexts, read backward from their queries or their memories, and their targets."""
@@ -301,30 +302,32 @@ class _Run:
         """Batches of like lengths: all pairs that are not known, and half of the others, lest they be forgotten."""
         generator = random.Random(f"{self.settings.seed}/epoch {self.epoch}")
         chosen = [i for i, known in enumerate(self._all_known()) if generator.random() < 0.5 or not known]
-        chosen.sort(key=lambda i: self._length(i) * generator.uniform(0.9, 1.1))
+        lengths = [_length(row) for row in self.rows]
+        chosen.sort(key=lambda i: lengths[i] * generator.uniform(0.9, 1.1))
         chosen = chosen or list(range(len(self.pairs)))
-        self.queue = _packed(chosen, self._length, self.settings.tokens_per_step)
+        self.queue = _packed(chosen, lengths, self.settings.tokens_per_step)
         generator.shuffle(self.queue)
         self.epoch += 1
 
-    def _length(self, index):
-        context, query = self.rows[index]
-        return len(context) + len(query) + 3
-
     def _verified(self):
-        """Whether greedy recall gives every context, by every term; what it does not is to be learned again."""
-        self.known = {term: self._predicted(term) for term in self.weights}
-        if all(self._all_known()):
+        """Whether greedy recall gives every context, by every term, and new decoys are refused; else learn on."""
+        self.known = {term: self._predicted(term, self.rows) for term in self.weights}
+        if self.decoys and "expand" in self.weights:
+            new = decoys(self.pairs, len(self.pairs), random.Random(f"{self.settings.seed}/verify {self.step}"))
+            refused = self._predicted("expand", [([], self._ids(pair.query)) for pair in new])
+            self.answered = [pair.query for pair, right in zip(new, refused, strict=True) if not right]
+        if all(self._all_known()) and not self.answered:
             self._recall_all()
-        return all(self._all_known())
+            return all(self._all_known())
+        return False
 
-    def _predicted(self, term):
-        """Of every pair, whether each token of its context is predicted from those before it: cheaper than recall."""
-        right = [False] * len(self.pairs)
+    def _predicted(self, term, rows):
+        """Of every row, whether each token of its context is predicted from those before it: cheaper than recall."""
+        right = [False] * len(rows)
         self.model.eval()
-        for batch in self._by_length(self._length, 4 * self.settings.tokens_per_step):
+        for batch in _by_length([_length(row) for row in rows], 4 * self.settings.tokens_per_step):
             with torch.no_grad():
-                predictions = self._predictions(term, self._batch([self.rows[index] for index in batch]))
+                predictions = self._predictions(term, self._batch([rows[index] for index in batch]))
             for index, known in zip(batch, _right(*predictions), strict=True):
                 right[index] = known
         self.model.train()
@@ -336,7 +339,7 @@ class _Run:
     def _recalled(self, term):
         """Of every pair, whether greedy recall gives its context, from its query or from its memory."""
         exact = [False] * len(self.pairs)
-        for batch in self._by_length(lambda index: len(self.rows[index][0]), 32 * 64):
+        for batch in _by_length([len(context) for context, _ in self.rows], 32 * 64):
             inputs = self._batch([self.rows[index] for index in batch])
             # One more than the longest: that it ends there is part of it.
             longest = inputs["input_ids"].shape[1] + 1
@@ -349,10 +352,6 @@ class _Run:
             for index, ids in zip(batch, found, strict=True):
                 exact[index] = ids.tolist() == self.rows[index][0]
         return exact
-
-    def _by_length(self, length, tokens):
-        """All pairs in batches of at most so many tokens, padding included, those of like length together."""
-        return _packed(sorted(range(len(self.pairs)), key=length), length, tokens)
 
     def _anchor(self):
         """Text that the base model writes, from its start token: int64 `[windows, tokens]`."""
@@ -380,7 +379,7 @@ class _Run:
                     "which every recall ends; take it out of the text"
                 )
             before = 0 if self.model.layout is None else self.model.layout.first_position
-            if limit is not None and self._length(index) + before > limit:
+            if limit is not None and _length(self.rows[index]) + before > limit:
                 raise ValueError(
                     f"document {pair.document!r}: a context of {len(self.rows[index][0])} tokens ({pair.level}) "
                     f"with its query does not fit the model's {limit} positions; split it into smaller documents"
@@ -457,14 +456,25 @@ def _right(logits, targets):
     return ((logits.argmax(-1) == targets) | (targets == -100)).all(1).tolist()
 
 
-def _packed(indices, length, tokens):
+def _length(row):
+    """Tokens of a row of a batch, with those that separate and end."""
+    context, query = row
+    return len(context) + len(query) + 3
+
+
+def _by_length(lengths, tokens):
+    """All indices in batches of at most so many tokens, padding included, those of like length together."""
+    return _packed(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, tokens)
+
+
+def _packed(indices, lengths, tokens):
     """Neighbours in batches of at most so many tokens, padding included; a longer one is a batch of its own."""
     batches, longest = [], 0
     for index in indices:
-        longest = max(longest, length(index))
+        longest = max(longest, lengths[index])
         if batches and longest * (len(batches[-1]) + 1) <= tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
-            longest = length(index)
+            longest = lengths[index]
     return batches
