@@ -324,9 +324,11 @@ def _train(options):
     given = {named[name]: value for name in named if (value := getattr(options, name, None)) is not None}
     model = options.model or "smollm2-135m"
     if storage.is_adapter(model):
-        if given:
-            raise ValueError(f"{model} is an adapter, which has its settings ({sorted(given)}) already")
+        if fixed := [name for name in _OF_NEW_ADAPTERS if getattr(options, name, None) is not None]:
+            raise ValueError(f"{model} is an adapter, in which --{fixed[0].replace('_', '-')} is fixed already")
         pipeline = _pipeline(options, model)
+        network = pipeline.model
+        network.r3mem_config = dataclasses.replace(network.r3mem_config, **given)
     else:
         if options.memory_tokens == 0 and (
             useless := [n for n in (*_OF_MEMORIES, *_OF_TRAINING) if named[n] in given]
