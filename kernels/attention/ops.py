@@ -1,0 +1,195 @@
+"""Memory-token attention as `torch.library` operators `torch.ops.r3mem.*`, differentiable, with fake implementations.
+
+An operator returns tensors only: what is absent is an empty tensor there. `window` is 0 and `softcap` 0.0 where the
+API says None. With cu_seqlens, tensors are `[total, H, D]`, and query_offset is the length of the longest sequence.
+"""
+
+import torch
+
+from ..common.dispatch import choose
+from . import reference
+
+_library = torch.library.Library("r3mem", "FRAGMENT")
+
+_INPUTS = (
+    "Tensor query, Tensor? key, Tensor? value, Tensor? memory_key, Tensor? memory_value, Tensor? memory_lengths, "
+    "Tensor? segment_starts, Tensor? cu_seqlens, Tensor? sinks"
+)
+_SETTINGS = "float scale, SymInt window, float softcap, SymInt query_offset"
+
+
+def _implementation(query):
+    if choose(query.device, (query.dtype,)).implementation == "reference":
+        return None
+    from . import triton
+
+    return triton
+
+
+def _settings(scale, window, softcap):
+    return {"scale": scale, "window": window or None, "softcap": softcap or None}
+
+
+def new_output(query):
+    """Of the query's shape, with the heads of a token side by side, as what follows an attention wants them."""
+    if query.dim() == 3:
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
+
+
+def new_lse(query):
+    """float32 `[B, Hq, T]`, or `[Hq, total]`; float64 for float64."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    return query.new_empty(shape, dtype=dtype)
+
+
+def _as_laid_out(output):
+    return new_output(output).copy_(output)
+
+
+_library.define(f"memory_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl("r3mem::memory_attention", "CompositeExplicitAutograd", lib=_library)
+def _(
+    query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens, sinks,
+    scale, window, softcap, query_offset,
+):  # fmt: skip
+    settings = _settings(scale, window, softcap)
+    tensors = (query, key, value, memory_key, memory_value, memory_lengths, segment_starts)
+    implementation = _implementation(query)
+    if implementation is not None:
+        return implementation.memory_attention(*tensors, cu_seqlens, sinks, offsets=query_offset, **settings)
+    if cu_seqlens is None:
+        output, lse = reference.memory_attention(*tensors, sinks, offsets=query_offset, **settings)
+        return _as_laid_out(output), lse
+    rows = (reference.padded(tensor, cu_seqlens, query_offset) for tensor in (query, key, value))
+    output, lse = reference.memory_attention(*rows, *tensors[3:], sinks, offsets=0, **settings)
+    output, lse = (reference.packed(t, cu_seqlens, len(query)) for t in (output, lse))
+    return _as_laid_out(output), lse.transpose(0, 1).contiguous()
+
+
+@torch.library.register_fake("r3mem::memory_attention", lib=_library)
+def _(query, *others):
+    return new_output(query), new_lse(query)
+
+
+_library.define(
+    f"memory_attention_backward(Tensor grad_output, Tensor? grad_lse, {_INPUTS}, Tensor output, Tensor lse, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("r3mem::memory_attention_backward", "CompositeExplicitAutograd", lib=_library)
+def _(
+    grad_output, grad_lse, query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens,
+    sinks, output, lse, scale, window, softcap, query_offset,
+):  # fmt: skip
+    settings = _settings(scale, window, softcap)
+    memory = (memory_key, memory_value, memory_lengths, segment_starts)
+    implementation = _implementation(query)
+    if implementation is not None:
+        grads = implementation.memory_attention_backward(
+            grad_output, grad_lse, query, key, value, *memory, cu_seqlens, sinks, output, lse,
+            offsets=query_offset, **settings,
+        )  # fmt: skip
+    elif cu_seqlens is None:
+        grads = reference.memory_attention_backward(
+            grad_output, grad_lse, query, key, value, *memory, sinks, output, lse, offsets=query_offset, **settings
+        )
+    else:
+
+        def rows(tensor):
+            return None if tensor is None else reference.padded(tensor, cu_seqlens, query_offset)
+
+        def turned(tensor):
+            return None if tensor is None else rows(tensor.transpose(0, 1))
+
+        grads = reference.memory_attention_backward(
+            rows(grad_output), turned(grad_lse), rows(query), rows(key), rows(value), *memory, sinks, rows(output),
+            turned(lse), offsets=0, **settings,
+        )  # fmt: skip
+        own = (reference.packed(grad, cu_seqlens, len(query)) for grad in grads[:3])
+        grads = (*own, *grads[3:])
+    inputs = (query, key, value, memory_key, memory_value, sinks)
+    return tuple(_or_empty(grad, like, query) for grad, like in zip(grads, inputs, strict=True))
+
+
+def _or_empty(grad, like, query):
+    """A gradient laid out as the fake implementation says; nothing where the input is absent."""
+    if like is None:
+        return query.new_empty(0)
+    return grad.contiguous()
+
+
+@torch.library.register_fake("r3mem::memory_attention_backward", lib=_library)
+def _(
+    grad_output, grad_lse, query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens,
+    sinks, *others,
+):  # fmt: skip
+    inputs = (query, key, value, memory_key, memory_value, sinks)
+    return tuple(
+        query.new_empty(0) if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
+        for like in inputs
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, scale, window, softcap, query_offset = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = (scale, window, softcap, query_offset)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, grad_lse):
+    saved = ctx.saved_tensors
+    tensors, (output, lse) = saved[:-2], saved[-2:]
+    if grad_output is None and grad_lse is None:
+        return (None,) * (len(tensors) + len(ctx.settings))
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    grads = torch.ops.r3mem.memory_attention_backward(grad_output, grad_lse, *tensors, output, lse, *ctx.settings)
+    # Of tensors, in their order: lengths, starts and ends have none.
+    query, key, value, memory_key, memory_value, sinks = (
+        grad if wanted else None
+        for grad, wanted in zip(grads, (*ctx.needs_input_grad[:5], ctx.needs_input_grad[8]), strict=True)
+    )
+    return (query, key, value, memory_key, memory_value, None, None, None, sinks, *(None,) * len(ctx.settings))
+
+
+torch.library.register_autograd("r3mem::memory_attention", _backward, setup_context=_setup_context, lib=_library)
+
+_library.define(
+    "memory_decode(Tensor query, Tensor key, Tensor value, Tensor? memory_key, Tensor? memory_value, "
+    "Tensor? memory_lengths, Tensor? lengths, Tensor? segment_starts, Tensor? sinks, float scale, SymInt window, "
+    "float softcap) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("r3mem::memory_decode", "CompositeExplicitAutograd", lib=_library)
+def _(
+    query, key, value, memory_key, memory_value, memory_lengths, lengths, segment_starts, sinks, scale, window, softcap
+):
+    settings = _settings(scale, window, softcap)
+    memory = (memory_key, memory_value, memory_lengths)
+    implementation = _implementation(query)
+    if implementation is not None:
+        return implementation.memory_decode(query, key, value, *memory, lengths, segment_starts, sinks, **settings)
+    lengths = key.shape[2] if lengths is None else lengths
+    output, lse = reference.memory_attention(
+        query, key, value, *memory, segment_starts, sinks, offsets=lengths - query.shape[2], **settings
+    )
+    return _as_laid_out(output), lse
+
+
+@torch.library.register_fake("r3mem::memory_decode", lib=_library)
+def _(query, *others):
+    return new_output(query), new_lse(query)
+
+
+memory_attention = torch.ops.r3mem.memory_attention.default
+memory_attention_backward = torch.ops.r3mem.memory_attention_backward.default
+memory_decode = torch.ops.r3mem.memory_decode.default
