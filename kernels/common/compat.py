@@ -57,6 +57,16 @@ def threads_per_warp() -> int:
 
 
 @functools.cache
+def target_of(device: torch.device) -> str:
+    """A GPU as the compiler's targets are named: cuda:90, hip:gfx942."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if torch.version.hip is not None:
+        return f"hip:{torch.cuda.get_device_properties(index).gcnArchName.split(':')[0]}"
+    major, _ = torch.cuda.get_device_capability(index)
+    return f"cuda:{major}0"
+
+
+@functools.cache
 def _sees_gpu():
     return torch.cuda.is_available()
 

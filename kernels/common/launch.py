@@ -23,7 +23,8 @@ class Launch(NamedTuple):
     """A kernel with all that it is launched with.
 
     grid: programs. arguments: tensors (or None) and integers, by parameter. constexprs: compile-time parameters.
-    threads: of a program. options: of the compiler.
+    threads: of a program. options: of the compiler. unspecialised: integers of whose values the compiler knows nothing
+    (`do_not_specialize`), so that one variant serves all of them.
     """
 
     kernel: Any
@@ -32,9 +33,12 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     threads: int
     options: dict[str, Any]
+    unspecialised: tuple[str, ...] = ()
 
     def run(self):
-        """Launch on the current stream of the tensors' device."""
+        """Launch on the current stream of the tensors' device; an empty grid is nothing to do."""
+        if not self.grid:
+            return
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         if device.type != "cuda":
             self._run()
@@ -61,9 +65,8 @@ def specialise(launch: Launch, threads_per_warp: int) -> Specialisation:
 
     Tensors may be on the device `meta`: their address counts as aligned. threads_per_warp: of the target.
     """
-    names = list(launch.kernel.arg_names)
     signature, constexprs, attrs = {}, {}, {}
-    for position, name in enumerate(names):
+    for position, name in enumerate(launch.kernel.arg_names):
         if name in launch.constexprs or launch.arguments[name] is None:
             signature[name] = "constexpr"
             constexprs[(position,)] = launch.constexprs.get(name)
@@ -72,13 +75,13 @@ def specialise(launch: Launch, threads_per_warp: int) -> Specialisation:
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             divisible = value.device.type == "meta" or value.data_ptr() % DIVISIBILITY == 0
-        elif value == 1:  # a constant to Triton
+        elif value == 1 and name not in launch.unspecialised:  # a constant to Triton
             signature[name] = "constexpr"
             constexprs[(position,)] = 1
             continue
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % DIVISIBILITY == 0
+            divisible = value % DIVISIBILITY == 0 and name not in launch.unspecialised
         if divisible:
             attrs[(position,)] = [["tt.divisibility", DIVISIBILITY]]
     options = {**launch.options, "num_warps": launch.threads // threads_per_warp}
