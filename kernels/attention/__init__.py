@@ -92,10 +92,10 @@ def memory_attention_varlen(
 ):
     """`memory_attention` of N segments of different lengths, one after the other: `[total, Hq, D]`.
 
-    query `[total, Hq, D]`, key and value `[total, Hkv, D]`; cu_seqlens: int32 `[N + 1]`, where each segment starts, and
-    the total; max_seqlen: the longest, an int (a larger one costs time, a smaller one leaves tokens out: it is not
-    compared with cu_seqlens, which would synchronise). memory_key, memory_value `[N or 1, Hkv, M, D]`, memory_lengths
-    `[N]`. lse: `[Hq, total]`. Otherwise as `memory_attention`.
+    query `[total, Hq, D]`, key and value `[total, Hkv, D]`; cu_seqlens: int32 `[N + 1]`, where each segment starts,
+    and the total; max_seqlen: the longest, an int (a larger one costs time, a smaller one leaves tokens out: it is not
+    compared with cu_seqlens, which would synchronise). memory_key, memory_value `[N or 1, Hkv, M, D]`,
+    memory_lengths `[N]`. lse: `[Hq, total]`. Otherwise as `memory_attention`.
     """
     if query.dim() != 3:
         raise ValueError(f"query must be [total, Hq, D], got {list(query.shape)}")

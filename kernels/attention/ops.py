@@ -6,8 +6,7 @@ API says None. With cu_seqlens, tensors are `[total, H, D]`, and query_offset is
 
 import torch
 
-from ..common.dispatch import choose
-from . import reference
+from . import dispatch, reference, vendor
 
 _library = torch.library.Library("r3mem", "FRAGMENT")
 
@@ -18,9 +17,7 @@ _INPUTS = (
 _SETTINGS = "float scale, SymInt window, float softcap, SymInt query_offset"
 
 
-def _implementation(query):
-    if choose(query.device, (query.dtype,)).implementation == "reference":
-        return None
+def _triton():
     from . import triton
 
     return triton
@@ -44,10 +41,6 @@ def new_lse(query):
     return query.new_empty(shape, dtype=dtype)
 
 
-def _as_laid_out(output):
-    return new_output(output).copy_(output)
-
-
 _library.define(f"memory_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -57,17 +50,25 @@ def _(
     scale, window, softcap, query_offset,
 ):  # fmt: skip
     settings = _settings(scale, window, softcap)
-    tensors = (query, key, value, memory_key, memory_value, memory_lengths, segment_starts)
-    implementation = _implementation(query)
-    if implementation is not None:
-        return implementation.memory_attention(*tensors, cu_seqlens, sinks, offsets=query_offset, **settings)
-    if cu_seqlens is None:
-        output, lse = reference.memory_attention(*tensors, sinks, offsets=query_offset, **settings)
-        return _as_laid_out(output), lse
-    rows = (reference.padded(tensor, cu_seqlens, query_offset) for tensor in (query, key, value))
-    output, lse = reference.memory_attention(*rows, *tensors[3:], sinks, offsets=0, **settings)
-    output, lse = (reference.packed(t, cu_seqlens, len(query)) for t in (output, lse))
-    return _as_laid_out(output), lse.transpose(0, 1).contiguous()
+    tensors = (query, key, value, memory_key, memory_value, memory_lengths)
+    chosen = dispatch.choose(
+        query, key, memory_key, segment_starts, cu_seqlens, sinks, window=settings["window"],
+        softcap=settings["softcap"], query_offset=query_offset,
+    ).implementation  # fmt: skip
+    if chosen == "triton":
+        return _triton().memory_attention(
+            *tensors, segment_starts, cu_seqlens, sinks, offsets=query_offset, **settings
+        )
+    if chosen == "vendor":
+        output, lse = vendor.memory_attention(*tensors, sinks, scale=scale)
+    elif cu_seqlens is None:
+        output, lse = reference.memory_attention(*tensors, segment_starts, sinks, offsets=query_offset, **settings)
+    else:
+        rows = (reference.padded(tensor, cu_seqlens, query_offset) for tensor in (query, key, value))
+        output, lse = reference.memory_attention(*rows, *tensors[3:], None, sinks, offsets=0, **settings)
+        output, lse = (reference.packed(t, cu_seqlens, len(query)) for t in (output, lse))
+        lse = lse.transpose(0, 1)
+    return new_output(query).copy_(output), lse.contiguous()
 
 
 @torch.library.register_fake("r3mem::memory_attention", lib=_library)
@@ -88,40 +89,41 @@ def _(
     sinks, output, lse, scale, window, softcap, query_offset,
 ):  # fmt: skip
     settings = _settings(scale, window, softcap)
-    memory = (memory_key, memory_value, memory_lengths, segment_starts)
-    implementation = _implementation(query)
-    if implementation is not None:
-        grads = implementation.memory_attention_backward(
-            grad_output, grad_lse, query, key, value, *memory, cu_seqlens, sinks, output, lse,
-            offsets=query_offset, **settings,
-        )  # fmt: skip
+    memory = (memory_key, memory_value, memory_lengths)
+    tensors = (grad_output, grad_lse, query, key, value, *memory)
+    chosen = dispatch.choose(
+        query, key, memory_key, segment_starts, cu_seqlens, sinks, window=settings["window"],
+        softcap=settings["softcap"], query_offset=query_offset,
+    ).implementation  # fmt: skip
+    if chosen == "triton":
+        grads = _triton().memory_attention_backward(
+            *tensors, segment_starts, cu_seqlens, sinks, output, lse, offsets=query_offset, **settings
+        )
+    elif chosen == "vendor" and grad_lse is None:
+        grads = vendor.memory_attention_backward(grad_output, *tensors[2:], sinks, output, lse, scale=scale)
     elif cu_seqlens is None:
         grads = reference.memory_attention_backward(
-            grad_output, grad_lse, query, key, value, *memory, sinks, output, lse, offsets=query_offset, **settings
+            *tensors, segment_starts, sinks, output, lse, offsets=query_offset, **settings
         )
     else:
 
         def rows(tensor):
-            return None if tensor is None else reference.padded(tensor, cu_seqlens, query_offset)
+            return reference.padded(tensor, cu_seqlens, query_offset)
 
         def turned(tensor):
             return None if tensor is None else rows(tensor.transpose(0, 1))
 
         grads = reference.memory_attention_backward(
-            rows(grad_output), turned(grad_lse), rows(query), rows(key), rows(value), *memory, sinks, rows(output),
-            turned(lse), offsets=0, **settings,
+            rows(grad_output), turned(grad_lse), rows(query), rows(key), rows(value), *memory, None, sinks,
+            rows(output), turned(lse), offsets=0, **settings,
         )  # fmt: skip
         own = (reference.packed(grad, cu_seqlens, len(query)) for grad in grads[:3])
         grads = (*own, *grads[3:])
     inputs = (query, key, value, memory_key, memory_value, sinks)
-    return tuple(_or_empty(grad, like, query) for grad, like in zip(grads, inputs, strict=True))
-
-
-def _or_empty(grad, like, query):
-    """A gradient laid out as the fake implementation says; nothing where the input is absent."""
-    if like is None:
-        return query.new_empty(0)
-    return grad.contiguous()
+    # What is absent is empty; the others are laid out as the fake implementation says.
+    return tuple(
+        query.new_empty(0) if like is None else grad.contiguous() for grad, like in zip(grads, inputs, strict=True)
+    )
 
 
 @torch.library.register_fake("r3mem::memory_attention_backward", lib=_library)
@@ -174,15 +176,14 @@ def _(
     query, key, value, memory_key, memory_value, memory_lengths, lengths, segment_starts, sinks, scale, window, softcap
 ):
     settings = _settings(scale, window, softcap)
-    memory = (memory_key, memory_value, memory_lengths)
-    implementation = _implementation(query)
-    if implementation is not None:
-        return implementation.memory_decode(query, key, value, *memory, lengths, segment_starts, sinks, **settings)
+    tensors = (query, key, value, memory_key, memory_value, memory_lengths)
+    if dispatch.choose_for_decoding(query).implementation == "triton":
+        return _triton().memory_decode(*tensors, lengths, segment_starts, sinks, **settings)
     lengths = key.shape[2] if lengths is None else lengths
     output, lse = reference.memory_attention(
-        query, key, value, *memory, segment_starts, sinks, offsets=lengths - query.shape[2], **settings
+        *tensors, segment_starts, sinks, offsets=lengths - query.shape[2], **settings
     )
-    return _as_laid_out(output), lse
+    return new_output(query).copy_(output), lse
 
 
 @torch.library.register_fake("r3mem::memory_decode", lib=_library)

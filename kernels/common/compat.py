@@ -30,6 +30,8 @@ def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ())
     """
     if reason := why_no_triton():
         return reason
+    if torch.float64 in dtypes:
+        return "the kernels compute in float32"
     if interpreting() and torch.bfloat16 in dtypes:
         return "Triton's interpreter computes bfloat16 wrongly (use float16 or float32 there)"
     if device.type == "cpu":

@@ -24,23 +24,23 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> Choice:
-    """The implementation for tensors of `device` and `dtypes`.
+def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = (), variable: str = VARIABLE) -> Choice:
+    """The implementation for tensors of `device` and `dtypes`. variable: that may force one.
 
-    Raises ValueError if R3MEM_KERNELS names none, RuntimeError if the one that it names cannot run.
+    Raises ValueError if the variable names none, RuntimeError if the one that it names cannot run.
     """
-    forced = os.environ.get(VARIABLE, "")
+    forced = os.environ.get(variable, "")
     if not forced:
         return _automatic(device, dtypes)
     if forced not in IMPLEMENTATIONS:
-        raise ValueError(f"{VARIABLE} must be {' or '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
+        raise ValueError(f"{variable} must be {' or '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
     if forced == "triton":
         reason = why_no_triton_on(device, dtypes)
         if reason is not None:
-            raise RuntimeError(f"{VARIABLE}=triton cannot run on {device}: {reason}")
+            raise RuntimeError(f"{variable}=triton cannot run on {device}: {reason}")
         if interpreting():
-            return Choice("triton", f"{VARIABLE}=triton, interpreted")
-    return Choice(forced, f"{VARIABLE}={forced}")
+            return Choice("triton", f"{variable}=triton, interpreted")
+    return Choice(forced, f"{variable}={forced}")
 
 
 def _automatic(device, dtypes):

@@ -333,10 +333,10 @@ def attention_key_kernel(
     last = offset + count
     if block * BLOCK_N < last:
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = key + stored * key_row + shared * key_head + first * key_token
-        keys = load_tile(at, columns, key_token, last, True, D, BLOCK_D)
-        at = value + stored * value_row + shared * value_head + first * value_token
-        values = load_tile(at, columns, value_token, last, True, D, BLOCK_D)
+        own = key + stored * key_row + shared * key_head + first * key_token
+        keys = load_tile(own, columns, key_token, last, True, D, BLOCK_D)
+        own = value + stored * value_row + shared * value_head + first * value_token
+        values = load_tile(own, columns, value_token, last, True, D, BLOCK_D)
         grad_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_values = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         start = first_in_segment(segment_starts, row)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -147,7 +146,7 @@ def block_d(head_dim):
 
 
 def configuration(table, head_dim, dtype, target):
-    """`(BLOCK_M, BLOCK_N, threads, num_stages)` of a kernel's table: by target, bytes of an element, padded head_dim."""
+    """`(BLOCK_M, BLOCK_N, threads, num_stages)` of a table: by target, bytes of an element, padded head_dim."""
     if target == "interpreter":
         return 16, 16, 128, 1
     by_size = table.get(target, table["cuda:80"])

@@ -18,8 +18,6 @@ from .common import (
     first_in_segment,
     in_segment,
     launch,
-    load_tile,
-    store_tile,
     strides,
     target_for,
     with_unit_stride,
@@ -42,6 +40,7 @@ _CONFIGURATIONS = {
 # Programs that the keys are split into, about, so that a large GPU is busy with one row of one key head.
 _PROGRAMS = 264
 _MOST_SPLITS = 64
+_LANES = 8  # of them added up at a time
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -142,6 +141,12 @@ def attention_decode_kernel(
     tl.store(part + at[:, None] * D + dims[None, :], acc, mask=inside[:, None] & (dims < D)[None, :])
 
 
+@triton.jit
+def part_found(part_lse, parts, rows, row, heads, head, tokens, token, splits):
+    at = ((parts * rows + row) * heads + head) * tokens + token
+    return tl.load(part_lse + at, mask=parts < splits, other=float("-inf"))
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_combine_kernel(
     part,
@@ -158,27 +163,32 @@ def attention_combine_kernel(
     splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     program = tl.program_id(0)
     token = (program % tokens).to(tl.int64)
     head = (program // tokens % heads).to(tl.int64)
     row = (program // tokens // heads).to(tl.int64)
-    parts, dims = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    at = ((parts * rows + row) * heads + head) * tokens + token
-    found = tl.load(part_lse + at, mask=parts < splits, other=float("-inf"))
+    dims, lanes = tl.arange(0, BLOCK_D), tl.arange(0, LANES)
+    found = part_found(part_lse, tl.arange(0, MOST_SPLITS), rows, row, heads, head, tokens, token, splits)
     largest = tl.max(found, axis=0)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
         largest = tl.maximum(largest, sink)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    weights = tl.exp2(found - base)
-    total = tl.sum(weights, axis=0)
+    total = tl.sum(tl.exp2(found - base), axis=0)
     if sinks is not None:
         total += tl.exp2(sink - base)
-    mask = (parts < splits)[:, None] & (dims < D)[None, :]
-    values = tl.load(part + at[:, None] * D + dims[None, :], mask=mask, other=0.0)
-    mixed = tl.sum(values * weights[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    mixed = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, splits, LANES):
+        parts = first + lanes
+        weights = tl.exp2(part_found(part_lse, parts, rows, row, heads, head, tokens, token, splits) - base)
+        at = ((parts * rows + row) * heads + head) * tokens + token
+        mask = (parts < splits)[:, None] & (dims < D)[None, :]
+        values = tl.load(part + at[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        mixed += tl.sum(values * weights[:, None], axis=0)
+    mixed = mixed / tl.where(total == 0.0, 1.0, total)
     to = output + row * output_row + head * output_head + token * output_token
     tl.store(to + dims, mixed.to(output.dtype.element_ty), mask=dims < D)
     tl.store(lse + (row * heads + head) * tokens + token, (largest + tl.log2(total)) / _LOG2_E)
@@ -244,7 +254,7 @@ def plan_memory_decode(
     }
     read = launch(attention_decode_kernel, shared * rows * splits, arguments, constexprs, threads, stages)
     arguments = {**common, "sinks": sinks, "output": output, "lse": lse, **strides("output", output)}
-    constexprs = {"D": head_dim, "BLOCK_D": block_d(head_dim), "SPLITS": triton.next_power_of_2(splits)}
+    constexprs = {"D": head_dim, "BLOCK_D": block_d(head_dim), "MOST_SPLITS": _MOST_SPLITS, "LANES": _LANES}
     combine = launch(attention_combine_kernel, rows * heads * tokens, arguments, constexprs, threads, 1)
     return (read, combine), (output, lse)
 

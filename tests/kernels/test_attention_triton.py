@@ -1,0 +1,175 @@
+"""The attention kernels against float64, within twice eager's error: on a GPU in every dtype, else interpreted."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from r3mem_fast.kernels.attention import reference
+from r3mem_fast.kernels.attention import triton as kernels
+from r3mem_fast.kernels.common.launch import specialise
+
+from .attention import NAMES, Case, assert_within_budget, cases, eager_attention, expected, wide
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16][: 3 if GPU else 2]
+# Not made smaller when they fail: interpreted, that would take minutes.
+several = settings(max_examples=100 if GPU else 20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty():
+    """New memory is full of NaN: an element that a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@several
+@given(cases(DTYPES))
+def test_forward(case):
+    tensors = case.tensors(DEVICE)
+    output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
+    exact, eager = expected(wide(tensors), case), expected(tensors, case, eager=True)
+    assert output.dtype == case.dtype and lse.dtype == torch.float32
+    assert_within_budget(output, exact[0], eager[0], "output")
+    assert_within_budget(lse, exact[1], eager[1], "lse")
+
+
+@several
+@given(cases(DTYPES, most_tokens=24), st.booleans())
+def test_backward(case, with_lse):
+    """Against the derivative of the specification in float64, by autograd."""
+    tensors = case.tensors(DEVICE)
+    draw = torch.Generator().manual_seed(case.seed)
+    output, lse = expected(tensors, case)
+    grad_output = torch.randn(output.shape, generator=draw).to(case.dtype).to(DEVICE)
+    # No gradient of what is infinite.
+    grad_lse = torch.randn(lse.shape, generator=draw).to(DEVICE) if with_lse and lse.isfinite().all() else None
+    arguments = [*tensors.values(), output, lse.contiguous()]
+    found = kernels.memory_attention_backward(grad_output, grad_lse, *arguments, **case.settings)
+    exact = gradients(wide(tensors), case, grad_output.double(), grad_lse)
+    eager = gradients(tensors, case, grad_output, grad_lse, eager=True)
+    for name, ours, one, other in zip((*NAMES, "sinks"), found, exact, eager, strict=True):
+        assert (ours is None) == (one is None), name
+        if ours is not None:
+            assert ours.dtype == tensors[name].dtype, name
+            # Of sinks by g^o · o of the rounded o, which eager does not go through.
+            assert_within_budget(ours, one, other, name, factor=5 if name == "sinks" else 2)
+
+
+def gradients(tensors, case, grad_output, grad_lse, eager=False):
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if t is not None and t.is_floating_point()}
+    output, lse = expected({**tensors, **leaves}, case, eager=eager)
+    results, grads = [output], [grad_output]
+    if grad_lse is not None:
+        results, grads = [output, lse], [grad_output, grad_lse.to(lse.dtype)]
+    wanted = [leaves.get(name) for name in (*NAMES, "sinks")]
+    given = [leaf for leaf in wanted if leaf is not None]
+    found = iter(torch.autograd.grad(results, given, grads, allow_unused=True, materialize_grads=True))
+    return [None if leaf is None else next(found) for leaf in wanted]
+
+
+@several
+@given(cases(DTYPES, most_tokens=4, varlen=False, offset=0), st.integers(0, 60), st.booleans())
+def test_decode(case, more, ragged):
+    """Rows of different lengths in caches with room for more."""
+    tensors = case.tensors(DEVICE)
+    draw = torch.Generator().manual_seed(case.seed)
+    cache = torch.randn(2, case.rows, case.shared, case.tokens + more, case.head_dim, generator=draw)
+    key, value = cache.to(case.dtype).to(DEVICE)
+    lengths = None
+    if ragged:
+        lengths = torch.randint(case.tokens, case.tokens + more + 1, (case.rows,), generator=draw, dtype=torch.int32)
+        lengths = lengths.to(DEVICE)
+    given = [tensors["query"], key, value, *(tensors[n] for n in ("memory_key", "memory_value", "memory_lengths"))]
+    settings = {name: value for name, value in case.settings.items() if name != "offsets"}
+    others = tensors["segment_starts"], tensors["sinks"]
+    output, lse = kernels.memory_decode(*given, lengths, *others, **settings)
+    settings["offsets"] = (case.tokens + more if lengths is None else lengths) - case.tokens
+    all_of = dict(zip((*NAMES, "memory_lengths", "segment_starts", "sinks"), [*given, *others], strict=True))
+    exact = reference.memory_attention(*wide(all_of).values(), **settings)
+    eager = eager_attention(all_of, **settings)
+    assert_within_budget(output, exact[0], eager[0], "output")
+    assert_within_budget(lse, exact[1], eager[1], "lse")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims(head_dim):
+    case = Case(head_dim=head_dim, group=2, tokens=19, memory=18, dtype=torch.float16, segment_starts=True)
+    tensors = case.tensors(DEVICE)
+    output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
+    exact, eager = expected(wide(tensors), case), expected(tensors, case, eager=True)
+    assert_within_budget(output, exact[0], eager[0], "output")
+    found = kernels.memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    one = gradients(wide(tensors), case, output.double(), None)
+    other = gradients(tensors, case, output, None, eager=True)
+    for name, *results in zip(NAMES, found[:5], one, other, strict=False):
+        assert_within_budget(*results, name)
+
+
+def test_the_memory_s_gradient_in_several_parts():
+    """Of so many queries that they are shared out, and of rows that share a memory."""
+    case = Case(rows=2, group=2, tokens=200, memory=20, one_memory=True, sinks=True)
+    tensors = case.tensors(DEVICE)
+    output, lse = expected(tensors, case)
+    launches, _ = kernels.plan_memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    if not GPU:  # where blocks are larger
+        assert launches[-1].arguments["splits"] > 1
+    found = kernels.memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    again = kernels.memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    assert all(torch.equal(left, right) for left, right in zip(found, again, strict=True))
+    one = gradients(wide(tensors), case, output.double(), None)
+    other = gradients(tensors, case, output, None, eager=True)
+    for name, *results in zip((*NAMES, "sinks"), found, one, other, strict=True):
+        assert_within_budget(*results, name)
+
+
+def test_no_kernel_is_compiled_anew_for_other_lengths():
+    """What the compiler would be given is the same for every batch, length, memory and cache."""
+    variants = {}
+    for rows, tokens, memory in ((1, 1, 1), (2, 16, 16), (3, 37, 5), (1, 4096, 128), (16, 1000, 1024)):
+        tensors = Case(rows=1, tokens=1, memory=1, head_dim=80).tensors("meta")
+        tensors["query"] = torch.empty(rows, 4, tokens, 80, device="meta")
+        tensors["key"] = tensors["value"] = torch.empty(rows, 2, tokens, 80, device="meta")
+        tensors["memory_key"] = tensors["memory_value"] = torch.empty(rows, 2, memory, 80, device="meta")
+        chosen = {"scale": 1.0, "softcap": None, "target": "cuda:90"}
+        lse = torch.empty(rows, 4, tokens, device="meta")
+        forward, _ = kernels.plan_memory_attention(*tensors.values(), window=tokens, offsets=0, **chosen)
+        backward, _ = kernels.plan_memory_attention_backward(
+            tensors["query"], None, *tensors.values(), tensors["query"], lse, window=3, offsets=0, **chosen
+        )
+        names = ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")
+        tensors["query"] = torch.empty(rows, 4, 1, 80, device="meta")
+        lengths = torch.empty(rows, dtype=torch.int32, device="meta")
+        decode, _ = kernels.plan_memory_decode(
+            *(tensors[name] for name in names), lengths, None, None, window=None, **chosen
+        )
+        for launch in (forward, *backward, *decode):
+            assert set(launch.unspecialised) & set(launch.kernel.arg_names)
+            variants.setdefault(launch.kernel.__name__, set()).add(str(specialise(launch, 32)))
+    assert len(variants) == 7 and all(len(found) == 1 for found in variants.values()), {
+        name: len(found) for name, found in variants.items()
+    }
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_decoding_in_a_cuda_graph():
+    """With other lengths at each replay."""
+    case = Case(rows=2, shared=2, group=4, tokens=1, offset=63, head_dim=64, dtype=torch.bfloat16, memory_lengths=True)
+    tensors = case.tensors(DEVICE)
+    given = [tensors[n] for n in ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")]
+    settings = {"scale": 0.125, "window": None, "softcap": None}
+    lengths = torch.tensor([64, 10], dtype=torch.int32, device=DEVICE)
+    kernels.memory_decode(*given, lengths, None, None, **settings)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, _ = kernels.memory_decode(*given, lengths, None, None, **settings)
+    lengths.copy_(torch.tensor([5, 33]))
+    graph.replay()
+    assert torch.equal(output, kernels.memory_decode(*given, lengths, None, None, **settings)[0])
