@@ -2,15 +2,19 @@
 
     python -m bench.compile_gate --json
 
-One record a kernel, target, dtype and number of side bits, through the same `specialise` as a launch:
+One record a kernel, target, dtype and number of side bits or head_dim, through the same `specialise` as a launch:
 
     registers      of a thread
     spills         bytes of local memory of a thread: what did not fit into registers
     shared_bytes   of a program; limits: 163 KiB on cuda:80, 227 KiB on cuda:90 and cuda:100, 64 KiB on gfx942
     vector_bytes   the widest access to global memory
-    fused          fused multiply-adds, which would make the inverse inexact
+    fused          of the coupling: fused multiply-adds, which would make the inverse inexact
+    matrix         of attention: the instructions of matrix products: `wgmma` (cuda:90), `tcgen05` (cuda:100), `mma`,
+                   `mfma` (gfx942); null: none, as for float32, whose products are exact
 
-Exit status 1 if a kernel fails to compile, spills, exceeds its shared memory, has no 16-byte access or fuses.
+Exit status 1 if a kernel fails to compile, spills (but for those in `_SPILLS`), exceeds its shared memory, has no
+16-byte access, if a coupling kernel fuses, or if attention in bfloat16 or float16 does without matrix instructions:
+wgmma on cuda:90, but for decoding, whose few queries are too small a matrix for it.
 """
 
 import argparse
@@ -23,13 +27,15 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
+from .attention_cases import attention_cases
 from .coupling_cases import DTYPES, cases
 from .records import add_output_option, write_records
 
-# Elements of the arguments: divisible by 16, as every model's are.
-_NUMEL = 1 << 24
 _SHARED_LIMIT = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "hip:gfx942": 64}  # KiB
 TARGETS = tuple(_SHARED_LIMIT)
+_MATRIX = {"cuda:80": ("mma",), "cuda:90": ("wgmma",), "cuda:100": ("tcgen05",), "hip:gfx942": ("mfma",)}
+# Bytes a thread that are known and left: kernel, target, dtype and head_dim.
+_SPILLS = {}
 
 
 def compile_case(case, target) -> dict:
@@ -40,27 +46,22 @@ def compile_case(case, target) -> dict:
     from triton.compiler import ASTSource
 
     from r3mem_fast.kernels.common.launch import specialise
-    from r3mem_fast.kernels.coupling import triton as implementation
 
     backend, architecture = target.split(":")
     warp = 64 if backend == "hip" else 32
     gpu = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, warp)
-    tensors, settings = case.inputs(_NUMEL, "meta")
-    launch, _ = getattr(implementation, f"plan_{case.operation}")(*tensors.values(), **settings)
+    launch = case.launch(target)
     variant = specialise(launch, warp)
-    record = {
-        "kernel": case.name,
-        "target": target,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "bits": case.bits,
-    }
+    record = {**case.fields, "target": target}
     try:
         source = ASTSource(launch.kernel, variant.signature, variant.constexprs, variant.attrs)
         compiled = triton.compile(source, target=gpu, options=variant.options)
     except Exception as error:  # the compiler's own, of many types; reported, and the gate fails
         return {**record, "error": f"{type(error).__name__}: {error}"}
     record["shared_bytes"] = compiled.metadata.shared
-    return {**record, **(_read_cubin(compiled) if backend == "cuda" else _read_amdgcn(compiled))}
+    record |= _read_cubin(compiled) if backend == "cuda" else _read_amdgcn(compiled)
+    del record["matrix" if "bits" in record else "fused"]
+    return record
 
 
 def problems(record) -> list[str]:
@@ -68,15 +69,28 @@ def problems(record) -> list[str]:
     if "error" in record:
         return [record["error"]]
     found = []
-    if record["spills"]:
+    if record["spills"] > _SPILLS.get(
+        (record["kernel"], record["target"], record["dtype"], record.get("head_dim")), 0
+    ):
         found.append(f"{record['spills']} bytes of spills")
     if record["vector_bytes"] < 16:
         found.append(f"widest access {record['vector_bytes']} bytes, not 16")
-    if record["fused"]:
+    if record.get("fused"):
         found.append(f"{record['fused']} fused multiply-adds")
+    if "matrix" in record and (wanted := _matrix_wanted(record)) and record["matrix"] not in wanted:
+        found.append(f"matrix products by {record['matrix']}, not {' or '.join(wanted)}")
     if record["shared_bytes"] > _SHARED_LIMIT[record["target"]] * 1024:
         found.append(f"{record['shared_bytes']} bytes of shared memory")
     return found
+
+
+def _matrix_wanted(record):
+    kernel = record["kernel"].split("/")[0]
+    if record["dtype"] == "float32" or kernel in ("attention_delta", "attention_combine"):
+        return ()
+    if kernel == "attention_decode":
+        return ("mma", "mfma")
+    return _MATRIX[record["target"]]
 
 
 def _read_cubin(compiled):
@@ -89,12 +103,15 @@ def _read_cubin(compiled):
         usage = _output([tools.cuobjdump.path, "--dump-resource-usage", file.name])
         code = _output([tools.nvdisasm.path, "--print-code", file.name])
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    widths = [int(bits or 32) for bits in re.findall(r"\b(?:LDG|STG)\b[A-Z0-9.]*?(?:\.(64|128))?\s", code)]
+    widths = [int(bits or 32) for bits in re.findall(r"\b(?:LDG|STG|LDGSTS)\b[A-Z0-9.]*?(?:\.(64|128))?\s", code)]
+    ptx = compiled.asm["ptx"]
+    matrix = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
     return {
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
         "vector_bytes": max(widths) // 8,
         "fused": len(re.findall(r"\bFFMA\b", code)),
+        "matrix": next((name for name, instruction in matrix.items() if instruction in ptx), None),
     }
 
 
@@ -107,6 +124,7 @@ def _read_amdgcn(compiled):
         "spills": int(used["private_segment_fixed_size"]),
         "vector_bytes": max(4 * int(width or 1) for width in widths),
         "fused": len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32\b", code)),
+        "matrix": "mfma" if "v_mfma" in code else None,
     }
 
 
@@ -116,16 +134,21 @@ def _output(command):
 
 def table(records) -> str:
     lines = [
-        f"{'kernel':28} {'target':11} {'dtype':9} {'bits':>4} {'regs':>5} {'spills':>6} {'shared':>7} {'vector':>6}"
+        f"{'kernel':28} {'target':11} {'dtype':9} {'bits/dim':>8} {'regs':>5} {'spills':>6} {'shared':>7} {'vector':>6} "
+        "matrix"
     ]
     for record in records:
-        bits = "-" if record["bits"] is None else record["bits"]
-        line = f"{record['kernel']:28} {record['target']:11} {record['dtype']:9} {bits:>4} "
+        size = record.get("head_dim", record.get("bits"))
+        line = f"{record['kernel']:28} {record['target']:11} {record['dtype']:9} {size or '-':>8} "
         if "error" not in record:
             line += f"{record['registers']:>5} {record['spills']:>6} {record['shared_bytes']:>7} "
-            line += f"{record['vector_bytes']:>6}"
+            line += f"{record['vector_bytes']:>6} {record.get('matrix') or ''}"
         lines.append(line + "".join(f"  {problem}" for problem in problems(record)))
     return "\n".join(lines)
+
+
+def _integers(text):
+    return [int(part) for part in text.split(",")]
 
 
 def main(arguments=None):
@@ -133,15 +156,19 @@ def main(arguments=None):
     parser.add_argument("--targets", type=lambda text: text.split(","), default=list(TARGETS), help=", ".join(TARGETS))
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES), help=", ".join(DTYPES))
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--head-dims", type=_integers, help="only attention, with these")
     parser.add_argument("--json", action="store_true", help="print one JSON line a record")
     add_output_option(parser)
     options = parser.parse_args(arguments)
     for name, given, known in (("target", options.targets, TARGETS), ("dtype", options.dtypes, DTYPES)):
         if unknown := [value for value in given if value not in known]:
             parser.error(f"unknown {name} {unknown[0]!r}; there are {', '.join(known)}")
-    wanted = [case for case in cases([DTYPES[name] for name in options.dtypes]) if options.kernel in case.name]
+    dtypes = [DTYPES[name] for name in options.dtypes]
+    wanted = [case for case in [*cases(dtypes), *attention_cases(dtypes)] if options.kernel in case.name]
+    if options.head_dims:
+        wanted = [case for case in wanted if getattr(case, "head_dim", None) in options.head_dims]
     if not wanted:
-        parser.error(f"no kernel's name contains {options.kernel!r}")
+        parser.error(f"no kernel's name contains {options.kernel!r}, with that head_dim")
     jobs = [(case, target) for target in options.targets for case in wanted]
     # The workers compile, whatever this process was told.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -154,7 +181,8 @@ def main(arguments=None):
         print(table(records))
     failed = [record for record in records if problems(record)]
     for record in failed:
-        what = f"{record['kernel']} {record['dtype']} bits={record['bits']} on {record['target']}"
+        size = f"head_dim={record['head_dim']}" if "head_dim" in record else f"bits={record['bits']}"
+        what = f"{record['kernel']} {record['dtype']} {size} on {record['target']}"
         print(f"{what}: {'; '.join(problems(record))}", file=sys.stderr)
     if options.output:
         write_records(options.output, records)

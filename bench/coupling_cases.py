@@ -31,6 +31,18 @@ class Case:
     def name(self):
         return f"{self.operation}/{self.variant}"
 
+    @property
+    def fields(self):
+        """What a record says of the case."""
+        return {"kernel": self.name, "dtype": str(self.dtype).removeprefix("torch."), "bits": self.bits}
+
+    def launch(self, target, numel=1 << 24):
+        """Its launch, the same on every target: of sizes divisible by 16, as every model's are."""
+        from r3mem_fast.kernels.coupling import triton as implementation
+
+        tensors, settings = self.inputs(numel, "meta")
+        return getattr(implementation, f"plan_{self.operation}")(*tensors.values(), **settings)[0]
+
     def inputs(self, numel, device):
         """`(tensors by name, settings)` of a call, random where values matter."""
         seed = torch.Generator().manual_seed(0) if device == "cpu" else None

@@ -11,6 +11,10 @@ One record a kernel, dtype and number of side bits:
     eager_ratio   the same for the reference in eager PyTorch as it runs on a GPU: every tensor that an ATen operator
                   reads or writes, once each, views aside
 
+Of attention, one record a kernel and head_dim, with the blocks of cuda:90: least is what FlashAttention moves with
+these blocks, so that keys and values (backward: queries, too) are read once for each block that sees them;
+`once_ratio` is moved over every input and output once.
+
 Exit status 1 if a ratio is above 1.05. bfloat16 is counted too, which the interpreter computes wrongly: what a kernel
 loads and stores does not depend on values.
 """
@@ -28,12 +32,15 @@ from torch.utils._pytree import tree_leaves
 
 from r3mem_fast.kernels.coupling import TILE, reference
 
+from .attention_cases import KERNELS, AttentionCase
 from .coupling_cases import DTYPES, cases
 from .records import add_output_option, write_records
 
 LIMIT = 1.05
 # Some full tiles and a short one.
 _NUMEL = 8 * TILE + 16 * 37
+# Rows, query heads, key heads, tokens, memory tokens: several blocks, the last ones short.
+_ATTENTION_SHAPE = (2, 4, 1, 600, 160)
 
 
 class Traffic:
@@ -112,9 +119,7 @@ def count(case, numel=_NUMEL) -> dict:
         case.call(reference, tensors, settings)
     least, moved = case.least_bytes(numel), traffic.loaded + traffic.stored
     return {
-        "kernel": case.name,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "bits": case.bits,
+        **case.fields,
         "least_bytes_per_element": round(least / numel, 4),
         "least_bytes": least,
         "moved_bytes": moved,
@@ -123,12 +128,39 @@ def count(case, numel=_NUMEL) -> dict:
     }
 
 
+def count_attention(case, shape=_ATTENTION_SHAPE) -> dict:
+    """The record of one attention kernel, in the variant `plain`."""
+    traffic = Traffic()
+    launch = case.launch("cuda:90", "cpu", shape)
+    with traffic.counted():
+        launch.run()
+    least, moved = case.least_bytes(launch, shape), traffic.loaded + traffic.stored
+    tensors = {id(t): t for t in launch.arguments.values() if isinstance(t, torch.Tensor)}
+    return {
+        **case.fields,
+        "shape": dict(zip(("rows", "heads", "key_heads", "tokens", "memory"), shape, strict=True)),
+        "least_bytes": least,
+        "moved_bytes": moved,
+        "ratio": round(moved / least, 4),
+        "once_ratio": round(moved / sum(_nbytes(tensor) for tensor in tensors.values()), 4),
+    }
+
+
 def table(records) -> str:
-    lines = [f"{'kernel':28} {'dtype':9} {'bits':>4} {'least, B/element':>16} {'ratio':>7} {'eager':>6}"]
+    lines = [f"{'kernel':28} {'dtype':9} {'head_dim':>8} {'least, bytes':>16} {'ratio':>7} {'once':>6}"]
     for record in records:
+        if "head_dim" in record:
+            lines.append(
+                f"{record['kernel']:28} {record['dtype']:9} {record['head_dim']:>8} {record['least_bytes']:>16} "
+                f"{record['ratio']:>7.4f} {record['once_ratio']:>6.2f}"
+            )
+    lines.append(f"{'kernel':28} {'dtype':9} {'bits':>8} {'least, B/element':>16} {'ratio':>7} {'eager':>6}")
+    for record in records:
+        if "bits" not in record:
+            continue
         bits = "-" if record["bits"] is None else record["bits"]
         lines.append(
-            f"{record['kernel']:28} {record['dtype']:9} {bits:>4} {record['least_bytes_per_element']:>16.3f} "
+            f"{record['kernel']:28} {record['dtype']:9} {bits:>8} {record['least_bytes_per_element']:>16.3f} "
             f"{record['ratio']:>7.4f} {record['eager_ratio']:>6.2f}"
         )
     return "\n".join(lines)
@@ -142,9 +174,11 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, below
     wanted = [case for case in cases(DTYPES.values()) if options.kernel in case.name]
-    if not wanted:
+    of_attention = [AttentionCase(kernel, "plain", dim, torch.bfloat16) for kernel in KERNELS for dim in (64, 128)]
+    of_attention = [case for case in of_attention if options.kernel in case.name]
+    if not wanted and not of_attention:
         parser.error(f"no kernel's name contains {options.kernel!r}")
-    records = [count(case) for case in wanted]
+    records = [count(case) for case in wanted] + [count_attention(case) for case in of_attention]
     if options.json:
         print("\n".join(json.dumps(record) for record in records))
     else:

@@ -1,0 +1,126 @@
+"""The attention kernels' variants, as the compile gate and the count of traffic go through them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+KERNELS = ("forward", "query", "key", "memory", "delta", "decode", "combine")
+HEAD_DIMS = (64, 80, 96, 128, 256)
+# Rows, query heads, key heads, tokens, memory tokens: of what is compiled, which none of them changes.
+_SHAPE = (2, 8, 2, 4096, 128)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One kernel. kernel: of `KERNELS`; query, key, memory and delta are of the backward pass, combine of decoding.
+
+    variant: `plain` (a memory, then the segment, causal), or `all` (also memory lengths, segment starts, a window, a
+    softcap and sinks).
+    """
+
+    kernel: str
+    variant: str
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def name(self):
+        return f"attention_{self.kernel}/{self.variant}"
+
+    @property
+    def fields(self):
+        """What a record says of the case."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"kernel": self.name, "dtype": dtype, "head_dim": self.head_dim}
+
+    @property
+    def uses_tensor_cores(self):
+        return self.kernel not in ("delta", "combine")
+
+    def launch(self, target, device="meta", shape=_SHAPE):
+        """Its launch as on `target`, of random tensors where the device holds values."""
+        from r3mem_fast.kernels.attention import triton as kernels
+
+        rows, heads, shared, tokens, memory = shape
+        generator = torch.Generator().manual_seed(0)
+
+        def values(*size, dtype=self.dtype):
+            if device == "meta":
+                return torch.empty(size, dtype=dtype, device=device)
+            return torch.randn(size, generator=generator).to(dtype)
+
+        def integers(value):
+            return torch.full((rows,), value, dtype=torch.int32, device=device)
+
+        everything = self.variant == "all"
+        decodes = self.kernel in ("decode", "combine")
+        query = values(rows, heads, 1 if decodes else tokens, self.head_dim)
+        own = [values(rows, shared, tokens, self.head_dim) for _ in range(2)]
+        of_memory = [values(rows, shared, memory, self.head_dim) for _ in range(2)]
+        lengths, starts = (integers(memory // 2), integers(tokens // 4)) if everything else (None, None)
+        sinks = values(heads, dtype=torch.float32) if everything else None
+        settings = {
+            "scale": self.head_dim**-0.5,
+            "window": tokens // 2 if everything else None,
+            "softcap": 30.0 if everything else None,
+            "target": target,
+        }
+        tensors = (query, *own, *of_memory, lengths)
+        if decodes:
+            launches, _ = kernels.plan_memory_decode(*tensors, integers(tokens), starts, sinks, **settings)
+            return launches[0 if self.kernel == "decode" else 1]
+        tensors, settings["offsets"] = (*tensors, starts, None, sinks), 0
+        if self.kernel == "forward":
+            return kernels.plan_memory_attention(*tensors, **settings)[0]
+        lse = values(rows, heads, tokens, dtype=torch.float32)
+        grad_lse = lse if everything else None
+        launches, _ = kernels.plan_memory_attention_backward(query, grad_lse, *tensors, query, lse, **settings)
+        return launches[("delta", "query", "key", "memory").index(self.kernel)]
+
+    def least_bytes(self, launch, shape):
+        """The least that this launch can move, of variant `plain`.
+
+        What a program keeps is read and written once, and of the other side what is seen from its block: FlashAttention
+        with these blocks. Decoding reads keys and values once.
+        """
+        rows, heads, shared, tokens, memory = shape
+        line = self.head_dim * self.dtype.itemsize
+        block_m, block_n = (launch.constexprs.get(name) for name in ("BLOCK_M", "BLOCK_N"))
+        if self.kernel == "delta":
+            return rows * heads * tokens * (2 * line + 4)
+        if self.kernel == "decode":
+            splits = launch.arguments["splits"]
+            parts = rows * heads * splits * (4 * self.head_dim + 4)
+            return (
+                rows * shared * (memory + tokens) * 2 * line
+                + splits * rows * heads * line
+                + parts
+                + rows * shared * (splits * 4)
+            )
+        if self.kernel == "combine":
+            splits = launch.arguments["splits"]
+            return rows * heads * (splits * (4 * self.head_dim + 8) + line + 4)
+        if self.kernel in ("forward", "query"):
+            seen = sum(memory + min(end, tokens) for end in range(block_m, tokens + block_m, block_m))
+            own = tokens * (2 * line + 4 if self.kernel == "forward" else 3 * line + 8)
+            return rows * heads * (own + seen * 2 * line)
+        per_query = 2 * line + 8
+        group = heads // shared
+        if self.kernel == "key":
+            seen = sum(tokens - start for start in range(0, tokens, block_n))
+            return rows * shared * (tokens * 4 * line + group * seen * per_query)
+        splits = launch.arguments["splits"]
+        blocks = math.ceil(memory / block_n)
+        own = splits * memory * (2 * line + 2 * 4 * self.head_dim)
+        return rows * shared * (own + group * blocks * tokens * per_query)
+
+
+def attention_cases(dtypes, head_dims=HEAD_DIMS):
+    """All kernels for each dtype and head_dim, and with everything at head_dim 128."""
+    found = []
+    for dtype in dtypes:
+        for kernel in KERNELS:
+            found += [AttentionCase(kernel, "plain", head_dim, dtype) for head_dim in head_dims]
+            found += [AttentionCase(kernel, "all", 128, dtype)] if 128 in head_dims else []
+    return found
