@@ -155,7 +155,7 @@ class PrefixCache(DynamicCache):
         self._rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
-        if self._visible is not None and not self._all_visible:
+        if self._apart and self._visible is not None and not self._all_visible:
             self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
         if self._prefix is not None and not self._placed:
             places = torch.arange(self.first_position - self.prefix_length, self.first_position, device=tokens.device)
