@@ -130,10 +130,12 @@ def memory_attention_forward(
         "softcap": softcap,
     }
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, s_aux))
-    if not differentiated and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_DECODED:
-        output = memory_decode(*tensors, **settings)
-    else:
-        output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
+    # Of what the operators compute in float32, autocast would lower the matrix products.
+    with torch.autocast(kind, enabled=False):
+        if not differentiated and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_DECODED:
+            output = memory_decode(*tensors, **settings)
+        else:
+            output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
     return output.transpose(1, 2), None
 
 

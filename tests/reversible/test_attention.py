@@ -257,6 +257,13 @@ def test_under_autocast():
             with implementation(model, name):
                 logits.append(model(token_ids()).logits.float())
     assert_close(*logits, tolerance=0.05)
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    memory = SegmentMask(0, memory_key=key, memory_value=key)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = memory_attention_forward(None, query, key, key, memory)
+    # Inside of the operator nothing is cast.
+    query, key = query.bfloat16(), key.bfloat16()
+    assert torch.equal(found, memory_attention_forward(None, query, key, key, memory)[0])
 
 
 def test_where_it_is_chosen(folder):
