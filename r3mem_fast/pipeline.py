@@ -43,13 +43,15 @@ class R3MemPipeline:
         `"smollm2-135m-memory"` (an adapter that comes with this package), an `R3MemModel`, or a `transformers` causal
         language model, which is changed in place; the last two with their tokenizer. config: for a model without
         adapters. device, dtype: of a model that is loaded here; by default the dtype that an adapter was trained in,
-        and for a new one bfloat16 where the device computes in it natively, else float32. seed: of new adapters, which
-        start the same every time.
+        and for a new one bfloat16 where the device computes in it natively, else float32. attn_implementation: of such
+        a model too, see `load_model`. seed: of new adapters, which start the same every time.
     Raises OSError for a model or folder that is not there, ValueError for one that is damaged or foreign, TypeError
     for arguments that do not go together.
     """
 
-    def __init__(self, model, tokenizer=None, *, config=None, device="cpu", dtype=None, seed=0):
+    def __init__(
+        self, model, tokenizer=None, *, config=None, device="cpu", dtype=None, attn_implementation=None, seed=0
+    ):
         self.folder, self.remembered = None, []
         if isinstance(model, (str, Path)):
             if tokenizer is not None:
@@ -57,7 +59,7 @@ class R3MemPipeline:
             if storage.is_adapter(model):
                 if config is not None:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
-                self._load(storage.adapter_folder(model), device, dtype)
+                self._load(storage.adapter_folder(model), device, dtype, attn_implementation)
                 return
             runs = {CHECKPOINT: "remember the same documents", CHECKPOINTS: "train on the same texts"}
             for checkpoint, what in runs.items():
@@ -66,7 +68,8 @@ class R3MemPipeline:
                         f"{model} holds a run that was interrupted, and no adapter yet: {what} again, with the model "
                         "that they were for and this folder"
                     )
-            model, tokenizer = load_model(model, dtype=dtype or default_dtype(device))
+            dtype = dtype or default_dtype(device)
+            model, tokenizer = load_model(model, dtype=dtype, attn_implementation=attn_implementation)
             model.to(device)
         elif tokenizer is None:
             raise TypeError("a model object needs its tokenizer: R3MemPipeline(model, tokenizer)")
@@ -78,11 +81,11 @@ class R3MemPipeline:
             raise TypeError("an R3MemModel has its config already")
         self.model, self.tokenizer = model.eval(), tokenizer
 
-    def _load(self, folder, device, dtype):
+    def _load(self, folder, device, dtype, attn_implementation):
         manifest = storage.read_manifest(folder)
         # What was learned to the last token in one arithmetic need not be known in another.
         dtype = dtype or _DTYPES.get(manifest.get("dtype"), torch.float32)
-        base, self.tokenizer = storage.load_base(folder, manifest, dtype)
+        base, self.tokenizer = storage.load_base(folder, manifest, dtype, attn_implementation)
         self.model = R3MemModel.from_pretrained(folder, base.to(device))
         self.folder, self.remembered = folder, manifest.get("remembered", [])
 

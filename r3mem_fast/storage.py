@@ -155,11 +155,11 @@ def is_adapter(name) -> bool:
     return (adapter_folder(name) / MANIFEST).is_file()
 
 
-def load_base(folder, manifest, dtype):
+def load_base(folder, manifest, dtype, attn_implementation=None):
     """`(model, tokenizer)` that an adapter was made for. Raises OSError if it cannot be found."""
     if not manifest["base_model"]:
         raise FileNotFoundError(f"{folder} was made for a model that had no name; pass that model as `base`")
-    return load_model(manifest["base_model"], dtype=dtype)
+    return load_model(manifest["base_model"], dtype=dtype, attn_implementation=attn_implementation)
 
 
 def read_manifest(folder) -> dict:

@@ -294,10 +294,15 @@ def test_adapters_off_is_the_base_model_with_memory_tokens_too():
             assert torch.equal(model(token_ids()).logits, before)
 
 
-# transformers has no other implementation of these than eager.
+# transformers itself has no other implementation of these than eager.
 @pytest.mark.parametrize(
     "family, implementation",
-    [(family, kind) for family in FAMILIES for kind in ("eager", "sdpa") if (family, kind) != ("gemma2", "sdpa")],
+    [
+        (family, kind)
+        for family in FAMILIES
+        for kind in ("eager", "sdpa", "r3mem")
+        if (family, kind) != ("gemma2", "sdpa")
+    ],
 )
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_generated_is_what_the_logits_say(family, placement, implementation):
@@ -315,6 +320,47 @@ def test_generated_is_what_the_logits_say(family, placement, implementation):
         assert said[len(prompt) - 1 : -1].tolist() == found[index, 4:].tolist()
         alone = model.generate(torch.tensor([prompt]), memory=memory[index], max_new_tokens=12, eos_token_id=None)
         assert torch.equal(alone[0, len(prompt) :], found[index, 4:])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_attention_reads_what_eager_attention_reads(family, placement):
+    """Written, read forward and backward, generated from and trained through, for 4 left-padded rows of any memory."""
+    model = made(base=build(family, scale=2.0, attn_implementation="eager"), memory_placement=placement)
+    histories = [ids_of(n, seed)[0].tolist() if n else [] for seed, n in enumerate((19, 0, 24, 8))]
+    rows = [ids_of(n, 50 + seed)[0].tolist() for seed, n in enumerate((9, 12, 1, 4))]
+    ids, mask = left_padded(rows)
+    batch = collate_ids([(history or [5], row) for history, row in zip(histories, rows, strict=True)])
+
+    def results():
+        memory = model.compress(*padded(histories))
+        with torch.no_grad():
+            logits = model(ids, mask, memory=memory).logits
+            for index, row in enumerate(rows):
+                alone = model(torch.tensor([row]), memory=memory[index]).logits[0]
+                assert (logits[index, mask[index].bool()] - alone).abs().max() <= 1e-4 * alone.abs().max()
+        said = model.generate(ids, mask, memory=memory, max_new_tokens=8, num_beams=2, eos_token_id=None)
+        expanded = model.expand(memory, ids, mask, max_new_tokens=4)
+        recalled = model.recall(ids, mask, max_new_tokens=4)
+        loss = model(**batch).loss  # through the memories of up to three segments
+        loss.backward()
+        found = gradients(model)
+        model.zero_grad(set_to_none=True)
+        numbers = (memory.states, logits[mask.bool()], loss.detach())
+        return memory, numbers, (said, *expanded, *recalled), found
+
+    memory, *expected = results()
+    model.peft_model.set_attn_implementation("r3mem")
+    again, *found = results()
+    assert again.origin == memory.origin
+    for ours, eager in zip(found[0], expected[0], strict=True):
+        assert (ours - eager).abs().max() <= 1e-4 * eager.abs().max()
+    assert all(torch.equal(ours, eager) for ours, eager in zip(found[1], expected[1], strict=True))
+    assert_same_gradients(found[2], expected[2], 1e-3)
+    assert "memory_embeddings" in found[2]
+    with model.disable_adapters(), torch.no_grad():
+        off = model.compress(*padded(histories))
+        assert model(ids, mask, memory=off).logits.isfinite().all()
 
 
 def test_generate_as_transformers_has_it():

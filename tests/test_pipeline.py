@@ -193,6 +193,8 @@ def test_ways_to_make_one(folder, remembered):
     first, second = (R3MemPipeline(str(folder)).model.state_dict() for _ in range(2))
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    for given in (str(folder), remembered[2]):
+        assert R3MemPipeline(given, attn_implementation="r3mem").model.config._attn_implementation == "r3mem"
     for arguments, settings, error, message in (
         ((model,), {}, TypeError, "needs its tokenizer"),
         ((str(folder), tokenizer), {}, TypeError, "brings its own tokenizer"),

@@ -5,6 +5,7 @@ import inspect
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from . import attention
 from .rotary import Rotation
 
 # What layers call theirs.
@@ -83,8 +84,9 @@ class PrefixCache(DynamicCache):
     """A cache of a reversible model with keys and values that every layer reads before its own: a memory.
 
     The memory lies beside the cache: masks, windows and lengths are those of the tokens alone, and no window evicts
-    it. The model's layers see it because the reversible stack widens their masks; another model's would ignore it or
-    fail, so that `update` raises there.
+    it. The model's layers see it because the reversible stack widens their masks, or hands it to them in their masks
+    where the attention can read it there (`attention.SegmentMask`); another model's would ignore it or fail, so that
+    `update` raises there.
 
     config: of the model, with its layers in order. first_position: of the tokens; the memory lies right before it.
     keep: whether the tokens' own keys and values are kept, for decoding. capture: of the last so many tokens they are
@@ -101,11 +103,13 @@ class PrefixCache(DynamicCache):
         self._all_visible = True
         self._written, self._rotation, self._positions = {}, None, None
         self._widened = {}
+        self._apart, self._lengths = False, None
 
     def read(self, prefix, visible, all_visible):
         """Set the memory: `[layers, 2, B, kv_heads, N, head_dim]`, keys without positions, and bool `[B, N]`.
 
-        all_visible: whether all of `visible` is true; to ask its device would synchronise.
+        visible: of each row, the last ones. all_visible: whether all of `visible` is true; to ask its device would
+        synchronise.
         """
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed = prefix, visible, {}
@@ -124,11 +128,12 @@ class PrefixCache(DynamicCache):
         config = decoder.config
         if self._decoder not in (None, decoder):
             raise ValueError("the cache is of another model's memory; make one with memory.to_cache(model)")
-        if config._attn_implementation not in ("eager", "sdpa"):
+        if config._attn_implementation not in ("eager", "sdpa", attention.NAME):
             raise ValueError(
                 f"attn_implementation={config._attn_implementation!r} cannot read a memory, and would drop it; load "
-                'the model with attn_implementation="sdpa" or "eager"'
+                f'the model with attn_implementation="sdpa", "eager" or "{attention.NAME}"'
             )
+        self._apart = config._attn_implementation == attention.NAME
         signature = inspect.signature(decoder.forward)
         if "position_ids" not in signature.parameters:
             raise ValueError(
@@ -149,6 +154,9 @@ class PrefixCache(DynamicCache):
         self._widened = {}
         self._rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
+        self._lengths = None
+        if self._apart and self._visible is not None and not self._all_visible:
+            self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
         if self._prefix is not None and not self._placed:
             places = torch.arange(self.first_position - self.prefix_length, self.first_position, device=tokens.device)
             tables = self._rotation.tables(places[None], self._prefix, seen_with=positions)
@@ -157,22 +165,22 @@ class PrefixCache(DynamicCache):
         return arguments
 
     def past(self, layer_idx):
-        """What a layer's attention reads before the tokens of this pass: () or `(keys, values)`."""
+        """The keys and values before those of this pass: () or a pair. The memory's too, unless masks carry it."""
         own = self.layers[layer_idx]
-        parts = [self._placed[layer_idx]] if self._placed else []
+        parts = [self._placed[layer_idx]] if self._placed and not self._apart else []
         parts += [(own.keys, own.values)] if self.keep and own.get_seq_length() else []
         if len(parts) < 2:
             return parts[0] if parts else ()
         return tuple(torch.cat(pair, dim=-2) for pair in zip(*parts, strict=True))
 
     def extend(self, key_states, value_states, layer_idx):
-        """`update` of a layer that knows of the memory: returns memory, cache and new states, in this order."""
+        """`update` of a layer that knows of the memory: returns memory (as `past`), cache and new states."""
         if self.capture:
             self._written[layer_idx] = (key_states[..., -self.capture :, :], value_states[..., -self.capture :, :])
         states = (key_states, value_states)
         if self.keep:
             states = self.layers[layer_idx].update(*states)
-        if not self._placed:
+        if self._apart or not self._placed:
             return states
         return tuple(torch.cat(pair, dim=-2) for pair in zip(self._placed[layer_idx], states, strict=True))
 
@@ -186,7 +194,15 @@ class PrefixCache(DynamicCache):
         )
 
     def widened(self, mask, hidden, layer_idx, implementation):
-        """A layer's attention mask with the memory's columns before it. mask: `[B, 1, T, K]`, or None where causal."""
+        """A layer's attention mask with the memory's columns before it. mask: `[B, 1, T, K]`, or None where causal.
+
+        Of a `SegmentMask`, one that carries the layer's memory.
+        """
+        if self._apart:
+            if not (self._placed and isinstance(mask, attention.SegmentMask)):
+                return mask  # of which the attention refuses any other
+            keys, values = self._placed[layer_idx]
+            return mask._replace(memory_key=keys, memory_value=values, memory_lengths=self._lengths)
         tokens = hidden.shape[1]
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible):
             return mask

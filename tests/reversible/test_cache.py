@@ -43,7 +43,7 @@ def cache_with(model, prefix, visible=None, **settings):
     )
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "r3mem"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix_is_what_a_cache_of_tokens_would_be(family, implementation):
     """Captured from real tokens and read as a prefix, they give the logits that a cache of these tokens gives."""
