@@ -81,8 +81,8 @@ class AttentionCase:
     def least_bytes(self, launch, shape):
         """The least that this launch can move, of variant `plain`.
 
-        What a program keeps is read and written once, and of the other side what is seen from its block: FlashAttention
-        with these blocks. Decoding reads keys and values once.
+        What a program keeps is read and written once, and of the other side what is seen from its block: that is
+        FlashAttention with these blocks. Decoding reads keys and values once.
         """
         rows, heads, shared, tokens, memory = shape
         line = self.head_dim * self.dtype.itemsize

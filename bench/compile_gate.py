@@ -133,10 +133,8 @@ def _output(command):
 
 
 def table(records) -> str:
-    lines = [
-        f"{'kernel':28} {'target':11} {'dtype':9} {'bits/dim':>8} {'regs':>5} {'spills':>6} {'shared':>7} {'vector':>6} "
-        "matrix"
-    ]
+    heads = f"{'regs':>5} {'spills':>6} {'shared':>7} {'vector':>6} matrix"
+    lines = [f"{'kernel':28} {'target':11} {'dtype':9} {'bits/dim':>8} {heads}"]
     for record in records:
         size = record.get("head_dim", record.get("bits"))
         line = f"{record['kernel']:28} {record['target']:11} {record['dtype']:9} {size or '-':>8} "

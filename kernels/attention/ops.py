@@ -4,6 +4,8 @@ An operator returns tensors only: what is absent is an empty tensor there. `wind
 API says None. With cu_seqlens, tensors are `[total, H, D]`, and query_offset is the length of the longest sequence.
 """
 
+import functools
+
 import torch
 
 from . import dispatch, reference, vendor
@@ -15,6 +17,20 @@ _INPUTS = (
     "Tensor? segment_starts, Tensor? cu_seqlens, Tensor? sinks"
 )
 _SETTINGS = "float scale, SymInt window, float softcap, SymInt query_offset"
+
+
+def _implements(name):
+    """The operator's implementation on every device; autocast does not reach into it."""
+
+    def define(function):
+        @functools.wraps(function)
+        def run(first, *others):
+            with torch.autocast(first.device.type, enabled=False):
+                return function(first, *others)
+
+        _library.impl(name, run, "CompositeExplicitAutograd")
+
+    return define
 
 
 def _triton():
@@ -44,7 +60,7 @@ def new_lse(query):
 _library.define(f"memory_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@torch.library.impl("r3mem::memory_attention", "CompositeExplicitAutograd", lib=_library)
+@_implements("memory_attention")
 def _(
     query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens, sinks,
     scale, window, softcap, query_offset,
@@ -83,7 +99,7 @@ _library.define(
 )
 
 
-@torch.library.impl("r3mem::memory_attention_backward", "CompositeExplicitAutograd", lib=_library)
+@_implements("memory_attention_backward")
 def _(
     grad_output, grad_lse, query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens,
     sinks, output, lse, scale, window, softcap, query_offset,
@@ -171,7 +187,7 @@ _library.define(
 )
 
 
-@torch.library.impl("r3mem::memory_decode", "CompositeExplicitAutograd", lib=_library)
+@_implements("memory_decode")
 def _(
     query, key, value, memory_key, memory_value, memory_lengths, lengths, segment_starts, sinks, scale, window, softcap
 ):

@@ -130,12 +130,10 @@ def memory_attention_forward(
         "softcap": softcap,
     }
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, s_aux))
-    # Of what the operators compute in float32, autocast would lower the matrix products.
-    with torch.autocast(kind, enabled=False):
-        if not differentiated and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_DECODED:
-            output = memory_decode(*tensors, **settings)
-        else:
-            output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
+    if not differentiated and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_DECODED:
+        output = memory_decode(*tensors, **settings)
+    else:
+        output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
     return output.transpose(1, 2), None
 
 
@@ -168,7 +166,7 @@ def _captured(function, like):
 
 
 def _first_keys(attention_mask):
-    """Of each row the place of its first 1, int32 `[B]`; that of the end if there is none."""
+    """Of each row the place of its first 1, int32 `[B]`, that of the end if there is none; None if all start at 0."""
     real, tokens = attention_mask.bool(), attention_mask.shape[1]
     places = torch.arange(tokens, dtype=torch.int32, device=real.device)
     first = torch.where(real, places, tokens).amin(1)
@@ -181,9 +179,11 @@ def _first_keys(attention_mask):
     )
     if torch.compiler.is_compiling() or (real.is_cuda and torch.cuda.is_current_stream_capturing()):
         torch._assert_async(whole, message)
-    elif not whole:
+        return first
+    is_whole, is_padded = torch.stack([whole, first.any()]).tolist()
+    if not is_whole:
         raise ValueError(message)
-    return first
+    return first if is_padded else None
 
 
 AttentionInterface.register(NAME, memory_attention_forward)

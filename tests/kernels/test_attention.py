@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from r3mem_fast.kernels import attention
@@ -90,7 +90,9 @@ def test_gradients(case, implementation, monkeypatch):
 
 
 @settings(max_examples=40)
-@given(cases([torch.float32, torch.bfloat16], varlen=False, offset=0, window=None, softcap=None, segment_starts=False))
+@given(cases([torch.float32], varlen=False, offset=0, window=None, softcap=None, segment_starts=False))
+@example(Case(shared=2, group=3, tokens=70, memory=20, head_dim=64, dtype=torch.bfloat16, memory_lengths=True))
+@example(Case(tokens=70, memory=20, head_dim=128, dtype=torch.float16, one_memory=True, sinks=True))
 def test_the_vendor_s_attention_merged_with_the_memory(case):
     tensors = case.tensors()
     query, key, _, memory_key = (tensors[n] for n in NAMES[:4])
@@ -111,7 +113,7 @@ def test_the_vendor_s_attention_merged_with_the_memory(case):
     ours, other = torch.autograd.grad(output, given, grad), torch.autograd.grad(eager[0], given, grad)
     exactly = torch.autograd.grad(exact[0], given, grad.double())
     for name, *results in zip(leaves, ours, exactly, other, strict=True):
-        assert_within_budget(results[0], results[1].double(), results[2], name, factor=5)
+        assert_within_budget(results[0], results[1].double(), results[2], name, factor=5 if name == "sinks" else 3)
 
 
 @settings(max_examples=20)
@@ -184,6 +186,19 @@ def test_operators(varlen):
         arguments = [None if tensors[n] is None else tensors[n].detach() for n in names]
         others = (None, tensors["segment_starts"], tensors["sinks"].detach(), 0.25, 0, 0.0)
         torch.library.opcheck(torch.ops.r3mem.memory_decode.default, (*arguments, *others))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_autocast_does_not_reach_into_it(window):
+    """Forward and backward, also where backward is called within; by the vendor's kernel and by the reference."""
+    tensors = Case(group=2, tokens=9, memory=4, sinks=True, window=window).tensors()
+    given = [tensors[n].requires_grad_() for n in NAMES]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = memory_attention(*given, sinks=tensors["sinks"], window=window)
+            found.append([output, *torch.autograd.grad(output.sum(), given)])
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
 
 
 def test_it_compiles_as_one_graph_for_all_lengths():
