@@ -53,7 +53,7 @@ def memory_attention(
     keys, an int, or int `[B]`. Differentiable.
     """
     keys, values = _joined(memory_key, key, query), _joined(memory_value, value, query)
-    logits = scale * (_wide(query) @ keys.transpose(-1, -2))
+    logits = scale * _by_head(_by_key_head(_wide(query), keys) @ keys.transpose(-1, -2), query)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     visible = _visible(query, key, memory_key, memory_lengths, segment_starts, window=window, offsets=offsets)
@@ -65,8 +65,8 @@ def memory_attention(
         lse = logits.logsumexp(-1)
     else:
         lse = logits.new_full(logits.shape[:-1], -torch.inf)
-    weights = _weights(logits, lse, visible)
-    return (weights @ values).to(query.dtype), lse
+    output = _by_head(_by_key_head(_weights(logits, lse, visible), keys) @ values, query)
+    return output.to(query.dtype), lse
 
 
 def memory_attention_backward(
@@ -94,28 +94,31 @@ def memory_attention_backward(
     be None. output and lse may also be those of a merge with other keys: gradients are those of these keys then.
     """
     keys, values = _joined(memory_key, key, query), _joined(memory_value, value, query)
-    wide, grad = _wide(query), _wide(grad_output)
-    logits = scale * (wide @ keys.transpose(-1, -2))
+    wide, grad = _by_key_head(_wide(query), keys), _by_key_head(_wide(grad_output), keys)
+    logits = scale * _by_head(wide @ keys.transpose(-1, -2), query)
     slope = None
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
         slope = 1 - (logits / softcap) ** 2
     visible = _visible(query, key, memory_key, memory_lengths, segment_starts, window=window, offsets=offsets)
     weights = _weights(logits, lse, visible)
-    delta = (grad * output.to(grad.dtype)).sum(-1)
+    delta = (_wide(grad_output) * _wide(output)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    grad_logits = weights * (grad @ values.transpose(-1, -2) - delta[..., None])
+    grad_logits = weights * (_by_head(grad @ values.transpose(-1, -2), query) - delta[..., None])
     if slope is not None:
         grad_logits = grad_logits * slope
-    grad_query = scale * (grad_logits @ keys)
+    grad_logits, weights = _by_key_head(grad_logits, keys), _by_key_head(weights, keys)
+    grad_query = scale * _by_head(grad_logits @ keys, query)
     grad_keys, grad_values = scale * (grad_logits.transpose(-1, -2) @ wide), weights.transpose(-1, -2) @ grad
     count = 0 if memory_key is None else memory_key.shape[2]
     found = [grad_query.to(query.dtype)]
     for tensor, grads in ((key, grad_keys[:, :, count:]), (value, grad_values[:, :, count:])):
-        found.append(None if tensor is None else _summed(grads, tensor))
+        found.append(None if tensor is None else grads.to(tensor.dtype))
     for tensor, grads in ((memory_key, grad_keys[:, :, :count]), (memory_value, grad_values[:, :, :count])):
-        found.append(None if tensor is None else _summed(grads, tensor))
+        shared = tensor is not None and len(tensor) < len(grads)
+        grads = grads.sum(0, keepdim=True) if shared else grads
+        found.append(None if tensor is None else grads.to(tensor.dtype))
     found.append(None if sinks is None else grad_of_sinks(sinks, lse, delta))
     return tuple(found)
 
@@ -141,21 +144,20 @@ def _wide(tensor):
 
 
 def _joined(memory, own, query):
-    """Keys or values of memory and segment, a head for each query head: `[B, Hq, M + S, D]`, in float32 or wider."""
-    rows, heads = query.shape[:2]
-    parts = [
-        _wide(part).repeat_interleave(heads // part.shape[1], 1).expand(rows, -1, -1, -1)
-        for part in (memory, own)
-        if part is not None
-    ]
+    """Keys or values of memory and segment, `[B, Hkv, M + S, D]`, in float32 or wider."""
+    parts = [_wide(part).expand(len(query), -1, -1, -1) for part in (memory, own) if part is not None]
     return torch.cat(parts, 2)
 
 
-def _summed(grads, like):
-    """Gradients `[B, Hq, n, D]` of what heads and rows shared, `[B or 1, Hkv, n, D]`."""
-    rows, heads = like.shape[:2]
-    grads = grads.unflatten(1, (heads, -1)).sum(2)
-    return (grads.sum(0, keepdim=True) if rows < len(grads) else grads).to(like.dtype)
+def _by_key_head(tensor, keys):
+    """`[B, Hq, T, n]` as `[B, Hkv, Hq / Hkv * T, n]`: one matrix for all queries that share a key head."""
+    rows, heads, tokens, size = tensor.shape
+    return tensor.reshape(rows, keys.shape[1], heads // keys.shape[1] * tokens, size)
+
+
+def _by_head(tensor, query):
+    """The inverse."""
+    return tensor.reshape(*query.shape[:3], tensor.shape[-1])
 
 
 def _weights(logits, lse, visible):

@@ -26,7 +26,7 @@ def why_not(query, key, memory_key, segment_starts, cu_seqlens, sinks, *, window
         "left padding": segment_starts is not None,
         "a window": window is not None and key is not None and window < key.shape[2],
         "a softcap": softcap is not None,
-        "sinks without a memory": sinks is not None and memory_key is None,
+        "sinks without a memory": sinks is not None and _is_empty(memory_key),
         "nothing": query.numel() == 0,
     }
     return next((f"not for {name}" for name, found in reasons.items() if found), None)
@@ -40,7 +40,7 @@ def memory_attention(
         output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
     else:
         output, lse, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
-    if memory_key is None:
+    if _is_empty(memory_key):
         return output, lse
     tensors = (query, None, None, memory_key, memory_value, memory_lengths)
     return reference.merge(output, lse, *_over_memory("memory_attention", tensors, (sinks,), scale))
@@ -59,11 +59,16 @@ def memory_attention_backward(
         grads = _aten._scaled_dot_product_flash_attention_backward(
             *arguments, None, None, tokens, tokens, 0.0, True, unused, unused, scale=scale
         )
-    if memory_key is None:
-        return (*grads, None, None, None)
+    if _is_empty(memory_key):
+        # Gradients of an empty memory are as empty.
+        return (*grads, memory_key, memory_value, None)
     tensors = (grad_output, None, query, None, None, memory_key, memory_value, memory_lengths)
     of_query, _, _, *of_memory = _over_memory("memory_attention_backward", tensors, (sinks, output, lse), scale)
     return (grads[0] + of_query, *grads[1:], *of_memory)
+
+
+def _is_empty(memory):
+    return memory is None or not memory.shape[2]
 
 
 def _over_memory(name, tensors, others, scale):

@@ -1,0 +1,246 @@
+"""Memory-token attention against its peers: time of a forward pass, of both passes, and of decoding.
+
+    python -m bench.attention --json              # on a GPU: T 512 to 32k, M 0 to 1024, D 64 and 128, GQA 1 and 4
+    pytest bench --benchmark-only -k attention    # the same cases
+
+One record a case and arm, with `milliseconds` (median, quartiles beside it) and `ratio`: the arm's time over that of
+`r3mem`, the dispatched operation, in paired rounds. Arms:
+
+    r3mem          `memory_attention` (decoding: `memory_decode`), by the implementation that the dispatcher chooses
+    reference      the specification in PyTorch (up to 2048 tokens: it makes the whole matrix)
+    vendor         the vendor's attention merged with a pass over the memory, where it can run
+    sdpa           PyTorch's attention over memory and segment concatenated, the copy included, by the backend that it
+                   chooses for a mask
+    sdpa-flash, sdpa-cudnn, sdpa-efficient    on a GPU, each backend alone; flash by a causal mask at the lower right
+    copy           the concatenation alone
+    flex           on a GPU: FlexAttention, compiled, over the concatenation, with the mask of memory and diagonal
+    flash-attn     on a GPU, if the package is installed
+
+float32 on the CPU, bfloat16 on a GPU. Keys and values of memory and segment are at their positions already.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import os
+import statistics
+import time
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from r3mem_fast.kernels.attention import dispatch, memory_attention, memory_decode
+
+from .records import add_output_option, add_record
+
+PASSES = ("forward", "both", "decode")
+_MOST_OF_REFERENCE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedCase:
+    """passed: of `PASSES`; tokens: of the segment, or in the cache."""
+
+    passed: str
+    tokens: int
+    memory: int
+    head_dim: int
+    group: int
+    key_heads: int
+    rows: int = 1
+
+    @property
+    def name(self):
+        return f"{self.passed} T={self.tokens} M={self.memory} D={self.head_dim} GQA={self.group}"
+
+    def tensors(self, device):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        generator = torch.Generator(device).manual_seed(0)
+
+        def values(heads, tokens):
+            shape = (self.rows, heads, tokens, self.head_dim)
+            found = torch.randn(shape, generator=generator, device=device).to(dtype)
+            return found.requires_grad_(self.passed == "both")
+
+        queries = 1 if self.passed == "decode" else self.tokens
+        query = values(self.group * self.key_heads, queries)
+        return query, *(values(self.key_heads, n) for n in (self.tokens, self.tokens, self.memory, self.memory))
+
+    def arms(self, device):
+        """Functions of no argument, by name, of which each makes the output."""
+        query, key, value, memory_key, memory_value = given = self.tensors(device)
+        decodes = self.passed == "decode"
+        operation = memory_decode if decodes else memory_attention
+
+        def forced(implementation):
+            def run():
+                before = os.environ.get(dispatch.VARIABLE)
+                os.environ[dispatch.VARIABLE] = implementation
+                try:
+                    return operation(*given)
+                finally:
+                    os.environ.pop(dispatch.VARIABLE)
+                    if before is not None:
+                        os.environ[dispatch.VARIABLE] = before
+
+            return run
+
+        def joined():
+            return torch.cat([memory_key, key], 2), torch.cat([memory_value, value], 2)
+
+        mask = None
+        if not decodes:
+            mask = torch.ones(self.tokens, self.memory + self.tokens, dtype=torch.bool, device=device)
+            mask = mask.tril(self.memory)
+
+        def sdpa(mask=mask, backend=None):
+            attend = functools.partial(scaled_dot_product_attention, query, *joined(), mask, enable_gqa=self.group > 1)
+            if backend is None:
+                return attend()
+            with torch.nn.attention.sdpa_kernel(backend):
+                return attend()
+
+        found = {"r3mem": lambda: operation(*given)}
+        if self.tokens <= _MOST_OF_REFERENCE:
+            found["reference"] = forced("reference")
+        if not decodes:
+            found["vendor"] = forced("vendor")
+        found |= {"sdpa": sdpa, "copy": lambda: joined()[0]}
+        if device != "cpu":
+            found |= self._arms_of_gpus(query, joined, sdpa, decodes)
+        return found
+
+    def _arms_of_gpus(self, query, joined, sdpa, decodes):
+        from torch.nn.attention import SDPBackend
+        from torch.nn.attention.bias import causal_lower_right
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        keys = self.memory + self.tokens
+        flash_mask = None if decodes else causal_lower_right(self.tokens, keys)
+        found = {
+            "sdpa-flash": lambda: sdpa(flash_mask, SDPBackend.FLASH_ATTENTION),
+            "sdpa-cudnn": lambda: sdpa(flash_mask, SDPBackend.CUDNN_ATTENTION),
+            "sdpa-efficient": lambda: sdpa(backend=SDPBackend.EFFICIENT_ATTENTION),
+        }
+        memory, queries = self.memory, query.shape[2]
+
+        def seen(row, head, query_index, key_index):
+            return key_index <= query_index + memory + (keys - memory - queries)
+
+        block_mask = create_block_mask(seen, None, None, queries, keys, device=query.device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        found["flex"] = lambda: compiled(query, *joined(), block_mask=block_mask, enable_gqa=self.group > 1)
+        try:
+            from flash_attn import flash_attn_func
+        except ImportError:
+            return found
+
+        def flash_attn():
+            key, value = joined()
+            turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            return flash_attn_func(*turned, causal=True).transpose(1, 2)
+
+        return {**found, "flash-attn": flash_attn}
+
+
+def timed_cases(device):
+    """Of a GPU all that the issue of this operation names, of a CPU a few."""
+    if device == "cpu":
+        sizes = [(272, 16), (1024, 64), (2048, 128)]
+        found = [TimedCase(passed, t, m, 64, 3, 3) for passed in PASSES for t, m in sizes]
+        return [*found, TimedCase("forward", 1024, 0, 64, 3, 3)]
+    found = []
+    for passed in PASSES:
+        for tokens, memory, dim, group in itertools.product(
+            (512, 2048, 4096, 8192, 32768), (0, 16, 128, 1024), (64, 128), (1, 4)
+        ):
+            found.append(TimedCase(passed, tokens, memory, dim, group, 32 // group, rows=max(1, 8192 // tokens)))
+    return found
+
+
+def step_of(case, arm):
+    """What is timed of an arm: the pass, or both."""
+    if case.passed != "both":
+
+        def forward():
+            with torch.no_grad():
+                return arm()
+
+        return forward
+
+    def both():
+        output = arm()
+        output.backward(torch.ones_like(output))
+
+    return both
+
+
+def records_of(case, device, rounds):
+    """One record an arm; those that cannot run say why."""
+    steps, refused = {}, {}
+    for name, arm in case.arms(device).items():
+        if name == "copy" and case.passed == "both":
+            continue
+        step = step_of(case, arm)
+        try:
+            step()
+        except RuntimeError as error:  # of a backend that does not take the case; said in its record
+            refused[name] = str(error).splitlines()[0]
+            continue
+        steps[name] = step
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_milliseconds(step, device))
+    common = dataclasses.asdict(case)
+    query, key, _, memory_key, _ = case.tensors(device)
+    settings = {"window": None, "softcap": None, "query_offset": 0}
+    chosen = dispatch.choose(query, key, memory_key, None, None, None, **settings)
+    if case.passed == "decode":
+        chosen = dispatch.choose_for_decoding(query)
+    for name, found in times.items():
+        ratios = [a / b for a, b in zip(found, times["r3mem"], strict=True)]
+        low, _, high = statistics.quantiles(found, n=4)
+        yield {
+            **common,
+            "arm": name,
+            "runs": chosen.implementation if name == "r3mem" else name,
+            "milliseconds": round(statistics.median(found), 4),
+            "milliseconds_quartiles": [round(low, 4), round(high, 4)],
+            "ratio": round(statistics.median(ratios), 3),
+        }
+    for name, why in refused.items():
+        yield {**common, "arm": name, "refused": why}
+
+
+def _milliseconds(step, device):
+    if device == "cpu":
+        started = time.perf_counter()
+        step()
+        return (time.perf_counter() - started) * 1e3
+    from triton.testing import do_bench
+
+    return do_bench(step, warmup=5, rep=20, return_mode="median")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, choices=range(2, 1000), default=15, metavar="N", help="(%(default)s)")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    records = []
+    for case in timed_cases(options.device):
+        if options.only in case.name:
+            for record in records_of(case, options.device, options.rounds):
+                add_record(record, records, options)
+    if not records:
+        parser.error(f"no case's name contains {options.only!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

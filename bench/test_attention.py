@@ -1,0 +1,30 @@
+"""The attention operations' speed: `pytest bench --benchmark-only -k attention`; the same cases as `bench.attention`.
+
+pytest-benchmark's columns time a call with synchronisation. On a GPU `extra_info` has `milliseconds` from
+`triton.testing.do_bench`, with a cold L2 cache.
+"""
+
+import pytest
+import torch
+
+from .attention import _milliseconds, step_of, timed_cases
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+CASES = timed_cases(DEVICE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_attention(benchmark, case):
+    benchmark.group = case.name
+    step = step_of(case, case.arms(DEVICE)["r3mem"])
+    if not GPU:
+        benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+        return
+    benchmark.extra_info["milliseconds"] = _milliseconds(step, DEVICE)
+
+    def step_and_wait():
+        step()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(step_and_wait, rounds=5, warmup_rounds=1)
