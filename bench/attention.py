@@ -13,7 +13,8 @@ One record a case and arm, with `milliseconds` (median, quartiles beside it) and
                    chooses for a mask
     sdpa-flash, sdpa-cudnn, sdpa-efficient    on a GPU, each backend alone; flash by a causal mask at the lower right
     copy           the concatenation alone
-    flex           on a GPU: FlexAttention, compiled, over the concatenation, with the mask of memory and diagonal
+    flex           on a GPU: FlexAttention, compiled for each shape, over the concatenation, with the block mask of
+                   memory and diagonal; of some shapes, as each takes seconds to compile
     flash-attn     on a GPU, if the package is installed
 
 float32 on the CPU, bfloat16 on a GPU. Keys and values of memory and segment are at their positions already.
@@ -22,6 +23,7 @@ float32 on the CPU, bfloat16 on a GPU. Keys and values of memory and segment are
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import os
 import statistics
@@ -36,6 +38,7 @@ from .records import add_output_option, add_record
 
 PASSES = ("forward", "both", "decode")
 _MOST_OF_REFERENCE = 2048
+_TOKENS_OF_FLEX, _MEMORIES_OF_FLEX = (4096, 32768), (0, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,16 @@ class TimedCase:
             "sdpa-cudnn": lambda: sdpa(flash_mask, SDPBackend.CUDNN_ATTENTION),
             "sdpa-efficient": lambda: sdpa(backend=SDPBackend.EFFICIENT_ATTENTION),
         }
+        if importlib.util.find_spec("flash_attn") is not None:
+            from flash_attn import flash_attn_func
+
+            def flash_attn():
+                turned = (tensor.transpose(1, 2) for tensor in (query, *joined()))
+                return flash_attn_func(*turned, causal=True).transpose(1, 2)
+
+            found["flash-attn"] = flash_attn
+        if self.tokens not in _TOKENS_OF_FLEX or self.memory not in _MEMORIES_OF_FLEX:
+            return found
         memory, queries = self.memory, query.shape[2]
 
         def seen(row, head, query_index, key_index):
@@ -131,17 +144,7 @@ class TimedCase:
         block_mask = create_block_mask(seen, None, None, queries, keys, device=query.device)
         compiled = torch.compile(flex_attention, dynamic=False)
         found["flex"] = lambda: compiled(query, *joined(), block_mask=block_mask, enable_gqa=self.group > 1)
-        try:
-            from flash_attn import flash_attn_func
-        except ImportError:
-            return found
-
-        def flash_attn():
-            key, value = joined()
-            turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
-            return flash_attn_func(*turned, causal=True).transpose(1, 2)
-
-        return {**found, "flash-attn": flash_attn}
+        return found
 
 
 def timed_cases(device):
@@ -227,7 +230,7 @@ def _milliseconds(step, device):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, choices=range(2, 1000), default=15, metavar="N", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, choices=range(2, 1000), metavar="N", help="(CPU: 15; GPU: 2)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
@@ -235,7 +238,7 @@ def main(arguments=None):
     records = []
     for case in timed_cases(options.device):
         if options.only in case.name:
-            for record in records_of(case, options.device, options.rounds):
+            for record in records_of(case, options.device, options.rounds or (15 if options.device == "cpu" else 2)):
                 add_record(record, records, options)
     if not records:
         parser.error(f"no case's name contains {options.only!r}")

@@ -4,7 +4,7 @@
 #   bench/gpu.sh [FOLDER [STAGE...]]
 #
 # Leaves JSON lines in FOLDER (bench/results). Stages: kernels coupling smollm2 llama-8k llama-32k context, all of them
-# by default; besides, by name only, context-48 and context-80, which take longer. PYTHON names another interpreter.
+# by default; besides, by name only, attention, context-48 and context-80, which take longer. PYTHON names another interpreter.
 # A stage that fails or exceeds its time does not keep the others from running; then the exit status is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,11 +30,15 @@ run_stage() {
     case $1 in
     kernels) "$python" -m pytest -q -x tests/kernels tests/reversible/test_kernels.py ;;
     coupling)
-        "$python" -m pytest -q bench --benchmark-only --benchmark-json "$folder/.coupling.json" --benchmark-columns median
+        "$python" -m pytest -q bench/test_coupling.py --benchmark-only --benchmark-json "$folder/.coupling.json" --benchmark-columns median
         local status=$?
         "$python" -m bench.report "$folder/.coupling.json" --output "$folder/coupling_$gpu.jsonl" || status=$?
         rm -f "$folder/.coupling.json"
         return $status
+        ;;
+    attention)
+        "$python" -m bench.attention --json --output "$folder/attention_$gpu.jsonl"
+        "$python" -m bench.logits --json --device cuda --output "$folder/logits_smollm2_$gpu.jsonl"
         ;;
     smollm2)
         training --model smollm2-135m-shape --tokens 8192 --runs 5 --output "$folder/training_smollm2_8k_$gpu.jsonl"

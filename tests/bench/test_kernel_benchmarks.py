@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import compile_gate, traffic
+from bench.attention_cases import KERNELS, AttentionCase
 from bench.coupling_cases import Case, cases
 from r3mem_fast.kernels import coupling
 
@@ -25,7 +26,7 @@ def run(*command):
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_without_spills_and_with_16_byte_accesses():
-    result = run("-m", "bench.compile_gate", "--json")
+    result = run("-m", "bench.compile_gate", "--json", "--kernel", "momentum")
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(records) == 4 * len(cases([torch.bfloat16, torch.float16, torch.float32])) > 200
@@ -33,6 +34,22 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_with_16_byte_
         assert record["spills"] == record["fused"] == 0 and record["vector_bytes"] == 16
         assert record["shared_bytes"] <= 64 and 0 < record["registers"] <= 128
         assert set(record) >= {"kernel", "target", "dtype", "bits"}
+
+
+@pytest.mark.slow
+def test_attention_compiles_for_every_target_to_matrix_instructions():
+    """At one head_dim, plain and with everything; the committed result file has the others."""
+    result = run(
+        "-m", "bench.compile_gate", "--json", "--kernel", "attention", "--dtypes", "bfloat16", "--head-dims", "128"
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(records) == 4 * 2 * len(KERNELS)
+    for record in records:
+        kernel, variant = record["kernel"].removeprefix("attention_").split("/")
+        assert record["vector_bytes"] == 16 and (variant == "all" or record["spills"] == 0), record
+        if record["target"] == "cuda:90" and kernel in ("forward", "query", "key", "memory"):
+            assert record["matrix"] == "wgmma"
 
 
 def test_the_gate_sees_narrow_accesses_and_fused_multiply_adds():
@@ -58,7 +75,15 @@ print(json.dumps([compile_gate.problems(record) for record in records]))
 
 
 def test_what_the_gate_calls_a_problem():
-    right = {"target": "hip:gfx942", "spills": 0, "vector_bytes": 16, "fused": 0, "shared_bytes": 65536}
+    right = {
+        "kernel": "momentum_enter/training",
+        "dtype": "float16",
+        "target": "hip:gfx942",
+        "spills": 0,
+        "vector_bytes": 16,
+        "fused": 0,
+        "shared_bytes": 65536,
+    }
     assert compile_gate.problems(right) == []
     for wrong, message in [
         ({"spills": 8}, "8 bytes of spills"),
@@ -68,6 +93,11 @@ def test_what_the_gate_calls_a_problem():
         ({"error": "CompilationError: no"}, "CompilationError: no"),
     ]:
         assert compile_gate.problems({**right, **wrong}) == [message]
+    right = {"kernel": "attention_forward/plain", "dtype": "float16", "target": "cuda:90", "head_dim": 64, "spills": 0}
+    right |= {"vector_bytes": 16, "shared_bytes": 0, "matrix": "wgmma"}
+    assert compile_gate.problems(right) == compile_gate.problems({**right, "dtype": "float32", "matrix": None}) == []
+    assert compile_gate.problems({**right, "matrix": "mma"}) == ["matrix products by mma, not wgmma"]
+    assert compile_gate.problems({**right, "kernel": "attention_decode/plain", "matrix": "mma"}) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
@@ -77,6 +107,15 @@ def test_kernels_move_the_least_bytes(case):
     assert 1 <= record["ratio"] <= 1.001
     # Eager takes several times as much, except where there is little to fuse.
     assert record["eager_ratio"] > (1.5 if case.operation in ("momentum_rewind", "momentum_gradient") else 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_attention_moves_what_its_blocks_need(kernel):
+    """With blocks of a GPU's size, the last ones short; no key is read that no query of a block sees."""
+    record = traffic.count_attention(AttentionCase(kernel, "plain", 64, torch.float16), shape=(1, 2, 1, 300, 150))
+    assert 1 <= record["ratio"] <= 1.001
+    assert record["once_ratio"] < 3.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
