@@ -449,8 +449,10 @@ class R3MemModel(TrainerInterface, nn.Module):
 
         Its own head and loss, whatever they are: only the decoder is left out.
         """
-        # Contiguous, because fused losses (Liger's) view it as rows.
-        result = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.contiguous())
+        # As rows and back: fused losses (Liger's) view it as rows, and of a single row `contiguous` would leave the
+        # stride of the longer tensor that it is part of, for which a head's product copies its whole weight.
+        rows = hidden.flatten(0, 1).view(hidden.shape)
+        result = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)
         own = vars(self._decoder)
         before = own.get("forward")
         own["forward"] = lambda *args, **kwargs: result

@@ -108,6 +108,17 @@ def test_bptt_segments_below_two_are_refused():
         made(bptt_segments=1)
 
 
+def test_the_head_is_given_rows_that_lie_together():
+    """Also of one row, without the memory tokens behind it: a product of other rows would copy the head's weight."""
+    model, given = made().train(), []
+    head = model.peft_model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: given.append(args[0].detach()))
+    ids = ids_of(40)
+    model(ids, labels=ids).loss.backward()
+    assert len(given) == 9  # five segments, all but the last twice
+    assert all(hidden.stride() == torch.empty(hidden.shape).stride() for hidden in given)
+
+
 def test_losses_of_parts_add_up_to_the_whole():
     """`num_items_in_batch`, as trainers that accumulate gradients pass it: with segments, and without."""
     model = made().train()

@@ -76,9 +76,8 @@ class Step:
         if evaluated_once:
             return
         # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
-        self._parameters = list(layer.parameters())
+        self._parameters, self._modes, self._hooks = _watched_parts(layer)
         self._trainable = [p for p in self._parameters if p.requires_grad]
-        self._modes, self._hooks = _modes_and_hooks(layer)
         self._watched = [
             (tensor, tensor._version)
             for tensor in [*self._arguments(), *self._parameters]
@@ -149,14 +148,14 @@ class Step:
         return branch, view.new
 
     def _check_unmodified(self):
-        if not _same_objects(self._parameters, list(self.layer.parameters())):
+        parameters, modes, hooks = _watched_parts(self.layer)
+        if not _same_objects(self._parameters, parameters):
             raise RuntimeError(
                 f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass. With "
                 "functional_call, run backward inside of it too. FullyShardedDataParallel does this with "
                 "use_orig_params=True: use fully_shard (FSDP2: fsdp_version=2 in accelerate), or "
                 "use_orig_params=False."
             )
-        modes, hooks = _modes_and_hooks(self.layer)
         if modes != self._modes or not self._hooks <= hooks:
             raise RuntimeError(
                 f"a {type(self.layer).__name__} is not set as it was in the forward pass: train() or eval(), the "
@@ -395,17 +394,20 @@ def _same_objects(left, right):
     return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
-def _modes_and_hooks(layer):
-    """What, beside its parameters' values, a layer's second evaluation depends on.
+def _watched_parts(layer):
+    """What a layer's second evaluation depends on: its parameters, modes and hooks, in one walk of its modules.
 
     Hooks that came after the first evaluation are no matter (transformers adds some to capture outputs), nor are those
     of the layer itself, which run around the branch.
     """
-    modes = [(m.training, tuple(m.active_adapters) if hasattr(m, "lora_A") else None) for m in layer.modules()]
-    trainable = [p.requires_grad for p in layer.parameters()]
-    inside = (m for m in layer.modules() if m is not layer)
-    hooks = {(id(m), key) for m in inside for key in (*m._forward_hooks, *m._forward_pre_hooks)}
-    return (modes, trainable), hooks
+    # Walking takes a good part of the time that a small layer takes; `parameters()` would walk again.
+    modules = list(layer.modules())
+    parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+    modes = [(m.training, tuple(m.active_adapters) if "lora_A" in m._modules else None) for m in modules]
+    trainable = [p.requires_grad for p in parameters]
+    inside = (m for m in modules if m is not layer)
+    hooks = {(id(m), key) for m in inside for own in (m._forward_hooks, m._forward_pre_hooks) for key in own}
+    return parameters, (modes, trainable), hooks
 
 
 def refuse_outside_tensors(where, outputs, known):

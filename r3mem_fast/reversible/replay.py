@@ -91,10 +91,10 @@ class _Run:
 
     def first(self, leaves):
         """Every segment once: the tensors of all outputs and of the last state, without a graph."""
-        values, last = [], leaves
+        values, last = [], [_compact(leaf.detach()) for leaf in leaves]
         end = len(self.segments) - 1
         for index, segment in enumerate(self.segments):
-            self._states.append([_compact(leaf.detach()) for leaf in last])
+            self._states.append(last)
             surroundings = Surroundings(self._device)
             self._surroundings.append(surroundings)
             given = self._given(index)
@@ -111,10 +111,13 @@ class _Run:
             if kept:
                 refuse_outside_tensors("a segment", [*outputs, *last], [*self.known, *given])
                 self._kept = (given, [*outputs, *last])
-            values += [tensor.detach() for tensor in outputs]
             self._digests.append([_digest(tensor) for tensor in (*outputs, *last)])
+            values += [tensor.detach() for tensor in outputs]
+            # Before the next segment runs, all else goes: graphs too (of a head that learns, say).
+            last = [_compact(tensor.detach()) for tensor in last]
+            del given, output, outputs, state
         # An input returned as it is would be taken for a view of it.
-        return values, [tensor.detach().clone() for tensor in last]
+        return values, [tensor.clone() for tensor in last]
 
     def backward(self, grad_outputs, grad_state):
         """Gradients of the first state and of `known` (None for all of them where the model is sharded)."""
@@ -152,8 +155,14 @@ class _Run:
             of = dict(zip(map(id, wanted), found, strict=False))
             grad_state = [of.get(id(leaf)) for leaf in given]
             for place, gradient in enumerate(found[len(wanted) :]):
-                if gradient is not None:
-                    totals[place] = gradient if totals[place] is None else totals[place] + gradient
+                if gradient is None:
+                    continue
+                if totals[place] is None:
+                    # A copy: it is added to, and lies apart from where this segment's temporaries lay, which the next
+                    # one's can take as a whole.
+                    totals[place] = gradient.clone()
+                else:
+                    totals[place] += gradient
             del tensors, pairs, given, wanted, found, of
         return grad_state
 

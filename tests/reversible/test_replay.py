@@ -1,5 +1,8 @@
 """Replay over segments of a reversible model of one's own: a recurrent soft prompt, with the gradients of a loop."""
 
+import gc
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,6 +88,52 @@ def test_what_a_segment_computes_is_not_kept():
         del result
     state = 2 * 3 * 32 * 4
     assert kept[1] - kept[0] <= 2 * state and kept[2] - kept[1] <= 2 * state
+
+
+def test_nothing_of_a_segment_is_alive_when_the_next_one_runs():
+    """Neither its graph, which the head's weights want, nor garbage that waits for the collector: states alone are."""
+    model, alive = Recurrent(), []
+    segments = [token_ids(tokens=40, seed=n) for n in range(5)]
+
+    def step(segment, state):
+        alive.append(sum(storage.nbytes for storage in recorder.live()))
+        return model(segment, state)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with StorageRecorder() as recorder:
+            outputs, _ = replay(model.base, step, segments, model.start(), others=[model.places])
+            sum(output["loss"] for output in outputs).backward()
+    finally:
+        gc.enable()
+    first, again = alive[:5], alive[5:]
+    state = 2 * 3 * 32 * 4
+    assert len(again) == 4
+    assert all(after - before <= 2 * state for before, after in itertools.pairwise(first))
+    assert all(after <= before for before, after in itertools.pairwise(again))
+
+
+def test_parameters_that_get_one_gradient():
+    """What is summed over the segments is each one's own, where autograd gives several the same tensor."""
+    model = Recurrent()
+    pair = [nn.Parameter(torch.zeros(2, 3, 32)) for _ in range(2)]
+    segments = [token_ids(seed=n) for n in range(4)]
+
+    def step(segment, state):
+        return model(segment, {**state, "prompt": state["prompt"] + pair[0] + pair[1]})
+
+    found = []
+    for run in (
+        lambda: replay(model.base, step, segments, model.start(), others=[model.places, *pair]),
+        lambda: looped(step, segments, model.start()),
+    ):
+        sum(output["loss"] for output in run()[0]).backward()
+        found.append({str(index): parameter.grad for index, parameter in enumerate(pair)})
+        model.zero_grad(set_to_none=True)
+        for parameter in pair:
+            parameter.grad = None
+    assert_same_gradients(*found, 1e-5)
 
 
 def test_nothing_to_replay():
