@@ -7,8 +7,9 @@ memory (on a GPU: of allocated memory), and one that times paired steps of repla
 back-propagation through time with every layer of the ordinary network checkpointed, and what the head computes kept:
 the fastest that fits. One record a count, with
 
-    peak_bytes            of the process, in steps of 8 segments together or more: weights, libraries and the
-                          allocator's reserve are in it, which the first segments fill, of one step or of several
+    peak_bytes            of the process, weights and libraries included. On the CPU with MALLOC_MMAP_THRESHOLD_=65536,
+                          so that glibc gives tensors back when they are freed: by default its heap fragments, and the
+                          peak is that of the heap, which differs by hundreds of megabytes from run to run
     resident_bytes        of the same before the first step
     kept_bytes            created in the forward pass and alive after it, however held; up to --rival-segments
     seconds_per_token     of forward and backward pass, the median over rounds
@@ -24,8 +25,10 @@ import contextlib
 import ctypes
 import gc
 import multiprocessing
+import os
 import statistics
 import time
+from unittest import mock
 
 import psutil
 import torch
@@ -40,8 +43,7 @@ from r3mem_fast.text import read_text, token_windows
 
 from .records import add_output_option, add_record
 
-# Segments after which the peak of steps of two rises no more.
-_SETTLED = 8
+_GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def main(arguments=None):
@@ -66,7 +68,7 @@ def main(arguments=None):
     for count in options.segments:
         read = ids[: count * options.segment_length]
         record = {"segments": count, "tokens": count * options.segment_length, "kept_segments": options.kept_segments}
-        record |= _alone(_peak, options, read)
+        record |= _alone(_peak, options, read, **_GIVEN_BACK)
         record |= _alone(_times, options, read)
         peaks[count] = record["peak_bytes"]
         add_record(record, records, options)
@@ -81,9 +83,12 @@ def _counts(text):
     return [int(part) for part in text.split(",")]
 
 
-def _alone(function, *arguments):
-    """The function's result in a process of its own, whose memory is nobody else's."""
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+def _alone(function, *arguments, **variables):
+    """The function's result in a process of its own, whose memory is nobody else's. variables: of its environment."""
+    with (
+        mock.patch.dict(os.environ, variables),
+        concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
         return pool.submit(function, *arguments).result()
 
 
@@ -130,8 +135,7 @@ def _peak(options, ids):
         torch.cuda.reset_peak_memory_stats()
     elif not reset_peak_rss():
         raise RuntimeError("peak memory can be measured anew on Linux alone")
-    for _ in range(max(1, _SETTLED // count)):
-        _step(model, memory, ids)
+    _step(model, memory, ids)
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_rss()
     record = {"peak_bytes": peak, "resident_bytes": before}
     if count <= options.rival_segments:  # while it records, memory is not given back: many segments would fill it

@@ -18,7 +18,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU: bench/gpu.sh")
 def test_the_suite_and_its_report(tmp_path, capsys):
     result = tmp_path / "result.json"
-    command = [sys.executable, "-m", "pytest", "-q", "bench/test_coupling.py", "--benchmark-only", "--benchmark-max-time=0.05"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "bench/test_coupling.py",
+        "--benchmark-only",
+        "--benchmark-max-time=0.05",
+    ]
     subprocess.run([*command, f"--benchmark-json={result}"], cwd=ROOT, check=True, capture_output=True)
     assert platform.node() not in result.read_text() and str(ROOT) not in result.read_text()
     report.main([str(result), "--output", str(tmp_path / "lines.jsonl")])
