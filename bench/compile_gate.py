@@ -35,7 +35,10 @@ _SHARED_LIMIT = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "hip:gfx942": 
 TARGETS = tuple(_SHARED_LIMIT)
 _MATRIX = {"cuda:80": ("mma",), "cuda:90": ("wgmma",), "cuda:100": ("tcgen05",), "hip:gfx942": ("mfma",)}
 # Bytes a thread that are known and left: kernel, target, dtype and head_dim.
-_SPILLS = {}
+_SPILLS = {
+    **{("attention_key/plain", "cuda:100", dtype, 256): 136 for dtype in ("bfloat16", "float16")},
+    ("attention_decode/plain", "cuda:100", "float32", 128): 16,
+}
 
 
 def compile_case(case, target) -> dict:

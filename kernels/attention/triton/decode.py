@@ -33,7 +33,7 @@ _CONFIGURATIONS = {
     "cuda:90": {2: {64: (16, 128, 128, 3), 128: (16, 128, 128, 3), 256: (16, 128, 128, 2)},
                4: {64: (16, 64, 128, 2), 128: (16, 64, 128, 2), 256: (16, 32, 128, 2)}},
     "cuda:100": {2: {64: (16, 128, 128, 3), 128: (16, 128, 128, 3), 256: (16, 128, 128, 2)},
-                4: {64: (16, 64, 128, 2), 128: (16, 64, 128, 2), 256: (16, 32, 128, 2)}},
+                4: {64: (16, 64, 128, 2), 128: (16, 16, 128, 2), 256: (16, 16, 128, 2)}},
     "hip:gfx942": {2: {64: (16, 64, 256, 1), 128: (16, 64, 256, 1), 256: (16, 32, 256, 1)},
                   4: {64: (16, 32, 256, 1), 128: (16, 32, 256, 1), 256: (16, 16, 256, 1)}},
 }  # fmt: skip
@@ -255,7 +255,7 @@ def plan_memory_decode(
     read = launch(attention_decode_kernel, shared * rows * splits, arguments, constexprs, threads, stages)
     arguments = {**common, "sinks": sinks, "output": output, "lse": lse, **strides("output", output)}
     constexprs = {"D": head_dim, "BLOCK_D": block_d(head_dim), "MOST_SPLITS": _MOST_SPLITS, "LANES": _LANES}
-    combine = launch(attention_combine_kernel, rows * heads * tokens, arguments, constexprs, threads, 1)
+    combine = launch(attention_combine_kernel, rows * heads * tokens, arguments, constexprs, 64, 1)
     return (read, combine), (output, lse)
 
 
