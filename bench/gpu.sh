@@ -28,7 +28,7 @@ context() { "$python" -m bench.context --json --granularity 2048 "$@"; }
 
 run_stage() {
     case $1 in
-    kernels) "$python" -m pytest -q -x tests/kernels tests/reversible/test_kernels.py ;;
+    kernels) "$python" -m pytest -q -x tests/kernels tests/reversible/test_kernels.py -k "not attention_triton" ;;
     coupling)
         "$python" -m pytest -q bench/test_coupling.py --benchmark-only --benchmark-json "$folder/.coupling.json" --benchmark-columns median
         local status=$?
@@ -36,9 +36,12 @@ run_stage() {
         rm -f "$folder/.coupling.json"
         return $status
         ;;
-    attention)
-        "$python" -m bench.attention --json --output "$folder/attention_$gpu.jsonl"
-        "$python" -m bench.logits --json --device cuda --output "$folder/logits_smollm2_$gpu.jsonl"
+    attention) # compiles each variant that it tests, for minutes
+        "$python" -m pytest -q tests/kernels/test_attention_triton.py
+        local status=$?
+        "$python" -m bench.attention --json --output "$folder/attention_$gpu.jsonl" || status=$?
+        "$python" -m bench.logits --json --device cuda --output "$folder/logits_smollm2_$gpu.jsonl" || status=$?
+        return $status
         ;;
     smollm2)
         training --model smollm2-135m-shape --tokens 8192 --runs 5 --output "$folder/training_smollm2_8k_$gpu.jsonl"
