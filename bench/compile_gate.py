@@ -37,6 +37,9 @@ _MATRIX = {"cuda:80": ("mma",), "cuda:90": ("wgmma",), "cuda:100": ("tcgen05",),
 # Bytes a thread that are known and left: kernel, target, dtype and head_dim.
 _SPILLS = {
     **{("attention_key/plain", "cuda:100", dtype, 256): 136 for dtype in ("bfloat16", "float16")},
+    **{("attention_key/plain", "cuda:90", dtype, 256): 528 for dtype in ("bfloat16", "float16")},
+    **{("attention_memory/plain", "cuda:90", dtype, 256): 152 for dtype in ("bfloat16", "float16")},
+    **{("attention_key/all", "cuda:90", dtype, 128): 24 for dtype in ("bfloat16", "float16")},
     ("attention_decode/plain", "cuda:100", "float32", 128): 16,
 }
 
