@@ -41,6 +41,11 @@ _SPILLS = {
     **{("attention_memory/plain", "cuda:90", dtype, 256): 152 for dtype in ("bfloat16", "float16")},
     **{("attention_key/all", "cuda:90", dtype, 128): 24 for dtype in ("bfloat16", "float16")},
     ("attention_decode/plain", "cuda:100", "float32", 128): 16,
+    **{
+        (f"attention_{kernel}", "cuda:80", "float32", head_dim): 24
+        for kernel in ("key/plain", "key/all", "memory/plain", "memory/all")
+        for head_dim in (64, 80, 96, 128)
+    },
 }
 
 
