@@ -22,12 +22,12 @@ float32 on the CPU, bfloat16 on a GPU. Keys and values of memory and segment are
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import os
 import statistics
 import time
+from unittest import mock
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -71,48 +71,43 @@ class TimedCase:
         return query, *(values(self.key_heads, n) for n in (self.tokens, self.tokens, self.memory, self.memory))
 
     def arms(self, device):
-        """Functions of no argument, by name, of which each makes the output."""
+        """By name: the implementation that is to be forced (or None), and a function that makes the output."""
         query, key, value, memory_key, memory_value = given = self.tensors(device)
         decodes = self.passed == "decode"
         operation = memory_decode if decodes else memory_attention
 
-        def forced(implementation):
-            def run():
-                before = os.environ.get(dispatch.VARIABLE)
-                os.environ[dispatch.VARIABLE] = implementation
-                try:
-                    return operation(*given)
-                finally:
-                    os.environ.pop(dispatch.VARIABLE)
-                    if before is not None:
-                        os.environ[dispatch.VARIABLE] = before
-
-            return run
-
         def joined():
             return torch.cat([memory_key, key], 2), torch.cat([memory_value, value], 2)
 
+        repeated = False
         mask = None
-        if not decodes:
+        if not decodes and self.memory:
             mask = torch.ones(self.tokens, self.memory + self.tokens, dtype=torch.bool, device=device)
             mask = mask.tril(self.memory)
+            repeated = device != "cpu"  # where no fast backend takes a mask with grouped heads
 
-        def sdpa(mask=mask, backend=None):
-            attend = functools.partial(scaled_dot_product_attention, query, *joined(), mask, enable_gqa=self.group > 1)
+        def sdpa(mask=mask, backend=None, repeated=repeated):
+            keys, values = joined() if self.memory else (key, value)
+            if repeated:
+                keys, values = (tensor.repeat_interleave(self.group, 1) for tensor in (keys, values))
+            settings = {"attn_mask": mask, "is_causal": mask is None and not decodes, "enable_gqa": self.group > 1}
             if backend is None:
-                return attend()
+                return scaled_dot_product_attention(query, keys, values, **settings)
             with torch.nn.attention.sdpa_kernel(backend):
-                return attend()
+                return scaled_dot_product_attention(query, keys, values, **settings)
 
-        found = {"r3mem": lambda: operation(*given)}
+        def ours():
+            return operation(*given)
+
+        found = {"r3mem": (None, ours)}
         if self.tokens <= _MOST_OF_REFERENCE:
-            found["reference"] = forced("reference")
+            found["reference"] = ("reference", ours)
         if not decodes:
-            found["vendor"] = forced("vendor")
-        found |= {"sdpa": sdpa, "copy": lambda: joined()[0]}
+            found["vendor"] = ("vendor", ours)
+        others = {"sdpa": sdpa, "copy": lambda: joined()[0]}
         if device != "cpu":
-            found |= self._arms_of_gpus(query, joined, sdpa, decodes)
-        return found
+            others |= self._arms_of_gpus(query, joined, sdpa, decodes)
+        return found | {name: (None, arm) for name, arm in others.items()}
 
     def _arms_of_gpus(self, query, joined, sdpa, decodes):
         from torch.nn.attention import SDPBackend
@@ -120,10 +115,10 @@ class TimedCase:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         keys = self.memory + self.tokens
-        flash_mask = None if decodes else causal_lower_right(self.tokens, keys)
+        flash_mask = None if decodes or not self.memory else causal_lower_right(self.tokens, keys)
         found = {
-            "sdpa-flash": lambda: sdpa(flash_mask, SDPBackend.FLASH_ATTENTION),
-            "sdpa-cudnn": lambda: sdpa(flash_mask, SDPBackend.CUDNN_ATTENTION),
+            "sdpa-flash": lambda: sdpa(flash_mask, SDPBackend.FLASH_ATTENTION, repeated=False),
+            "sdpa-cudnn": lambda: sdpa(backend=SDPBackend.CUDNN_ATTENTION),
             "sdpa-efficient": lambda: sdpa(backend=SDPBackend.EFFICIENT_ATTENTION),
         }
         if importlib.util.find_spec("flash_attn") is not None:
@@ -142,6 +137,7 @@ class TimedCase:
             return key_index <= query_index + memory + (keys - memory - queries)
 
         block_mask = create_block_mask(seen, None, None, queries, keys, device=query.device)
+        torch._dynamo.reset()  # it compiles a few shapes of a function, and runs others uncompiled
         compiled = torch.compile(flex_attention, dynamic=False)
         found["flex"] = lambda: compiled(query, *joined(), block_mask=block_mask, enable_gqa=self.group > 1)
         return found
@@ -162,21 +158,17 @@ def timed_cases(device):
     return found
 
 
-def step_of(case, arm):
-    """What is timed of an arm: the pass, or both."""
-    if case.passed != "both":
+def step_of(case, implementation, arm):
+    """What is timed of an arm: the pass, or both, by an implementation of ours if it is forced."""
+    variables = {} if implementation is None else {dispatch.VARIABLE: implementation}
 
-        def forward():
-            with torch.no_grad():
-                return arm()
+    def step():
+        with mock.patch.dict(os.environ, variables), torch.set_grad_enabled(case.passed == "both"):
+            output = arm()
+            if case.passed == "both":
+                output.backward(torch.ones_like(output))
 
-        return forward
-
-    def both():
-        output = arm()
-        output.backward(torch.ones_like(output))
-
-    return both
+    return step
 
 
 def records_of(case, device, rounds):
@@ -185,7 +177,7 @@ def records_of(case, device, rounds):
     for name, arm in case.arms(device).items():
         if name == "copy" and case.passed == "both":
             continue
-        step = step_of(case, arm)
+        step = step_of(case, *arm)
         try:
             step()
         except RuntimeError as error:  # of a backend that does not take the case; said in its record

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from r3mem_fast.kernels.attention import MAX_DECODED
+
 KERNELS = ("forward", "query", "key", "memory", "delta", "decode", "combine")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Rows, query heads, key heads, tokens, memory tokens: of what is compiled, which none of them changes.
@@ -16,7 +18,7 @@ class AttentionCase:
     """One kernel. kernel: of `KERNELS`; query, key, memory and delta are of the backward pass, combine of decoding.
 
     variant: `plain` (a memory, then the segment, causal), or `all` (also memory lengths, segment starts, a window, a
-    softcap and sinks).
+    softcap and sinks); of decoding also `many`: as many queries as it takes.
     """
 
     kernel: str
@@ -55,7 +57,8 @@ class AttentionCase:
 
         everything = self.variant == "all"
         decodes = self.kernel in ("decode", "combine")
-        query = values(rows, heads, 1 if decodes else tokens, self.head_dim)
+        queries = MAX_DECODED * shared // heads if self.variant == "many" else 1 if decodes else tokens
+        query = values(rows, heads, queries, self.head_dim)
         own = [values(rows, shared, tokens, self.head_dim) for _ in range(2)]
         of_memory = [values(rows, shared, memory, self.head_dim) for _ in range(2)]
         lengths, starts = (integers(memory // 2), integers(tokens // 4)) if everything else (None, None)
@@ -122,5 +125,7 @@ def attention_cases(dtypes, head_dims=HEAD_DIMS):
     for dtype in dtypes:
         for kernel in KERNELS:
             found += [AttentionCase(kernel, "plain", head_dim, dtype) for head_dim in head_dims]
+            if kernel == "decode":
+                found += [AttentionCase(kernel, "many", head_dim, dtype) for head_dim in head_dims]
             found += [AttentionCase(kernel, "all", 128, dtype)] if 128 in head_dims else []
     return found

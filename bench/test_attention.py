@@ -17,7 +17,7 @@ CASES = timed_cases(DEVICE)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention(benchmark, case):
     benchmark.group = case.name
-    step = step_of(case, case.arms(DEVICE)["r3mem"])
+    step = step_of(case, *case.arms(DEVICE)["r3mem"])
     if not GPU:
         benchmark.pedantic(step, rounds=5, warmup_rounds=1)
         return

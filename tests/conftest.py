@@ -3,6 +3,9 @@ import os
 # Set before transformers is imported: a test that would reach for a model hub fails at once, here and in CI.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Without it some versions of PyTorch refuse deterministic matrix products on a GPU. Read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 from hypothesis import settings

@@ -147,7 +147,7 @@ def memory_decode(
 
     lengths: int32 `[B]`, keys of each row's cache that are filled, the queries' own included; None: all S. The T
     queries are the last of these, so that every row may have another length, and none of it is known on the host: it
-    can be captured in a CUDA graph. `Hq / Hkv * T` may be 64 at most on a GPU. Not differentiable: raises RuntimeError
+    can be captured in a CUDA graph. `Hq / Hkv * T` may be 64 at most. Not differentiable: raises RuntimeError
     for tensors that require a gradient while gradients are on. Otherwise as `memory_attention`.
     """
     _check_tensors(query, key, value, memory_key, memory_value)
@@ -204,7 +204,7 @@ def _check_tensors(query, key, value, memory_key, memory_value, rows=None):
     if not packed and len(key) != rows:
         raise ValueError(f"key has {len(key)} rows and query {rows}")
     heads, shared = query.shape[1], key.shape[1]
-    if shared == 0 or heads % shared:
+    if shared == 0 or heads == 0 or heads % shared:
         raise ValueError(f"{heads} query heads must be a multiple of the {shared} key heads")
     if memory_key is not None:
         if memory_key.shape != memory_value.shape:

@@ -53,6 +53,9 @@ def choose(query, key, memory_key, segment_starts, cu_seqlens, sinks, *, window,
 
 def choose_for_decoding(query) -> Choice:
     """The implementation of `memory_decode`, of which no vendor has one."""
-    if os.environ.get(VARIABLE, "") == "vendor" or (query.dtype == torch.float64 and query.device.type != "cpu"):
-        return Choice("reference", "no vendor's kernel decodes" if query.dtype != torch.float64 else "float64")
-    return dispatch.choose(query.device, (query.dtype,), VARIABLE if os.environ.get(VARIABLE) else dispatch.VARIABLE)
+    forced = os.environ.get(VARIABLE, "")
+    if forced == "vendor":
+        return Choice("reference", "no vendor's kernel decodes")
+    if query.dtype == torch.float64 and not forced and not os.environ.get(dispatch.VARIABLE):
+        return Choice("reference", "float64")
+    return dispatch.choose(query.device, (query.dtype,), VARIABLE if forced else dispatch.VARIABLE)

@@ -111,11 +111,13 @@ def _(
         query, key, memory_key, segment_starts, cu_seqlens, sinks, window=settings["window"],
         softcap=settings["softcap"], query_offset=query_offset,
     ).implementation  # fmt: skip
+    if chosen == "vendor" and grad_lse is not None:  # which the vendors' kernels do not take
+        chosen = "triton" if query.device.type == "cuda" else "reference"
     if chosen == "triton":
         grads = _triton().memory_attention_backward(
             *tensors, segment_starts, cu_seqlens, sinks, output, lse, offsets=query_offset, **settings
         )
-    elif chosen == "vendor" and grad_lse is None:
+    elif chosen == "vendor":
         grads = vendor.memory_attention_backward(grad_output, *tensors[2:], sinks, output, lse, scale=scale)
     elif cu_seqlens is None:
         grads = reference.memory_attention_backward(
@@ -179,6 +181,19 @@ def _backward(ctx, grad_output, grad_lse):
 
 torch.library.register_autograd("r3mem::memory_attention", _backward, setup_context=_setup_context, lib=_library)
 
+
+def _refuse_gradients(name, what):
+    """Make an operator's derivative an error: it would be there or missing by implementation."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{what} has no derivative")
+
+    torch.library.register_autograd(f"r3mem::{name}", backward, lib=_library)
+
+
+_refuse_gradients("memory_attention_backward", "the gradient of memory_attention (create_graph=True)")
+
+
 _library.define(
     "memory_decode(Tensor query, Tensor key, Tensor value, Tensor? memory_key, Tensor? memory_value, "
     "Tensor? memory_lengths, Tensor? lengths, Tensor? segment_starts, Tensor? sinks, float scale, SymInt window, "
@@ -206,6 +221,8 @@ def _(
 def _(query, *others):
     return new_output(query), new_lse(query)
 
+
+_refuse_gradients("memory_decode", "memory_decode")
 
 memory_attention = torch.ops.r3mem.memory_attention.default
 memory_attention_backward = torch.ops.r3mem.memory_attention_backward.default

@@ -52,11 +52,11 @@ def memory_attention(
     query's own included; None: all. softcap: c, or None. offsets: position of the first query among the segment's
     keys, an int, or int `[B]`. Differentiable.
     """
-    keys, values = _joined(memory_key, key, query), _joined(memory_value, value, query)
+    visible = _visible(query, key, memory_key, memory_lengths, segment_starts, window=window, offsets=offsets)
+    keys, values = (_joined(*pair, visible) for pair in ((memory_key, key), (memory_value, value)))
     logits = scale * _by_head(_by_key_head(_wide(query), keys) @ keys.transpose(-1, -2), query)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    visible = _visible(query, key, memory_key, memory_lengths, segment_starts, window=window, offsets=offsets)
     logits = logits.masked_fill(~visible, -torch.inf)
     if sinks is not None:
         column = sinks.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:-1], 1)
@@ -93,14 +93,14 @@ def memory_attention_backward(
     grad_output, grad_lse: of `output` and `lse`, results of `memory_attention` with the other arguments; grad_lse may
     be None. output and lse may also be those of a merge with other keys: gradients are those of these keys then.
     """
-    keys, values = _joined(memory_key, key, query), _joined(memory_value, value, query)
+    visible = _visible(query, key, memory_key, memory_lengths, segment_starts, window=window, offsets=offsets)
+    keys, values = (_joined(*pair, visible) for pair in ((memory_key, key), (memory_value, value)))
     wide, grad = _by_key_head(_wide(query), keys), _by_key_head(_wide(grad_output), keys)
     logits = scale * _by_head(wide @ keys.transpose(-1, -2), query)
     slope = None
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
         slope = 1 - (logits / softcap) ** 2
-    visible = _visible(query, key, memory_key, memory_lengths, segment_starts, window=window, offsets=offsets)
     weights = _weights(logits, lse, visible)
     delta = (_wide(grad_output) * _wide(output)).sum(-1)
     if grad_lse is not None:
@@ -136,17 +136,18 @@ def merge(output_a, lse_a, output_b, lse_b):
     total = weight_a + weight_b
     some = total.masked_fill(total == 0, 1.0)  # a row that sees nothing at all
     mixed = (weight_a / some)[..., None] * output_a + (weight_b / some)[..., None] * output_b
-    return mixed.to(output_a.dtype), torch.log(total) + largest
+    return mixed.to(output_a.dtype), torch.log(some).masked_fill(total == 0, -torch.inf) + largest
 
 
 def _wide(tensor):
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _joined(memory, own, query):
-    """Keys or values of memory and segment, `[B, Hkv, M + S, D]`, in float32 or wider."""
-    parts = [_wide(part).expand(len(query), -1, -1, -1) for part in (memory, own) if part is not None]
-    return torch.cat(parts, 2)
+def _joined(memory, own, visible):
+    """Keys or values of memory and segment, `[B, Hkv, M + S, D]`, in float32 or wider; 0 what no query sees."""
+    parts = [_wide(part).expand(len(visible), -1, -1, -1) for part in (memory, own) if part is not None]
+    # It may be NaN, which 0 times it would be too.
+    return torch.cat(parts, 2).masked_fill(~visible.any(2)[..., None], 0.0)
 
 
 def _by_key_head(tensor, keys):
@@ -166,7 +167,7 @@ def _weights(logits, lse, visible):
 
 
 def _visible(query, key, memory_key, memory_lengths, segment_starts, *, window, offsets):
-    """Which keys each query sees: bool `[B or 1, 1, T, M + S]`."""
+    """Which keys each query sees: bool `[B, 1, T, M + S]`."""
     device, tokens = query.device, query.shape[2]
     parts = []
     if memory_key is not None:
@@ -185,8 +186,7 @@ def _visible(query, key, memory_key, memory_lengths, segment_starts, *, window, 
         if segment_starts is not None:
             seen = seen & (places >= segment_starts[:, None, None])
         parts.append(seen[:, None])
-    rows = max(len(part) for part in parts)
-    return torch.cat([part.expand(rows, -1, -1, -1) for part in parts], -1)
+    return torch.cat([part.expand(len(query), -1, -1, -1) for part in parts], -1)
 
 
 def padded(tensor, cu_seqlens, max_seqlen):

@@ -36,6 +36,7 @@ def memory_attention(
     query, key, value, memory_key, memory_value, memory_lengths, sinks, *, scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(o, lse)`, as of `reference.memory_attention`, of what `why_not` has nothing against."""
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     if query.device.type == "cpu":
         output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
     else:
@@ -61,7 +62,7 @@ def memory_attention_backward(
         )
     if _is_empty(memory_key):
         # Gradients of an empty memory are as empty.
-        return (*grads, memory_key, memory_value, None)
+        return (*grads, *(None if t is None else torch.zeros_like(t) for t in (memory_key, memory_value)), None)
     tensors = (grad_output, None, query, None, None, memory_key, memory_value, memory_lengths)
     of_query, _, _, *of_memory = _over_memory("memory_attention_backward", tensors, (sinks, output, lse), scale)
     return (grads[0] + of_query, *grads[1:], *of_memory)

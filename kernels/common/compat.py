@@ -60,11 +60,16 @@ def threads_per_warp() -> int:
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """A GPU as the compiler's targets are named: cuda:90, hip:gfx942."""
+    """A GPU as the compiler's targets are named: cuda:90, hip:gfx942.
+
+    cuda:89 stands for all with 99 KiB of shared memory a program (compute capability 8.6, 8.9, 12.x).
+    """
     index = device.index if device.index is not None else torch.cuda.current_device()
     if torch.version.hip is not None:
         return f"hip:{torch.cuda.get_device_properties(index).gcnArchName.split(':')[0]}"
-    major, _ = torch.cuda.get_device_capability(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) in ((8, 6), (8, 9)) or major == 12:
+        return "cuda:89"
     return f"cuda:{major}0"
 
 

@@ -141,6 +141,9 @@ def test_merging_nothing_with_nothing():
     nothing = torch.zeros(1, 1, 2, 4), torch.full((1, 1, 2), -torch.inf)
     output, lse = merge(*nothing, *nothing)
     assert (output == 0).all() and (lse == -torch.inf).all()
+    lse = torch.full((1, 1, 2), -torch.inf).requires_grad_()
+    merge(nothing[0], lse, *nothing)[1].masked_fill(torch.ones(1, 1, 2, dtype=torch.bool), 0.0).sum().backward()
+    assert lse.grad.isfinite().all()
     some = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2)
     for left, right in zip(merge(*some, *nothing), some, strict=True):
         torch.testing.assert_close(left, right)
@@ -186,6 +189,15 @@ def test_operators(varlen):
         arguments = [None if tensors[n] is None else tensors[n].detach() for n in names]
         others = (None, tensors["segment_starts"], tensors["sinks"].detach(), 0.25, 0, 0.0)
         torch.library.opcheck(torch.ops.r3mem.memory_decode.default, (*arguments, *others))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "vendor"])
+def test_a_second_derivative_is_an_error(implementation, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, implementation)
+    query, key, value = torch.randn(3, 1, 1, 4, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(memory_attention(query, key, value).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -40,6 +40,8 @@ _LOG2_E = tl.constexpr(LOG2_E)
 _QUERY_CONFIGURATIONS = {
     "cuda:80": {2: {64: (128, 64, 256, 2), 128: (128, 32, 256, 2), 256: (64, 64, 256, 2)},
                4: {64: (32, 32, 128, 2), 128: (16, 32, 256, 2), 256: (16, 16, 256, 2)}},
+    "cuda:89": {2: {64: (128, 64, 256, 2), 128: (128, 32, 256, 2), 256: (32, 32, 256, 1)},
+                4: {64: (32, 32, 128, 2), 128: (16, 32, 256, 2), 256: (16, 16, 256, 2)}},
     "cuda:90": {2: {64: (128, 64, 256, 2), 128: (128, 64, 256, 2), 256: (128, 32, 256, 2)},
                4: {64: (32, 32, 128, 2), 128: (32, 32, 256, 2), 256: (32, 32, 256, 2)}},
     "cuda:100": {2: {64: (128, 64, 256, 2), 128: (128, 64, 256, 2), 256: (128, 32, 256, 2)},
@@ -58,7 +60,7 @@ _KEY_CONFIGURATIONS = {
                   4: {64: (32, 32, 256, 1), 128: (16, 32, 256, 1), 256: (16, 16, 256, 1)}},
 }  # fmt: skip
 # Programs that the memory's gradient is split into, about: some for each multiprocessor of a large GPU. A constant, so
-# that the order of additions, and with it the result, is the same on every one.
+# that the order of additions, and with it the result, does not depend on how many the GPU has.
 _PROGRAMS = 264
 _DELTA_QUERIES = 32
 
@@ -88,9 +90,11 @@ def attention_delta_kernel(
     row = (program // blocks // heads).to(tl.int64)
     lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
     of_grad = grad_output + row * grad_output_row + head * grad_output_head
-    grads = load_tile(of_grad, lines, grad_output_token, tokens, True, D, BLOCK_D).to(tl.float32)
+    grads = load_tile(of_grad, lines, grad_output_token, 0, tokens, True, D, BLOCK_D).to(tl.float32)
     of_output = output + row * output_row + head * output_head
-    found = tl.sum(grads * load_tile(of_output, lines, output_token, tokens, True, D, BLOCK_D).to(tl.float32), axis=1)
+    found = tl.sum(
+        grads * load_tile(of_output, lines, output_token, 0, tokens, True, D, BLOCK_D).to(tl.float32), axis=1
+    )
     at = (row * heads + head) * tokens + lines
     if grad_lse is not None:
         found -= tl.load(grad_lse + at, mask=lines < tokens, other=0.0)
@@ -100,7 +104,7 @@ def attention_delta_kernel(
 @triton.jit
 def base_2_lse(lse, lines, count):
     """Of queries; 0 for those outside, and for those that see nothing, of which every key is masked."""
-    found = tl.load(lse + lines, mask=lines < count, other=0.0)
+    found = tl.load(lse + lines, mask=(lines >= 0) & (lines < count), other=0.0)
     return tl.where(found == float("-inf"), 0.0, found * _LOG2_E)
 
 
@@ -114,6 +118,7 @@ def query_step(
     key,
     value,
     columns,
+    low,
     count,
     key_token,
     value_token,
@@ -124,12 +129,12 @@ def query_step(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    keys = load_tile(key, columns, key_token, count, MASKED, D, BLOCK_D)
+    keys = load_tile(key, columns, key_token, low, count, MASKED, D, BLOCK_D)
     logits, slope = base_2_logits(tl.dot(query, tl.trans(keys), input_precision="ieee"), SCALE, SOFTCAP)
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
     weights = tl.exp2(logits - lse[:, None])
-    values = load_tile(value, columns, value_token, count, MASKED, D, BLOCK_D)
+    values = load_tile(value, columns, value_token, low, count, MASKED, D, BLOCK_D)
     grad_logits = weights * (tl.dot(grads, tl.trans(values), input_precision="ieee") - delta[:, None]) * slope
     return tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision="ieee")
 
@@ -193,9 +198,9 @@ def attention_query_kernel(
     if block * BLOCK_M < count:
         lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
         own = query + stored * query_row + head * query_head + first * query_token
-        queries = load_tile(own, lines, query_token, count, True, D, BLOCK_D)
+        queries = load_tile(own, lines, query_token, 0, count, True, D, BLOCK_D)
         own = grad_output + stored * grad_output_row + head * grad_output_head + first * grad_output_token
-        grads = load_tile(own, lines, grad_output_token, count, True, D, BLOCK_D)
+        grads = load_tile(own, lines, grad_output_token, 0, count, True, D, BLOCK_D)
         of_head = (stored * heads + head) * tokens + first
         lse_2 = base_2_lse(lse + of_head, lines, count)
         deltas = tl.load(delta + of_head + lines, mask=lines < count, other=0.0)
@@ -210,7 +215,7 @@ def attention_query_kernel(
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
                 acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, memory_tokens, memory_key_token,
+                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, memory_tokens, memory_key_token,
                     memory_value_token, None, SCALE, SOFTCAP, False, D, BLOCK_D,
                 )  # fmt: skip
             for index in range(left + right):
@@ -218,7 +223,7 @@ def attention_query_kernel(
                 columns = at + tl.arange(0, BLOCK_N)
                 visible = ((columns >= low) & (columns < memory_tokens))[None, :]
                 acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, memory_tokens, memory_key_token,
+                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, memory_tokens, memory_key_token,
                     memory_value_token, visible, SCALE, SOFTCAP, True, D, BLOCK_D,
                 )  # fmt: skip
         if key is not None:
@@ -230,7 +235,7 @@ def attention_query_kernel(
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
                 acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, high, key_token, value_token, None,
+                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, high, key_token, value_token, None,
                     SCALE, SOFTCAP, False, D, BLOCK_D,
                 )  # fmt: skip
             for index in range(left + right):
@@ -238,8 +243,8 @@ def attention_query_kernel(
                 columns = at + tl.arange(0, BLOCK_N)
                 visible = in_segment((offset + lines)[:, None], columns[None, :], start, window, high, WINDOWED)
                 acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, high, key_token, value_token, visible,
-                    SCALE, SOFTCAP, True, D, BLOCK_D,
+                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, high, key_token, value_token,
+                    visible, SCALE, SOFTCAP, True, D, BLOCK_D,
                 )  # fmt: skip
         to = grad_query + stored * grad_query_row + head * grad_query_head + first * grad_query_token
         store_tile(to, lines, grad_query_token, count, acc * SCALE, D, BLOCK_D)
@@ -267,14 +272,14 @@ def key_step(
     BLOCK_D: tl.constexpr,
 ):
     """What one block of queries adds to the gradients of a block of keys. visible: `[BLOCK_N, BLOCK_M]`."""
-    queries = load_tile(query, lines, query_token, count, True, D, BLOCK_D)
+    queries = load_tile(query, lines, query_token, 0, count, True, D, BLOCK_D)
     logits, slope = base_2_logits(tl.dot(keys, tl.trans(queries), input_precision="ieee"), SCALE, SOFTCAP)
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
     weights = tl.exp2(logits - base_2_lse(lse, lines, count)[None, :])
-    grads = load_tile(grad_output, lines, grad_output_token, count, True, D, BLOCK_D)
+    grads = load_tile(grad_output, lines, grad_output_token, 0, count, True, D, BLOCK_D)
     grad_values = tl.dot(weights.to(grads.dtype), grads, grad_values, input_precision="ieee")
-    deltas = tl.load(delta + lines, mask=lines < count, other=0.0)
+    deltas = tl.load(delta + lines, mask=(lines >= 0) & (lines < count), other=0.0)
     grad_logits = weights * (tl.dot(values, tl.trans(grads), input_precision="ieee") - deltas[None, :]) * slope
     grad_keys = tl.dot(grad_logits.to(queries.dtype), queries, grad_keys, input_precision="ieee")
     return grad_keys, grad_values
@@ -333,19 +338,19 @@ def attention_key_kernel(
     last = offset + count
     if block * BLOCK_N < last:
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        start = first_in_segment(segment_starts, row)
         own = key + stored * key_row + shared * key_head + first * key_token
-        keys = load_tile(own, columns, key_token, last, True, D, BLOCK_D)
+        keys = load_tile(own, columns, key_token, start, last, True, D, BLOCK_D)
         own = value + stored * value_row + shared * value_head + first * value_token
-        values = load_tile(own, columns, value_token, last, True, D, BLOCK_D)
+        values = load_tile(own, columns, value_token, start, last, True, D, BLOCK_D)
         grad_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_values = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        start = first_in_segment(segment_starts, row)
         # Queries that see some of these keys, and those that see all of them.
         low = tl.maximum(block * BLOCK_N - offset, 0)
         low_full = tl.maximum((block + 1) * BLOCK_N - 1 - offset, 0)
         high, high_full = count, count
         if WINDOWED:
-            high = tl.minimum(count, (block + 1) * BLOCK_N - 1 - offset + window)
+            high = tl.maximum(tl.minimum(count, (block + 1) * BLOCK_N - 1 - offset + window), 0)
             high_full = tl.minimum(count, block * BLOCK_N - offset + window)
         if segment_starts is not None:
             high = tl.where((block + 1) * BLOCK_N <= start, low, high)
@@ -422,9 +427,9 @@ def attention_memory_kernel(
     stored, first, count = sequence(cu_seqlens, row, tokens)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     at = memory_key + row * memory_key_row + shared * memory_key_head
-    keys = load_tile(at, columns, memory_key_token, memory_tokens, True, D, BLOCK_D)
+    keys = load_tile(at, columns, memory_key_token, 0, memory_tokens, True, D, BLOCK_D)
     at = memory_value + row * memory_value_row + shared * memory_value_head
-    values = load_tile(at, columns, memory_value_token, memory_tokens, True, D, BLOCK_D)
+    values = load_tile(at, columns, memory_value_token, 0, memory_tokens, True, D, BLOCK_D)
     grad_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_values = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     steps = (count + BLOCK_M - 1) // BLOCK_M
@@ -477,6 +482,9 @@ def plan_memory_attention_backward(
         "grad_key": None if key is None else torch.empty_like(key, memory_format=torch.contiguous_format),
         "grad_value": None if value is None else torch.empty_like(value, memory_format=torch.contiguous_format),
     }
+    if cu_seqlens is not None:  # there may be tokens that are of no sequence
+        for grad in grads.values():
+            grad.zero_()
     given = {
         "query": query,
         "key": key,

@@ -37,12 +37,15 @@ def base_2_logits(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, lines, stride, count, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `lines` of a `[count, D]` matrix, zeros outside: `[lines, BLOCK_D]`. MASKED: some may be outside."""
+def load_tile(base, lines, stride, first, count, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `lines` of a matrix `[count, D]`, zeros before `first` and from `count` on: `[lines, BLOCK_D]`.
+
+    MASKED: whether some may lie there. What is not read may be anything, NaN too.
+    """
     dims = tl.arange(0, BLOCK_D)
     pointers = base + lines[:, None].to(tl.int64) * stride + dims[None, :]
     if MASKED:
-        mask = (lines >= 0) & (lines < count)
+        mask = (lines >= first) & (lines < count)
         if D < BLOCK_D:
             return tl.load(pointers, mask=mask[:, None] & (dims < D)[None, :], other=0.0)
         else:
@@ -84,7 +87,7 @@ def first_in_segment(segment_starts, row):
     if segment_starts is None:
         return 0
     else:
-        return tl.load(segment_starts + row)
+        return tl.maximum(tl.load(segment_starts + row), 0)
 
 
 @triton.jit

@@ -26,10 +26,12 @@ from .forward import attend
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
-# As in forward.py; BLOCK_M is made to fit the queries.
+# As in forward.py, for up to 16 queries a key head; for more, BLOCK_M is made to fit them, and BLOCK_N smaller.
 _CONFIGURATIONS = {
     "cuda:80": {2: {64: (16, 128, 128, 3), 128: (16, 128, 128, 3), 256: (16, 128, 128, 2)},
                4: {64: (16, 64, 128, 2), 128: (16, 16, 128, 2), 256: (16, 16, 128, 2)}},
+    "cuda:89": {2: {64: (16, 128, 128, 2), 128: (16, 64, 128, 2), 256: (16, 32, 128, 2)},
+                4: {64: (16, 64, 128, 2), 128: (16, 16, 128, 2), 256: (16, 16, 128, 2)}},
     "cuda:90": {2: {64: (16, 128, 128, 3), 128: (16, 128, 128, 3), 256: (16, 128, 128, 2)},
                4: {64: (16, 64, 128, 2), 128: (16, 64, 128, 2), 256: (16, 16, 128, 2)}},
     "cuda:100": {2: {64: (16, 128, 128, 3), 128: (16, 128, 128, 3), 256: (16, 128, 128, 2)},
@@ -123,7 +125,7 @@ def attention_decode_kernel(
             columns = (in_memory + index) * BLOCK_N + tl.arange(0, BLOCK_N)
             visible = ((columns >= hidden) & (columns < memory_tokens))[None, :]
             acc, total, largest = attend(
-                acc, total, largest, queries, keys, values, columns, memory_tokens, memory_key_token,
+                acc, total, largest, queries, keys, values, columns, hidden, memory_tokens, memory_key_token,
                 memory_value_token, visible, SCALE, SOFTCAP, True, D, BLOCK_D,
             )  # fmt: skip
     keys = key + row * key_row + shared * key_head
@@ -132,7 +134,7 @@ def attention_decode_kernel(
         columns = (in_cache + index) * BLOCK_N + tl.arange(0, BLOCK_N)
         visible = in_segment(places[:, None], columns[None, :], low, window, count, WINDOWED)
         acc, total, largest = attend(
-            acc, total, largest, queries, keys, values, columns, count, key_token, value_token, visible, SCALE,
+            acc, total, largest, queries, keys, values, columns, low, count, key_token, value_token, visible, SCALE,
             SOFTCAP, True, D, BLOCK_D,
         )  # fmt: skip
     at = ((split * rows + row) * heads + head) * tokens + token
@@ -225,10 +227,14 @@ def plan_memory_decode(
     memory_tokens = 0 if memory_key is None else memory_key.shape[2]
     group = heads // shared
     _, block_n, threads, stages = configuration(_CONFIGURATIONS, head_dim, query.dtype, target_for(query, target))
+    block_m = max(16, triton.next_power_of_2(group * tokens))
+    if block_m > 16 and block_n > 16:  # so that logits and sums still fit into registers, queries into shared memory
+        block_n, threads, stages = max(16, block_n * 16 // block_m), 256, min(stages, 2)
     most = triton.cdiv(memory_tokens, block_n) + triton.cdiv(cached, block_n)
     splits = max(1, min(_PROGRAMS // max(1, shared * rows), most, _MOST_SPLITS))
     part = query.new_empty(splits, rows, heads, tokens, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(splits, rows, heads, tokens, dtype=torch.float32)
+    sinks = None if sinks is None else sinks.contiguous()
     common = {"tokens": tokens, "heads": heads, "rows": rows, "splits": splits, "part": part, "part_lse": part_lse}
     arguments = {
         **tensors,
@@ -249,7 +255,7 @@ def plan_memory_decode(
         "WINDOWED": window is not None,
         "D": head_dim,
         "BLOCK_D": block_d(head_dim),
-        "BLOCK_M": max(16, triton.next_power_of_2(group * tokens)),
+        "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
     read = launch(attention_decode_kernel, shared * rows * splits, arguments, constexprs, threads, stages)

@@ -55,6 +55,7 @@ def attend(
     key,
     value,
     columns,
+    low,
     count,
     key_token,
     value_token,
@@ -66,7 +67,7 @@ def attend(
     BLOCK_D: tl.constexpr,
 ):
     """One block of keys more in the running softmax. visible: bool `[BLOCK_M, BLOCK_N]`, ignored unless MASKED."""
-    keys = load_tile(key, columns, key_token, count, MASKED, D, BLOCK_D)
+    keys = load_tile(key, columns, key_token, low, count, MASKED, D, BLOCK_D)
     logits, _ = base_2_logits(tl.dot(query, tl.trans(keys), input_precision="ieee"), SCALE, SOFTCAP)
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
@@ -76,7 +77,7 @@ def attend(
     weights = tl.exp2(logits - base[:, None])
     carried = tl.exp2(largest - base)
     total = total * carried + tl.sum(weights, axis=1)
-    values = load_tile(value, columns, value_token, count, MASKED, D, BLOCK_D)
+    values = load_tile(value, columns, value_token, low, count, MASKED, D, BLOCK_D)
     acc = tl.dot(weights.to(values.dtype), values, acc * carried[:, None], input_precision="ieee")
     return acc, total, new
 
@@ -137,7 +138,7 @@ def attention_forward_kernel(
     if block * BLOCK_M < count:
         lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
         own = query + stored * query_row + head * query_head + first * query_token
-        queries = load_tile(own, lines, query_token, count, True, D, BLOCK_D)
+        queries = load_tile(own, lines, query_token, 0, count, True, D, BLOCK_D)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -151,7 +152,7 @@ def attention_forward_kernel(
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
                 acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, memory_tokens, memory_key_token,
+                    acc, total, largest, queries, keys, values, columns, low, memory_tokens, memory_key_token,
                     memory_value_token, None, SCALE, SOFTCAP, False, D, BLOCK_D,
                 )  # fmt: skip
             for index in range(left + right):
@@ -159,7 +160,7 @@ def attention_forward_kernel(
                 columns = at + tl.arange(0, BLOCK_N)
                 visible = ((columns >= low) & (columns < memory_tokens))[None, :]
                 acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, memory_tokens, memory_key_token,
+                    acc, total, largest, queries, keys, values, columns, low, memory_tokens, memory_key_token,
                     memory_value_token, visible, SCALE, SOFTCAP, True, D, BLOCK_D,
                 )  # fmt: skip
         if key is not None:
@@ -171,22 +172,23 @@ def attention_forward_kernel(
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
                 acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, high, key_token, value_token, None, SCALE,
-                    SOFTCAP, False, D, BLOCK_D,
+                    acc, total, largest, queries, keys, values, columns, low, high, key_token, value_token, None,
+                    SCALE, SOFTCAP, False, D, BLOCK_D,
                 )  # fmt: skip
             for index in range(left + right):
                 at = tl.where(index < left, begin + index * BLOCK_N, full_end + (index - left) * BLOCK_N)
                 columns = at + tl.arange(0, BLOCK_N)
                 visible = in_segment((offset + lines)[:, None], columns[None, :], start, window, high, WINDOWED)
                 acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, high, key_token, value_token, visible, SCALE,
-                    SOFTCAP, True, D, BLOCK_D,
+                    acc, total, largest, queries, keys, values, columns, low, high, key_token, value_token, visible,
+                    SCALE, SOFTCAP, True, D, BLOCK_D,
                 )  # fmt: skip
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
             new = tl.maximum(largest, sink)
-            carried = tl.exp2(largest - new)
-            acc, total, largest = acc * carried[:, None], total * carried + tl.exp2(sink - new), new
+            base = tl.where(new == float("-inf"), 0.0, new)
+            carried = tl.exp2(largest - base)
+            acc, total, largest = acc * carried[:, None], total * carried + tl.exp2(sink - base), new
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         to = output + stored * output_row + head * output_head + first * output_token
         store_tile(to, lines, output_token, count, acc, D, BLOCK_D)
@@ -217,6 +219,9 @@ def plan_memory_attention(
     it; None: the device's.
     """
     output, lse = new_output(query), new_lse(query)
+    if cu_seqlens is not None:  # there may be tokens that are of no sequence
+        output.zero_()
+        lse.zero_()
     tensors = {
         "query": query,
         "key": key,
@@ -240,7 +245,7 @@ def plan_memory_attention(
         "memory_lengths": memory_lengths,
         "segment_starts": segment_starts,
         "cu_seqlens": cu_seqlens,
-        "sinks": sinks,
+        "sinks": None if sinks is None else sinks.contiguous(),
         "lse": lse,
         "tokens": tokens,
         "offset": offsets,
