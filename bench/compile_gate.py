@@ -44,7 +44,7 @@ _MATRIX = {
 # Bytes a thread that are known and left: kernel, target, dtype and head_dim.
 _SPILLS = {
     **{("attention_key/plain", "cuda:100", dtype, 256): 136 for dtype in ("bfloat16", "float16")},
-    **{("attention_key/plain", "cuda:90", dtype, 256): 528 for dtype in ("bfloat16", "float16")},
+    **{("attention_key/plain", "cuda:90", dtype, 256): 536 for dtype in ("bfloat16", "float16")},
     **{("attention_memory/plain", "cuda:90", dtype, 256): 152 for dtype in ("bfloat16", "float16")},
     **{("attention_key/all", "cuda:90", dtype, 128): 24 for dtype in ("bfloat16", "float16")},
     ("attention_decode/plain", "cuda:100", "float32", 128): 16,
@@ -107,7 +107,7 @@ def _matrix_wanted(record):
     if record["dtype"] == "float32" or kernel in ("attention_delta", "attention_combine"):
         return ()
     if kernel == "attention_decode":
-        return ("mma", "mfma")
+        return ("mma", "mfma", "wgmma", "tcgen05")  # by how many queries there are
     return _MATRIX[record["target"]]
 
 

@@ -553,12 +553,21 @@ def _inspect_memory(options):
 
 
 def _env(options):
+    import torch
+
     from .environment import environment
+    from .kernels.attention import dispatch
     from .kernels.common.dispatch import choose
 
-    report = environment()
-    choice = choose(_device(options))
-    report["kernels"] = {"coupling": f"{choice.implementation} ({choice.why})"}
+    report, device = environment(), _device(options)
+    sample = torch.zeros(1, 1, 1, 64, device=device)
+    settings = {"window": None, "softcap": None, "query_offset": 0}
+    choices = {
+        "coupling": choose(device),
+        "attention of a segment": dispatch.choose(sample, sample, None, None, None, None, **settings),
+        "attention in decoding": dispatch.choose_for_decoding(sample),
+    }
+    report["kernels"] = {name: f"{choice.implementation} ({choice.why})" for name, choice in choices.items()}
     if options.json:
         print(json.dumps(report))
         return 0

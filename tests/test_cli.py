@@ -49,7 +49,11 @@ def test_env(capsys, monkeypatch):
     assert main(["env", "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__
-    assert report["kernels"] == {"coupling": "reference (device type cpu)"}
+    assert report["kernels"] == {
+        "coupling": "reference (device type cpu)",
+        "attention of a segment": "vendor (the fastest on a CPU)",
+        "attention in decoding": "reference (device type cpu)",
+    }
     assert main(["env", "--device", "cpu"]) == 0
     assert "coupling: reference (device type cpu)" in capsys.readouterr().out
     monkeypatch.setenv("R3MEM_KERNELS", "nonsense")

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ["r3mem_fast", "r3mem_fast.kernels", "r3mem_fast.kernels.coupling", "r3mem_fast.reversible"]
+MODULES = [
+    "r3mem_fast",
+    "r3mem_fast.kernels",
+    "r3mem_fast.kernels.attention",
+    "r3mem_fast.kernels.coupling",
+    "r3mem_fast.reversible",
+]
 
 # An editable install answers for r3mem_fast from any folder and so hides what a wheel or a checkout lacks.
 WITHOUT_EDITABLE_INSTALL = """
@@ -218,7 +224,7 @@ def test_transformers_runs_without_a_kernels_distribution(tmp_path):
     run_python("import sys" + RUN_TINY_LLAMA, str(tmp_path / "model"), cwd=ROOT)
 
 
-@pytest.mark.parametrize("module", ["r3mem_fast", "r3mem_fast.kernels", "r3mem_fast.kernels.coupling"])
+@pytest.mark.parametrize("module", ["r3mem_fast", *MODULES[1:4]])
 def test_kernel_users_do_not_import_transformers(module):
     """Importing the operations leaves transformers and peft out, so that kernel users do not pay for them."""
     code = f"import sys, {module}; print(sorted({{'transformers', 'peft'}} & set(sys.modules)))"
