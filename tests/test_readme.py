@@ -167,9 +167,13 @@ def test_what_a_memory_is_worth():
         assert (nats[arm], shares[share, same]) in cells
     assert {(nats["none"], "–"), (nats["tail"], "0"), (nats["full"], "1")} <= cells
     other = "a model trained equally without memory"
-    assert ("closed", other) not in shares or shares["closed", other] in text
+    assert shares["closed", other] in text
     assert f"{chains['memory_of_7']} against {chains['memory']} nats" in text and chains["full_of_7"] in text
     assert interval(next(r for r in measured if "difference" in r)) in text
+    for arm in ("tail", "full"):
+        assert nats[f"{arm}, trained without memory"] in text
+    before = records("memory_ppl_500_steps_smollm2.jsonl")
+    assert interval(next(r for r in before if r.get("share") == "closed by a foreign memory")) in text
 
 
 def test_what_training_through_histories_costs():
