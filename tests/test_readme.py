@@ -58,6 +58,55 @@ def test_the_table_of_kernels():
         assert shared == str(max(variant["shared_bytes"] for variant in compiled))
 
 
+def test_the_tables_of_attention():
+    found = rows("kernels/attention/README.md", 7)[1:]
+    traffic = {(r["kernel"], r["head_dim"]): r for r in records("traffic_attention.jsonl")}
+    gate = {
+        (r["kernel"], r["head_dim"], r["target"]): r
+        for r in records("compile_gate_attention.jsonl")
+        if r["dtype"] == "bfloat16"
+    }
+    assert len(found) == len(gate) / 4 and max(r["ratio"] for r in traffic.values()) <= 1.001
+    for name, head_dim, over_least, of_once, registers, shared, matrix in found:
+        key = f"attention_{name.strip('`')}", int(head_dim)
+        compiled = [gate[(*key, target)] for target in TARGETS]
+        moved = traffic.get(key)
+        assert over_least == ("–" if moved is None else f"{moved['ratio']:.4f}")
+        assert of_once == ("–" if moved is None else f"{moved['once_ratio']:.2f}")
+        assert registers == " / ".join(str(r["registers"]) for r in compiled)
+        assert shared == " / ".join(f"{r['shared_bytes'] / 1024:.0f}" for r in compiled)
+        assert matrix == " / ".join(r["matrix"] or "–" for r in compiled)
+    spilled = [r for r in records("compile_gate_attention.jsonl") if r["spills"]]
+    listed = [row for row in rows("kernels/attention/README.md", 5) if row[-1].isdigit()]
+    wanted = [
+        [f"`{r['kernel'].removeprefix('attention_')}`", str(r["head_dim"]), r["dtype"], r["target"], str(r["spills"])]
+        for r in spilled
+    ]
+    assert listed == wanted
+
+
+def test_attention_on_a_cpu():
+    found = rows("kernels/attention/README.md", 5)
+    cases = {}
+    for record in records("attention_cpu.jsonl"):
+        cases.setdefault((record["passed"], record["tokens"], record["memory"]), {})[record["arm"]] = record
+    for (passed, tokens, memory), arms in cases.items():
+        others = [f"{arms[n]['ratio']:.2f} ×" if n in arms else "–" for n in ("reference", "sdpa", "copy")]
+        ours = f"{arms['r3mem']['milliseconds']:.2f} ({arms['r3mem']['runs']})"
+        assert [f"{passed}, T = {tokens}, M = {memory}", ours, *others] in found
+        # What the dispatcher goes by.
+        assert passed == "decode" or arms["reference"]["ratio"] > 1
+    for record in records("logits_smollm2.jsonl"):
+        exact = f"{record['max_from_float64']:.1e}" if "max_from_float64" in record else "–"
+        assert [
+            record["setting"],
+            record["attention"],
+            f"{record['max_from_eager']:.1e}",
+            exact,
+            f"{record['batch_from_one']:.1e}",
+        ] in found
+
+
 def test_what_no_kernel_does():
     """No spills, 16-byte accesses, nothing fused: of all kernels, targets and dtypes."""
     compiled = records("compile_gate.jsonl")
@@ -67,7 +116,7 @@ def test_what_no_kernel_does():
 
 
 def test_every_file_that_is_named_exists():
-    for path in ("README.md", "kernels/coupling/README.md"):
+    for path in ("README.md", "kernels/attention/README.md", "kernels/coupling/README.md"):
         for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text()):
             assert ((ROOT / path).parent / link).exists(), f"{path} names {link}"
 
