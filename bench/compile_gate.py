@@ -41,18 +41,34 @@ _MATRIX = {
     "cuda:100": ("tcgen05",),
     "hip:gfx942": ("mfma",),
 }
-# Bytes a thread that are known and left: kernel, target, dtype and head_dim.
+# Bytes a thread that are known and left: kernel, target, dtype (bfloat16 stands for float16 too) and head_dim.
 _SPILLS = {
-    **{("attention_key/plain", "cuda:100", dtype, 256): 136 for dtype in ("bfloat16", "float16")},
-    **{("attention_key/plain", "cuda:90", dtype, 256): 536 for dtype in ("bfloat16", "float16")},
-    **{("attention_memory/plain", "cuda:90", dtype, 256): 152 for dtype in ("bfloat16", "float16")},
-    **{("attention_key/all", "cuda:90", dtype, 128): 24 for dtype in ("bfloat16", "float16")},
+    ("attention_key/all", "cuda:80", "float32", 128): 16,
+    ("attention_key/plain", "cuda:80", "float32", 64): 24,
+    ("attention_key/plain", "cuda:80", "float32", 128): 16,
+    ("attention_memory/plain", "cuda:80", "float32", 64): 16,
+    ("attention_memory/plain", "cuda:80", "float32", 80): 8,
+    ("attention_memory/plain", "cuda:80", "float32", 96): 8,
+    ("attention_memory/plain", "cuda:80", "float32", 128): 16,
+    ("attention_decode/many", "cuda:80", "float32", 64): 8,
+    ("attention_decode/many", "cuda:80", "float32", 80): 64,
+    ("attention_decode/many", "cuda:80", "float32", 96): 64,
+    ("attention_decode/many", "cuda:80", "float32", 128): 32,
+    ("attention_decode/many", "cuda:80", "float32", 256): 1296,
+    ("attention_key/all", "cuda:90", "bfloat16", 128): 24,
+    ("attention_key/plain", "cuda:90", "bfloat16", 256): 536,
+    ("attention_memory/plain", "cuda:90", "bfloat16", 256): 152,
+    ("attention_decode/many", "cuda:90", "float32", 80): 392,
+    ("attention_decode/many", "cuda:90", "float32", 96): 392,
+    ("attention_decode/many", "cuda:90", "float32", 128): 368,
+    ("attention_decode/many", "cuda:90", "float32", 256): 8520,
+    ("attention_key/plain", "cuda:100", "bfloat16", 256): 136,
+    ("attention_decode/many", "cuda:100", "bfloat16", 256): 16,
+    ("attention_decode/many", "cuda:100", "float32", 80): 1264,
+    ("attention_decode/many", "cuda:100", "float32", 96): 1264,
+    ("attention_decode/many", "cuda:100", "float32", 128): 1200,
+    ("attention_decode/many", "cuda:100", "float32", 256): 13072,
     ("attention_decode/plain", "cuda:100", "float32", 128): 16,
-    **{
-        (f"attention_{kernel}", "cuda:80", "float32", head_dim): 24
-        for kernel in ("key/plain", "key/all", "memory/plain", "memory/all")
-        for head_dim in (64, 80, 96, 128)
-    },
 }
 
 
@@ -87,9 +103,8 @@ def problems(record) -> list[str]:
     if "error" in record:
         return [record["error"]]
     found = []
-    if record["spills"] > _SPILLS.get(
-        (record["kernel"], record["target"], record["dtype"], record.get("head_dim")), 0
-    ):
+    dtype = "float32" if record["dtype"] == "float32" else "bfloat16"
+    if record["spills"] > _SPILLS.get((record["kernel"], record["target"], dtype, record.get("head_dim")), 0):
         found.append(f"{record['spills']} bytes of spills")
     if record["vector_bytes"] < 16:
         found.append(f"widest access {record['vector_bytes']} bytes, not 16")
