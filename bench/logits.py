@@ -9,7 +9,7 @@ float32. One record a setting and implementation:
     max_from_float64    from eager's in float64: of `base` and `bypassed`, which can run in it
     same_tokens         share of positions whose most likely token is eager's
     batch_from_one      of four rows of different lengths and memories, padded on the left: from each row alone
-    milliseconds        of the 256 tokens, the median of five
+    milliseconds        of the 256 tokens, the median of some rounds
 
 Settings: `base`, the base model without a memory; `bypassed`, behind the memory with adapters and coupling off; and
 `14`, `16`: the reversible network, by fraction bits of its streams. 14 is the default.
@@ -38,10 +38,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.logits", description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", default="smollm2-135m-memory", help="with memory tokens (%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text (Python's help topics)")
+    parser.add_argument("--settings", type=lambda text: text.split(","), default=SETTINGS, help=", ".join(SETTINGS))
+    parser.add_argument("--rounds", type=int, default=5, help="timed (%(default)s)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
+    if unknown := [setting for setting in options.settings if setting not in SETTINGS]:
+        parser.error(f"unknown setting {unknown[0]!r}; there are {', '.join(SETTINGS)}")
     pipeline = R3MemPipeline(options.adapter, dtype=torch.float32, device=options.device)
     model = pipeline.model.eval()
     size = _MEMORY + _TOKENS
@@ -49,14 +53,14 @@ def main(arguments=None):
     memory = model.compress(ids[:, :_MEMORY], finish=True)
     memory = dataclasses.replace(memory, recent=(ids.new_zeros(0).cpu(),) * _ROWS)
     records = []
-    for setting in SETTINGS:
-        for record in _records_of(setting, model, memory, ids[:, _MEMORY:]):
+    for setting in options.settings:
+        for record in _records_of(setting, model, memory, ids[:, _MEMORY:], options.rounds):
             add_record(record, records, options)
     return 0
 
 
 @torch.no_grad()
-def _records_of(setting, model, memory, ids):
+def _records_of(setting, model, memory, ids, rounds):
     found, exact = {}, None
     for implementation in IMPLEMENTATIONS:
         found[implementation] = _logits(setting, implementation, model, memory[:1], ids[:1])
@@ -90,7 +94,7 @@ def _records_of(setting, model, memory, ids):
         same = (logits.argmax(-1) == found["eager"].argmax(-1)).float().mean().item()
         record |= {"same_tokens": round(same, 4), "batch_from_one": float(f"{max(differences):.2e}")}
         times = []
-        for _ in range(5):
+        for _ in range(rounds):
             started = time.perf_counter()
             _logits(setting, implementation, model, memory[:1], ids[:1])[0, -1, 0].item()  # waits for a GPU
             times.append(time.perf_counter() - started)

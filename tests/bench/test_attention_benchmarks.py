@@ -43,12 +43,12 @@ def test_the_cases_of_a_gpu_are_those_that_are_asked_for():
 @pytest.mark.slow
 def test_logits_of_a_real_model_behind_a_memory(capsys):
     """No implementation is further from float64 than twice eager, and without a memory they agree to 1e-4."""
-    assert logits.main(["--json"]) == 0
+    assert logits.main(["--json", "--settings", "base,bypassed", "--rounds", "1"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {(record["setting"], record["attention"]): record for record in records}
-    assert len(found) == 12
+    assert len(found) == 6
     assert found["base", "r3mem"]["max_from_eager"] <= 1e-4
     for setting in ("base", "bypassed"):
         assert found[setting, "r3mem"]["max_from_float64"] <= 2 * found[setting, "eager"]["max_from_float64"]
-    for setting in logits.SETTINGS:
+    for setting in ("base", "bypassed"):
         assert found[setting, "r3mem"]["same_tokens"] >= 0.99
