@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from r3mem_fast import R3MemConfig, R3MemModel, RememberSettings, load_model
 from r3mem_fast.hierarchy import Pair
+from r3mem_fast.hierarchy.decoys import decoys
 from r3mem_fast.training import remember as module
 from r3mem_fast.training.remember import CHECKPOINT, remember
 
@@ -54,6 +56,26 @@ def test_every_context_comes_back(learned):
         query = tokenizer(pair.query, return_tensors="pt").input_ids
         assert tokenizer.decode(model.recall(query)[0]) == pair.context
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_it_ends_when_new_decoys_are_refused(learned):
+    """Those that were drawn last, to see; and one that is answered keeps a run from ending."""
+    model, tokenizer, report = learned
+    new = decoys(PAIRS, len(PAIRS), random.Random(f"{SETTINGS.seed}/verify {report.steps}"))
+    for decoy in new:
+        assert len(model.recall(tokenizer(decoy.query, return_tensors="pt").input_ids)[0]) == 0
+
+    run = module._Run(model, tokenizer, PAIRS, SETTINGS, None)
+    assert run._verified() and run.answered == []
+    predicted = run._predicted
+    run._predicted = lambda term, rows: [False] * len(rows) if not rows[0][0] else predicted(term, rows)
+    assert not run._verified() and len(run.answered) == len(PAIRS)
+    # Asked again, few at a time, and none forgotten that was not.
+    asked = set(run.answered)
+    run._refuse(new[:1])
+    assert set(run.answered) <= asked | {new[0].query}
+    model.zero_grad(set_to_none=True)
+    model.eval()
 
 
 def test_the_forward_direction_stays_near_the_base_model(folder):
