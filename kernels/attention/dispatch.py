@@ -28,11 +28,9 @@ def choose(query, key, memory_key, segment_starts, cu_seqlens, sinks, *, window,
     if forced and forced not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE} must be {', '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
     if forced in dispatch.IMPLEMENTATIONS:
-        return dispatch.choose(query.device, (query.dtype,), VARIABLE)
+        return _without_vendor(query, forced)
     if not forced and (query.device.type != "cpu" or os.environ.get(dispatch.VARIABLE)):
-        if query.dtype == torch.float64 and not os.environ.get(dispatch.VARIABLE):
-            return Choice("reference", "float64")
-        return dispatch.choose(query.device, (query.dtype,))
+        return _without_vendor(query, forced)
     reason = vendor.why_not(
         query,
         key,
@@ -56,6 +54,11 @@ def choose_for_decoding(query) -> Choice:
     forced = os.environ.get(VARIABLE, "")
     if forced == "vendor":
         return Choice("reference", "no vendor's kernel decodes")
+    return _without_vendor(query, forced)
+
+
+def _without_vendor(query, forced):
+    """The reference or Triton: whichever is forced, or by the device."""
     if query.dtype == torch.float64 and not forced and not os.environ.get(dispatch.VARIABLE):
         return Choice("reference", "float64")
     return dispatch.choose(query.device, (query.dtype,), VARIABLE if forced else dispatch.VARIABLE)

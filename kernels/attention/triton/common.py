@@ -136,8 +136,8 @@ def rows_first(tensor):
     return tensor if tensor is None or tensor.dim() == 4 else tensor.transpose(0, 1)[None]
 
 
-def strides(name, tensor, rows=None):
-    """Arguments NAME_row, NAME_head and NAME_token. rows: a tensor of one row is read by as many."""
+def strides(name, tensor):
+    """Arguments NAME_row, NAME_head and NAME_token. A tensor of one row is read by all rows."""
     if tensor is None:
         return {f"{name}_row": 0, f"{name}_head": 0, f"{name}_token": 0}
     row, head, token, _ = tensor.stride()
