@@ -92,9 +92,15 @@ def _(query, *others):
     return new_output(query), new_lse(query)
 
 
+def _with_gradient(query, key, value, memory_key, memory_value, sinks, frozen_memory):
+    """The inputs that have one, None where there is none."""
+    memory = (None, None) if frozen_memory else (memory_key, memory_value)
+    return query, key, value, *memory, sinks
+
+
 _library.define(
     f"memory_attention_backward(Tensor grad_output, Tensor? grad_lse, {_INPUTS}, Tensor output, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_SETTINGS}, bool frozen_memory) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -102,7 +108,7 @@ _library.define(
 @_implements("memory_attention_backward")
 def _(
     grad_output, grad_lse, query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens,
-    sinks, output, lse, scale, window, softcap, query_offset,
+    sinks, output, lse, scale, window, softcap, query_offset, frozen_memory,
 ):  # fmt: skip
     settings = _settings(scale, window, softcap)
     memory = (memory_key, memory_value, memory_lengths)
@@ -115,10 +121,13 @@ def _(
         chosen = "triton" if query.device.type == "cuda" else "reference"
     if chosen == "triton":
         grads = _triton().memory_attention_backward(
-            *tensors, segment_starts, cu_seqlens, sinks, output, lse, offsets=query_offset, **settings
-        )
+            *tensors, segment_starts, cu_seqlens, sinks, output, lse, offsets=query_offset,
+            frozen_memory=frozen_memory, **settings,
+        )  # fmt: skip
     elif chosen == "vendor":
-        grads = vendor.memory_attention_backward(grad_output, *tensors[2:], sinks, output, lse, scale=scale)
+        grads = vendor.memory_attention_backward(
+            grad_output, *tensors[2:], sinks, output, lse, scale=scale, frozen_memory=frozen_memory
+        )
     elif cu_seqlens is None:
         grads = reference.memory_attention_backward(
             *tensors, segment_starts, sinks, output, lse, offsets=query_offset, **settings
@@ -137,7 +146,7 @@ def _(
         )  # fmt: skip
         own = (reference.packed(grad, cu_seqlens, len(query)) for grad in grads[:3])
         grads = (*own, *grads[3:])
-    inputs = (query, key, value, memory_key, memory_value, sinks)
+    inputs = _with_gradient(query, key, value, memory_key, memory_value, sinks, frozen_memory)
     # What is absent is empty; the others are laid out as the fake implementation says.
     return tuple(
         query.new_empty(0) if like is None else grad.contiguous() for grad, like in zip(grads, inputs, strict=True)
@@ -147,9 +156,9 @@ def _(
 @torch.library.register_fake("r3mem::memory_attention_backward", lib=_library)
 def _(
     grad_output, grad_lse, query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens,
-    sinks, *others,
+    sinks, output, lse, scale, window, softcap, query_offset, frozen_memory,
 ):  # fmt: skip
-    inputs = (query, key, value, memory_key, memory_value, sinks)
+    inputs = _with_gradient(query, key, value, memory_key, memory_value, sinks, frozen_memory)
     return tuple(
         query.new_empty(0) if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
         for like in inputs
@@ -170,7 +179,10 @@ def _backward(ctx, grad_output, grad_lse):
         return (None,) * (len(tensors) + len(ctx.settings))
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    grads = torch.ops.r3mem.memory_attention_backward(grad_output, grad_lse, *tensors, output, lse, *ctx.settings)
+    frozen_memory = not any(ctx.needs_input_grad[3:5])
+    grads = torch.ops.r3mem.memory_attention_backward(
+        grad_output, grad_lse, *tensors, output, lse, *ctx.settings, frozen_memory
+    )
     # Of tensors, in their order: lengths, starts and ends have none.
     query, key, value, memory_key, memory_value, sinks = (
         grad if wanted else None

@@ -48,9 +48,22 @@ def memory_attention(
 
 
 def memory_attention_backward(
-    grad_output, query, key, value, memory_key, memory_value, memory_lengths, sinks, output, lse, *, scale
+    grad_output,
+    query,
+    key,
+    value,
+    memory_key,
+    memory_value,
+    memory_lengths,
+    sinks,
+    output,
+    lse,
+    *,
+    scale,
+    frozen_memory=False,
 ):
-    """Gradients in the order of `reference.memory_attention_backward`; that of lse cannot be given."""
+    """Gradients in the order of `reference.memory_attention_backward`; that of lse cannot be given. frozen_memory: as
+    of Triton's, on the devices that run it."""
     arguments = (grad_output, query, key, value, output, lse)
     if query.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*arguments, 0.0, True, scale=scale)
@@ -64,7 +77,8 @@ def memory_attention_backward(
         # Gradients of an empty memory are as empty.
         return (*grads, *(None if t is None else torch.zeros_like(t) for t in (memory_key, memory_value)), None)
     tensors = (grad_output, None, query, None, None, memory_key, memory_value, memory_lengths)
-    of_query, _, _, *of_memory = _over_memory("memory_attention_backward", tensors, (sinks, output, lse), scale)
+    others, only = (sinks, output, lse), {"frozen_memory": frozen_memory}
+    of_query, _, _, *of_memory = _over_memory("memory_attention_backward", tensors, others, scale, only)
     return (grads[0] + of_query, *grads[1:], *of_memory)
 
 
@@ -72,11 +86,11 @@ def _is_empty(memory):
     return memory is None or not memory.shape[2]
 
 
-def _over_memory(name, tensors, others, scale):
+def _over_memory(name, tensors, others, scale, only_triton=()):
     """An operation with the memory's keys alone."""
     settings = {"scale": scale, "window": None, "softcap": None, "offsets": 0}
     if tensors[0].device.type == "cpu":
         return getattr(reference, name)(*tensors, None, *others, **settings)
     from . import triton
 
-    return getattr(triton, name)(*tensors, None, None, *others, **settings)
+    return getattr(triton, name)(*tensors, None, None, *others, **settings, **dict(only_triton))

@@ -177,12 +177,19 @@ def test_decoding_is_attention_of_the_last_queries(case):
         torch.testing.assert_close(lse[one], single_lse)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("varlen", [False, True])
-def test_operators(varlen):
-    """Schemas, fake implementations, autograd and compilation, by PyTorch's own checks."""
+def test_operators(varlen, frozen):
+    """Schemas, fake implementations, autograd and compilation, by PyTorch's own checks; with a frozen memory, too."""
     case = Case(group=2, varlen=varlen, sinks=True, memory_lengths=True, segment_starts=not varlen, offset=0)
     tensors = case.tensors()
-    inputs = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors.values()]
+    without = {"memory_key", "memory_value"} if frozen else set()
+    inputs = [
+        tensor.requires_grad_()
+        if tensor is not None and tensor.is_floating_point() and name not in without
+        else tensor
+        for name, tensor in tensors.items()
+    ]
     torch.library.opcheck(torch.ops.r3mem.memory_attention.default, (*inputs, 0.25, 3, 5.0, case.settings["offsets"]))
     if not varlen:
         names = ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")

@@ -147,6 +147,22 @@ def test_the_memory_s_gradient_in_several_parts():
         assert_within_budget(*results, name, factor=3)
 
 
+def test_a_frozen_memory_costs_no_gradient():
+    """One kernel less; the other gradients are what they were."""
+    case = Case(rows=2, group=2, memory=20, one_memory=True, sinks=True)
+    tensors = case.tensors(DEVICE)
+    output, lse = expected(tensors, case)
+    arguments = (output, None, *tensors.values(), output, lse)
+    frozen, _ = kernels.plan_memory_attention_backward(*arguments, frozen_memory=True, **case.settings)
+    launches, _ = kernels.plan_memory_attention_backward(*arguments, **case.settings)
+    kept = [launched.kernel for launched in launches if launched.kernel.__name__ != "attention_memory_kernel"]
+    assert [launched.kernel for launched in frozen] == kept and len(kept) == len(launches) - 1
+    found = kernels.memory_attention_backward(*arguments, frozen_memory=True, **case.settings)
+    of_all = kernels.memory_attention_backward(*arguments, **case.settings)
+    assert found[3] is None and found[4] is None
+    assert all(torch.equal(found[i], of_all[i]) for i in (0, 1, 2, 5))
+
+
 def assert_as_the_reference(case, tensors):
     output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
     for left, right in zip((output, lse), expected(tensors, case), strict=True):

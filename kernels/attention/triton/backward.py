@@ -471,10 +471,12 @@ def plan_memory_attention_backward(
     window,
     softcap,
     offsets,
+    frozen_memory=False,
     target=None,
 ):
     """The launches of `memory_attention_backward`, in their order, and a function that makes the gradients of what
-    they have written. Arguments as of `plan_memory_attention`, lse contiguous."""
+    they have written. Arguments as of `plan_memory_attention`, lse contiguous. frozen_memory: leave out the memory's
+    gradients, which are None."""
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     grads = {
@@ -549,7 +551,7 @@ def plan_memory_attention_backward(
         blocks = triton.cdiv(longest + offset, of_key[1])
         launches.append(planned(attention_key_kernel, blocks * shared * rows, of_key, blocks=blocks))
     parts = ()
-    if memory_key is not None:
+    if memory_key is not None and not frozen_memory:
         blocks = triton.cdiv(memory_key.shape[2], of_key[1])
         splits = max(1, min(_PROGRAMS // max(1, blocks * shared * rows), longest // (4 * of_key[0])))
         shape = (splits, rows, shared, memory_key.shape[2], head_dim)
@@ -558,7 +560,7 @@ def plan_memory_attention_backward(
         launches.append(planned(attention_memory_kernel, blocks * shared * rows * splits, of_key, **own))
 
     def gradients():
-        memory = (None, None) if memory_key is None else tuple(_sum(part, memory_key) for part in parts)
+        memory = tuple(_sum(part, memory_key) for part in parts) or (None, None)
         of_sinks = (
             None
             if sinks is None
