@@ -17,19 +17,17 @@ from .common import (
     LENGTHS,
     LOG2_E,
     base_2_logits,
-    block_d,
     configuration,
     first_in_memory,
     first_in_segment,
     in_segment,
     key_blocks,
-    launch,
     load_tile,
+    planner,
     rows_first,
     segment_range,
     sequence,
     store_tile,
-    strides,
     target_for,
     with_unit_stride,
 )
@@ -507,8 +505,7 @@ def plan_memory_attention_backward(
     target = target_for(query, target)
     of_query = configuration(_QUERY_CONFIGURATIONS, head_dim, query.dtype, target)
     of_key = configuration(_KEY_CONFIGURATIONS, head_dim, query.dtype, target)
-    available = {
-        **tensors,
+    others = {
         "memory_lengths": memory_lengths,
         "segment_starts": segment_starts,
         "cu_seqlens": cu_seqlens,
@@ -518,38 +515,20 @@ def plan_memory_attention_backward(
         "tokens": tokens,
         "offset": offset,
         "memory_tokens": 0 if memory_key is None else memory_key.shape[2],
-        "window": window or 0,
         "heads": heads,
         "group": heads // shared,
         "rows": rows,
     }
-    for name, tensor in tensors.items():
-        available |= strides(name, tensor)
-    constexprs = {
-        "SCALE": scale,
-        "SOFTCAP": softcap or 0.0,
-        "WINDOWED": window is not None,
-        "D": head_dim,
-        "BLOCK_D": block_d(head_dim),
-    }
-
-    def planned(kernel, grid, configuration, **own):
-        block_m, block_n, threads, stages = configuration
-        blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-        names = kernel.arg_names
-        arguments = {name: value for name, value in {**available, **own}.items() if name in names}
-        chosen = {name: value for name, value in {**constexprs, **blocks}.items() if name in names}
-        return launch(kernel, grid, arguments, chosen, threads, stages)
-
+    plan = planner(tensors, others, scale=scale, window=window, softcap=softcap)
     blocks = triton.cdiv(tokens, _DELTA_QUERIES)
     launches = [
-        planned(attention_delta_kernel, blocks * heads * stored, (_DELTA_QUERIES, 0, of_query[2], 1), blocks=blocks)
+        plan(attention_delta_kernel, blocks * heads * stored, (_DELTA_QUERIES, 0, of_query[2], 1), blocks=blocks)
     ]
     blocks = triton.cdiv(longest, of_query[0])
-    launches.append(planned(attention_query_kernel, blocks * heads * rows, of_query, blocks=blocks))
+    launches.append(plan(attention_query_kernel, blocks * heads * rows, of_query, blocks=blocks))
     if key is not None:
         blocks = triton.cdiv(longest + offset, of_key[1])
-        launches.append(planned(attention_key_kernel, blocks * shared * rows, of_key, blocks=blocks))
+        launches.append(plan(attention_key_kernel, blocks * shared * rows, of_key, blocks=blocks))
     parts = ()
     if memory_key is not None and not frozen_memory:
         blocks = triton.cdiv(memory_key.shape[2], of_key[1])
@@ -557,7 +536,7 @@ def plan_memory_attention_backward(
         shape = (splits, rows, shared, memory_key.shape[2], head_dim)
         parts = tuple(query.new_empty(shape, dtype=torch.float32) for _ in range(2))
         own = {"grad_key": parts[0], "grad_value": parts[1], "blocks": blocks, "splits": splits}
-        launches.append(planned(attention_memory_kernel, blocks * shared * rows * splits, of_key, **own))
+        launches.append(plan(attention_memory_kernel, blocks * shared * rows * splits, of_key, **own))
 
     def gradients():
         memory = tuple(_sum(part, memory_key) for part in parts) or (None, None)

@@ -163,5 +163,32 @@ def target_for(tensor, target):
     return "interpreter" if interpreting() else target_of(tensor.device)
 
 
-def launch(kernel, grid, arguments, constexprs, threads, stages):
-    return Launch(kernel, grid, arguments, constexprs, threads, {"num_stages": stages}, LENGTHS)
+def planner(tensors, others, *, scale, window, softcap):
+    """A function that plans launches of kernels, each with those of a call's arguments that it names.
+
+    tensors: `[rows, heads, tokens, D]`, with their strides; others: without. Of the function: `(BLOCK_M, BLOCK_N,
+    threads, stages)` and what is this launch's own.
+    """
+    head_dim = tensors["query"].shape[-1]
+    available = {
+        **tensors,
+        **others,
+        "window": window or 0,
+        "SCALE": scale,
+        "SOFTCAP": softcap or 0.0,
+        "WINDOWED": window is not None,
+        "D": head_dim,
+        "BLOCK_D": block_d(head_dim),
+    }
+    for name, tensor in tensors.items():
+        available |= strides(name, tensor)
+
+    def plan(kernel, grid, configuration, **own):
+        block_m, block_n, threads, stages = configuration
+        given = {**available, "BLOCK_M": block_m, "BLOCK_N": block_n, **own}
+        named = {name: given[name] for name in kernel.arg_names}
+        constexprs = {name: value for name, value in named.items() if name.isupper()}
+        arguments = {name: value for name, value in named.items() if name not in constexprs}
+        return Launch(kernel, grid, arguments, constexprs, threads, {"num_stages": stages}, LENGTHS)
+
+    return plan

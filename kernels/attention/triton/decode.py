@@ -12,13 +12,11 @@ from ..ops import new_lse, new_output
 from .common import (
     LENGTHS,
     LOG2_E,
-    block_d,
     configuration,
     first_in_memory,
     first_in_segment,
     in_segment,
-    launch,
-    strides,
+    planner,
     target_for,
     with_unit_stride,
 )
@@ -220,6 +218,7 @@ def plan_memory_decode(
         "value": value,
         "memory_key": memory_key,
         "memory_value": memory_value,
+        "output": output,
     }
     tensors = {name: with_unit_stride(tensor) for name, tensor in tensors.items()}
     rows, heads, tokens, head_dim = query.shape
@@ -234,34 +233,26 @@ def plan_memory_decode(
     splits = max(1, min(_PROGRAMS // max(1, shared * rows), most, _MOST_SPLITS))
     part = query.new_empty(splits, rows, heads, tokens, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(splits, rows, heads, tokens, dtype=torch.float32)
-    sinks = None if sinks is None else sinks.contiguous()
-    common = {"tokens": tokens, "heads": heads, "rows": rows, "splits": splits, "part": part, "part_lse": part_lse}
-    arguments = {
-        **tensors,
-        **common,
+    others = {
         "memory_lengths": memory_lengths,
         "lengths": lengths,
         "segment_starts": segment_starts,
+        "sinks": None if sinks is None else sinks.contiguous(),
+        "part": part,
+        "part_lse": part_lse,
+        "lse": lse,
+        "tokens": tokens,
         "offset": cached,
         "memory_tokens": memory_tokens,
-        "window": window or 0,
+        "heads": heads,
         "group": group,
+        "rows": rows,
+        "splits": splits,
     }
-    for name, tensor in tensors.items():
-        arguments |= strides(name, tensor)
-    constexprs = {
-        "SCALE": scale,
-        "SOFTCAP": softcap or 0.0,
-        "WINDOWED": window is not None,
-        "D": head_dim,
-        "BLOCK_D": block_d(head_dim),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-    }
-    read = launch(attention_decode_kernel, shared * rows * splits, arguments, constexprs, threads, stages)
-    arguments = {**common, "sinks": sinks, "output": output, "lse": lse, **strides("output", output)}
-    constexprs = {"D": head_dim, "BLOCK_D": block_d(head_dim), "MOST_SPLITS": _MOST_SPLITS, "LANES": _LANES}
-    combine = launch(attention_combine_kernel, rows * heads * tokens, arguments, constexprs, 64, 1)
+    plan = planner(tensors, others, scale=scale, window=window, softcap=softcap)
+    read = plan(attention_decode_kernel, shared * rows * splits, (block_m, block_n, threads, stages))
+    lanes = {"MOST_SPLITS": _MOST_SPLITS, "LANES": _LANES}
+    combine = plan(attention_combine_kernel, rows * heads * tokens, (0, 0, 64, 1), **lanes)
     return (read, combine), (output, lse)
 
 

@@ -13,19 +13,17 @@ from .common import (
     LENGTHS,
     LOG2_E,
     base_2_logits,
-    block_d,
     configuration,
     first_in_memory,
     first_in_segment,
     in_segment,
     key_blocks,
-    launch,
     load_tile,
+    planner,
     rows_first,
     segment_range,
     sequence,
     store_tile,
-    strides,
     target_for,
     with_unit_stride,
 )
@@ -236,12 +234,7 @@ def plan_memory_attention(
     longest = tokens
     if cu_seqlens is not None:
         rows, longest, offsets = len(cu_seqlens) - 1, offsets, 0
-    block_m, block_n, threads, stages = configuration(
-        _CONFIGURATIONS, head_dim, query.dtype, target_for(query, target)
-    )
-    blocks = triton.cdiv(longest, block_m)
-    arguments = {
-        **tensors,
+    others = {
         "memory_lengths": memory_lengths,
         "segment_starts": segment_starts,
         "cu_seqlens": cu_seqlens,
@@ -250,26 +243,13 @@ def plan_memory_attention(
         "tokens": tokens,
         "offset": offsets,
         "memory_tokens": 0 if memory_key is None else memory_key.shape[2],
-        "window": window or 0,
-        "blocks": blocks,
         "heads": heads,
         "group": heads // shared.shape[1],
     }
-    for name, tensor in tensors.items():
-        arguments |= strides(name, tensor)
-    constexprs = {
-        "SCALE": scale,
-        "SOFTCAP": softcap or 0.0,
-        "WINDOWED": window is not None,
-        "D": head_dim,
-        "BLOCK_D": block_d(head_dim),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-    }
-    return launch(attention_forward_kernel, blocks * heads * rows, arguments, constexprs, threads, stages), (
-        output,
-        lse,
-    )
+    plan = planner(tensors, others, scale=scale, window=window, softcap=softcap)
+    chosen = configuration(_CONFIGURATIONS, head_dim, query.dtype, target_for(query, target))
+    blocks = triton.cdiv(longest, chosen[0])
+    return plan(attention_forward_kernel, blocks * heads * rows, chosen, blocks=blocks), (output, lse)
 
 
 def memory_attention(*tensors, **settings) -> tuple[torch.Tensor, torch.Tensor]:
