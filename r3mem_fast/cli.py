@@ -11,6 +11,7 @@ _OF_NEW_ADAPTERS = {
     "core": "core",
     "backward": "backward",
     "lora_r": "lora_r",
+    "first_adapted_layer": "first_adapted_layer",
     "memory_tokens": "num_memory_tokens",
     "segment_length": "segment_length",
     "segment_overlap": "segment_overlap",
@@ -110,6 +111,8 @@ def _add_remember(commands):
 
 def _add_new_adapter_options(parser, memory_tokens):
     parser.add_argument("--lora-r", type=_positive, help="rank of a new adapter (16)")
+    first = "layers from this one on are adapted (all if there are memory tokens, else from the core on)"
+    parser.add_argument("--first-adapted-layer", type=int, metavar="LAYER", help=first)
     parser.add_argument("--memory-tokens", type=int, help=f"of a new adapter; 0: none ({memory_tokens})")
     parser.add_argument("--segment-length", type=_positive, help="of its segments, in tokens (256)")
     parser.add_argument("--segment-overlap", type=int, help="tokens before a segment that are read with it (0)")

@@ -10,6 +10,8 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, TrainSettings, load_model
 from r3mem_fast.cli import main
@@ -230,3 +232,13 @@ def test_the_command_says_what_is_wrong(folder, tmp_path, capsys):
         config = ["--segment-length", "64", "--device", "cpu"]
         assert main([*command, *config, *options]) == 2
         assert message in capsys.readouterr().err, arguments
+
+
+def test_the_command_adapts_the_layers_that_it_is_told(folder, tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT * 5)
+    command = ["train", str(tmp_path / "book.txt"), "-o", str(tmp_path / "out"), "--model", str(folder)]
+    options = ["--memory-tokens", "0", "--first-adapted-layer", "1", "--steps", "1", "--device", "cpu", "--json"]
+    assert main([*command, *options]) == 0
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in names}
+    assert layers == set(range(1, AutoConfig.from_pretrained(folder).num_hidden_layers))
