@@ -8,6 +8,13 @@ import torch
 from r3mem_fast.kernels.attention import MAX_DECODED
 
 KERNELS = ("forward", "query", "key", "memory", "delta", "decode", "combine")
+# Variants by where tensors lie.
+_LAYOUTS = {
+    "forward": ("packed", "alone"),
+    "query": ("packed", "alone"),
+    "key": ("packed",),
+    "memory": ("packed",),
+}
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Rows, query heads, key heads, tokens, memory tokens: of what is compiled, which none of them changes.
 _SHAPE = (2, 8, 2, 4096, 128)
@@ -18,7 +25,8 @@ class AttentionCase:
     """One kernel. kernel: of `KERNELS`; query, key, memory and delta are of the backward pass, combine of decoding.
 
     variant: `plain` (a memory, then the segment, causal), or `all` (also memory lengths, segment starts, a window, a
-    softcap and sinks); of decoding also `many`: as many queries as it takes.
+    softcap and sinks); of decoding also `many`: as many queries as it takes; of others `packed` (sequences one after
+    the other) and `alone` (a memory without a segment, as the vendor's attention is merged with).
     """
 
     kernel: str
@@ -60,6 +68,8 @@ class AttentionCase:
         queries = MAX_DECODED * shared // heads if self.variant == "many" else 1 if decodes else tokens
         query = values(rows, heads, queries, self.head_dim)
         own = [values(rows, shared, tokens, self.head_dim) for _ in range(2)]
+        if self.variant == "alone":
+            own = [None, None]
         of_memory = [values(rows, shared, memory, self.head_dim) for _ in range(2)]
         lengths, starts = (integers(memory // 2), integers(tokens // 4)) if everything else (None, None)
         sinks = values(heads, dtype=torch.float32) if everything else None
@@ -73,13 +83,18 @@ class AttentionCase:
         if decodes:
             launches, _ = kernels.plan_memory_decode(*tensors, integers(tokens), starts, sinks, **settings)
             return launches[0 if self.kernel == "decode" else 1]
-        tensors, settings["offsets"] = (*tensors, starts, None, sinks), 0
+        ends = None
+        if self.variant == "packed":
+            ends = torch.arange(0, (rows + 1) * tokens, tokens, dtype=torch.int32, device=device)
+            query, *own = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, *own))
+            tensors = (query, *own, *of_memory, lengths)
+        tensors, settings["offsets"] = (*tensors, starts, ends, sinks), 0 if ends is None else tokens
         if self.kernel == "forward":
             return kernels.plan_memory_attention(*tensors, **settings)[0]
-        lse = values(rows, heads, tokens, dtype=torch.float32)
+        lse = values(*((heads, rows * tokens) if ends is not None else (rows, heads, tokens)), dtype=torch.float32)
         grad_lse = lse if everything else None
         launches, _ = kernels.plan_memory_attention_backward(query, grad_lse, *tensors, query, lse, **settings)
-        return launches[("delta", "query", "key", "memory").index(self.kernel)]
+        return next(found for found in launches if found.kernel.__name__ == f"attention_{self.kernel}_kernel")
 
     def least_bytes(self, launch, shape):
         """The least that this launch can move, of variant `plain`.
@@ -120,12 +135,14 @@ class AttentionCase:
 
 
 def attention_cases(dtypes, head_dims=HEAD_DIMS):
-    """All kernels for each dtype and head_dim, and with everything at head_dim 128."""
+    """All kernels for each dtype and head_dim, and with everything, packed, and without a segment at head_dim 128."""
     found = []
     for dtype in dtypes:
         for kernel in KERNELS:
             found += [AttentionCase(kernel, "plain", head_dim, dtype) for head_dim in head_dims]
             if kernel == "decode":
                 found += [AttentionCase(kernel, "many", head_dim, dtype) for head_dim in head_dims]
-            found += [AttentionCase(kernel, "all", 128, dtype)] if 128 in head_dims else []
+            if 128 in head_dims:
+                variants = ("all", *_LAYOUTS.get(kernel, ()))
+                found += [AttentionCase(kernel, variant, 128, dtype) for variant in variants]
     return found

@@ -188,7 +188,8 @@ def main(arguments=None):
         "--targets", type=lambda text: text.split(","), default=list(TARGETS), help=", ".join(_SHARED_LIMIT)
     )
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES), help=", ".join(DTYPES))
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    names = "only kernels whose name contains this, or one of these"
+    parser.add_argument("--kernel", type=lambda text: text.split(","), default=[""], help=names)
     parser.add_argument("--head-dims", type=_integers, help="only attention, with these")
     parser.add_argument("--json", action="store_true", help="print one JSON line a record")
     add_output_option(parser)
@@ -197,11 +198,12 @@ def main(arguments=None):
         if unknown := [value for value in given if value not in known]:
             parser.error(f"unknown {name} {unknown[0]!r}; there are {', '.join(known)}")
     dtypes = [DTYPES[name] for name in options.dtypes]
-    wanted = [case for case in [*cases(dtypes), *attention_cases(dtypes)] if options.kernel in case.name]
+    everything = [*cases(dtypes), *attention_cases(dtypes)]
+    wanted = [case for case in everything if any(part in case.name for part in options.kernel)]
     if options.head_dims:
         wanted = [case for case in wanted if getattr(case, "head_dim", None) in options.head_dims]
     if not wanted:
-        parser.error(f"no kernel's name contains {options.kernel!r}, with that head_dim")
+        parser.error(f"no kernel's name contains {' or '.join(options.kernel)!r}, with that head_dim")
     jobs = [(case, target) for target in options.targets for case in wanted]
     # The workers compile, whatever this process was told.
     os.environ.pop("TRITON_INTERPRET", None)

@@ -38,12 +38,12 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_with_16_byte_
 
 @pytest.mark.slow
 def test_attention_compiles_for_every_target_to_matrix_instructions():
-    """At one head_dim, plain and with everything; the committed result file has the others."""
+    """At one head_dim, plain, with everything, packed, a memory alone; the committed result files have the others."""
     command = ["--kernel", "attention", "--dtypes", "bfloat16", "--head-dims", "128", "--json"]
     result = run("-m", "bench.compile_gate", *command, "--targets", "cuda:80,cuda:89,cuda:90,cuda:100,hip:gfx942")
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(records) == 5 * (2 * len(KERNELS) + 1)
+    assert len(records) == 5 * (2 * len(KERNELS) + 1 + 6)
     for record in records:
         kernel, variant = record["kernel"].removeprefix("attention_").split("/")
         assert record["vector_bytes"] == 16 and (variant == "all" or record["spills"] == 0), record
