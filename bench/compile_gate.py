@@ -69,6 +69,9 @@ _SPILLS = {
     ("attention_decode/many", "cuda:100", "float32", 128): 1200,
     ("attention_decode/many", "cuda:100", "float32", 256): 13072,
     ("attention_decode/plain", "cuda:100", "float32", 128): 16,
+    ("attention_key/packed", "cuda:80", "float32", 128): 16,
+    ("attention_memory/packed", "cuda:80", "float32", 128): 16,
+    ("attention_key/packed", "cuda:90", "bfloat16", 128): 16,
 }
 
 

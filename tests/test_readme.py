@@ -61,22 +61,20 @@ def test_the_table_of_kernels():
 def test_the_tables_of_attention():
     found = rows("kernels/attention/README.md", 7)[1:]
     traffic = {(r["kernel"], r["head_dim"]): r for r in records("traffic_attention.jsonl")}
-    gate = {
-        (r["kernel"], r["head_dim"], r["target"]): r
-        for r in records("compile_gate_attention.jsonl")
-        if r["dtype"] == "bfloat16"
-    }
+    compiled = [*records("compile_gate_attention.jsonl"), *records("compile_gate_attention_layouts.jsonl")]
+    assert f"of the {len(compiled)} variants" in " ".join((ROOT / "kernels/attention/README.md").read_text().split())
+    gate = {(r["kernel"], r["head_dim"], r["target"]): r for r in compiled if r["dtype"] == "bfloat16"}
     assert len(found) == len(gate) / 4 and max(r["ratio"] for r in traffic.values()) <= 1.001
     for name, head_dim, over_least, of_once, registers, shared, matrix in found:
         key = f"attention_{name.strip('`')}", int(head_dim)
-        compiled = [gate[(*key, target)] for target in TARGETS]
+        variants = [gate[(*key, target)] for target in TARGETS]
         moved = traffic.get(key)
         assert over_least == ("–" if moved is None else f"{moved['ratio']:.4f}")
         assert of_once == ("–" if moved is None else f"{moved['once_ratio']:.2f}")
-        assert registers == " / ".join(str(r["registers"]) for r in compiled)
-        assert shared == " / ".join(f"{r['shared_bytes'] / 1024:.0f}" for r in compiled)
-        assert matrix == " / ".join(r["matrix"] or "–" for r in compiled)
-    spilled = [r for r in records("compile_gate_attention.jsonl") if r["spills"]]
+        assert registers == " / ".join(str(r["registers"]) for r in variants)
+        assert shared == " / ".join(f"{r['shared_bytes'] / 1024:.0f}" for r in variants)
+        assert matrix == " / ".join(r["matrix"] or "–" for r in variants)
+    spilled = [r for r in compiled if r["spills"]]
     listed = [row for row in rows("kernels/attention/README.md", 5) if row[-1].isdigit()]
     wanted = [
         [f"`{r['kernel'].removeprefix('attention_')}`", str(r["head_dim"]), r["dtype"], r["target"], str(r["spills"])]

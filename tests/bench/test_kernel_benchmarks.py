@@ -46,7 +46,7 @@ def test_attention_compiles_for_every_target_to_matrix_instructions():
     assert len(records) == 5 * (2 * len(KERNELS) + 1 + 6)
     for record in records:
         kernel, variant = record["kernel"].removeprefix("attention_").split("/")
-        assert record["vector_bytes"] == 16 and (variant == "all" or record["spills"] == 0), record
+        assert record["vector_bytes"] == 16 and (variant in ("all", "packed") or not record["spills"]), record
         if record["target"] == "cuda:90" and kernel in ("forward", "query", "key", "memory"):
             assert record["matrix"] == "wgmma"
 
