@@ -15,8 +15,8 @@ is read in several ways, its first token not counted:
 
 `closed` is the share of the gap between `tail` and `full` that the memory closes, (tail - memory) / (tail - full),
 with a bootstrapped interval of 95 % over segments. One record an arm, with nats a token, and one a share. With
---plain, an adapter that was trained equally without memory (`--memory-tokens 0`), there are its `none`, `tail` and
-`full`, and the shares over its gap, too.
+--plain, an adapter that was trained equally without memory (`--memory-tokens 0 --first-adapted-layer 0`), there are
+its `none`, `tail` and `full`, the shares over its gap, and what the memory wins over its `tail`, too.
 """
 
 import argparse
@@ -86,6 +86,8 @@ def _records(options):
         for arm, values in gap.items():
             yield {"arm": f"{arm}, trained without memory", "nats_per_token": round(values.mean().item(), 4)}
         yield from _shares(losses, gap, "a model trained equally without memory")
+        won, name = gap["tail"] - losses["memory"], "nats a token that the memory wins over the tail of that model"
+        yield {"difference": name, **_interval(won, torch.ones_like(won))}
 
 
 @dataclasses.dataclass

@@ -58,6 +58,9 @@ def test_memory_ppl(folder, tmp_path):
     assert len(closed) == 7 and all(r["low"] <= r["mean"] <= r["high"] for r in closed.values())
     own = closed["closed", "the same model"]
     assert own["mean"] == pytest.approx((arms["tail"] - arms["memory"]) / (arms["tail"] - arms["full"]), rel=0.05)
+    more, won = (r for r in found if "difference" in r)
+    assert "seven segments" in more["difference"] and "of that model" in won["difference"]
+    assert won["mean"] == pytest.approx(arms["tail, trained without memory"] - arms["memory"], abs=2e-4)
     texts[0].write_text("short")
     with pytest.raises(ValueError, match="have 0 segments with 7 before them; 2 are needed"):
         memory_ppl.main([*arguments[:10], "--text", str(texts[0])])
