@@ -223,6 +223,30 @@ def test_what_a_memory_is_worth():
     assert interval(next(r for r in before if r.get("share") == "closed by a foreign memory")) in text
 
 
+def test_memories_trained_otherwise():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = rows("README.md", 5)
+    first, more, few = (records(f"memory_ppl_{name}smollm2.jsonl") for name in ("", "taught_by_text_", "16_"))
+
+    def nats(measured):
+        return {r["arm"]: r["nats_per_token"] for r in measured if "arm" in r and "of_chains" not in r}
+
+    without = {arm: nats(more)[f"{arm}, trained without memory"] for arm in ("tail", "full")}
+    assert all(without[arm] == nats(few)[f"{arm}, trained without memory"] and f"{without[arm]:.4f}" in text
+               for arm in without)  # fmt: skip
+    for measured in (first, more, few):
+        behind = nats(measured)["memory"]
+        closed, foreign = (
+            interval(next(r for r in measured if r.get("share") == share and r["gap_of"] == "the same model"))
+            for share in ("closed", "closed by a foreign memory")
+        )
+        won = next((interval(r) for r in measured if "of that model" in r.get("difference", "")), None)
+        won = won or f"{without['tail'] - behind:.3f}"
+        assert [f"{behind:.4f}", closed, foreign, won] in [row[1:] for row in found]
+        assert without["tail"] < behind
+    assert f"a memory is {few[0]['memory_bytes']:,} bytes" in text
+
+
 def test_what_training_through_histories_costs():
     found = rows("README.md", 5)
     *counts, compared = records("history_smollm2.jsonl")
