@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 from .files import replacing
+from .integrations.compat import checkpointing_switches
 from .measure import StorageRecorder
 from .models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, load_model
 from .pipeline import R3MemPipeline
@@ -198,12 +199,11 @@ def _bytes_by_layer(model, forward):
 
 def _checkpointing(model, enabled):
     base = model.get_base_model()
-    # transformers before 5.23 has the old names only.
-    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    enable, disable = checkpointing_switches(base)
     if not enabled:
-        getattr(base, f"{kind}_checkpointing_disable")()
+        disable()
         return
-    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    enable({"use_reentrant": False})
     # A gradient for the embeddings, which only reentrant checkpointing needs and no other arm computes.
     base.disable_input_require_grads()
 

@@ -129,7 +129,8 @@ class Memory:
         return dataclasses.replace(self, states=self.states.detach())
 
     def to_cache(self, model):
-        """A cache to be passed as `past_key_values` to the base model of `model`, or to its `generate`.
+        """A cache to be passed to the base model of `model`, or to its `generate`: as `cache`, or as `past_key_values`
+        where transformers is older than 5.24.
 
         Unfinished tokens are not in it: `R3MemModel.generate` reads them before the prompt.
         """

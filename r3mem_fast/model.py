@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import storage
 from .config import R3MemConfig
+from .integrations.compat import cache_argument, cache_name
 from .interface import TrainerInterface
 from .memory import Memory, Origin, appended, empty_states
 from .reversible import make_reversible, reading_backward
@@ -478,10 +479,12 @@ class R3MemModel(TrainerInterface, nn.Module):
         kept = second.shape[1]
         extra = {"logits_to_keep": kept} if self._slices_logits else {}
         if memory is not None:
-            extra["past_key_values"] = self._read(self._cache(keep=False, adapted_rows=adapted_rows), memory)
-        output = self.peft_model(
-            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, **extra
-        )
+            cache = self._read(self._cache(keep=False, adapted_rows=adapted_rows), memory)
+            extra |= cache_argument(self._plain_model, cache)
+        with contextlib.nullcontext() if memory is None else self._stack.behind(cache):
+            output = self.peft_model(
+                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, **extra
+            )
         return output.logits[:, -kept:], targets
 
     def _prompt(self, prompts):
@@ -545,7 +548,8 @@ class R3MemModel(TrainerInterface, nn.Module):
         with evaluating(self), self._backward():
             if memory is not None:
                 self._read(cache, memory)
-            output = self.decode(ids, mask, past_key_values=cache, do_sample=False, max_new_tokens=max_new_tokens)
+            with contextlib.nullcontext() if memory is None else self._stack.behind(cache):
+                output = self.decode(ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
         return [_until(row, self.end_token_id) for row in output[:, ids.shape[1] :]]
 
     @torch.no_grad()
@@ -566,8 +570,8 @@ class R3MemModel(TrainerInterface, nn.Module):
             with evaluating(self), self._without_memory():
                 return base.generate(input_ids=rows.ids, attention_mask=rows.mask, **settings)
         self.check_memory(memory, len(rows.ids))
-        if given := [name for name in ("past_key_values", "cache_implementation") if settings.get(name) is not None]:
-            raise ValueError(f"{given[0]} cannot go with a memory, which is a cache of its own")
+        if given := cache_name(settings) or (settings.get("cache_implementation") and "cache_implementation"):
+            raise ValueError(f"{given} cannot go with a memory, which is a cache of its own")
         before = self._unfinished(memory)
         ids, mask, _, _ = before.joined(rows).left_padded_with_labels()
         if not mask.any(1).all():
@@ -588,10 +592,9 @@ class R3MemModel(TrainerInterface, nn.Module):
             cache.batch_repeat_interleave(copies)
         if others.get("streamer") is not None:
             others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
-        with evaluating(self), _generation_config(base, own):
-            output = base.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config, **others
-            )
+        others |= cache_argument(base, cache)
+        with evaluating(self), _generation_config(base, own), self._stack.behind(cache):
+            output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
         found = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
         found = torch.cat([prompts, found[:, ids.shape[1] :]], 1)
@@ -650,7 +653,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         )
 
     def cache_of(self, memory: Memory) -> PrefixCache:
-        """A memory as `past_key_values` of the base model, or of its `generate`; see `Memory.to_cache`."""
+        """A memory as the key-value cache of the base model, or of its `generate`; see `Memory.to_cache`."""
         self.check_memory(memory)
         return self._cache_of(memory)
 
@@ -760,9 +763,11 @@ class R3MemModel(TrainerInterface, nn.Module):
         positions: behind the cache's first one, `[B, T]`; None: from its first token on.
         """
         positions = _positions(mask) if positions is None else positions
-        return self._decoder(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache
-        ).last_hidden_state
+        given = cache_argument(self._decoder, cache)
+        with self._stack.behind(cache):
+            return self._decoder(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, **given
+            ).last_hidden_state
 
     def _state_sizes(self):
         """What a memory's states are besides rows and tokens. Asked for first, it proves that keys can be moved."""
@@ -794,7 +799,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             self._decode_embeddings(self.peft_model.get_input_embeddings()(ids), torch.ones_like(ids), cache)
         return cache.captured()[:, 0].float()
 
-    def decode(self, input_ids, attention_mask, *, past_key_values=None, **settings) -> torch.Tensor:
+    def decode(self, input_ids, attention_mask, *, cache=None, **settings) -> torch.Tensor:
         """`generate` by these settings alone: int64 `[B, T + n]`, ended by the end token, in the current direction.
 
         A model's own generation_config would fill in what is not set here (a penalty for repetition, say).
@@ -805,8 +810,8 @@ class R3MemModel(TrainerInterface, nn.Module):
             return base.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 generation_config=GenerationConfig(**ends, **settings),
+                **({} if cache is None else cache_argument(base, cache)),
             )
 
     @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Loading a causal language model by name: a hub id, a local folder, or the embedded SmolLM2-135M."""
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .integrations.compat import gguf_options
 from .reversible import attention  # noqa: F401  (registers attn_implementation="r3mem")
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -74,15 +74,9 @@ def _convert(folder):
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise OSError(f"the model {EMBEDDED_MODEL!r} is not installed: run `{_INSTALL}`")
-    options = {}
-    with contextlib.suppress(ImportError):
-        # Older versions of transformers have no such setting, and always dequantise.
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
     source = spec.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **gguf_options())
     # Some versions of transformers leave it behind, and then refuse to save the dequantised weights.
     vars(model.config).pop("quantization_config", None)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -24,13 +24,20 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
+class ReadCount:
+    """How many times attention has read a memory out of a mask. Not a tensor: counting asks the device nothing."""
+
+    def __init__(self):
+        self.count = 0
+
+
 class SegmentMask(NamedTuple):
     """What the queries of a pass see: causally the keys from `segment_starts` on, and a memory.
 
     query_offset: keys before the first query. window: a query sees the last so many keys, its own included; None: all.
     segment_starts: int32 `[B]`, the first key of each row that is no padding; None: no row is padded. memory_key,
     memory_value: `[B or 1, kv_heads, M, head_dim]`, at their positions, or None. memory_lengths: int32 `[B]`, of each
-    row the last so many of them are seen; None: all.
+    row the last so many of them are seen; None: all. reads: counts each time that the memory is read.
     """
 
     query_offset: int
@@ -39,6 +46,7 @@ class SegmentMask(NamedTuple):
     memory_key: torch.Tensor | None = None
     memory_value: torch.Tensor | None = None
     memory_lengths: torch.Tensor | None = None
+    reads: ReadCount | None = None
 
 
 def segment_mask(
@@ -134,6 +142,8 @@ def memory_attention_forward(
         output = memory_decode(*tensors, **settings)
     else:
         output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
+    if mask.reads is not None:
+        mask.reads.count += 1
     return output.transpose(1, 2), None
 
 

@@ -3,15 +3,18 @@
 import inspect
 
 import torch
+import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from . import attention
 from .rotary import Rotation
 
-# What layers call theirs.
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 # Exactly these: a subclass may keep its states quantised, or elsewhere.
 _SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class MemoryNotReadError(RuntimeError):
+    """Layers of a pass behind a memory did not all read it, or not all wrote theirs: its output means nothing."""
 
 
 class PastKeysValues:
@@ -65,7 +68,7 @@ def layer_index(layer):
 
 def memory_cache(kwargs):
     """The `PrefixCache` among a layer's or decoder's arguments, None if there is none."""
-    return next((kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), PrefixCache)), None)
+    return next((value for value in kwargs.values() if isinstance(value, PrefixCache)), None)
 
 
 def viewed(kwargs):
@@ -86,7 +89,9 @@ class PrefixCache(DynamicCache):
     The memory lies beside the cache: masks, windows and lengths are those of the tokens alone, and no window evicts
     it. The model's layers see it because the reversible stack widens their masks, or hands it to them in their masks
     where the attention can read it there (`attention.SegmentMask`); another model's would ignore it or fail, so that
-    `update` raises there.
+    `update` raises there. Every pass counts the layers that have read the memory and written their own keys and
+    values, and `leave` raises if one has not: a memory is never dropped in silence, whatever a version of
+    transformers does with the arguments of its layers.
 
     config: of the model, with its layers in order. first_position: of the tokens; the memory lies right before it.
     keep: whether the tokens' own keys and values are kept, for decoding. capture: of the last so many tokens they are
@@ -104,6 +109,9 @@ class PrefixCache(DynamicCache):
         self._written, self._rotation, self._positions = {}, None, None
         self._widened = {}
         self._apart, self._lengths = False, None
+        # Of the pass that is running (None: none is), and of all that have ended well.
+        self._expected, self._extended, self._attended = None, set(), attention.ReadCount()
+        self.passes = 0
 
     def read(self, prefix, visible, all_visible):
         """Set the memory: `[layers, 2, B, kv_heads, N, head_dim]`, keys without positions, and bool `[B, N]`.
@@ -151,7 +159,9 @@ class PrefixCache(DynamicCache):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
-        self._widened = {}
+        self._widened, self._written = {}, {}
+        self._expected = {layer_index(layer) for layer in layers}
+        self._extended, self._attended = set(), attention.ReadCount()
         self._rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
@@ -164,6 +174,28 @@ class PrefixCache(DynamicCache):
                 self._placed[index] = (self._rotation.rotated(keys, tables(index)), values)
         return arguments
 
+    def leave(self):
+        """After a decoder's call: raise MemoryNotReadError unless each of its layers read the memory and wrote.
+
+        It counts what the layers did in Python, and asks the device nothing.
+        """
+        expected, self._expected = self._expected, None
+        missing = sorted(expected - self._extended)
+        # Read through the masks, a layer without a turn there has read nothing.
+        attended = not (self._apart and self._placed) or self._attended.count >= len(expected)
+        if missing or not attended:
+            what = f"layers {missing} did not" if missing else f"{self._attended.count} of {len(expected)} layers did"
+            raise MemoryNotReadError(
+                f"{what} take part in reading and writing the memory, so this output does not depend on it as it "
+                f"should. transformers {transformers.__version__} gives its layers their cache in a way that is not "
+                "known here: install a version that r3mem_fast supports (pip install r3mem_fast chooses one)"
+            )
+        self.passes += 1
+
+    def abandon(self):
+        """After a decoder's call that failed."""
+        self._expected = None
+
     def past(self, layer_idx):
         """The keys and values before those of this pass: () or a pair. The memory's too, unless masks carry it."""
         own = self.layers[layer_idx]
@@ -175,6 +207,12 @@ class PrefixCache(DynamicCache):
 
     def extend(self, key_states, value_states, layer_idx):
         """`update` of a layer that knows of the memory: returns memory (as `past`), cache and new states."""
+        if self._expected is None:
+            raise MemoryNotReadError(
+                "a layer was given a memory's cache of which its decoder did not know, and would have read no memory. "
+                f"transformers is {transformers.__version__}; install a version that r3mem_fast supports"
+            )
+        self._extended.add(layer_idx)
         if self.capture:
             self._written[layer_idx] = (key_states[..., -self.capture :, :], value_states[..., -self.capture :, :])
         states = (key_states, value_states)
@@ -202,7 +240,9 @@ class PrefixCache(DynamicCache):
             if not (self._placed and isinstance(mask, attention.SegmentMask)):
                 return mask  # of which the attention refuses any other
             keys, values = self._placed[layer_idx]
-            return mask._replace(memory_key=keys, memory_value=values, memory_lengths=self._lengths)
+            return mask._replace(
+                memory_key=keys, memory_value=values, memory_lengths=self._lengths, reads=self._attended
+            )
         tokens = hidden.shape[1]
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible):
             return mask

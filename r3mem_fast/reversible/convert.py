@@ -54,7 +54,7 @@ def make_reversible(model, coupling=None, *, integrity="auto", offload_side_bits
         layer.reversible = LayerLink(stack, index, decoder)
     stack.hooks = [
         decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
-        decoder.register_forward_hook(stack.conclude, always_call=True),
+        decoder.register_forward_hook(stack.conclude, with_kwargs=True, always_call=True),
     ]
     return model
 

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from r3mem_fast.kernels import coupling
 
+from ..integrations.compat import cache_name
 from . import offload
-from .cache import CACHE_NAMES, PastKeysValues, append_to, layer_index, past_of
+from .cache import PastKeysValues, append_to, layer_index, past_of
 from .surroundings import Surroundings
 
 
@@ -64,7 +65,7 @@ class Step:
             )
         self.layer, self._branch = layer, branch
         self._surroundings = Surroundings(device)
-        self._cache_name = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), None)
+        self._cache_name = cache_name(kwargs)
         self._cache, self._past = None, ()
         if self._cache_name is not None:
             kwargs = dict(kwargs)

@@ -16,13 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from r3mem_fast.kernels import coupling
 
-from .cache import CACHE_NAMES, layer_index, memory_cache, past_of, viewed
+from ..integrations.compat import cache_name, captured_outputs, without_cache
+from .cache import MemoryNotReadError, layer_index, memory_cache, past_of, viewed
 from .node import IntegrityError, LayerNode, ReversibleState, Step, StoredValue, Update, poisoned
-
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # transformers 5.0 to 5.1 or so: captured otherwise, and asked for by the layers' arguments
-    _active_collector = None
 
 # One bit for a velocity larger than every position that was seen, one for a longer or stranger text.
 _HEADROOM_BITS = 2
@@ -58,6 +54,7 @@ class ReversibleStack:
         self.checkpointing_refused = False
         self._pending = {}  # flags of passes since they were last asked for, by device
         self._observed = None
+        self._awaited = None  # the cache that every pass must read, while one must
         self._passing = _Passing()
 
     def __deepcopy__(self, memo):
@@ -84,6 +81,10 @@ class ReversibleStack:
         cache = memory_cache(kwargs)
         if cache is not None:
             implementation = layer.reversible.decoder.config._attn_implementation
+            if "attention_mask" not in kwargs and cache.prefix_length:
+                raise MemoryNotReadError(
+                    f"a {type(layer).__name__} is given no attention_mask, in which a memory would be let in"
+                )
             mask = cache.widened(kwargs.get("attention_mask"), hidden, layer_index(layer), implementation)
             kwargs = {**kwargs, "attention_mask": mask}
         if self.bypassed:
@@ -104,6 +105,22 @@ class ReversibleStack:
             return self._leave(state, hidden)
         self._passing.hand_on(state, hidden)
         return hidden
+
+    @contextlib.contextmanager
+    def behind(self, cache):
+        """While this lasts every pass of the decoder must be given this `PrefixCache`, and at least one must run.
+
+        Raises MemoryNotReadError if the model's own code drops the cache on the way to its decoder, or trades it for
+        another.
+        """
+        before, self._awaited = self._awaited, cache
+        passes = cache.passes
+        try:
+            yield
+        finally:
+            self._awaited = before
+        if cache.passes == passes:
+            raise MemoryNotReadError("the model's layers did not run behind the memory that they were to read")
 
     @contextlib.contextmanager
     def forgetting(self):
@@ -240,18 +257,30 @@ class ReversibleStack:
             raise_for(flags, self.fraction_bits)
 
     @torch.compiler.disable
-    def conclude(self, decoder, args, output):
+    def conclude(self, decoder, args, kwargs, output):
         """Forward hook of the decoder, called also if it raised: nothing stays behind, no flag goes unseen."""
-        state = self._passing.drop()
-        if state is not None and output is not None:  # the last layer was skipped
+        state, cache = self._passing.drop(), memory_cache(kwargs)
+        if output is None:
+            if cache is not None:
+                cache.abandon()
+            return
+        if state is not None:  # the last layer was skipped
             self.report(state)
+        if cache is not None:
+            cache.leave()
 
     @torch.compiler.disable
     def prepare(self, decoder, args, kwargs):
         """Forward pre-hook of the decoder: settle the cache and, in the first pass, the fraction bits."""
         if self._observed is not None:
             return None
-        if (cache := memory_cache(kwargs)) is not None:
+        cache = memory_cache(kwargs)
+        if self._awaited is not None and cache is not self._awaited:
+            raise MemoryNotReadError(
+                f"a {type(decoder).__name__} was to read a memory, and is given "
+                f"{'no cache' if cache is None else 'the cache of another one'} by the model around it"
+            )
+        if cache is not None:
             # Not among all modules: asked for in every pass, that would take as long as some layers.
             lists = (child for child in decoder.children() if isinstance(child, nn.ModuleList))
             layers = [layer for child in lists for layer in child if hasattr(layer, "reversible")]
@@ -261,12 +290,12 @@ class ReversibleStack:
         self._passing.drop()
         if self.fraction_bits is None:
             self._choose_fraction_bits(decoder, args, kwargs)
-        if decoder.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+        if decoder.training and torch.is_grad_enabled() and cache_name(kwargs) is None:
             # A cache that nobody passed would keep every layer's keys and values beyond the backward pass.
             if kwargs.get("use_cache"):
                 warnings.warn(
-                    "use_cache=True while training a reversible model: no cache is made. Pass one as "
-                    "past_key_values if you want it filled.",
+                    "use_cache=True while training a reversible model: no cache is made. Pass one if you want it "
+                    "filled.",
                     stacklevel=2,
                 )
             if "use_cache" in inspect.signature(decoder.forward).parameters:
@@ -310,7 +339,7 @@ class ReversibleStack:
 
 def _without_past(args, kwargs):
     """The arguments of a pass over the new tokens alone: no cache, and no mask of what it holds."""
-    kwargs = {**kwargs, "past_key_values": None, "use_cache": False}
+    kwargs = {**without_cache(kwargs), "use_cache": False}
     tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     tokens = args[0] if tokens is None and args else tokens
     mask = kwargs.get("attention_mask")
@@ -360,8 +389,8 @@ def _any_requires_grad(layer, kwargs):
     if any(p.requires_grad for p in layer.parameters()):
         return True
     memory = memory_cache(kwargs)
-    cached = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
-    past = [t for cache in cached for c in getattr(cache, "layers", ()) for t in (c.keys, c.values)]
+    cached = kwargs.get(cache_name(kwargs))
+    past = [t for c in getattr(cached, "layers", ()) for t in (c.keys, c.values)]
     past += [] if memory is None else past_of(memory, layer_index(layer))
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in [*tree_leaves(kwargs), *past])
 
@@ -399,8 +428,7 @@ def raise_for(flags, fraction_bits, where=""):
 
 
 def _refuse_captured_outputs(kwargs):
-    captured = {} if _active_collector is None else _active_collector.get() or {}
-    wrong = [key for key in captured if key != "hidden_states" and not key.startswith("_")]
+    wrong = [key for key in captured_outputs() if key != "hidden_states" and not key.startswith("_")]
     if wrong or kwargs.get("output_attentions"):
         name = wrong[0] if wrong else "attentions"
         raise ValueError(

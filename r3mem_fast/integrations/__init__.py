@@ -1,0 +1,1 @@
+"""What touches objects of other libraries, and knows how their versions differ."""
