@@ -27,6 +27,7 @@ dev = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "setuptools>=77",
     "trl>=1.14,<2",

@@ -1,9 +1,13 @@
 """The `r3mem` command."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
+import warnings
+
+from . import __version__
 
 _OF_MEMORIES = ("segment_length", "segment_overlap", "memory_segments", "memory_placement", "adapter_rows")
 # Options of a new adapter, and what R3MemConfig calls them.
@@ -29,23 +33,62 @@ _OF_TRAINING = {
 
 
 def main(arguments=None):
-    """Run the command; returns its exit status: 0, 1 for a check that failed, 2 for a request that cannot be met."""
+    """Run the command; returns its exit status.
+
+    0: done. 1: what was asked for was done, and a check failed, or nothing came of it. 2: the request cannot be met;
+    the message says what to do. 130: interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        with _plain_warnings(options):
+            return options.run(options)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if options.debug:
             raise
-        print(f"r3mem {options.command}: {error}", file=sys.stderr)
+        _say(options, str(error))
         return 2
     except KeyboardInterrupt:
-        print(f"r3mem {options.command}: interrupted", file=sys.stderr)
+        folder = getattr(options, "trained_folder", None)
+        what = None if folder is None else _interrupted_run(folder)
+        _say(options, f"interrupted. {what}" if what else "interrupted")
         return 130
+
+
+def _say(options, text):
+    """A line for the person at the terminal, beside what the command prints."""
+    print(f"r3mem {options.command}: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _plain_warnings(options):
+    """Show warnings as lines of the command's own, without the place in the source that gave them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place, **more: _say(options, f"note: {message}")
+        yield
+
+
+def _begin(options, what):
+    """The first line, before torch and transformers are imported, which takes some seconds; then their settings."""
+    _say(options, f"{what} ...")
+    from .integrations.quiet import quiet
+
+    quiet()
+    if getattr(options, "threads", None) is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def _interrupted_run(folder):
+    from .manifest import interrupted_run
+
+    return interrupted_run(folder)
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="r3mem", description="Reversible memory networks from language models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"r3mem_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="fine-tune a real model reversibly, and show what that saves")
@@ -58,13 +101,15 @@ def _parser():
     demo.add_argument("--output", default="r3mem-demo.png", help="the picture (%(default)s)")
     _add_model_options(demo, dtype="bfloat16")
 
-    check = commands.add_parser("check", help="prove on a model that its inverse is exact and its gradients right")
+    what = "prove on a model that its inverse is exact, its gradients right, and its memories read"
+    check = commands.add_parser("check", help=what)
     check.set_defaults(run=_check)
     check.add_argument("model", metavar="MODEL", help="smollm2-135m, a folder or a hub id")
     check.add_argument("--text", help="a UTF-8 text file (Python's help topics)")
     check.add_argument("--tokens", type=_positive, default=512, help="of the text (%(default)s)")
     check.add_argument("--per-layer", action="store_true", help="report the error of every layer")
-    check.add_argument("--no-gradients", action="store_true", help="check the inverse only")
+    check.add_argument("--no-gradients", action="store_true", help="do not check gradients")
+    check.add_argument("--no-memories", action="store_true", help="do not check memories")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_model_options(check, dtype="float32")
 
@@ -76,6 +121,10 @@ def _parser():
     env.set_defaults(run=_env)
     env.add_argument("--json", action="store_true", help="print one JSON object")
     env.add_argument("--device", help="whose kernels: cpu, cuda, ... (a GPU if there is one)")
+    parser.epilog = (
+        "R3MEM_CACHE: the folder of the embedded model. R3MEM_MAX_STEPS: a limit of training steps, to rehearse a "
+        "command. R3MEM_KERNELS, R3MEM_ATTENTION: reference or triton."
+    )
     return parser
 
 
@@ -84,7 +133,7 @@ def _add_remember(commands):
     remember.set_defaults(run=_remember)
     remember.add_argument("folder", metavar="FOLDER", help="of the adapter; made, or added to, or resumed")
     remember.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a document each")
-    remember.add_argument("--model", help="of a new adapter: a folder or hub id (smollm2-135m)")
+    remember.add_argument("--model", help="base: a folder or hub id (smollm2-135m, or where FOLDER's was)")
     remember.add_argument("--core", type=_core, help="layers FIRST,END that are read backward, or all")
     remember.add_argument("--backward", choices=["reversed", "inverse"], help="of a new adapter (reversed)")
     _add_new_adapter_options(remember, memory_tokens="none")
@@ -98,7 +147,7 @@ def _add_remember(commands):
 
     recall = commands.add_parser("recall", help="give back what was remembered for a query")
     recall.set_defaults(run=_recall)
-    recall.add_argument("folder", metavar="FOLDER", help="of the adapter")
+    _add_adapter(recall, "of the adapter")
     recall.add_argument("queries", metavar="QUERY", nargs="+", help="as `r3mem inspect` shows them")
     recall.add_argument("--max-new-tokens", type=_positive, help="of a context (the longest one remembered)")
     _add_run_options(recall)
@@ -128,6 +177,7 @@ def _add_train(commands):
     train.add_argument("texts", metavar="DATA", nargs="+", help=data)
     train.add_argument("--output", "-o", required=True, metavar="FOLDER", help="of the adapter; made, or resumed")
     train.add_argument("--model", help="a folder or hub id, or the folder of an adapter (smollm2-135m)")
+    train.add_argument("--base", help="of an adapter that is trained on: its base model (where it was)")
     train.add_argument("--column", default="text", help="of the texts in a .jsonl file or folder (%(default)s)")
     _add_new_adapter_options(train, memory_tokens=16)
     train.add_argument("--distillation", type=float, help="weight of the base model with full context, 0 to 1 (0)")
@@ -135,7 +185,8 @@ def _add_train(commands):
     train.add_argument("--bptt-segments", type=int, help="through which gradients pass at most (all)")
     train.add_argument("--kept-segments", choices=["none", "device", "host"], help="until the backward pass (none)")
     train.add_argument("--segments", type=_positive, default=3, help="of a window (%(default)s)")
-    train.add_argument("--steps", type=_positive, default=1000, help="of training (%(default)s)")
+    steps = "of training (%(default)s: an hour or two on two CPU cores for the embedded model)"
+    train.add_argument("--steps", type=_positive, default=1000, help=steps)
     train.add_argument("--batch-size", type=_positive, default=1, help="windows a pass (%(default)s)")
     train.add_argument("--accumulate", type=_positive, default=1, help="passes a step (%(default)s)")
     train.add_argument("--learning-rate", type=float, default=1e-3, help="(%(default)s)")
@@ -150,7 +201,7 @@ def _add_train(commands):
 def _add_memories(commands):
     compress = commands.add_parser("compress", help="compress texts of any length into a memory file")
     compress.set_defaults(run=_compress)
-    compress.add_argument("folder", metavar="FOLDER", help="of an adapter with memory tokens")
+    _add_adapter(compress, "of an adapter with memory tokens")
     compress.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a row each")
     compress.add_argument(
         "--output", "-o", required=True, metavar="FILE", help="the memory file, replaced if it is there"
@@ -163,7 +214,7 @@ def _add_memories(commands):
 
     expand = commands.add_parser("expand", help="read a memory backward: the text that it was made of")
     expand.set_defaults(run=_expand)
-    expand.add_argument("folder", metavar="FOLDER", help="of the adapter that the memory was made with")
+    _add_adapter(expand, "of the adapter that the memory was made with")
     expand.add_argument("memory", metavar="MEMORY", help="a memory file")
     expand.add_argument("--query", help="read after the memory")
     _add_row_options(expand)
@@ -172,7 +223,7 @@ def _add_memories(commands):
 
     generate = commands.add_parser("generate", help="continue a prompt, with or without a memory before it")
     generate.set_defaults(run=_generate)
-    generate.add_argument("folder", metavar="FOLDER", help="of the adapter that the memory was made with")
+    _add_adapter(generate, "of the adapter that the memory was made with")
     generate.add_argument("prompt", metavar="PROMPT")
     generate.add_argument("--memory", metavar="FILE", help="a memory file; of several rows, each is continued")
     _add_row_options(generate)
@@ -184,6 +235,11 @@ def _add_memories(commands):
     generate.add_argument("--beams", type=_positive, default=1, help="(%(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     _add_run_options(generate)
+
+
+def _add_adapter(parser, folder):
+    parser.add_argument("folder", metavar="FOLDER", help=f"{folder}; or its hub id")
+    parser.add_argument("--model", help="its base model: a folder or hub id (where it was when the adapter was made)")
 
 
 def _add_row_options(parser):
@@ -198,7 +254,12 @@ def _add_run_options(parser):
         choices=["bfloat16", "float16", "float32"],
         help="of the weights (the adapter's; the fastest that fits)",
     )
+    _add_machine_options(parser)
+
+
+def _add_machine_options(parser):
     parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+    parser.add_argument("--threads", type=_positive, help="of torch on the CPU; 1 on a busy machine (one a core)")
 
 
 def _add_model_options(parser, dtype):
@@ -209,10 +270,11 @@ def _add_model_options(parser, dtype):
     parser.add_argument(
         "--fraction-bits", type=_fraction_bits, default=14, help="of the streams, a number or auto (%(default)s)"
     )
-    parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+    _add_machine_options(parser)
 
 
 def _demo(options):
+    _begin(options, f"loading {options.model}; all of it takes about five minutes")
     from .demo import run_demo
 
     run_demo(
@@ -231,54 +293,80 @@ def _demo(options):
 
 
 def _check(options):
+    _begin(options, f"loading {options.model}")
     import torch
 
-    from . import MomentumCoupling, check_gradients, check_inverse, load_model, make_reversible
+    from . import (
+        MomentumCoupling,
+        check_gradients,
+        check_inverse,
+        check_memories,
+        load_model,
+        make_reversible,
+        restore,
+    )
     from .text import read_text, token_windows
 
     text = read_text(options.text)
-    model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype))
-    device = _device(options)
-    ids = token_windows(tokenizer, text, tokens=options.tokens, count=1).to(device)
-    make_reversible(model.to(device), MomentumCoupling(bits=options.bits, fraction_bits=options.fraction_bits))
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device=_device(options))
+    ids = token_windows(tokenizer, text, tokens=options.tokens, count=1).to(model.device)
+    make_reversible(model, MomentumCoupling(bits=options.bits, fraction_bits=options.fraction_bits))
     inverse = check_inverse(model, ids, per_layer=options.per_layer)
     gradients = None if options.no_gradients else check_gradients(model, ids)
     # Zero where operators repeat their bits; else some roundings of the dtype.
     right = gradients is None or gradients.max_relative_error <= max(1e-5, 8 * torch.finfo(model.dtype).eps)
+    memories = None if options.no_memories else check_memories(restore(model), ids)
+    right = right and (memories is None or memories.right)
     if options.json:
         report = {"model": options.model, **dataclasses.asdict(inverse)}
         report["gradients"] = None if gradients is None else dataclasses.asdict(gradients)
+        report["memories"] = None if memories is None else dataclasses.asdict(memories)
         print(json.dumps(report))
     else:
         print(inverse)
         if options.per_layer:
             for index, error in enumerate(inverse.layer_errors):
                 print(f"  layer {index:3}: error of the reconstructed input {error:.3g}")
-        if gradients is not None:
-            print(gradients)
+        for report in (gradients, memories):
+            if report is not None:
+                print(report)
     return 0 if inverse.exact and right else 1
 
 
 def _remember(options):
-    from . import R3MemConfig, RememberSettings, storage
+    from .files import locked
 
+    # Before anything is loaded: another process that writes there, or a folder that cannot be written to.
+    with locked(options.folder):
+        options.trained_folder = options.folder
+        return _remember_in(options)
+
+
+def _remember_in(options):
+    from .manifest import is_adapter
+
+    existing = is_adapter(options.folder)
+    if existing and (given := [name for name in _OF_NEW_ADAPTERS if getattr(options, name) is not None]):
+        raise ValueError(f"--{given[0].replace('_', '-')} is for a new adapter; {options.folder} has one")
     texts = _texts(options)
+    model = options.folder if existing else options.model or "smollm2-135m"
+    _begin(options, f"loading {model}")
+    from . import R3MemConfig, RememberSettings
+
     settings = RememberSettings(
         max_steps=options.max_steps,
         learning_rate=options.learning_rate,
         checkpoint_seconds=options.checkpoint_seconds,
         seed=options.seed,
     )
-    if storage.is_adapter(options.folder):
-        if given := [name for name in ("model", *_OF_NEW_ADAPTERS) if getattr(options, name) is not None]:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for a new adapter; {options.folder} has one")
-        pipeline = _pipeline(options, options.folder)
+    if existing:
+        pipeline = _pipeline(options, model, base=options.model)
     else:
         given = {name: value for name in _OF_NEW_ADAPTERS if (value := getattr(options, name)) is not None}
         if not given.get("memory_tokens") and (useless := [name for name in _OF_MEMORIES if name in given]):
             raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with --memory-tokens")
         config = R3MemConfig(**{_OF_NEW_ADAPTERS[name]: value for name, value in given.items()})
-        pipeline = _pipeline(options, options.model or "smollm2-135m", config=config, seed=options.seed)
+        pipeline = _pipeline(options, model, config=config, seed=options.seed)
     report = pipeline.remember(
         texts,
         folder=options.folder,
@@ -307,9 +395,21 @@ def _remember(options):
 
 
 def _train(options):
+    from .files import locked
+
+    with locked(options.output):
+        options.trained_folder = options.output
+        return _train_in(options)
+
+
+def _train_in(options):
+    from .manifest import is_adapter
+
+    model = options.model or "smollm2-135m"
+    _begin(options, f"loading {model}")
     import torch
 
-    from . import R3MemConfig, TrainSettings, storage
+    from . import R3MemConfig, TrainSettings
     from .training.texts import read_texts
 
     texts = [text for path in options.texts for text in read_texts(path, options.column)]
@@ -325,11 +425,10 @@ def _train(options):
     )
     named = {**_OF_NEW_ADAPTERS, **_OF_TRAINING}
     given = {named[name]: value for name in named if (value := getattr(options, name, None)) is not None}
-    model = options.model or "smollm2-135m"
-    if storage.is_adapter(model):
+    if is_adapter(model):
         if fixed := [name for name in _OF_NEW_ADAPTERS if getattr(options, name, None) is not None]:
             raise ValueError(f"{model} is an adapter, in which --{fixed[0].replace('_', '-')} is fixed already")
-        pipeline = _pipeline(options, model)
+        pipeline = _pipeline(options, model, base=options.base)
         network = pipeline.model
         network.r3mem_config = dataclasses.replace(network.r3mem_config, **given)
     else:
@@ -338,7 +437,7 @@ def _train(options):
         ):
             raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with memory tokens")
         config = R3MemConfig(**{"num_memory_tokens": 16, **given})
-        pipeline = _pipeline(options, model, config=config, seed=options.seed)
+        pipeline = _pipeline(options, model, base=options.base, config=config, seed=options.seed)
     dtype = None if options.adapter_dtype is None else getattr(torch, options.adapter_dtype)
     report = pipeline.train(
         texts, folder=options.output, settings=settings, adapter_dtype=dtype, progress=not options.json
@@ -367,52 +466,71 @@ def _builder(options):
     from . import load_model
     from .hierarchy import InstructBuilder
 
-    model, tokenizer = load_model(options.questions)
-    return InstructBuilder(model.to(_device(options)), tokenizer)
+    return InstructBuilder(*load_model(options.questions, device=_device(options)))
 
 
 def _pipeline(options, model, **settings):
-    import torch
-
     from . import R3MemPipeline
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return R3MemPipeline(model, device=_device(options), dtype=dtype, **settings)
+    return R3MemPipeline(model, device=_device(options), dtype=options.dtype, **settings)
+
+
+def _adapter(options):
+    """`r3mem.json` of the adapter that is asked for, before anything that takes long is loaded."""
+    from .hub import is_path
+    from .manifest import adapter_folder, read_manifest
+
+    folder = adapter_folder(options.folder)
+    if not folder.exists() and not is_path(options.folder) and "/" in options.folder:
+        from . import storage  # looks on the hub
+
+        folder = storage.find(options.folder)
+    return read_manifest(folder)
 
 
 def _recall(options):
-    from . import storage
-
-    storage.read_manifest(options.folder)  # a base model would be taken too, and knows nothing
-    pipeline = _pipeline(options, options.folder)
+    if not _adapter(options).get("remembered"):
+        raise ValueError(
+            f"{options.folder} remembers nothing that could be recalled: it was not made by `r3mem remember`. "
+            f"`r3mem remember FOLDER TEXT` makes one that does"
+        )
+    _begin(options, f"loading {options.folder}")
+    pipeline = _pipeline(options, options.folder, base=options.model)
     texts = pipeline.recall(options.queries, max_new_tokens=options.max_new_tokens)
     for query, text in zip(options.queries, texts, strict=True):
         if options.json:
             print(json.dumps({"query": query, "context": text}))
         else:
-            print(text if text else f"(nothing is remembered for {query!r})")
+            print(text if text else f"(nothing is remembered for {query!r}; `r3mem inspect` shows the queries)")
     return 0 if all(texts) else 1
 
 
 def _compress(options):
-    import time
-    from pathlib import Path
+    from .files import locked_file
 
-    from . import Memory, storage
+    with locked_file(options.output):
+        return _compress_to(options)
+
+
+def _compress_to(options):
+    import time
+
+    if not _adapter(options)["r3mem_config"].get("num_memory_tokens"):
+        raise ValueError(
+            f"{options.folder} has no memory tokens, so it makes no memories; `r3mem remember --memory-tokens 16` or "
+            "`r3mem train` makes an adapter that does"
+        )
+    _begin(options, f"loading {options.folder}")
+    from . import Memory
 
     # The line break that ends a file stands between it and what goes on from there.
     texts = {path: text.removesuffix("\n") for path, text in _texts(options).items()}
     if options.memory is not None:
         texts = {path: f"\n{text}" for path, text in texts.items()}
-    if not Path(options.output).absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {Path(options.output).parent} to write the memory to")
-    if Path(options.output).is_dir():
-        raise ValueError(f"{options.output} is a folder; name a file in it to write the memory to")
     memory = None if options.memory is None else Memory.load(options.memory)
     if memory is not None and {label and label[1] for label in memory.labels} != texts.keys():
         texts = list(texts.values())  # of other names: in the order of the rows
-    storage.read_manifest(options.folder)
-    pipeline = _pipeline(options, options.folder)
+    pipeline = _pipeline(options, options.folder, base=options.model)
     started = time.perf_counter()
     memory = pipeline.compress(
         texts,
@@ -433,6 +551,11 @@ def _compress(options):
 
 
 def _expand(options):
+    if not any(entry.get("expanded") for entry in _adapter(options).get("remembered", [])):
+        raise ValueError(
+            f"{options.folder} has not learned to give back a text from its memory: what it wrote would be made up. "
+            "`r3mem remember FOLDER TEXT --memory-tokens 16` makes an adapter that has"
+        )
     pipeline, memory = _with_memory(options)
     queries = None if options.query is None else [options.query] * len(memory)
     texts = pipeline.expand(memory, queries, max_new_tokens=options.max_new_tokens)
@@ -455,26 +578,30 @@ def _generate(options):
         **settings,
     )
     _print_rows(options, memory, texts)
+    if not all(text.strip() for text in texts):
+        _say(options, "the model wrote nothing: it ended at once. Another prompt, or --temperature, may help")
+        return 1
     return 0
 
 
 def _with_memory(options):
     """The pipeline of a folder, and the rows of the memory that are asked for."""
-    from . import Memory, storage
+    _adapter(options)
+    _begin(options, f"loading {options.folder}")
+    from . import Memory
 
-    storage.read_manifest(options.folder)
     wanted = (options.level, options.name) != (None, None)
     if options.memory is None:
         if wanted:
             raise ValueError("--level and --name choose rows of a memory; pass --memory")
-        return _pipeline(options, options.folder), None
+        return _pipeline(options, options.folder, base=options.model), None
     memory = Memory.load(options.memory)  # a damaged file is told before a model is loaded
     if wanted:
         try:
             memory = memory.select(options.level, options.name)
         except KeyError as error:
             raise ValueError(error.args[0]) from None
-    pipeline = _pipeline(options, options.folder)
+    pipeline = _pipeline(options, options.folder, base=options.model)
     return pipeline, memory.to(pipeline.model.device)
 
 
@@ -493,14 +620,21 @@ def _print_rows(options, memory, texts):
 def _inspect(options):
     from pathlib import Path
 
-    from . import storage
+    from .manifest import interrupted_run, is_adapter, read_manifest
 
-    if Path(options.path).is_file():
+    path = Path(options.path)
+    if path.is_file():
         return _inspect_memory(options)
-    manifest = storage.read_manifest(options.path)
-    if options.json:
-        print(json.dumps(manifest))
+    run = interrupted_run(path)
+    if run and not is_adapter(path):
+        print(json.dumps({"interrupted": run}) if options.json else f"no adapter yet. {run}")
         return 0
+    manifest = read_manifest(path)
+    if options.json:
+        print(json.dumps({**manifest, **({"interrupted": run} if run else {})}))
+        return 0
+    if run:
+        print(run)
     config = manifest["r3mem_config"]
     first, end = config["core"]
     print(f"adapter for {manifest['base_model']} (fingerprint {manifest['base_fingerprint']})")
@@ -585,7 +719,9 @@ def _device(options):
     import torch
 
     if options.device is not None:
-        return torch.device(options.device)
+        from .models import as_device
+
+        return as_device(options.device)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

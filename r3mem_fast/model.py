@@ -21,12 +21,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from . import storage
+from . import hub, storage
 from .config import R3MemConfig
 from .integrations.compat import cache_argument, cache_name
 from .interface import TrainerInterface
 from .memory import Memory, Origin, appended, empty_states
-from .reversible import make_reversible, reading_backward
+from .reversible import make_reversible, reading_backward, restore
 from .reversible.cache import PrefixCache
 from .reversible.convert import check_convertible, find_decoder_layers, reversible_layers, text_config
 from .reversible.replay import replay
@@ -854,13 +854,53 @@ class R3MemModel(TrainerInterface, nn.Module):
         storage.save(self, folder, adapter_dtype=adapter_dtype, **details)
 
     @classmethod
-    def from_pretrained(cls, folder, base=None, *, dtype=torch.float32) -> "R3MemModel":
-        """Load what `save_pretrained` wrote, in eval mode. base: its base model, else loaded by name, in `dtype`.
+    def from_pretrained(cls, folder, base=None, *, dtype=torch.float32, revision=None, token=None) -> "R3MemModel":
+        """Load what `save_pretrained` or `push_to_hub` wrote, in eval mode.
 
-        Raises OSError if the folder or a file is missing or incomplete, ValueError if a file is corrupted, or the base
-        is not the model that the adapters were trained for.
+        Args:
+            folder: A folder, the name of an adapter that comes with this package, or a hub id.
+            base: Its base model, or a name by which `load_model` finds it; None: the name that it had when the adapter
+                was saved. That it is the right one is told by its fingerprint, wherever it lies.
+            dtype: Of a base that is loaded here.
+            revision: Of the adapter on the hub.
+            token: Of the hub.
+
+        Raises:
+            OSError: The folder or a file is missing or incomplete, or the base is not found.
+            ValueError: A file is corrupted, or the base is not the model that the adapters were trained for.
         """
-        return storage.load(cls, folder, base, dtype)
+        return storage.load(cls, folder, base, dtype, revision, token)
+
+    def push_to_hub(self, repo_id: str, *, adapter_dtype=None, details=None, **settings) -> str:
+        """Send the adapters, as `save_pretrained` writes them, to the Hugging Face hub; returns the commit's address.
+
+        Args:
+            repo_id: `USER/NAME`, made if need be.
+            adapter_dtype: See `save_pretrained`.
+            details: More of what `save_pretrained` takes.
+            settings: `private`, `token`, `revision`, `commit_message`, see `hub.upload_adapter`.
+        """
+
+        def save(folder):
+            self.save_pretrained(folder, adapter_dtype=adapter_dtype, **(details or {}))
+
+        return hub.upload_adapter(save, repo_id, **settings)
+
+    def merge_and_unload(self):
+        """The base model as an ordinary one, with the adapters merged into its weights; this model is of no use then.
+
+        What comes back reads forward, in the base's own arithmetic: without the coupling, memories and the backward
+        direction. Merging rounds to the weights' dtype.
+
+        Raises:
+            ValueError: The adapters act on memory tokens alone (`adapter_rows="memory"`), which merged weights cannot.
+        """
+        if self.r3mem_config.adapter_rows == "memory":
+            raise ValueError('adapters that act on memory tokens alone (adapter_rows="memory") cannot be merged')
+        if self._is_reading_backward:
+            raise RuntimeError("merge before or after the model is read backward, not meanwhile")
+        restore(self.peft_model)
+        return self.peft_model.merge_and_unload()
 
 
 def _target_pattern(base, targets, first_layer):

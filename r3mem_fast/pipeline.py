@@ -1,5 +1,6 @@
 """`R3MemPipeline`: text in, text out. Remember documents in an adapter, recall them; compress histories, read them."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,20 +11,31 @@ from pathlib import Path
 
 import torch
 
-from . import storage
-from .files import unfinished_files
-from .hierarchy import LEVELS, EntityFinder, Pair, QueryBuilder, build_pairs, contexts_of, split_document
+from . import hub, storage
+from .files import locked, unfinished_files
+from .hierarchy import (
+    LEVELS,
+    EntityFinder,
+    Pair,
+    QueryBuilder,
+    build_pairs,
+    contexts_of,
+    cut_document,
+    is_part_of,
+    split_document,
+)
+from .manifest import MANIFEST, REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS, interrupted_run, is_adapter, read_manifest
 from .memory import Memory
 from .model import R3MemModel
-from .models import default_dtype, load_model
+from .models import DTYPES, EMBEDDED_MODEL, as_device, as_dtype, default_dtype, load_model
+from .text import read_text
 from .training.collate import padded
-from .training.history import CHECKPOINTS, TrainReport, TrainSettings, discard_checkpoints, train
-from .training.remember import CHECKPOINT, RememberReport, RememberSettings, remember
+from .training.history import TrainReport, TrainSettings, discard_checkpoints, train
+from .training.remember import MAX_QUERY_OF_CONTEXT, RememberReport, RememberSettings, remember
 
 # Rows that are compressed or read at one time.
 _BATCH = 16
 _NEW_TOKENS = 64
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class R3MemPipeline:
@@ -39,40 +51,63 @@ class R3MemPipeline:
     >>> pipeline.generate("Who owns Pemberley?", memory=memory)
     >>> pipeline.expand(pipeline.compress(page)) == page  # of a page that was remembered
 
-    model: `"smollm2-135m"`, a hub id, the folder of a model, the folder of an adapter that `save` wrote,
-        `"smollm2-135m-memory"` (an adapter that comes with this package), an `R3MemModel`, or a `transformers` causal
-        language model, which is changed in place; the last two with their tokenizer. config: for a model without
-        adapters. device, dtype: of a model that is loaded here; by default the dtype that an adapter was trained in,
-        and for a new one bfloat16 where the device computes in it natively, else float32. attn_implementation: of such
-        a model too, see `load_model`. seed: of new adapters, which start the same every time.
-    Raises OSError for a model or folder that is not there, ValueError for one that is damaged or foreign, TypeError
-    for arguments that do not go together.
+    Args:
+        model: `"smollm2-135m"`, a hub id (of a model or of an adapter), the folder of a model, the folder of an
+            adapter that `save` wrote, `"smollm2-135m-memory"` (an adapter that comes with this package), an
+            `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
+            tokenizer.
+        tokenizer: Of a model that is not given by name.
+        base: Of an adapter: its base model, by a name as `load_model` takes it, if it lies elsewhere than when the
+            adapter was made. Its fingerprint tells whether it is the right one.
+        config: For a model without adapters.
+        device: Of a model that is loaded here; None: the CPU, or what `device_map` says.
+        dtype: Of such a model; None: the dtype that an adapter was trained in, and for a new one bfloat16 where the
+            device computes in it natively, else float32.
+        attn_implementation: Of such a model too, see `load_model`.
+        seed: Of new adapters, which start the same every time.
+        settings: Other keywords of `load_model` (`revision`, `device_map`, `token`, ...).
+
+    Raises:
+        OSError: A model or folder is not there.
+        ValueError: One is damaged or foreign, or a dtype or a device is none.
+        TypeError: The arguments do not go together.
     """
 
     def __init__(
-        self, model, tokenizer=None, *, config=None, device="cpu", dtype=None, attn_implementation=None, seed=0
+        self,
+        model,
+        tokenizer=None,
+        *,
+        base=None,
+        config=None,
+        device=None,
+        dtype=None,
+        attn_implementation=None,
+        seed=0,
+        **settings,
     ):
-        self.folder, self.remembered = None, []
+        self.folder, self.remembered, self._seen = None, [], None
+        dtype = None if dtype is None else as_dtype(dtype)
+        if device is not None:
+            as_device(device)
         if isinstance(model, (str, Path)):
             if tokenizer is not None:
                 raise TypeError("a model that is given by name brings its own tokenizer")
-            if storage.is_adapter(model):
+            settings |= {"device": device, "attn_implementation": attn_implementation}
+            if folder := self._adapter_of(model, settings):
                 if config is not None:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
-                self._load(storage.adapter_folder(model), device, dtype, attn_implementation)
+                self._load(folder, base, dtype, settings)
                 return
-            runs = {CHECKPOINT: "remember the same documents", CHECKPOINTS: "train on the same texts"}
-            for checkpoint, what in runs.items():
-                if (Path(model) / checkpoint).exists():
-                    raise ValueError(
-                        f"{model} holds a run that was interrupted, and no adapter yet: {what} again, with the model "
-                        "that they were for and this folder"
-                    )
-            dtype = dtype or default_dtype(device)
-            model, tokenizer = load_model(model, dtype=dtype, attn_implementation=attn_implementation)
-            model.to(device)
+            if base is not None:
+                raise TypeError(f"base is of an adapter, and {model} is a model of its own")
+            if run := interrupted_run(model):
+                raise ValueError(f"{model} holds no adapter yet. {run}")
+            model, tokenizer = load_model(model, dtype=dtype or default_dtype(device or "cpu"), **settings)
         elif tokenizer is None:
             raise TypeError("a model object needs its tokenizer: R3MemPipeline(model, tokenizer)")
+        elif given := sorted([*settings, *(["base"] if base is not None else [])]):
+            raise TypeError(f"{given[0]} is for a model that is given by name")
         if not isinstance(model, R3MemModel):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -81,17 +116,53 @@ class R3MemPipeline:
             raise TypeError("an R3MemModel has its config already")
         self.model, self.tokenizer = model.eval(), tokenizer
 
-    def _load(self, folder, device, dtype, attn_implementation):
-        manifest = storage.read_manifest(folder)
+    def __repr__(self):
+        model = self.model
+        base = model.peft_model.get_base_model()
+        memories = f", {model.layout.num_memory_tokens} memory tokens" if model.layout else ""
+        folder = "" if self.folder is None else f", folder={str(self.folder)!r}"
+        return (
+            f"R3MemPipeline({base.name_or_path or type(base).__name__!r}, {str(model.peft_model.dtype)[6:]} on "
+            f"{model.device}, {len(self.remembered)} contexts remembered{memories}{folder})"
+        )
+
+    @property
+    def learned_to_expand(self) -> bool:
+        """Whether the adapter has learned to give back a text from its memory, as far as is known of it."""
+        return any(entry.get("expanded") for entry in self.remembered)
+
+    @staticmethod
+    def _adapter_of(name, settings):
+        """The folder of the adapter that a name stands for, None if it stands for a model."""
+        if is_adapter(name):
+            return storage.find(name)
+        if name == EMBEDDED_MODEL or Path(name).expanduser().exists() or hub.is_path(name):
+            return None
+        of_hub = {key: settings[key] for key in ("revision", "token") if key in settings}
+        try:
+            files = hub.files_of(str(name), **of_hub)
+        except OSError:
+            return None  # and `load_model` says what is wrong
+        return storage.find(name, **of_hub) if MANIFEST in files else None
+
+    def _load(self, folder, base, dtype, settings):
+        manifest = read_manifest(folder)
         # What was learned to the last token in one arithmetic need not be known in another.
-        dtype = dtype or _DTYPES.get(manifest.get("dtype"), torch.float32)
-        base, self.tokenizer = storage.load_base(folder, manifest, dtype, attn_implementation)
-        self.model = R3MemModel.from_pretrained(folder, base.to(device))
-        self.folder, self.remembered = folder, manifest.get("remembered", [])
+        dtype = dtype or DTYPES.get(manifest.get("dtype"), torch.float32)
+        # These are of the adapter.
+        settings = {key: value for key, value in settings.items() if key != "revision"}
+        found, self.tokenizer = storage.load_base(folder, manifest, base, dtype=dtype, **settings)
+        self.model = R3MemModel.from_pretrained(folder, found)
+        self.remembered = manifest.get("remembered", [])
+        self._is_saved_in(folder)
+
+    def _is_saved_in(self, folder):
+        self.folder = Path(folder)
+        self._seen = hashlib.sha256((self.folder / MANIFEST).read_bytes()).digest()
 
     def remember(
         self,
-        documents: str | Sequence[str] | Mapping[str, str],
+        documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
         *,
         folder=None,
         settings: RememberSettings | None = None,
@@ -102,22 +173,35 @@ class R3MemPipeline:
     ) -> RememberReport:
         """Fine-tune documents into the adapter until greedy recall gives each of their contexts back exactly.
 
-        documents: a text, several, or texts by name. Each is taken apart into a document, its paragraphs and their
-        passages, and a query is written for each (`hierarchy.build_pairs`). What was remembered before is recalled
-        first and learned again along with them, so that it is not forgotten; a document of the same name is replaced.
+        documents: a text, several, or texts by name; a `Path` is a UTF-8 text file, which is read. Each is taken apart
+        into a document, its paragraphs and their passages, and a query is written for each (`hierarchy.build_pairs`).
+        One that is longer than the model's positions is cut into several, at chapters or paragraphs
+        (`hierarchy.cut_document`). What was remembered before is recalled first and learned again along with them, so
+        that it is not forgotten; a document of the same name is replaced.
         folder: where the adapter is saved at the end, and a checkpoint meanwhile: a run that was interrupted goes on
         from there when it is started again with the same arguments, to the same result. Without, nothing is written.
         settings: `RememberSettings`. builder, entity_finder, levels: see `hierarchy.build_pairs`.
 
-        Raises ValueError for an empty text, a context beyond the model's positions, a folder with another run or
-        another adapter in it; IntegrityError if a pass could not be trusted. What could not be learned in
-        `settings.max_steps` is no error: `report.exact` says so of each pair.
+        Raises ValueError for an empty text, a passage beyond the model's positions that cannot be cut, a folder with
+        another run or another adapter in it, or one that was changed since it was loaded; InUseError (an OSError) if
+        another process writes to the folder; IntegrityError if a pass could not be trusted. What could not be learned
+        in `settings.max_steps` is no error: `report.exact` says so of each pair.
         """
         documents = _by_name(documents, {entry["document"] for entry in self.remembered})
-        if folder is not None:
-            folder = Path(folder)
-            self._refuse_foreign(folder)
-        earlier = [entry for entry in self.remembered if entry["document"] not in documents]
+        with contextlib.nullcontext() if folder is None else locked(folder):
+            if folder is not None:
+                folder = Path(folder)
+                self._refuse_foreign(folder)
+            return self._remember(documents, folder, settings, builder, entity_finder, levels, progress)
+
+    def _remember(self, documents, folder, settings, builder, entity_finder, levels, progress):
+        replaced = {
+            entry["document"]
+            for entry in self.remembered
+            if any(entry["document"] == name or is_part_of(entry["document"], name) for name in documents)
+        }
+        earlier = [entry for entry in self.remembered if entry["document"] not in replaced]
+        documents = self._cut(documents)
         pairs = build_pairs(
             documents,
             self.tokenizer,
@@ -125,6 +209,7 @@ class R3MemPipeline:
             entity_finder=entity_finder,
             levels=levels,
             taken={entry["query"] for entry in earlier},
+            progress=progress,
         )
         rehearsed = self._rehearsed(earlier)
         report = remember(self.model, self.tokenizer, [*rehearsed, *pairs], settings, folder=folder, progress=progress)
@@ -149,13 +234,14 @@ class R3MemPipeline:
         ]
         if folder is not None:
             self.save(folder)
-            for leftover in (folder / CHECKPOINT, *unfinished_files(folder / CHECKPOINT)):
+            checkpoint = folder / REMEMBER_CHECKPOINT
+            for leftover in (checkpoint, *unfinished_files(checkpoint)):
                 leftover.unlink(missing_ok=True)
         return report
 
     def train(
         self,
-        texts: str | Sequence[str] | Mapping[str, str],
+        texts: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
         *,
         folder,
         settings: TrainSettings | None = None,
@@ -164,21 +250,24 @@ class R3MemPipeline:
     ) -> TrainReport:
         """Train the adapter to write memories of texts, and to read on behind them.
 
-        texts: a text, several, or texts by name, of any length. folder: where the adapter is saved at the end, and
-        checkpoints meanwhile: a run that was interrupted goes on from the last when it is started again with the same
-        arguments, to the same result. settings: `TrainSettings`; how segments are read, and what is learned from
-        them, is the model's `R3MemConfig`. adapter_dtype: see `save`. What was remembered before may be forgotten.
+        texts: a text, several, or texts by name, of any length; a `Path` is a text file. folder: where the adapter is
+        saved at the end, and checkpoints meanwhile: a run that was interrupted goes on from the last when it is
+        started again with the same arguments, to the same result. settings: `TrainSettings`; how segments are read,
+        and what is learned from them, is the model's `R3MemConfig`. adapter_dtype: see `save`. What was remembered
+        before may be forgotten.
 
         Raises ValueError for texts that are not longer than a segment, a folder with another run or another adapter in
         it; IntegrityError if a pass could not be trusted.
         """
         folder = Path(folder)
-        self._refuse_foreign(folder, CHECKPOINTS)
-        rows = [self._ids(text) for text in _by_name(texts, ()).values()]
-        report = train(self.model, rows, settings, folder=folder, progress=progress)
-        self.remembered = [{**entry, "exact": False} for entry in self.remembered]
-        self.save(folder, adapter_dtype=adapter_dtype)
-        discard_checkpoints(folder)
+        texts = _by_name(texts, ())
+        with locked(folder):
+            self._refuse_foreign(folder, TRAIN_CHECKPOINTS)
+            rows = [self._ids(text) for text in texts.values()]
+            report = train(self.model, rows, settings, folder=folder, progress=progress)
+            self.remembered = [{**entry, "exact": False} for entry in self.remembered]
+            self.save(folder, adapter_dtype=adapter_dtype)
+            discard_checkpoints(folder)
         return report
 
     def recall(self, query: str | Sequence[str], *, max_new_tokens: int | None = None) -> str | list[str]:
@@ -194,7 +283,7 @@ class R3MemPipeline:
 
     def compress(
         self,
-        documents: str | Sequence[str] | Mapping[str, str],
+        documents: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
         *,
         memory: Memory | str | Path | None = None,
         levels: Sequence[str] = ("document",),
@@ -203,11 +292,11 @@ class R3MemPipeline:
     ) -> Memory:
         """Compress texts of any length into a memory, a row each, labelled with level and name.
 
-        documents: a text, several, or texts by name. They are compressed as they stand, white space included
-        (`remember` leaves out what stands around a text). memory: of what came before, or the file of it; it must have
-        as many rows, and where documents and rows have names, the same ones. levels: also the paragraphs ("paragraph")
-        and passages ("entity") of each document as rows of their own, named "NAME, paragraph 1" and so on; only
-        without a memory before. finish, progress: see `R3MemModel.compress`.
+        documents: a text, several, or texts by name; a `Path` is a text file. They are compressed as they stand, white
+        space included (`remember` leaves out what stands around a text). memory: of what came before, or the file of
+        it; it must have as many rows, and where documents and rows have names, the same ones. levels: also the
+        paragraphs ("paragraph") and passages ("entity") of each document as rows of their own, named "NAME, paragraph
+        1" and so on; only without a memory before. finish, progress: see `R3MemModel.compress`.
 
         Raises ValueError for an empty text, rows or names that do not agree, a model without memory tokens, or a
         memory of another model or tokenizer.
@@ -294,9 +383,36 @@ class R3MemPipeline:
 
         adapter_dtype: that its weights are rounded to in the files; torch.bfloat16 makes them half as large.
         """
-        self.folder = Path(folder)
+        self.model.save_pretrained(folder, adapter_dtype=adapter_dtype, **self._details())
+        self._is_saved_in(folder)
+
+    def push_to_hub(self, repo_id: str, *, adapter_dtype=None, **settings) -> str:
+        """Send what `save` would write to the Hugging Face hub; see `R3MemModel.push_to_hub`.
+
+        Queries are among it, contexts are not. `R3MemPipeline(repo_id)` loads it.
+        """
+        return self.model.push_to_hub(repo_id, adapter_dtype=adapter_dtype, details=self._details(), **settings)
+
+    def _details(self):
         dtype = str(self.model.peft_model.dtype).removeprefix("torch.")
-        self.model.save_pretrained(folder, adapter_dtype=adapter_dtype, dtype=dtype, remembered=self.remembered)
+        return {"dtype": dtype, "remembered": self.remembered}
+
+    def _cut(self, documents):
+        """Documents, of which those beyond the model's positions are cut into several."""
+        model = self.model
+        if model.max_tokens is None:
+            return documents
+        before = 0 if model.layout is None else model.layout.first_position
+        most = max(1, int((model.max_tokens - before) / MAX_QUERY_OF_CONTEXT) - 16)
+        cut = {}
+        for name, text in documents.items():
+            # A token has a byte at least: most texts need not be counted.
+            short = not isinstance(text, str) or len(text.encode("utf-8", "surrogatepass")) <= most
+            parts = {name: text} if short else cut_document(text, name, lambda piece: len(self._ids(piece)), most)
+            if taken := parts.keys() & cut.keys():
+                raise ValueError(f"two documents would be called {min(taken)!r}; give one of them another name")
+            cut |= parts
+        return cut
 
     def _rehearsed(self, entries):
         """What was remembered before, as pairs: recalled, and taken if it is still what it was."""
@@ -315,12 +431,18 @@ class R3MemPipeline:
             if _sha256(context) == entry["sha256"]
         ]
 
-    def _refuse_foreign(self, folder, checkpoint=CHECKPOINT):
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; an adapter is saved as a folder")
-        # With a checkpoint beside it: of the very run that made it, or refused where that is read.
-        alone = (folder / storage.MANIFEST).is_file() and not (folder / checkpoint).exists()
-        if alone and (self.folder is None or self.folder.resolve() != folder.resolve()):
+    def _refuse_foreign(self, folder, checkpoint=REMEMBER_CHECKPOINT):
+        """Raise ValueError for a folder with an adapter that is not the one that this pipeline has, as it is there."""
+        if not (folder / MANIFEST).is_file():
+            return
+        if self.folder is not None and self.folder.resolve() == folder.resolve():
+            if hashlib.sha256((folder / MANIFEST).read_bytes()).digest() != self._seen:
+                raise ValueError(
+                    f"{folder} was changed after this pipeline loaded it (by another process?), which would be lost; "
+                    f"load it again: R3MemPipeline({str(folder)!r})"
+                )
+        elif not (folder / checkpoint).exists():
+            # With a checkpoint beside it: of the very run that made it, or refused where that is read.
             raise ValueError(
                 f"{folder} holds an adapter already; choose another folder, or go on from it with "
                 f"R3MemPipeline({str(folder)!r})"
@@ -379,17 +501,36 @@ class R3MemPipeline:
 
 
 def _by_name(documents, taken):
-    """Documents by name; those without one get numbers that are not taken. Raises ValueError if there are none."""
-    if isinstance(documents, str):
+    """Documents by name; those without one get that of their file, or numbers that are not taken.
+
+    Raises ValueError if there are none, or if one is the name of a file, given as if it were a text.
+    """
+    if isinstance(documents, (str, Path)):
         documents = [documents]
     if not isinstance(documents, Mapping):
         numbers = (n for n in itertools.count(1) if f"document {n}" not in taken)
-        documents = {f"document {n}": text for n, text in zip(numbers, documents, strict=False)}
+        documents = list(documents)
+        names = [str(text) if isinstance(text, Path) else f"document {next(numbers)}" for text in documents]
+        if len(set(names)) < len(names):
+            raise ValueError("a file is named twice")
+        documents = dict(zip(names, documents, strict=True))
     if not documents:
         raise ValueError("there is no document")
     if wrong := [name for name in documents if not isinstance(name, str)]:
         raise TypeError(f"a document's name must be a string, got {wrong[0]!r}")
-    return dict(documents)
+    return {name: _text_of(text) for name, text in documents.items()}
+
+
+def _text_of(text):
+    """A text, or what a file holds. Raises ValueError for a name of a file that is given as a text."""
+    if isinstance(text, Path):
+        return read_text(text)
+    if isinstance(text, str) and len(text) < 256 and "\n" not in text and Path(text).suffix and Path(text).is_file():
+        raise ValueError(
+            f"{text!r} is a file here: pass Path({text!r}) for what it holds. (To take the words themselves as the "
+            "text, put a line break behind them.)"
+        )
+    return text
 
 
 def _in_order(documents, labels):
@@ -398,8 +539,9 @@ def _in_order(documents, labels):
         names = [None if label is None else label[1] for label in labels]
         if sorted(documents, key=str) != sorted(names, key=str):
             raise ValueError(f"the documents are {sorted(documents, key=str)}, the memory's rows {names}")
-        return [documents[name] for name in names]
-    texts = [documents] if isinstance(documents, str) else list(documents)
+        return [_text_of(documents[name]) for name in names]
+    texts = [documents] if isinstance(documents, (str, Path)) else list(documents)
+    texts = [_text_of(text) for text in texts]
     if len(texts) != len(labels):
         raise ValueError(f"{len(texts)} documents and {len(labels)} rows of memory: one of each a row")
     return texts

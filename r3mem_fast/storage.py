@@ -1,12 +1,7 @@
-"""Folders of adapters on disk: what PEFT writes, and `r3mem.json` beside it, which says what belongs together.
-
-`r3mem.json` names the format version, the settings, the base model with its fingerprint, and the SHA-256 of the other
-files: those of the adapter and, if it has any, of the memory tokens. A folder whose files do not match it was damaged.
-"""
+"""Folders of adapters on disk: writing and loading them (their `r3mem.json`: see `manifest`), and fingerprints."""
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,15 +15,22 @@ from safetensors.torch import load_file, save_file
 
 import r3mem_fast
 
+from . import hub
 from .config import TRAINING_SETTINGS, R3MemConfig
-from .files import flush
+from .files import flush, locked
+from .manifest import (
+    ADAPTER_FILES,
+    FORMAT_VERSION,
+    MANIFEST,
+    MEMORY_TOKENS,
+    SAVED,
+    adapter_folder,
+    finish_save,
+    read_manifest,
+)
 from .models import load_model
 from .reversible.convert import text_config
 
-FORMAT_VERSION = 2
-MANIFEST = "r3mem.json"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_MEMORY_TOKENS = "memory_tokens.safetensors"  # of a model that has some
 # What changes the function that the same weights compute.
 _CONFIG_KEYS = (
     "model_type",
@@ -45,18 +47,6 @@ _CONFIG_KEYS = (
 )
 # Of characters that normalisers and splitters treat in their own ways.
 _PROBE = "A naïve  tab\tand\nline, 1234.5 'don't' ﬁ Ǆ é ½ 東京 🙂 end"
-_SAVED = ".saved"
-# Of the embedded model, by name.
-EMBEDDED_ADAPTERS = Path(__file__).parent / "adapters"
-_OF_A_PAIR = {
-    "level": str,
-    "document": str,
-    "query": str,
-    "entities": list,
-    "builder": str,
-    "tokens": int,
-    "sha256": str,
-}
 
 
 def save(model, folder, *, adapter_dtype=None, **details):
@@ -67,9 +57,6 @@ def save(model, folder, *, adapter_dtype=None, **details):
     one, also if the process is killed while they move to their places: the next load or save moves the rest.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; the adapter is saved as a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = {
         "format_version": FORMAT_VERSION,
         "r3mem_config": model.r3mem_config.to_dict(),
@@ -78,17 +65,22 @@ def save(model, folder, *, adapter_dtype=None, **details):
         "versions": {m.__name__: m.__version__ for m in (r3mem_fast, torch, transformers, peft)},
         **details,
     }
-    _finish(folder)
+    with locked(folder):
+        _save(model, folder, manifest, adapter_dtype)
+
+
+def _save(model, folder, manifest, adapter_dtype):
+    finish_save(folder)
     for leftover in folder.glob(".saving-*"):  # of a save that was killed before it was complete
         shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         # Embeddings are the base model's; left to choose, PEFT would ask a model hub about them.
         model.peft_model.save_pretrained(staging, save_embedding_layers=False)
-        files = list(_ADAPTER_FILES)
+        files = list(ADAPTER_FILES)
         if model.layout is not None:
-            save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / _MEMORY_TOKENS)
-            files.append(_MEMORY_TOKENS)
+            save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / MEMORY_TOKENS)
+            files.append(MEMORY_TOKENS)
         if adapter_dtype is not None:
             for name in files[1:]:
                 rounded = {key: tensor.to(adapter_dtype) for key, tensor in load_file(staging / name).items()}
@@ -97,36 +89,38 @@ def save(model, folder, *, adapter_dtype=None, **details):
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in (*files, MANIFEST):
             flush(staging / name)
-        staging.rename(folder / _SAVED)
-        _finish(folder)
+        staging.rename(folder / SAVED)
+        finish_save(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _finish(folder):
-    """Move the files of a complete save to their places."""
-    saved = folder / _SAVED
-    if saved.is_dir():
-        for name in (*_ADAPTER_FILES, _MEMORY_TOKENS, MANIFEST):
-            if (saved / name).exists():
-                os.replace(saved / name, folder / name)
-        shutil.rmtree(saved)
+def find(name, *, revision=None, token=None) -> Path:
+    """The folder of an adapter: a local one, one that comes with this package, or one on the hub, which is downloaded.
+
+    Raises OSError if there is none of this name.
+    """
+    folder = adapter_folder(name)
+    if folder.exists() or hub.is_path(name) or MANIFEST not in hub.files_of(name, revision=revision, token=token):
+        read_manifest(folder)  # which says what is wrong
+        return folder
+    return hub.download_adapter(name, revision=revision, token=token)
 
 
-def load(cls, folder, base, dtype):
+def load(cls, folder, base, dtype, revision=None, token=None):
     """What `save` wrote, as a model in eval mode; see `R3MemModel.from_pretrained`."""
-    folder = adapter_folder(folder)
+    folder = find(folder, revision=revision, token=token)
     manifest = read_manifest(folder)
     config = R3MemConfig.from_dict(manifest["r3mem_config"])
-    for name in (*_ADAPTER_FILES, *([_MEMORY_TOKENS] if config.num_memory_tokens else [])):
+    for name in (*ADAPTER_FILES, *([MEMORY_TOKENS] if config.num_memory_tokens else [])):
         if not (folder / name).is_file():
             raise OSError(f"{folder} is incomplete: {name} is missing")
         if _digest(folder / name) != manifest["files"].get(name):
             raise ValueError(
                 f"{folder / name} is not the file that {MANIFEST} describes: it is damaged, or was changed"
             )
-    if base is None:
-        base, _ = load_base(folder, manifest, dtype)
+    if base is None or isinstance(base, (str, Path)):
+        base, _ = load_base(folder, manifest, base, dtype=dtype)
     if isinstance(base, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base.modules()):
         raise ValueError("base has adapters already, from an earlier load perhaps; pass a base model without any")
     found = fingerprint(base)
@@ -134,64 +128,40 @@ def load(cls, folder, base, dtype):
         raise ValueError(
             f"{folder} was made for another base model ({manifest['base_model']}, "
             f"{manifest['base_fingerprint'][:12]}…) than {base.name_or_path or type(base).__name__} ({found[:12]}…): "
-            "its weights or settings differ (as they do when weights made in bfloat16 are loaded in float16)"
+            "its weights or settings differ (as they do when weights made in bfloat16 are loaded in float16). Name "
+            "the right one (--model, or base=)"
         )
     model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
     model.set_base_fingerprint(found)
     if model.layout is not None:
         with torch.no_grad():
-            model.memory_embeddings.copy_(load_file(folder / _MEMORY_TOKENS)["embeddings"])
+            model.memory_embeddings.copy_(load_file(folder / MEMORY_TOKENS)["embeddings"])
     return model.eval()
 
 
-def adapter_folder(name) -> Path:
-    """The folder of an adapter: of one that comes with this package by its name, else the folder of that name."""
-    embedded = EMBEDDED_ADAPTERS / str(name)
-    return embedded if Path(name).name == str(name) and embedded.is_dir() and not Path(name).exists() else Path(name)
+def load_base(folder, manifest, name=None, **settings):
+    """`(model, tokenizer)` that an adapter was made for, by a name of one's own or by that in its manifest.
 
+    Where the base lies does not matter: whether it is the right one is decided by its fingerprint.
 
-def is_adapter(name) -> bool:
-    """Whether this names an adapter that was saved here, or comes with this package."""
-    return (adapter_folder(name) / MANIFEST).is_file()
+    Args:
+        settings: Keywords of `load_model`.
 
-
-def load_base(folder, manifest, dtype, attn_implementation=None):
-    """`(model, tokenizer)` that an adapter was made for. Raises OSError if it cannot be found."""
-    if not manifest["base_model"]:
-        raise FileNotFoundError(f"{folder} was made for a model that had no name; pass that model as `base`")
-    return load_model(manifest["base_model"], dtype=dtype, attn_implementation=attn_implementation)
-
-
-def read_manifest(folder) -> dict:
-    """`r3mem.json` of a folder. Raises OSError if there is none, ValueError if it is no such file."""
-    folder = adapter_folder(folder)
-    if folder != EMBEDDED_ADAPTERS / folder.name:  # which nobody writes to
-        _finish(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        what = (
-            "is no folder" if not folder.is_dir() else f"has no {MANIFEST}: no adapter was saved there by r3mem_fast"
-        )
-        raise FileNotFoundError(f"{folder} {what}")
+    Raises:
+        OSError: It cannot be found.
+    """
+    recorded = manifest["base_model"]
+    if not (name or recorded):
+        raise FileNotFoundError(f"{folder} was made for a model that had no name; pass that model (--model, or base=)")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        kinds = {"r3mem_config": dict, "base_model": str, "base_fingerprint": str, "files": dict}
-        whole = all(isinstance(manifest[key], kind) for key, kind in kinds.items())
-        whole = whole and isinstance(manifest.get("dtype", ""), str)
-        whole = whole and all(
-            isinstance(entry[key], kind)
-            for entry in manifest.get("remembered", [])
-            for key, kind in {**_OF_A_PAIR, "exact": bool}.items()
-        )
-        whole = whole and len(manifest["r3mem_config"].get("core") or ()) == 2
-    except (ValueError, KeyError, TypeError):
-        whole, version = False, None
-    if not whole and version in (None, FORMAT_VERSION):
-        raise ValueError(f"{path} is damaged, or was not written by r3mem_fast")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}; this version of r3mem_fast reads {FORMAT_VERSION}")
-    return manifest
+        return load_model(name or recorded, **settings)
+    except OSError as error:
+        if name:
+            raise
+        raise OSError(
+            f"{folder} was made for the model {recorded!r}, which is not found ({error}). If it lies elsewhere now, "
+            "name it (--model, or base=)"
+        ) from error
 
 
 def fingerprint(model) -> str:

@@ -64,7 +64,7 @@ def test_one_layer_that_is_not_given_the_memory(use, implementation, monkeypatch
 
 @pytest.mark.parametrize("use", ["forward", "loss", "generate", "compress", "expand"])
 def test_a_decoder_that_is_not_given_the_memory(use, monkeypatch):
-    """Lost between the model and its decoder (`generate`, the causal model's own forward), or at the decoder's door."""
+    """Lost between the model and its decoder (`generate`, the causal model's forward), or at the decoder's door."""
     model = made()
     memory = model.compress(ids_of(24))
     base = model.peft_model.get_base_model()

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from r3mem_fast import PairCollator, R3MemConfig, R3MemModel, check_gradients, load_model, storage
+from r3mem_fast import PairCollator, R3MemConfig, R3MemModel, check_gradients, load_model, manifest, storage
 from r3mem_fast.reversible.direction import reading_backward
 from r3mem_fast.training.collate import collate_ids
 from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, build, token_ids
@@ -386,7 +386,7 @@ def test_a_save_that_is_killed_while_files_move_is_finished_by_the_next_load(sav
             if "lora_B" in name:
                 parameter.add_(0.1)
         expected = model(token_ids()).logits
-    replace, moved = storage.os.replace, []
+    replace, moved = manifest.os.replace, []
 
     def killed(source, target):
         if moved:
@@ -394,7 +394,7 @@ def test_a_save_that_is_killed_while_files_move_is_finished_by_the_next_load(sav
         moved.append(target)
         replace(source, target)
 
-    monkeypatch.setattr(storage.os, "replace", killed)
+    monkeypatch.setattr(manifest.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(copy)
     monkeypatch.undo()
@@ -422,7 +422,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, folder, tmp_path, monkey
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
-    assert storage.read_manifest(copy)
+    assert manifest.read_manifest(copy)
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError, match="is a file"):
         model.save_pretrained(tmp_path / "file")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model, storage
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model, manifest
 from r3mem_fast.cli import main
+from r3mem_fast.manifest import REMEMBER_CHECKPOINT
 from r3mem_fast.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL
 from r3mem_fast.text import read_text, token_windows
-from r3mem_fast.training.remember import CHECKPOINT
 
 TEXT = "The ship left Nantucket. Ahab of the Pequod was mad about the whale, said Starbuck."
 SETTINGS = RememberSettings(
@@ -40,9 +40,9 @@ def test_remembered_and_recalled(remembered):
         "adapter_model.safetensors",
         "r3mem.json",
     ]
-    manifest = json.loads((target / "r3mem.json").read_text())
-    assert [entry["query"] for entry in manifest["remembered"]] == [pair.query for pair in report.pairs]
-    assert TEXT[:20] not in json.dumps(manifest)  # the adapter remembers, not the file
+    written = json.loads((target / "r3mem.json").read_text())
+    assert [entry["query"] for entry in written["remembered"]] == [pair.query for pair in report.pairs]
+    assert TEXT[:20] not in json.dumps(written)  # the adapter remembers, not the file
 
 
 def test_loaded_again_and_more_remembered(remembered, tmp_path):
@@ -92,8 +92,8 @@ def test_remembered_contexts_come_back_from_their_memories(memorised, folder):
     zeroed = dataclasses.replace(finished, states=torch.zeros_like(finished.states))
     for given in (zeroed, finished.rows([1, 2, 0])):
         assert not any(a == b for a, b in zip(pipeline.expand(given), expected, strict=True))
-    manifest = json.loads((target / "r3mem.json").read_text())
-    assert all(entry["expanded"] for entry in manifest["remembered"])
+    written = json.loads((target / "r3mem.json").read_text())
+    assert all(entry["expanded"] for entry in written["remembered"])
     again = R3MemPipeline(target)
     assert again.expand(memory) == expected
     # Adapters on memory tokens alone: the forward direction is the base model's.
@@ -233,7 +233,7 @@ def test_the_commands(folder, tmp_path, capsys):
     status = main(["remember", str(target), str(text), *arguments, "--max-steps", "2", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert status == 1 and report["steps"] == 2 and report["exact_match"] < 1  # not in two steps
-    assert not (target / CHECKPOINT).exists()
+    assert not (target / REMEMBER_CHECKPOINT).exists()
     status = main(["remember", str(target), str(text), *arguments])
     assert status == 2 and "--model is for a new adapter" in capsys.readouterr().err
     arguments = ["--device", "cpu", "--learning-rate", "1e-2"]
@@ -338,7 +338,7 @@ def test_bad_input_of_commands_is_one_clear_line(folder, tmp_path, capsys, argum
     (tmp_path / "text").write_text(TEXT)
     (tmp_path / "long").write_text("long " * 100)
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / CHECKPOINT).write_text("x")
+    (tmp_path / "unfinished" / REMEMBER_CHECKPOINT).write_text("x")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "r3mem.json").write_text("{")
     names = {
@@ -354,15 +354,15 @@ def test_bad_input_of_commands_is_one_clear_line(folder, tmp_path, capsys, argum
 
 def test_an_adapter_that_comes_with_the_package(tmp_path, monkeypatch):
     """It is found by its name, whole, unless a folder of that name lies here; and it is of the embedded model."""
-    folder = storage.adapter_folder(EMBEDDED_ADAPTER)
-    assert storage.is_adapter(EMBEDDED_ADAPTER) and folder.parent == storage.EMBEDDED_ADAPTERS
-    manifest = storage.read_manifest(EMBEDDED_ADAPTER)
-    assert manifest["base_model"] == EMBEDDED_MODEL and manifest["r3mem_config"]["num_memory_tokens"] == 64
+    folder = manifest.adapter_folder(EMBEDDED_ADAPTER)
+    assert manifest.is_adapter(EMBEDDED_ADAPTER) and folder.parent == manifest.EMBEDDED_ADAPTERS
+    described = manifest.read_manifest(EMBEDDED_ADAPTER)
+    assert described["base_model"] == EMBEDDED_MODEL and described["r3mem_config"]["num_memory_tokens"] == 64
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
     monkeypatch.chdir(tmp_path)
     (tmp_path / EMBEDDED_ADAPTER).mkdir()
-    assert storage.adapter_folder(EMBEDDED_ADAPTER) == Path(EMBEDDED_ADAPTER)
-    assert not storage.is_adapter(EMBEDDED_ADAPTER) and not storage.is_adapter("../adapters")
+    assert manifest.adapter_folder(EMBEDDED_ADAPTER) == Path(EMBEDDED_ADAPTER)
+    assert not manifest.is_adapter(EMBEDDED_ADAPTER) and not manifest.is_adapter("../adapters")
 
 
 @pytest.mark.slow

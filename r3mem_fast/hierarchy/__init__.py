@@ -3,7 +3,7 @@
 from .builders import ExtractiveBuilder, InstructBuilder
 from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder
 from .pairs import LEVELS, Pair, Passage, QueryBuilder, build_pairs, contexts_of
-from .split import Document, Paragraph, Span, split_document
+from .split import Document, Paragraph, Span, cut_document, is_part_of, split_document
 
 __all__ = [
     "LEVELS",
@@ -20,6 +20,8 @@ __all__ = [
     "Span",
     "build_pairs",
     "contexts_of",
+    "cut_document",
     "default_entity_finder",
+    "is_part_of",
     "split_document",
 ]

@@ -25,12 +25,14 @@ class ExtractiveBuilder:
     name = "extractive"
 
     def queries(self, passage: Passage):
+        weight = _weights(passage)
+        phrases, lists = _phrases(passage.parts, passage, weight), _lists(passage, weight)
         if passage.level == "entity":
-            proposed = (_lists(passage), _phrases(passage.parts, passage))
+            proposed = (lists, phrases)
         elif passage.level == "document":
-            proposed = (_summaries(passage), _phrases(passage.parts, passage))
+            proposed = (_summaries(passage, weight), phrases)
         else:
-            proposed = (_phrases(passage.parts, passage), _lists(passage))
+            proposed = (phrases, lists)
         return itertools.chain(*proposed, _pieces(passage))
 
 
@@ -52,7 +54,7 @@ class InstructBuilder:
 
     def queries(self, passage: Passage):
         if passage.level == "entity":
-            yield from _lists(passage)
+            yield from _lists(passage, _weights(passage))
             return
         message = {"role": "user", "content": self._PROMPT.format(text=passage.text)}
         prompt = self._tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -67,21 +69,20 @@ class InstructBuilder:
                 yield question[0]
 
 
-def _summaries(passage):
+def _summaries(passage, weight):
     """A key phrase of every paragraph, fewer and fewer of them until they fit."""
     parts = passage.parts
     for kept in range(len(parts), 0, -1):
         chosen = parts[:: max(len(parts) // kept, 1)][:kept]
         tokens = passage.tokens // kept
-        phrases = [next(_phrases([part], passage._replace(tokens=tokens)), None) for part in chosen]
+        phrases = [next(_phrases([part], passage._replace(tokens=tokens), weight), None) for part in chosen]
         phrases = [phrase for phrase in phrases if phrase]
         if len(phrases) == kept:
             yield _SEPARATOR.join(phrases)
 
 
-def _phrases(sentences, passage):
+def _phrases(sentences, passage, weight):
     """Runs of words without a pause between them that fit, most telling first; those of the key sentence first."""
-    weight = _weights(passage)
     longest = min(passage.tokens, MAX_SHARED_RUN)
 
     def telling(sentence):
@@ -103,9 +104,8 @@ def _phrases(sentences, passage):
                 yield run
 
 
-def _lists(passage):
+def _lists(passage, weight):
     """Lists of entities as long as they fit; of telling words where there are none, or too few to be distinct."""
-    weight = _weights(passage)
     words = dict.fromkeys(word[0] for word in _WORD.finditer(passage.text))
     known = {part for entity in passage.entities for part in _WORD.findall(entity)}
     others = sorted((w for w in words if w not in known and weight(w) > 0), key=weight, reverse=True)

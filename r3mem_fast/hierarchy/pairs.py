@@ -6,8 +6,10 @@ A builder proposes queries; what a query must be is checked here, alike for all 
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
+
+from tqdm import tqdm
 
 from .entities import EntityFinder, default_entity_finder
 from .split import Document, split_document
@@ -67,6 +69,7 @@ def build_pairs(
     levels=LEVELS,
     language="en",
     taken=(),
+    progress=False,
 ) -> list[Pair]:
     """The context–query pairs of named documents, document by document, level by level.
 
@@ -75,7 +78,7 @@ def build_pairs(
     nothing that is fit, the extractive builder does, and the pair says so.
     tokenizer: of the model that is to remember. builder: the extractive one by default. entity_finder: spaCy's where
     it is installed, else a heuristic. levels: some of "document", "paragraph", "entity". language: of the sentences.
-    taken: queries of other pairs.
+    taken: queries of other pairs. progress: show a bar, in characters of the documents.
     Raises ValueError for an empty text, a text that the tokenizer does not give back, or levels that are none.
     """
     # Here, because builders need this module's protocol.
@@ -94,11 +97,14 @@ def build_pairs(
         return len(ids_of(text))
 
     pairs, taken = [], set(taken)
+    total = sum(len(text) for text in documents.values() if isinstance(text, str))
+    bar = tqdm(total=total, desc="Writing queries", unit="char", unit_scale=True, disable=not progress, leave=False)
     for name, text in documents.items():
         _check_lossless(name, text, tokenizer, ids_of)
         document = split_document(text, name, count_tokens, language)
         names = entity_finder(document.span.text)
-        for passage in _passages(document, names, levels, count_tokens):
+        passages = list(_passages(document, names, levels, count_tokens))
+        for passage in passages:
             query, wrote = _choose(passage, (builder, extractive), taken, ids_of)
             if query is None and passage.text in {pair.context for pair in pairs if pair.document == name}:
                 continue  # too short for two queries
@@ -109,6 +115,8 @@ def build_pairs(
                 )
             taken.add(query)
             pairs.append(Pair(passage.level, name, query, passage.text, tuple(passage.entities), wrote.name))
+            bar.update(len(text) / len(passages))
+    bar.close()
     return pairs
 
 
@@ -118,16 +126,19 @@ def mentioned(names, text) -> list[str]:
     return sorted((name for name in names if places[name]), key=lambda name: places[name].start())
 
 
-def longest_shared_run(left, right) -> int:
-    """Length of the longest run of items that two sequences have in common."""
-    longest, above = 0, [0] * (len(right) + 1)
-    for a in left:
-        row = [0] * (len(right) + 1)
-        for index, b in enumerate(right):
-            if a == b:
-                row[index + 1] = above[index] + 1
-        longest, above = max(longest, *row), row
-    return longest
+class Runs:
+    """All runs of `length` items of a sequence, to ask which other sequences have one of them. Linear in both."""
+
+    def __init__(self, items: Sequence, length: int):
+        self._length = length
+        self._runs = set(self._of(items))
+
+    def are_in(self, items: Sequence) -> bool:
+        """Whether another sequence has one of the runs."""
+        return any(run in self._runs for run in self._of(items))
+
+    def _of(self, items):
+        return (tuple(items[start : start + self._length]) for start in range(len(items) - self._length + 1))
 
 
 def contexts_of(document: Document) -> dict[str, list[tuple[str, list[str]]]]:
@@ -160,7 +171,7 @@ def _passages(document: Document, names, levels, count_tokens):
 
 
 def _choose(passage, builders, taken, ids_of):
-    context = ids_of(passage.text)
+    too_long = None if passage.level == "entity" else Runs(ids_of(passage.text), MAX_SHARED_RUN + 1)
     for builder in builders:
         for candidate in builder.queries(passage):
             query = re.sub(r"\s+", " ", candidate).strip()
@@ -170,15 +181,11 @@ def _choose(passage, builders, taken, ids_of):
             # One word is always allowed: a context of a few tokens would else have no query at all.
             if len(ids) > passage.tokens and (re.search(r"\W", query) or len(ids) > MAX_SHARED_RUN):
                 continue
-            if passage.level != "entity" and max(_runs(ids, query, context, ids_of)) > MAX_SHARED_RUN:
+            # Tokens depend on what stands before a word, so the query is looked for as it stands inside a text too.
+            if too_long is not None and (too_long.are_in(ids) or too_long.are_in(ids_of(" " + query))):
                 continue
             return query, builder
     return None, None
-
-
-def _runs(ids, query, context, ids_of):
-    """Tokens depend on what stands before a word, so the query is looked for as it would stand inside a text too."""
-    return longest_shared_run(ids, context), longest_shared_run(ids_of(" " + query), context)
 
 
 def _check_lossless(name, text, tokenizer, ids_of):

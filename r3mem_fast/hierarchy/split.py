@@ -16,6 +16,13 @@ PARAGRAPH_TOKENS = (32, 128)
 PASSAGE_TOKENS = 27
 
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+# Where a long text is cut, the best places first: before the heading of a chapter, at a blank line, at the end of a
+# line, after a sentence.
+_HEADING = re.compile(
+    r"(?=^[ \t]*(?:#{1,3}[ \t]+\S|(?:chapter|book|part|volume|act|scene|canto|letter|section)[ \t.:]+[\divxlc]+\b))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BORDERS = (_HEADING, _BLANK_LINES, re.compile(r"\n"), re.compile(r"(?<=[.!?])\s+"))
 
 
 class Span(NamedTuple):
@@ -65,6 +72,48 @@ def split_document(text: str, name: str, count_tokens: Callable[[str], int], lan
             span = _span(text, run[0].start, run[-1].end)
             paragraphs.append(Paragraph(span, run, _joined(run, text, PASSAGE_TOKENS, count_tokens)))
     return Document(name, _span(text, 0, len(text)), paragraphs)
+
+
+def cut_document(text: str, name: str, count_tokens: Callable[[str], int], most: int) -> dict[str, str]:
+    """A text as documents of at most `most` tokens, by name: itself, or its parts, `NAME, part 1` and so on.
+
+    A text that is too long is cut before the headings of chapters, and what is too long still at paragraphs, lines or
+    sentences; neighbours stay together as far as they fit. Nothing but white space between the parts is lost.
+
+    Raises:
+        ValueError: It has a sentence of more tokens, which has no place to cut it.
+    """
+    parts = [span.text for span in _cut(text, _span(text, 0, len(text)), name, count_tokens, most, _BORDERS)]
+    if len(parts) < 2:
+        return {name: text}
+    return {f"{name}, part {number}": part for number, part in enumerate(parts, 1)}
+
+
+def is_part_of(name: str, whole: str) -> bool:
+    """Whether a document's name is that of a part of another one, as `cut_document` names them."""
+    return re.fullmatch(re.escape(whole) + r", part \d+", name) is not None
+
+
+def _cut(text, whole, name, count_tokens, most, borders):
+    if count_tokens(whole.text) <= most:
+        return [whole]
+    if not borders:
+        raise ValueError(
+            f"document {name!r} has a passage of {count_tokens(whole.text)} tokens without the end of a sentence or a "
+            f"line, and at most {most} fit the model's positions: break it into lines. It begins {whole.text[:60]!r}"
+        )
+    parts, size = [], 0
+    for found in _split_at(whole.text, borders[0]):
+        span = _span(text, whole.start + found.start, whole.start + found.end)
+        # Added up, not counted anew with every piece that is joined.
+        own = count_tokens(span.text)
+        joined = size + own + (count_tokens(text[parts[-1].end : span.start]) if parts else 0)
+        if parts and joined <= most:
+            parts[-1], size = _span(text, parts[-1].start, span.end), joined
+        else:
+            parts += _cut(text, span, name, count_tokens, most, borders[1:])
+            size = count_tokens(parts[-1].text)
+    return parts
 
 
 def _split_at(text, separator):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import replacing
+from ..manifest import TRAIN_CHECKPOINTS
 from ..model import R3MemModel, unchanged_on_failure
 from ..reversible import check_integrity
+from .machine import busy_note, steps_at_most
 
-CHECKPOINTS = "train-checkpoints"
 _RUN = "run.json"
 
 
@@ -29,9 +31,10 @@ _RUN = "run.json"
 class TrainSettings:
     """How a memory network is trained on texts.
 
-    steps: of AdamW. segments: of a window, at most; a window is a row of a batch. batch_size: windows a pass;
-    accumulate: passes a step. learning_rate: after `warmup_steps`, then down to 0 as a cosine. held_out: the share of
-    each text, at its end, that is not trained on. checkpoint_steps: between checkpoints. seed: of the order.
+    steps: of AdamW (at most R3MEM_MAX_STEPS, an environment variable). segments: of a window, at most; a window is a
+    row of a batch. batch_size: windows a pass; accumulate: passes a step. learning_rate: after `warmup_steps`, then
+    down to 0 as a cosine. held_out: the share of each text, at its end, that is not trained on. checkpoint_steps:
+    between checkpoints. seed: of the order.
     """
 
     steps: int = 1000
@@ -123,11 +126,14 @@ def train(
     the checkpoints of another run; IntegrityError if a pass could not be trusted.
     """
     settings = TrainSettings() if settings is None else settings
+    settings = dataclasses.replace(settings, steps=steps_at_most(settings.steps))
+    if progress and model.device.type == "cpu" and (note := busy_note()):
+        warnings.warn(note, stacklevel=2)
     if model.peft_model.dtype == torch.float16:
         raise ValueError("training in float16 overflows without a scaled loss; load the model in bfloat16 or float32")
     kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]
     windows = Windows(kept, model.r3mem_config.segment_length, settings.segments)
-    checkpoints = Path(folder) / CHECKPOINTS
+    checkpoints = Path(folder) / TRAIN_CHECKPOINTS
     last = _prepared(checkpoints, _identity(model, kept, settings))
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -183,7 +189,7 @@ def _report(state, windows, seconds):
 
 def discard_checkpoints(folder):
     """Delete the checkpoints that `train` left in a folder."""
-    shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(Path(folder) / TRAIN_CHECKPOINTS, ignore_errors=True)
 
 
 class _CheckIntegrity(TrainerCallback):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +18,15 @@ from tqdm import tqdm
 from ..files import replacing
 from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
+from ..hierarchy.pairs import MAX_QUERY_SHARE
+from ..manifest import REMEMBER_CHECKPOINT
 from ..model import R3MemModel, evaluating, unchanged_on_failure
 from ..reversible import check_integrity
 from .collate import collate_ids
+from .machine import busy_note, steps_at_most
 
-CHECKPOINT = "remember-checkpoint.safetensors"
+# At most so many times as long as a context is it together with its query, by what a query may have of its tokens.
+MAX_QUERY_OF_CONTEXT = 1 + MAX_QUERY_SHARE
 _CHECKPOINT_VERSION = 4
 
 
@@ -32,7 +37,8 @@ _AT_LEAST = {"max_steps": 1, "tokens_per_step": 1, "anchor_windows": 1, "anchor_
 class RememberSettings:
     """How pairs are learned.
 
-    max_steps: of AdamW, at most. learning_rate: while little is learned; it falls with the loss.
+    max_steps: of AdamW, at most (and at most R3MEM_MAX_STEPS, an environment variable). learning_rate: while little is
+    learned; it falls with the loss.
     tokens_per_step: of queries and contexts in one batch, padding included.
     compress_every: every so many steps also the forward term of the objective; 0: never.
     divergence: the Kullback-Leibler divergence from the base model, in nats a token, that the forward direction is
@@ -137,6 +143,8 @@ def remember(
     settings = RememberSettings() if settings is None else settings
     if not pairs:
         raise ValueError("there is nothing to remember: no pairs")
+    if progress and model.device.type == "cpu" and (note := busy_note()):
+        warnings.warn(note, stacklevel=2)
     try:
         with unchanged_on_failure(model):  # what was learned is in the checkpoint
             run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
@@ -172,7 +180,7 @@ class _Run:
         self.answered = []  # queries of decoys that were, as if they were known
         self.compress_loss = None
         self.divergence = None
-        self.checkpoint = None if folder is None else folder / CHECKPOINT
+        self.checkpoint = None if folder is None else folder / REMEMBER_CHECKPOINT
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume()
         self.wanted = {}  # log-probabilities of the base model, by window
@@ -183,9 +191,13 @@ class _Run:
     def to_the_end(self, progress):
         settings = self.settings
         started, saved = time.monotonic() - self.seconds, time.monotonic()
-        bar = tqdm(total=settings.max_steps, initial=self.step, desc="Remembering", unit="step", disable=not progress)
+        # Its end is the expected end: all contexts exact. When that comes, or how many steps it takes, nobody knows.
+        layout = "{desc}: {n_fmt} of {total_fmt} exact |{bar}| {elapsed}{postfix}"
+        bar = tqdm(total=len(self.pairs), desc="Remembering", bar_format=layout, disable=not progress)
+        self._show(bar)
+        max_steps = steps_at_most(settings.max_steps)
         try:
-            while self.step < settings.max_steps:
+            while self.step < max_steps:
                 if not self.queue:
                     known = self.weights and all(self._all_known()) and self._is_near() and not self.answered
                     if known and self._verified():
@@ -194,14 +206,14 @@ class _Run:
                 with torch.random.fork_rng():  # for dropout: the same after an interruption
                     torch.manual_seed(settings.seed * 1_000_003 + self.step)
                     self._train_on(self.queue.pop(0))
-                bar.update()
-                bar.set_postfix(loss=self._loss(), exact=f"{sum(self._all_known())}/{len(self.pairs)}")
+                self._show(bar)
                 self.seconds = time.monotonic() - started
                 if self.checkpoint is not None and time.monotonic() - saved > settings.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
             else:
                 self._recall_all()
+            self._show(bar)
         finally:  # also Ctrl-C, which may come within a step: only the last checkpoint is whole
             bar.close()
         self.seconds = time.monotonic() - started
@@ -215,6 +227,20 @@ class _Run:
             expanded=self.known.get("cycle"),
             cycle_loss=self.losses.get("cycle"),
         )
+
+    def _show(self, bar):
+        """How far it is: contexts that are exact, and what else has to be so before it ends."""
+        if bar.disable:
+            return
+        bar.n = sum(self._all_known())
+        parts = {"step": self.step}
+        if self._loss() is not None:
+            parts["loss"] = f"{self._loss():.3f}"
+        if self.divergence is not None and not self._is_near():
+            parts["divergence"] = f"{self.divergence:.3f} (to be {self.settings.divergence})"
+        if self.answered:
+            parts["foreign queries answered"] = len(self.answered)
+        bar.set_postfix(parts)
 
     def _train_on(self, batch):
         settings, config, model = self.settings, self.model.r3mem_config, self.model

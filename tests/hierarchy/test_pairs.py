@@ -17,7 +17,7 @@ from r3mem_fast.hierarchy import (
     default_entity_finder,
 )
 from r3mem_fast.hierarchy.decoys import decoys, swap_entities
-from r3mem_fast.hierarchy.pairs import longest_shared_run, mentioned
+from r3mem_fast.hierarchy.pairs import Runs, mentioned
 from tests.hierarchy.test_split import PAGE
 
 
@@ -59,7 +59,7 @@ def check(pairs, tokenizer):
         assert len(query) <= max(0.15 * len(context), 1), pair
         if pair.level != "entity":
             inside = tokenizer(" " + pair.query).input_ids
-            assert max(longest_shared_run(query, context), longest_shared_run(inside, context)) <= 8, pair
+            assert not (Runs(context, 9).are_in(query) or Runs(context, 9).are_in(inside)), pair
 
 
 def test_a_page(tokenizer):
@@ -180,8 +180,8 @@ def test_decoys_are_no_queries(tokenizer):
     assert found == decoys(pairs, 50, random.Random(0)) != decoys(pairs, 50, random.Random(1))
 
 
-@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
-def test_the_longest_shared_run(left, right):
-    runs = {tuple(left[i:j]) for i in range(len(left)) for j in range(i + 1, len(left) + 1)}
-    shared = [run for run in runs if any(tuple(right[k : k + len(run)]) == run for k in range(len(right)))]
-    assert longest_shared_run(left, right) == max(map(len, shared), default=0)
+@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12), st.integers(1, 4))
+def test_runs_that_two_sequences_share(left, right, length):
+    runs = [left[start : start + length] for start in range(len(left) - length + 1)]
+    shared = [run for run in runs if any(right[k : k + length] == run for k in range(len(right)))]
+    assert Runs(left, length).are_in(right) == bool(shared)

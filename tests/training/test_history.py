@@ -15,8 +15,9 @@ from transformers import AutoConfig
 
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, TrainSettings, load_model
 from r3mem_fast.cli import main
+from r3mem_fast.manifest import TRAIN_CHECKPOINTS
 from r3mem_fast.training import history as module
-from r3mem_fast.training.history import CHECKPOINTS, Windows, collate_windows, train
+from r3mem_fast.training.history import Windows, collate_windows, train
 from r3mem_fast.training.texts import read_texts
 
 SETTINGS = TrainSettings(steps=6, segments=3, checkpoint_steps=2, learning_rate=1e-2, warmup_steps=1)
@@ -84,7 +85,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monke
         train(model, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
     monkeypatch.undo()
-    half = tmp_path / CHECKPOINTS / "checkpoint-4"  # as a process that was killed while it wrote leaves one
+    half = tmp_path / TRAIN_CHECKPOINTS / "checkpoint-4"  # as a process that was killed while it wrote leaves one
     half.mkdir()
     (half / "trainer_state.json").write_text('{"global_step": 4, "log_hi')
     report = train(model, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
@@ -180,7 +181,7 @@ def test_folders_of_datasets(tmp_path):
 def test_the_pipeline_saves_what_it_trained(folder, tmp_path):
     pipeline = R3MemPipeline(str(folder), config=CONFIG)
     report = pipeline.train({"ship": TEXT}, folder=tmp_path, settings=SETTINGS, progress=False)
-    assert report.steps == 6 and not (tmp_path / CHECKPOINTS).exists()
+    assert report.steps == 6 and not (tmp_path / TRAIN_CHECKPOINTS).exists()
     again = R3MemPipeline(tmp_path)
     assert torch.equal(again.compress(TEXT).states, pipeline.compress(TEXT).states)
     with pytest.raises(ValueError, match="holds an adapter already"):
@@ -201,7 +202,7 @@ def test_a_killed_process_resumes_to_the_same_result(folder, tmp_path):
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoints = tmp_path / "killed" / CHECKPOINTS
+    checkpoints = tmp_path / "killed" / TRAIN_CHECKPOINTS
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline and killed.poll() is None:
         time.sleep(0.02)

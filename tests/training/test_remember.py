@@ -16,8 +16,9 @@ from safetensors import safe_open
 from r3mem_fast import R3MemConfig, R3MemModel, RememberSettings, load_model
 from r3mem_fast.hierarchy import Pair
 from r3mem_fast.hierarchy.decoys import decoys
+from r3mem_fast.manifest import REMEMBER_CHECKPOINT
 from r3mem_fast.training import remember as module
-from r3mem_fast.training.remember import CHECKPOINT, remember
+from r3mem_fast.training.remember import remember
 
 PAIRS = [
     Pair("document", "a", "What fox?", "The quick brown fox jumps over the lazy dog.", ("Fox",), "test"),
@@ -109,7 +110,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(learned, folder, tmp_pa
         model, tokenizer = fresh(folder, seed)  # other adapters at the start: the checkpoint has them all
         with pytest.raises(KeyboardInterrupt):
             remember(model, tokenizer, PAIRS, often, folder=tmp_path, progress=False)
-        assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+        assert [path.name for path in tmp_path.iterdir()] == [REMEMBER_CHECKPOINT]
     monkeypatch.undo()
     model, tokenizer = fresh(folder)
     resumed = remember(model, tokenizer, PAIRS, SETTINGS, folder=tmp_path, progress=False)
@@ -155,15 +156,15 @@ def test_checkpoints_that_are_refused(folder, tmp_path):
     model, tokenizer = fresh(folder)
     report = remember(model, tokenizer, PAIRS, few, folder=tmp_path, progress=False)
     assert report.steps == 3 and not all(report.exact)  # and no error
-    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+    with safe_open(tmp_path / REMEMBER_CHECKPOINT, "pt") as file:
         assert json.loads(file.metadata()["r3mem"])["step"] == 3
     before = weights(model)
     for pairs, settings in ((PAIRS[:2], few), (PAIRS, dataclasses.replace(few, seed=1))):
         with pytest.raises(ValueError, match="belongs to an unfinished run with other documents"):
             remember(model, tokenizer, pairs, settings, folder=tmp_path, progress=False)
-    data = (tmp_path / CHECKPOINT).read_bytes()
+    data = (tmp_path / REMEMBER_CHECKPOINT).read_bytes()
     for broken in (data[: len(data) // 2], b"", b"nonsense" * 10):
-        (tmp_path / CHECKPOINT).write_bytes(broken)
+        (tmp_path / REMEMBER_CHECKPOINT).write_bytes(broken)
         with pytest.raises(ValueError, match="is damaged; delete it"):
             remember(model, tokenizer, PAIRS, few, folder=tmp_path, progress=False)
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
@@ -221,7 +222,7 @@ def test_a_killed_process_resumes_to_the_same_result(folder, tmp_path):
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = tmp_path / "killed" / CHECKPOINT
+    checkpoint = tmp_path / "killed" / REMEMBER_CHECKPOINT
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline and killed.poll() is None:
         time.sleep(0.02)

@@ -1,0 +1,109 @@
+"""`check_memories`: that a model reads the memories that it is given, and is its base model without one."""
+
+import contextlib
+import dataclasses
+
+import torch
+
+from .config import R3MemConfig
+from .model import R3MemModel, evaluating
+from .reversible import restore
+
+_MEMORY_TOKENS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What `check_memories` found.
+
+    Attributes:
+        layers: Layers that read and wrote in every pass, all of the model's.
+        between_memories: Largest absolute difference of the logits behind two memories of different texts.
+        from_none: The same, behind a memory and without one.
+        base_without_memory: Whether the logits without a memory are the base model's, bit for bit; None for adapters
+            that act on all rows, with which they are not.
+        refused: Why a model of this kind can have no memories; None if it can.
+    """
+
+    layers: int = 0
+    between_memories: float = 0.0
+    from_none: float = 0.0
+    base_without_memory: bool | None = None
+    refused: str | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing is wrong: every memory is read and, where that is promised, none is the base model."""
+        if self.refused is not None:
+            return True
+        return self.between_memories > 0 and self.from_none > 0 and self.base_without_memory is not False
+
+    def __str__(self):
+        if self.refused is not None:
+            return f"memories: not for this model: {self.refused}"
+        base = {True: "; without one: the base model's, bit for bit", False: "; without one: NOT the base model's"}
+        read = "read" if self.between_memories > 0 and self.from_none > 0 else "NOT read"
+        return (
+            f"memories: {read} by all {self.layers} layers, logits differ by up to {self.between_memories:.3g} "
+            f"between two of them and by {self.from_none:.3g} from none{base.get(self.base_without_memory, '')}"
+        )
+
+
+@torch.no_grad()
+def check_memories(model, input_ids) -> MemoryReport:
+    """Compress two texts, read a third behind each of the memories and behind none, and compare the logits.
+
+    Args:
+        model: An `R3MemModel` with memory tokens; or a `transformers` causal language model, not reversible and
+            without adapters, which gets memory tokens and adapters meanwhile and is as before afterwards.
+        input_ids: int64 `[1, T]`, at least 12; the texts are its thirds.
+
+    Raises:
+        MemoryNotReadError: A layer did not read a memory, or did not write one.
+        ValueError: There are too few tokens.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[1] < 12:
+        raise ValueError(f"input_ids must be [1, T] with at least 12 tokens, got {list(input_ids.shape)}")
+    length = input_ids.shape[1] // 3
+    first, second, prompt = (input_ids[:1, part * length : (part + 1) * length] for part in range(3))
+    if isinstance(model, R3MemModel):
+        model.check_memories()
+        return _report(model, first, second, prompt)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        config = R3MemConfig(num_memory_tokens=_MEMORY_TOKENS, segment_length=length, adapter_rows="memory")
+        try:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(0)
+            network = R3MemModel(model, config)
+        except ValueError as error:
+            return MemoryReport(refused=str(error))
+        stack.callback(_unload, network)
+        try:
+            network.empty_memory()  # proves that keys can be moved
+        except ValueError as error:
+            return MemoryReport(refused=str(error))
+        return _report(network, first, second, prompt)
+
+
+def _unload(network):
+    restore(network.peft_model)
+    network.peft_model.unload()
+
+
+def _report(network, first, second, prompt):
+    with evaluating(network):
+        one, other = (network.compress(ids, finish=True) for ids in (first, second))
+        behind = [network(prompt, memory=memory).logits for memory in (one, other)]
+        alone = network(prompt).logits
+        base = None
+        if network.r3mem_config.adapter_rows == "memory":
+            with network.disable_adapters():
+                base = torch.equal(alone, network.peft_model(input_ids=prompt, use_cache=False).logits)
+        network.generate(prompt, memory=one, max_new_tokens=2)
+    return MemoryReport(
+        layers=len(network._layers),
+        between_memories=(behind[0] - behind[1]).abs().max().item(),
+        from_none=(behind[0] - alone).abs().max().item(),
+        base_without_memory=base,
+    )
