@@ -40,7 +40,7 @@ def main(arguments=None):
     """
     options = _parser().parse_args(arguments)
     try:
-        with _plain_warnings(options):
+        with _plain_warnings():
             return options.run(options)
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if options.debug:
@@ -60,16 +60,16 @@ def _say(options, text):
 
 
 @contextlib.contextmanager
-def _plain_warnings(options):
+def _plain_warnings():
     """Show warnings as lines of the command's own, without the place in the source that gave them."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *place, **more: _say(options, f"note: {message}")
+        warnings.showwarning = lambda message, *place, **more: print(f"Note: {message}", file=sys.stderr, flush=True)
         yield
 
 
 def _begin(options, what):
     """The first line, before torch and transformers are imported, which takes some seconds; then their settings."""
-    _say(options, f"{what} ...")
+    print(f"{what} ...", file=sys.stderr, flush=True)
     from .integrations.quiet import quiet
 
     quiet()
@@ -274,7 +274,7 @@ def _add_model_options(parser, dtype):
 
 
 def _demo(options):
-    _begin(options, f"loading {options.model}; all of it takes about five minutes")
+    _begin(options, f"Loading {options.model}; all of it takes about five minutes")
     from .demo import run_demo
 
     run_demo(
@@ -293,7 +293,7 @@ def _demo(options):
 
 
 def _check(options):
-    _begin(options, f"loading {options.model}")
+    _begin(options, f"Loading {options.model}")
     import torch
 
     from . import (
@@ -346,11 +346,14 @@ def _remember_in(options):
     from .manifest import is_adapter
 
     existing = is_adapter(options.folder)
-    if existing and (given := [name for name in _OF_NEW_ADAPTERS if getattr(options, name) is not None]):
-        raise ValueError(f"--{given[0].replace('_', '-')} is for a new adapter; {options.folder} has one")
+    given = {name: value for name in _OF_NEW_ADAPTERS if (value := getattr(options, name)) is not None}
+    if existing and given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for a new adapter; {options.folder} has one")
+    if not given.get("memory_tokens") and (useless := [name for name in _OF_MEMORIES if name in given]):
+        raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with --memory-tokens")
     texts = _texts(options)
     model = options.folder if existing else options.model or "smollm2-135m"
-    _begin(options, f"loading {model}")
+    _begin(options, f"Loading {model}")
     from . import R3MemConfig, RememberSettings
 
     settings = RememberSettings(
@@ -362,9 +365,6 @@ def _remember_in(options):
     if existing:
         pipeline = _pipeline(options, model, base=options.model)
     else:
-        given = {name: value for name in _OF_NEW_ADAPTERS if (value := getattr(options, name)) is not None}
-        if not given.get("memory_tokens") and (useless := [name for name in _OF_MEMORIES if name in given]):
-            raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with --memory-tokens")
         config = R3MemConfig(**{_OF_NEW_ADAPTERS[name]: value for name, value in given.items()})
         pipeline = _pipeline(options, model, config=config, seed=options.seed)
     report = pipeline.remember(
@@ -406,7 +406,7 @@ def _train_in(options):
     from .manifest import is_adapter
 
     model = options.model or "smollm2-135m"
-    _begin(options, f"loading {model}")
+    _begin(options, f"Loading {model}")
     import torch
 
     from . import R3MemConfig, TrainSettings
@@ -494,7 +494,7 @@ def _recall(options):
             f"{options.folder} remembers nothing that could be recalled: it was not made by `r3mem remember`. "
             f"`r3mem remember FOLDER TEXT` makes one that does"
         )
-    _begin(options, f"loading {options.folder}")
+    _begin(options, f"Loading {options.folder}")
     pipeline = _pipeline(options, options.folder, base=options.model)
     texts = pipeline.recall(options.queries, max_new_tokens=options.max_new_tokens)
     for query, text in zip(options.queries, texts, strict=True):
@@ -520,7 +520,7 @@ def _compress_to(options):
             f"{options.folder} has no memory tokens, so it makes no memories; `r3mem remember --memory-tokens 16` or "
             "`r3mem train` makes an adapter that does"
         )
-    _begin(options, f"loading {options.folder}")
+    _begin(options, f"Loading {options.folder}")
     from . import Memory
 
     # The line break that ends a file stands between it and what goes on from there.
@@ -587,7 +587,7 @@ def _generate(options):
 def _with_memory(options):
     """The pipeline of a folder, and the rows of the memory that are asked for."""
     _adapter(options)
-    _begin(options, f"loading {options.folder}")
+    _begin(options, f"Loading {options.folder}")
     from . import Memory
 
     wanted = (options.level, options.name) != (None, None)

@@ -284,7 +284,7 @@ def test_saved_and_loaded(folder, tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("mine")
     again.save_pretrained(tmp_path / "a")
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "notes.txt", "r3mem.json"}
+    assert names == {".r3mem.lock", "adapter_config.json", "adapter_model.safetensors", "notes.txt", "r3mem.json"}
     # A plain PEFT folder, which the plain network understands.
     plain = PeftModel.from_pretrained(load_model(str(folder))[0], tmp_path / "a")
     with torch.no_grad():

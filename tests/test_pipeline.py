@@ -36,6 +36,7 @@ def test_remembered_and_recalled(remembered):
     assert pipeline.recall([pair.query for pair in report.pairs]) == [pair.context for pair in report.pairs]
     assert pipeline.recall(f"  {report.pairs[0].query}\n") == report.pairs[0].context
     assert sorted(path.name for path in target.iterdir()) == [
+        ".r3mem.lock",
         "adapter_config.json",
         "adapter_model.safetensors",
         "r3mem.json",
@@ -214,7 +215,7 @@ def test_bad_input(folder, remembered, tmp_path):
         ([TEXT, 3], TypeError, "document 'document 2' must be a string"),
         ({3: TEXT}, TypeError, "a document's name must be a string, got 3"),
         ("a lone \ud800 surrogate", ValueError, "is no Unicode text"),
-        ("long " * 100, ValueError, "does not fit the model's 128 positions"),
+        ("long " * 100, ValueError, "at most 95 fit the model's positions"),
     ):
         with pytest.raises(error, match=message):
             pipeline.remember(documents, folder=tmp_path / "never", progress=False)
@@ -235,7 +236,7 @@ def test_the_commands(folder, tmp_path, capsys):
     assert status == 1 and report["steps"] == 2 and report["exact_match"] < 1  # not in two steps
     assert not (target / REMEMBER_CHECKPOINT).exists()
     status = main(["remember", str(target), str(text), *arguments])
-    assert status == 2 and "--model is for a new adapter" in capsys.readouterr().err
+    assert status == 2 and "--core is for a new adapter" in capsys.readouterr().err
     arguments = ["--device", "cpu", "--learning-rate", "1e-2"]
     status = main(["remember", str(target), str(text), *arguments, "--max-steps", "600"])
     printed = capsys.readouterr().out
@@ -321,11 +322,11 @@ def test_the_commands_of_memories(folder, tmp_path, capsys):
     [
         (["remember", "{tmp}/x", "{tmp}/none.txt"], "No such file"),
         (["remember", "{tmp}/x", "{empty}"], "holds no text"),
-        (["remember", "{tmp}/x", "{long}", "--model", "{folder}"], "does not fit the model's 128 positions"),
+        (["remember", "{tmp}/x", "{long}", "--model", "{folder}"], "at most 95 fit the model's positions"),
         (["remember", "{tmp}/x", "{text}", "--model", "no-such/model"], "no-such/model"),
         (["remember", "{tmp}/x", "{text}", "--model", "{folder}", "--core", "7,9"], "core must be 'all' or"),
         (["remember", "{tmp}/x", "{text}", "{text}", "--model", "{folder}"], "a text is named twice"),
-        (["remember", "{unfinished}", "{text}", "--model", "{unfinished}"], "holds a run that was interrupted"),
+        (["remember", "{unfinished}", "{text}", "--model", "{unfinished}"], "was interrupted there"),
         (["remember", "{text}", "{text}", "--model", "{folder}"], "is a file"),
         (["recall", "{tmp}/none", "query"], "is no folder"),
         (["recall", "{folder}", "query"], "no adapter was saved there"),
