@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 
 import r3mem_fast.model
 from r3mem_fast import R3MemConfig, R3MemModel, load_model
+from r3mem_fast.devices import default_dtype
 from r3mem_fast.measure import StorageRecorder, peak_rss, reset_peak_rss
-from r3mem_fast.models import default_dtype
 from r3mem_fast.reversible.convert import stack_of
 from r3mem_fast.text import read_text, token_windows
 

@@ -719,7 +719,7 @@ def _device(options):
     import torch
 
     if options.device is not None:
-        from .models import as_device
+        from .devices import as_device
 
         return as_device(options.device)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
-from .files import replacing
+from .files import check_writable, replacing
 from .integrations.compat import checkpointing_switches
 from .measure import StorageRecorder
-from .models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, load_model
+from .models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, load_model, missing_packages
 from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers, text_config
@@ -34,10 +34,15 @@ def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fr
     output = Path(output)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {output.parent} to write the picture to")
-    _pyplot()  # a missing matplotlib is told now, not after minutes of training
+    check_writable(output.absolute().parent)
+    # Whatever is missing is told now and all at once, not after minutes of training.
+    missing = missing_packages("matplotlib")
+    if model_name != EMBEDDED_MODEL:
+        missing = {name: command for name, command in missing.items() if name == "matplotlib"}
+    if missing:
+        raise OSError(f"the demo needs {', '.join(missing)}: run `{' && '.join(missing.values())}`")
     text = read_text(text)
 
-    print(f"Loading {model_name} in {dtype} ...", flush=True)
     model, tokenizer = load_model(model_name, dtype=getattr(torch, dtype))
     positions = getattr(text_config(model.config), "max_position_embeddings", None) or 1024
     page = next(iter(pages_of(text, tokenizer, 1, tokens=min(200, positions // 2)).values()))
@@ -260,10 +265,8 @@ def _draw(output, measured, losses, *, held_out, bits, title):
 
 
 def _pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise OSError("the demo draws with matplotlib: run `pip install 'r3mem_fast[demo]'`") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

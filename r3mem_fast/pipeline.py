@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from . import hub, storage
+from .devices import DTYPES, as_device, as_dtype, default_dtype
 from .files import locked, unfinished_files
 from .hierarchy import (
     LEVELS,
@@ -27,7 +28,7 @@ from .hierarchy import (
 from .manifest import MANIFEST, REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS, interrupted_run, is_adapter, read_manifest
 from .memory import Memory
 from .model import R3MemModel
-from .models import DTYPES, EMBEDDED_MODEL, as_device, as_dtype, default_dtype, load_model
+from .models import EMBEDDED_MODEL, load_model
 from .text import read_text
 from .training.collate import padded
 from .training.history import TrainReport, TrainSettings, discard_checkpoints, train

@@ -31,7 +31,7 @@ for name in {MODULES}:
     print(importlib.import_module(name).__file__)
 """
 
-# Every name that transformers 5.20 to 5.23 imports from a `kernels` whose version it accepts.
+# Every name that the supported versions of transformers import from a `kernels` whose version they accept.
 KERNELS_STUB = """
 import enum
 
@@ -39,6 +39,7 @@ import enum
 class Mode(enum.Flag):
     INFERENCE = enum.auto()
     TRAINING = enum.auto()
+    TORCH_COMPILE = enum.auto()
 
 
 class KernelizeFallback(enum.Flag):

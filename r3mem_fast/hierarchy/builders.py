@@ -1,5 +1,6 @@
 """Query builders: extractive, and a local instruct model that writes questions."""
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -26,11 +27,13 @@ class ExtractiveBuilder:
 
     def queries(self, passage: Passage):
         weight = _weights(passage)
-        phrases, lists = _phrases(passage.parts, passage, weight), _lists(passage, weight)
+        # A document's sentences are asked for their runs again with each length that its summary may have.
+        runs = functools.cache(functools.partial(_runs, weight=weight))
+        phrases, lists = _phrases(passage.parts, passage, weight, runs), _lists(passage, weight)
         if passage.level == "entity":
             proposed = (lists, phrases)
         elif passage.level == "document":
-            proposed = (_summaries(passage, weight), phrases)
+            proposed = (_summaries(passage, weight, runs), phrases)
         else:
             proposed = (phrases, lists)
         return itertools.chain(*proposed, _pieces(passage))
@@ -69,19 +72,20 @@ class InstructBuilder:
                 yield question[0]
 
 
-def _summaries(passage, weight):
+def _summaries(passage, weight, runs):
     """A key phrase of every paragraph, fewer and fewer of them until they fit."""
     parts = passage.parts
     for kept in range(len(parts), 0, -1):
         chosen = parts[:: max(len(parts) // kept, 1)][:kept]
         tokens = passage.tokens // kept
-        phrases = [next(_phrases([part], passage._replace(tokens=tokens), weight), None) for part in chosen]
+        fitting = passage._replace(tokens=tokens)
+        phrases = [next(_phrases([part], fitting, weight, runs), None) for part in chosen]
         phrases = [phrase for phrase in phrases if phrase]
         if len(phrases) == kept:
             yield _SEPARATOR.join(phrases)
 
 
-def _phrases(sentences, passage, weight):
+def _phrases(sentences, passage, weight, runs):
     """Runs of words without a pause between them that fit, most telling first; those of the key sentence first."""
     longest = min(passage.tokens, MAX_SHARED_RUN)
 
@@ -89,19 +93,23 @@ def _phrases(sentences, passage, weight):
         words = [weight(word[0]) for word in _WORD.finditer(sentence)]
         return sum(words) / max(len(words), 1) ** 0.5
 
-    for sentence in sorted(sentences, key=telling, reverse=True):
-        words = list(_WORD.finditer(sentence))
-        runs = {}
-        for first, last in ((i, j) for i in range(len(words)) for j in range(i, min(i + longest, len(words)))):
-            if any(word[0].lower() in STOP_WORDS for word in (words[first], words[last])):
-                continue
-            run = re.sub(r"\s+", " ", sentence[words[first].start() : words[last].end()])
-            if _PAUSE.search(run):
-                continue
-            runs[run] = sum(weight(word[0]) for word in words[first : last + 1])
-        for run in sorted(runs, key=runs.get, reverse=True):
+    for sentence in sorted(sentences, key=telling, reverse=True) if len(sentences) > 1 else sentences:
+        for run in runs(sentence, longest):
             if passage.count_tokens(run) <= longest:
                 yield run
+
+
+def _runs(sentence, longest, weight):
+    """Runs of at most so many words without a pause between them, most telling first."""
+    words, runs = list(_WORD.finditer(sentence)), {}
+    for first, last in ((i, j) for i in range(len(words)) for j in range(i, min(i + longest, len(words)))):
+        if any(word[0].lower() in STOP_WORDS for word in (words[first], words[last])):
+            continue
+        run = re.sub(r"\s+", " ", sentence[words[first].start() : words[last].end()])
+        if _PAUSE.search(run):
+            continue
+        runs[run] = sum(weight(word[0]) for word in words[first : last + 1])
+    return sorted(runs, key=runs.get, reverse=True)
 
 
 def _lists(passage, weight):

@@ -130,6 +130,8 @@ def text_config(config):
 
 
 def _refuse_architecture(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make_reversible takes a transformers causal language model, got {type(model).__name__}")
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(

@@ -193,7 +193,7 @@ class _Run:
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         # Its end is the expected end: all contexts exact. When that comes, or how many steps it takes, nobody knows.
         layout = "{desc}: {n_fmt} of {total_fmt} exact |{bar}| {elapsed}{postfix}"
-        bar = tqdm(total=len(self.pairs), desc="Remembering", bar_format=layout, disable=not progress)
+        bar = self.bar = tqdm(total=len(self.pairs), desc="Remembering", bar_format=layout, disable=not progress)
         self._show(bar)
         max_steps = steps_at_most(settings.max_steps)
         try:
@@ -365,7 +365,9 @@ class _Run:
     def _recalled(self, term):
         """Of every pair, whether greedy recall gives its context, from its query or from its memory."""
         exact = [False] * len(self.pairs)
-        for batch in _by_length([len(context) for context, _ in self.rows], 32 * 64):
+        batches = _by_length([len(context) for context, _ in self.rows], 32 * 64)
+        for number, batch in enumerate(batches, 1):
+            self.bar.set_description(f"Recalling all, {number} of {len(batches)}")
             inputs = self._batch([self.rows[index] for index in batch])
             # One more than the longest: that it ends there is part of it.
             longest = inputs["input_ids"].shape[1] + 1
@@ -377,6 +379,7 @@ class _Run:
                 found = self.model.recall(*asked, max_new_tokens=longest)
             for index, ids in zip(batch, found, strict=True):
                 exact[index] = ids.tolist() == self.rows[index][0]
+        self.bar.set_description("Remembering")
         return exact
 
     def _anchor(self):

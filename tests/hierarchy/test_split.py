@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3mem_fast.hierarchy import split_document
+from r3mem_fast.hierarchy import cut_document, is_part_of, split_document
 
 PAGE = """It is a truth universally acknowledged, that a single man in possession of a good
 fortune, must be in want of a wife. However little known the feelings of such a man may be!
@@ -70,3 +70,28 @@ def test_bad_documents():
             split_document(text, "x", words)
     with pytest.raises(TypeError, match="must be a string, got bytes"):
         split_document(b"text", "x", words)
+
+
+BOOK = "".join(f"CHAPTER {n}\n\n" + f"Words of chapter {n} stand here, and more.\n\n" * n for n in range(1, 8))
+
+
+def test_a_long_text_is_cut_at_chapters():
+    assert cut_document(BOOK, "book", words, 1000) == {"book": BOOK}
+    parts = cut_document(BOOK, "book", words, 60)
+    assert list(parts) == [f"book, part {n}" for n in range(1, len(parts) + 1)]
+    assert all(part.startswith("CHAPTER") and words(part) <= 60 for part in parts.values())
+    assert " ".join(" ".join(parts.values()).split()) == " ".join(BOOK.split())
+    assert all(is_part_of(name, "book") for name in parts)
+    assert not is_part_of("book", "book") and not is_part_of("book, part x", "book")
+
+
+@given(st.integers(10, 200), st.sampled_from([BOOK, BOOK.replace("CHAPTER", "x"), BOOK.replace("\n", " ")]))
+def test_parts_fit_and_nothing_is_lost(most, text):
+    parts = cut_document(text, "book", words, most)
+    assert all(words(part) <= most for part in parts.values())
+    assert "".join("".join(parts.values()).split()) == "".join(text.split())
+
+
+def test_what_cannot_be_cut():
+    with pytest.raises(ValueError, match=r"passage of 20 tokens without the end of a sentence .* at most 10 fit"):
+        cut_document("long " * 20, "book", words, 10)

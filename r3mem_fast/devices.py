@@ -1,0 +1,46 @@
+"""Devices and dtypes by their names, known to be there."""
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def as_dtype(dtype) -> torch.dtype:
+    """A dtype of weights by itself or by its name. Raises ValueError for any other."""
+    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        near = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+        meant = f"; did you mean {near[dtype]!r}?" if dtype in near else ""
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} (or torch.bfloat16, ...), got {dtype!r}{meant}")
+    return found
+
+
+def as_device(device) -> torch.device:
+    """A device by its name, known to be there. Raises ValueError for one that is not, or is none."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} names no device: {str(error).splitlines()[0]}") from None
+    if found.type in ("cpu", "meta"):
+        return found
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if here is not None else 0
+    if here is None or found.type != here.type or (found.index or 0) >= count:
+        has = "no GPU" if here is None else f"{count} device(s) of the type {here.type!r}"
+        raise ValueError(
+            f"device {str(found)!r} is not here: this PyTorch ({torch.__version__}) sees {has}. Use device cpu, or "
+            "install a PyTorch for your GPU"
+        )
+    return found
+
+
+def default_dtype(device) -> torch.dtype:
+    """bfloat16 where the device computes in it natively, else float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,98 @@
+"""One writer at a time: folders and files that another process holds, or that cannot be written to."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from r3mem_fast.files import LOCK, InUseError, check_writable, locked, locked_file
+
+HOLD = """
+import sys
+from r3mem_fast.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder that another process holds until it is killed."""
+    folder = tmp_path / "held"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield folder, process
+    process.kill()
+    process.wait()
+
+
+def test_another_process_is_told_and_a_killed_one_holds_nothing(held):
+    folder, process = held
+    with pytest.raises(InUseError, match=r"another process is writing to .*held.*wait for it to end"), locked(folder):
+        pass
+    process.kill()
+    process.wait()
+    with locked(folder):
+        assert folder.is_dir()
+
+
+def test_a_reader_waits(held):
+    folder, process = held
+    threading.Timer(0.3, process.kill).start()
+    with locked(folder, wait=30):
+        assert process.wait(timeout=30) != 0
+
+
+def test_a_thread_may_ask_twice_and_another_may_not(tmp_path):
+    outcomes = []
+
+    def other():
+        try:
+            with locked(tmp_path):
+                outcomes.append("held")
+        except InUseError:
+            outcomes.append("refused")
+
+    with locked(tmp_path), locked(tmp_path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert outcomes == ["refused"]
+    other()
+    assert outcomes == ["refused", "held"]
+
+
+def test_nothing_is_left_of_a_folder_that_was_not_used(tmp_path):
+    with pytest.raises(ValueError, match="no"), locked(tmp_path / "new" / "folder"):
+        raise ValueError("no")
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "new"):
+        (tmp_path / "new" / "file").write_text("x")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [LOCK, "file"]
+
+
+def test_places_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="is a file"), locked(tmp_path / "file"):
+        pass
+    with pytest.raises(OSError, match="cannot make the folder"), locked(tmp_path / "file" / "below"):
+        pass
+    with pytest.raises(OSError, match="cannot write to /proc"):  # where not even root can
+        check_writable("/proc")
+    with pytest.raises(IsADirectoryError, match="name a file in it"), locked_file(tmp_path):
+        pass
+    with pytest.raises(FileNotFoundError, match="there is no folder"), locked_file(tmp_path / "none" / "file"):
+        pass
+
+
+def test_a_file_that_is_held(tmp_path):
+    with locked_file(tmp_path / "memory"):
+        lock = tmp_path / ".memory.lock"
+        assert lock.exists()
+    assert list(tmp_path.iterdir()) == []
+    assert os.path.exists(tmp_path)
