@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -230,3 +231,15 @@ def test_kernel_users_do_not_import_transformers(module):
     """Importing the operations leaves transformers and peft out, so that kernel users do not pay for them."""
     code = f"import sys, {module}; print(sorted({{'transformers', 'peft'}} & set(sys.modules)))"
     assert run_python(code, cwd=ROOT) == ["[]"]
+
+
+def test_the_readme_claims_what_setup_allows():
+    """The README's versions are those of setup.py, and the oldest are those that .ci/versions installs."""
+    setup, readme = ((ROOT / name).read_text() for name in ("setup.py", "README.md"))
+    oldest = (ROOT / ".ci" / "oldest.txt").read_text()
+    readme = " ".join(readme.split())
+    for name in ("torch", "triton", "transformers", "peft"):
+        low, major, minor = re.search(rf"{name}>=([\d.]+),<(\d+)\.(\d+)", setup).groups()
+        assert f"{name} {low} to {major}.{int(minor) - 1}" in readme
+    for name, low in re.findall(r"[\"']([a-z_]+)>=([\d.]+),<", setup[setup.index("install_requires") :]):
+        assert re.search(rf"^{name}=={re.escape(low)}(\.0)*(;|$)", oldest, re.M), f"{name} {low} is not what is tested"
