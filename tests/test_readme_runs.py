@@ -1,7 +1,7 @@
 """The README's code, from top to bottom in one go, as somebody would run it in a folder with texts of their own.
 
 It runs what is installed, wherever that is, with the embedded model. Texts are short, and `R3MEM_MAX_STEPS` limits the
-steps of `train`; the commands are the README's.
+steps of `train`, or where it is set beforehand those of everything; the commands are the README's.
 """
 
 import importlib.util
@@ -21,20 +21,26 @@ FILES = {
     "book.txt": "Call me Ishmael. I thought I would sail about and see the watery part of the world. " * 40,
     "notes.jsonl": json.dumps({"text": "It is a way I have of driving off the spleen, and of sailing about. " * 50}),
 }
+# A run with this variable set is a rehearsal: with so few steps nothing is learned, so that commands may end with
+# status 1 (nothing came of it), and `expand` with 2 (the adapter has not learned to).
+REHEARSED = os.environ.get("R3MEM_MAX_STEPS")
 # Runs the blocks in one interpreter, whose names pass from one to the next, and commands between them.
 DRIVER = """
 import json, os, subprocess, sys, time
-names = {"__name__": "__main__"}
+rehearsed, names = os.environ.get("R3MEM_MAX_STEPS"), {"__name__": "__main__"}
 for kind, text in json.load(open("blocks.json")):
     print(f"--- {time.strftime('%X')} {kind}\\n{text}---", flush=True)
-    os.environ["R3MEM_MAX_STEPS"] = "2" if "train" in text else "400"
+    os.environ["R3MEM_MAX_STEPS"] = rehearsed or ("2" if "train" in text else "400")
     if kind == "python":
         exec(compile(text, "README.md", "exec"), names)
         continue
-    if "QUERY" in text:
-        with open("page/r3mem.json") as file:
-            text = text.replace("QUERY", json.load(file)["remembered"][0]["query"])
-    subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True)
+    for command in text.replace("\\\\\\n", "").splitlines():
+        if "QUERY" in command:
+            with open("page/r3mem.json") as file:
+                command = command.replace("QUERY", json.load(file)["remembered"][0]["query"])
+        status = subprocess.run(["bash", "-c", command]).returncode
+        allowed = {0} if not rehearsed else {0, 1, 2} if " expand " in command else {0, 1}
+        assert status in allowed, f"exit status {status} of: {command}"
 """
 
 
@@ -61,7 +67,6 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path):
         [sys.executable, "-u", "-c", DRIVER], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    # What a reader is promised: a page that comes back, from its query and from its memory.
-    page = FILES["page.txt"].strip()
-    assert done.stdout.count(page) >= 4, done.stdout
     assert "exact, bit for bit" in done.stdout and "read by all 30 layers" in done.stdout
+    if not REHEARSED:  # what a reader is promised: a page that comes back, from its query and from its memory
+        assert done.stdout.count(FILES["page.txt"].strip()) >= 4, done.stdout
