@@ -106,7 +106,9 @@ def _parser():
     check.set_defaults(run=_check)
     check.add_argument("model", metavar="MODEL", help="smollm2-135m, a folder or a hub id")
     check.add_argument("--text", help="a UTF-8 text file (Python's help topics)")
-    check.add_argument("--tokens", type=_positive, default=512, help="of the text (%(default)s)")
+    check.add_argument(
+        "--tokens", type=_positive, default=512, help="of the text; 12 or more for memories (%(default)s)"
+    )
     check.add_argument("--per-layer", action="store_true", help="report the error of every layer")
     check.add_argument("--no-gradients", action="store_true", help="do not check gradients")
     check.add_argument("--no-memories", action="store_true", help="do not check memories")
@@ -122,8 +124,8 @@ def _parser():
     env.add_argument("--json", action="store_true", help="print one JSON object")
     env.add_argument("--device", help="whose kernels: cpu, cuda, ... (a GPU if there is one)")
     parser.epilog = (
-        "R3MEM_CACHE: the folder of the embedded model. R3MEM_MAX_STEPS: a limit of training steps, to rehearse a "
-        "command. R3MEM_KERNELS, R3MEM_ATTENTION: reference or triton."
+        "R3MEM_CACHE: the folder of the embedded model. R3MEM_MAX_STEPS: a limit of training steps, to try commands "
+        "out. R3MEM_KERNELS, R3MEM_ATTENTION: reference or triton."
     )
     return parser
 
@@ -154,7 +156,7 @@ def _add_remember(commands):
 
     inspect = commands.add_parser("inspect", help="show what an adapter folder or a memory file holds")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("path", metavar="PATH", help="the folder of an adapter, or a memory file")
+    inspect.add_argument("path", metavar="PATH", help="the folder or hub id of an adapter, or a memory file")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -297,6 +299,7 @@ def _check(options):
     import torch
 
     from . import (
+        MemoryNotReadError,
         MomentumCoupling,
         check_gradients,
         check_inverse,
@@ -315,19 +318,24 @@ def _check(options):
     gradients = None if options.no_gradients else check_gradients(model, ids)
     # Zero where operators repeat their bits; else some roundings of the dtype.
     right = gradients is None or gradients.max_relative_error <= max(1e-5, 8 * torch.finfo(model.dtype).eps)
-    memories = None if options.no_memories else check_memories(restore(model), ids)
-    right = right and (memories is None or memories.right)
+    memories, unread = None, None
+    if not options.no_memories:
+        try:
+            memories = check_memories(restore(model), ids)
+        except MemoryNotReadError as error:  # which is what was to be found out
+            unread = f"memories: NOT read: {error}"
+    right = right and unread is None and (memories is None or memories.right)
     if options.json:
         report = {"model": options.model, **dataclasses.asdict(inverse)}
         report["gradients"] = None if gradients is None else dataclasses.asdict(gradients)
-        report["memories"] = None if memories is None else dataclasses.asdict(memories)
+        report["memories"] = unread if memories is None else dataclasses.asdict(memories)
         print(json.dumps(report))
     else:
         print(inverse)
         if options.per_layer:
             for index, error in enumerate(inverse.layer_errors):
                 print(f"  layer {index:3}: error of the reconstructed input {error:.3g}")
-        for report in (gradients, memories):
+        for report in (gradients, memories or unread):
             if report is not None:
                 print(report)
     return 0 if inverse.exact and right else 1
@@ -403,13 +411,11 @@ def _train(options):
 
 
 def _train_in(options):
-    from .manifest import is_adapter
-
     model = options.model or "smollm2-135m"
     _begin(options, f"Loading {model}")
     import torch
 
-    from . import R3MemConfig, TrainSettings
+    from . import R3MemConfig, TrainSettings, storage
     from .training.texts import read_texts
 
     texts = [text for path in options.texts for text in read_texts(path, options.column)]
@@ -425,7 +431,7 @@ def _train_in(options):
     )
     named = {**_OF_NEW_ADAPTERS, **_OF_TRAINING}
     given = {named[name]: value for name in named if (value := getattr(options, name, None)) is not None}
-    if is_adapter(model):
+    if storage.adapter_named(model) is not None:
         if fixed := [name for name in _OF_NEW_ADAPTERS if getattr(options, name, None) is not None]:
             raise ValueError(f"{model} is an adapter, in which --{fixed[0].replace('_', '-')} is fixed already")
         pipeline = _pipeline(options, model, base=options.base)
@@ -482,7 +488,8 @@ def _adapter(options):
 
     folder = adapter_folder(options.folder)
     if not folder.exists() and not is_path(options.folder) and "/" in options.folder:
-        from . import storage  # looks on the hub
+        print(f"Looking for {options.folder} on the hub ...", file=sys.stderr, flush=True)
+        from . import storage
 
         folder = storage.find(options.folder)
     return read_manifest(folder)
@@ -618,18 +625,17 @@ def _print_rows(options, memory, texts):
 
 
 def _inspect(options):
-    from pathlib import Path
+    from .manifest import adapter_folder, interrupted_run, is_adapter
 
-    from .manifest import interrupted_run, is_adapter, read_manifest
-
-    path = Path(options.path)
+    path = adapter_folder(options.path)
     if path.is_file():
         return _inspect_memory(options)
     run = interrupted_run(path)
     if run and not is_adapter(path):
         print(json.dumps({"interrupted": run}) if options.json else f"no adapter yet. {run}")
         return 0
-    manifest = read_manifest(path)
+    options.folder = options.path
+    manifest = _adapter(options)
     if options.json:
         print(json.dumps({**manifest, **({"interrupted": run} if run else {})}))
         return 0

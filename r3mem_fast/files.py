@@ -67,14 +67,32 @@ def locked_file(path):
     check_writable(path.absolute().parent)
     lock = path.with_name(f".{path.name}.lock")
     with _held(lock, path, wait=0.0):
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows does not let go of what is open
+                lock.unlink()
+
+
+def is_held(folder) -> bool:
+    """Whether a process is writing to a folder right now."""
+    lock = Path(folder) / LOCK
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(str(lock.absolute()), is_singleton=True).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that can be read only, which nobody writes to
+        return False
 
 
 def _held(lock, what, wait):
-    lock = FileLock(str(lock.absolute()), timeout=wait, is_singleton=True)
+    # One object for each path, by which a thread that holds it may ask again.
+    lock = FileLock(str(lock.absolute()), is_singleton=True)
     try:
-        return lock.acquire()
+        return lock.acquire(timeout=wait)
     except Timeout:
         raise InUseError(
             f"another process is writing to {what}, and of two writers one would lose its work: wait for it to end, "

@@ -32,15 +32,16 @@ def files_of(name: str, *, revision=None, token=None) -> set[str]:
 
     try:
         cached = {n for n in (MANIFEST, "config.json") if _is_file(try_to_load_from_cache(name, n, revision=revision))}
-        if constants.HF_HUB_OFFLINE and not cached:
+    except HFValidationError as error:
+        raise OSError(f"{name!r} is no folder here, and can be no hub id: {error}") from None
+    if constants.HF_HUB_OFFLINE:
+        if not cached:
             raise OSError(f"{name!r} is no folder here and not in the hub's cache, and HF_HUB_OFFLINE is set")
-        if constants.HF_HUB_OFFLINE:
-            return cached
+        return cached
+    try:
         # One request and no retries: from_pretrained would retry for a minute before it says what is wrong.
         info = HfApi().model_info(name, revision=revision, token=token, timeout=_SECONDS)
         return {file.rfilename for file in info.siblings or ()}
-    except HFValidationError as error:
-        raise OSError(f"{name!r} is no folder here, and can be no hub id: {error}") from None
     except GatedRepoError:
         raise OSError(f"{name!r} is gated on the hub: ask for access there, and log in (`hf auth login`)") from None
     except RevisionNotFoundError:
@@ -49,9 +50,7 @@ def files_of(name: str, *, revision=None, token=None) -> set[str]:
         raise OSError(
             f"{name!r} is no folder here and no model on the hub; if it is a private one, log in (`hf auth login`)"
         ) from None
-    except OSError:
-        raise
-    except Exception as error:  # a transport error, of a type that depends on the version of huggingface_hub
+    except Exception as error:  # an answer that is none, or of the transport, whose errors have changed their types
         if cached:
             return cached
         raise OSError(f"{name!r} is no folder here, and the hub cannot be reached ({error})") from error

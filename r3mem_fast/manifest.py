@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .files import locked
+from .files import is_held, locked
 
 FORMAT_VERSION = 2
 MANIFEST = "r3mem.json"
@@ -82,8 +82,10 @@ def read_manifest(folder) -> dict:
 
 
 def interrupted_run(folder) -> str | None:
-    """What to do about a run that was interrupted in this folder; None if there is none."""
+    """What to know about a run in this folder that has not ended, or was interrupted; None if there is none."""
     folder = Path(folder)
+    if is_held(folder):
+        return "A process is writing there right now: wait for it to end"
     if (folder / REMEMBER_CHECKPOINT).exists():
         return (
             "A run of `r3mem remember` was interrupted there: give the same command again (or call remember with the "

@@ -20,8 +20,8 @@ class MemoryReport:
         layers: Layers that read and wrote in every pass, all of the model's.
         between_memories: Largest absolute difference of the logits behind two memories of different texts.
         from_none: The same, behind a memory and without one.
-        base_without_memory: Whether the logits without a memory are the base model's, bit for bit; None for adapters
-            that act on all rows, with which they are not.
+        base_without_memory: Whether the logits without a memory are those that the base model had before it became a
+            memory network, bit for bit; None where it was one already.
         refused: Why a model of this kind can have no memories; None if it can.
     """
 
@@ -68,9 +68,10 @@ def check_memories(model, input_ids) -> MemoryReport:
     first, second, prompt = (input_ids[:1, part * length : (part + 1) * length] for part in range(3))
     if isinstance(model, R3MemModel):
         model.check_memories()
-        return _report(model, first, second, prompt)
+        return _report(model, first, second, prompt, None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        base = model(input_ids=prompt, use_cache=False).logits
         config = R3MemConfig(num_memory_tokens=_MEMORY_TOKENS, segment_length=length, adapter_rows="memory")
         try:
             stack.enter_context(torch.random.fork_rng())
@@ -83,7 +84,7 @@ def check_memories(model, input_ids) -> MemoryReport:
             network.empty_memory()  # proves that keys can be moved
         except ValueError as error:
             return MemoryReport(refused=str(error))
-        return _report(network, first, second, prompt)
+        return _report(network, first, second, prompt, base)
 
 
 def _unload(network):
@@ -91,19 +92,15 @@ def _unload(network):
     network.peft_model.unload()
 
 
-def _report(network, first, second, prompt):
+def _report(network, first, second, prompt, base):
     with evaluating(network):
         one, other = (network.compress(ids, finish=True) for ids in (first, second))
         behind = [network(prompt, memory=memory).logits for memory in (one, other)]
         alone = network(prompt).logits
-        base = None
-        if network.r3mem_config.adapter_rows == "memory":
-            with network.disable_adapters():
-                base = torch.equal(alone, network.peft_model(input_ids=prompt, use_cache=False).logits)
         network.generate(prompt, memory=one, max_new_tokens=2)
     return MemoryReport(
         layers=len(network._layers),
         between_memories=(behind[0] - behind[1]).abs().max().item(),
         from_none=(behind[0] - alone).abs().max().item(),
-        base_without_memory=base,
+        base_without_memory=None if base is None else torch.equal(alone, base),
     )

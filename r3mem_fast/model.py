@@ -481,7 +481,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         if memory is not None:
             cache = self._read(self._cache(keep=False, adapted_rows=adapted_rows), memory)
             extra |= cache_argument(self._plain_model, cache)
-        with contextlib.nullcontext() if memory is None else self._stack.behind(cache):
+        with contextlib.nullcontext() if memory is None else self._stack.must_read(cache):
             output = self.peft_model(
                 input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, **extra
             )
@@ -548,7 +548,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         with evaluating(self), self._backward():
             if memory is not None:
                 self._read(cache, memory)
-            with contextlib.nullcontext() if memory is None else self._stack.behind(cache):
+            with contextlib.nullcontext() if memory is None else self._stack.must_read(cache):
                 output = self.decode(ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
         return [_until(row, self.end_token_id) for row in output[:, ids.shape[1] :]]
 
@@ -572,6 +572,10 @@ class R3MemModel(TrainerInterface, nn.Module):
         self.check_memory(memory, len(rows.ids))
         if given := cache_name(settings) or (settings.get("cache_implementation") and "cache_implementation"):
             raise ValueError(f"{given} cannot go with a memory, which is a cache of its own")
+        if settings.get("assistant_model") is base or settings.get("assistant_early_exit"):
+            raise ValueError(
+                "a memory network cannot draft for itself: the drafts would be written without the memory"
+            )
         before = self._unfinished(memory)
         ids, mask, _, _ = before.joined(rows).left_padded_with_labels()
         if not mask.any(1).all():
@@ -593,7 +597,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         if others.get("streamer") is not None:
             others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
         others |= cache_argument(base, cache)
-        with evaluating(self), _generation_config(base, own), self._stack.behind(cache):
+        with evaluating(self), _generation_config(base, own), self._stack.must_read(cache):
             output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
         found = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
@@ -764,7 +768,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         """
         positions = _positions(mask) if positions is None else positions
         given = cache_argument(self._decoder, cache)
-        with self._stack.behind(cache):
+        with self._stack.must_read(cache):
             return self._decoder(
                 inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, **given
             ).last_hidden_state

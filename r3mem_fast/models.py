@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import hub
@@ -92,7 +92,8 @@ def _existing(name, settings):
         raise OSError(f"{name} is a file; a model is a folder, a hub id, or {EMBEDDED_MODEL!r}")
     if hub.is_path(name):
         raise OSError(f"there is no folder {name}; a model is a folder, a hub id, or {EMBEDDED_MODEL!r}")
-    hub.files_of(name, revision=settings.get("revision"), token=settings.get("token"))
+    if not (settings.get("local_files_only") or settings.get("cache_dir")):  # where the hub is not asked, or elsewhere
+        hub.files_of(name, revision=settings.get("revision"), token=settings.get("token"))
     return name
 
 
@@ -137,9 +138,12 @@ def cache_folder() -> Path:
 
 def _is_converted(folder):
     try:
+        if not (folder / _CONVERTED).exists():  # a copy that version 0.1 made
+            with safe_open(folder / "model.safetensors", "pt"):
+                return all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
         sizes = json.loads((folder / _CONVERTED).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, SafetensorError):
         return False
 
 

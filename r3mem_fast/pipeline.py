@@ -5,13 +5,15 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from . import hub, storage
+from . import storage
 from .devices import DTYPES, as_device, as_dtype, default_dtype
 from .files import locked, unfinished_files
 from .hierarchy import (
@@ -22,13 +24,12 @@ from .hierarchy import (
     build_pairs,
     contexts_of,
     cut_document,
-    is_part_of,
     split_document,
 )
-from .manifest import MANIFEST, REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS, interrupted_run, is_adapter, read_manifest
+from .manifest import MANIFEST, REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS, interrupted_run, read_manifest
 from .memory import Memory
 from .model import R3MemModel
-from .models import EMBEDDED_MODEL, load_model
+from .models import load_model
 from .text import read_text
 from .training.collate import padded
 from .training.history import TrainReport, TrainSettings, discard_checkpoints, train
@@ -95,7 +96,7 @@ class R3MemPipeline:
             if tokenizer is not None:
                 raise TypeError("a model that is given by name brings its own tokenizer")
             settings |= {"device": device, "attn_implementation": attn_implementation}
-            if folder := self._adapter_of(model, settings):
+            if folder := storage.adapter_named(model, **settings):
                 if config is not None:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
                 self._load(folder, base, dtype, settings)
@@ -132,20 +133,6 @@ class R3MemPipeline:
         """Whether the adapter has learned to give back a text from its memory, as far as is known of it."""
         return any(entry.get("expanded") for entry in self.remembered)
 
-    @staticmethod
-    def _adapter_of(name, settings):
-        """The folder of the adapter that a name stands for, None if it stands for a model."""
-        if is_adapter(name):
-            return storage.find(name)
-        if name == EMBEDDED_MODEL or Path(name).expanduser().exists() or hub.is_path(name):
-            return None
-        of_hub = {key: settings[key] for key in ("revision", "token") if key in settings}
-        try:
-            files = hub.files_of(str(name), **of_hub)
-        except OSError:
-            return None  # and `load_model` says what is wrong
-        return storage.find(name, **of_hub) if MANIFEST in files else None
-
     def _load(self, folder, base, dtype, settings):
         manifest = read_manifest(folder)
         # What was learned to the last token in one arithmetic need not be known in another.
@@ -159,7 +146,7 @@ class R3MemPipeline:
 
     def _is_saved_in(self, folder):
         self.folder = Path(folder)
-        self._seen = hashlib.sha256((self.folder / MANIFEST).read_bytes()).digest()
+        self._seen = _digest(self.folder / MANIFEST)
 
     def remember(
         self,
@@ -188,7 +175,8 @@ class R3MemPipeline:
         another process writes to the folder; IntegrityError if a pass could not be trusted. What could not be learned
         in `settings.max_steps` is no error: `report.exact` says so of each pair.
         """
-        documents = _by_name(documents, {entry["document"] for entry in self.remembered})
+        taken = {name for entry in self.remembered for name in (entry["document"], entry.get("part_of"))}
+        documents = _by_name(documents, taken)
         with contextlib.nullcontext() if folder is None else locked(folder):
             if folder is not None:
                 folder = Path(folder)
@@ -196,13 +184,10 @@ class R3MemPipeline:
             return self._remember(documents, folder, settings, builder, entity_finder, levels, progress)
 
     def _remember(self, documents, folder, settings, builder, entity_finder, levels, progress):
-        replaced = {
-            entry["document"]
-            for entry in self.remembered
-            if any(entry["document"] == name or is_part_of(entry["document"], name) for name in documents)
-        }
-        earlier = [entry for entry in self.remembered if entry["document"] not in replaced]
-        documents = self._cut(documents)
+        earlier = [e for e in self.remembered if not {e["document"], e.get("part_of")} & documents.keys()]
+        whole_of = {entry["document"]: entry["part_of"] for entry in earlier if entry.get("part_of")}
+        documents, parts = self._cut(documents, taken={entry["document"] for entry in earlier})
+        whole_of |= parts
         pairs = build_pairs(
             documents,
             self.tokenizer,
@@ -228,6 +213,7 @@ class R3MemPipeline:
                 "sha256": _sha256(pair.context),
                 "exact": exact,
                 "expanded": expanded,
+                **({"part_of": whole_of[pair.document]} if pair.document in whole_of else {}),
             }
             for pair, exact, expanded in zip(
                 report.pairs, report.exact, report.expanded or [None] * len(report.pairs), strict=True
@@ -266,7 +252,11 @@ class R3MemPipeline:
             self._refuse_foreign(folder, TRAIN_CHECKPOINTS)
             rows = [self._ids(text) for text in texts.values()]
             report = train(self.model, rows, settings, folder=folder, progress=progress)
-            self.remembered = [{**entry, "exact": False} for entry in self.remembered]
+            # What was known before may be known no more.
+            self.remembered = [
+                {**entry, "exact": False, **({"expanded": False} if entry.get("expanded") else {})}
+                for entry in self.remembered
+            ]
             self.save(folder, adapter_dtype=adapter_dtype)
             discard_checkpoints(folder)
         return report
@@ -278,6 +268,8 @@ class R3MemPipeline:
         max_new_tokens: at most so many; as many as the longest context that was remembered, or 256 if none is known.
         Raises ValueError for an empty query, or one longer than the model's positions.
         """
+        if not self.remembered:
+            warnings.warn("this adapter remembers nothing that could be recalled, as far as is known", stacklevel=2)
         rows = self._query_rows([query] if isinstance(query, str) else query)
         texts = self._decoded(self.model.recall(*self._batch(rows), max_new_tokens=self._longest(max_new_tokens)))
         return texts[0] if isinstance(query, str) else texts
@@ -339,6 +331,12 @@ class R3MemPipeline:
         gives what the adapter has learned to.
         Raises ValueError for another model's or tokenizer's memory, queries of another number than rows.
         """
+        if not self.learned_to_expand:
+            warnings.warn(
+                "this adapter has not learned to give back a text from its memory, as far as is known: what comes is "
+                "made up. `remember` of a model with memory tokens teaches it",
+                stacklevel=2,
+            )
         memory = self._memory(memory)
         queries = None
         if query is not None:
@@ -384,8 +382,10 @@ class R3MemPipeline:
 
         adapter_dtype: that its weights are rounded to in the files; torch.bfloat16 makes them half as large.
         """
-        self.model.save_pretrained(folder, adapter_dtype=adapter_dtype, **self._details())
-        self._is_saved_in(folder)
+        with locked(folder):
+            self._refuse_changed(Path(folder))
+            self.model.save_pretrained(folder, adapter_dtype=adapter_dtype, **self._details())
+            self._is_saved_in(folder)
 
     def push_to_hub(self, repo_id: str, *, adapter_dtype=None, **settings) -> str:
         """Send what `save` would write to the Hugging Face hub; see `R3MemModel.push_to_hub`.
@@ -398,22 +398,24 @@ class R3MemPipeline:
         dtype = str(self.model.peft_model.dtype).removeprefix("torch.")
         return {"dtype": dtype, "remembered": self.remembered}
 
-    def _cut(self, documents):
-        """Documents, of which those beyond the model's positions are cut into several."""
+    def _cut(self, documents, taken):
+        """Documents, of which those beyond the model's positions are cut into several; and of each part its whole."""
         model = self.model
         if model.max_tokens is None:
-            return documents
+            return documents, {}
         before = 0 if model.layout is None else model.layout.first_position
         most = max(1, int((model.max_tokens - before) / MAX_QUERY_OF_CONTEXT) - 16)
-        cut = {}
+        cut, whole_of = {}, {}
         for name, text in documents.items():
             # A token has a byte at least: most texts need not be counted.
             short = not isinstance(text, str) or len(text.encode("utf-8", "surrogatepass")) <= most
             parts = {name: text} if short else cut_document(text, name, lambda piece: len(self._ids(piece)), most)
-            if taken := parts.keys() & cut.keys():
-                raise ValueError(f"two documents would be called {min(taken)!r}; give one of them another name")
+            if len(parts) > 1:
+                if doubled := parts.keys() & (cut.keys() | documents.keys() | taken):
+                    raise ValueError(f"two documents would be called {min(doubled)!r}; give one of them another name")
+                whole_of |= dict.fromkeys(parts, name)
             cut |= parts
-        return cut
+        return cut, whole_of
 
     def _rehearsed(self, entries):
         """What was remembered before, as pairs: recalled, and taken if it is still what it was."""
@@ -434,20 +436,24 @@ class R3MemPipeline:
 
     def _refuse_foreign(self, folder, checkpoint=REMEMBER_CHECKPOINT):
         """Raise ValueError for a folder with an adapter that is not the one that this pipeline has, as it is there."""
-        if not (folder / MANIFEST).is_file():
+        if not (folder / MANIFEST).is_file() or self._refuse_changed(folder):
             return
-        if self.folder is not None and self.folder.resolve() == folder.resolve():
-            if hashlib.sha256((folder / MANIFEST).read_bytes()).digest() != self._seen:
-                raise ValueError(
-                    f"{folder} was changed after this pipeline loaded it (by another process?), which would be lost; "
-                    f"load it again: R3MemPipeline({str(folder)!r})"
-                )
-        elif not (folder / checkpoint).exists():
+        if not (folder / checkpoint).exists():
             # With a checkpoint beside it: of the very run that made it, or refused where that is read.
             raise ValueError(
                 f"{folder} holds an adapter already; choose another folder, or go on from it with "
                 f"R3MemPipeline({str(folder)!r})"
             )
+
+    def _refuse_changed(self, folder):
+        """Whether a folder is this pipeline's own. Raises ValueError if it is, and is not as it was last seen."""
+        own = self.folder is not None and self.folder.resolve() == folder.resolve()
+        if own and (folder / MANIFEST).is_file() and _digest(folder / MANIFEST) != self._seen:
+            raise ValueError(
+                f"{folder} was changed after this pipeline loaded it (by another process?), which would be lost; "
+                f"load it again: R3MemPipeline({str(folder)!r})"
+            )
+        return own
 
     def _memory(self, memory):
         """A memory, or the file of one. Raises ValueError if it is another model's or tokenizer's."""
@@ -526,7 +532,8 @@ def _text_of(text):
     """A text, or what a file holds. Raises ValueError for a name of a file that is given as a text."""
     if isinstance(text, Path):
         return read_text(text)
-    if isinstance(text, str) and len(text) < 256 and "\n" not in text and Path(text).suffix and Path(text).is_file():
+    # Of a string that can be no path, `os.path` says so without an error.
+    if isinstance(text, str) and "\n" not in text and os.path.splitext(text)[1] and os.path.isfile(text):
         raise ValueError(
             f"{text!r} is a file here: pass Path({text!r}) for what it holds. (To take the words themselves as the "
             "text, put a line break behind them.)"
@@ -546,6 +553,10 @@ def _in_order(documents, labels):
     if len(texts) != len(labels):
         raise ValueError(f"{len(texts)} documents and {len(labels)} rows of memory: one of each a row")
     return texts
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _sha256(text):

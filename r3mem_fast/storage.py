@@ -26,9 +26,10 @@ from .manifest import (
     SAVED,
     adapter_folder,
     finish_save,
+    is_adapter,
     read_manifest,
 )
-from .models import load_model
+from .models import EMBEDDED_MODEL, load_model
 from .reversible.convert import text_config
 
 # What changes the function that the same weights compute.
@@ -105,6 +106,34 @@ def find(name, *, revision=None, token=None) -> Path:
         read_manifest(folder)  # which says what is wrong
         return folder
     return hub.download_adapter(name, revision=revision, token=token)
+
+
+def adapter_named(name, *, revision=None, token=None, cache_dir=None, local_files_only=False, **settings):
+    """The folder of the adapter that a name stands for; None if it stands for a model, or for nothing.
+
+    Args:
+        settings: More keywords of `load_model`, which change nothing here.
+
+    Raises:
+        TypeError: A revision of an adapter that lies here.
+    """
+    if is_adapter(name):
+        if revision is not None:
+            raise TypeError(f"revision is for names on the hub, and {name} lies here")
+        return find(name)
+    if (
+        name == EMBEDDED_MODEL
+        or Path(name).expanduser().exists()
+        or hub.is_path(name)
+        or local_files_only
+        or cache_dir
+    ):
+        return None
+    try:
+        files = hub.files_of(str(name), revision=revision, token=token)
+    except OSError:
+        return None  # and `load_model` says what is wrong
+    return find(name, revision=revision, token=token) if MANIFEST in files else None
 
 
 def load(cls, folder, base, dtype, revision=None, token=None):

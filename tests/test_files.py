@@ -1,13 +1,12 @@
 """One writer at a time: folders and files that another process holds, or that cannot be written to."""
 
-import os
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from r3mem_fast.files import LOCK, InUseError, check_writable, locked, locked_file
+from r3mem_fast.files import LOCK, InUseError, check_writable, is_held, locked, locked_file
 
 HOLD = """
 import sys
@@ -41,6 +40,14 @@ def test_another_process_is_told_and_a_killed_one_holds_nothing(held):
         assert folder.is_dir()
 
 
+def test_whether_a_folder_is_held(held, tmp_path):
+    folder, process = held
+    assert is_held(folder) and not is_held(tmp_path) and not is_held(tmp_path / "none")
+    process.kill()
+    process.wait()
+    assert not is_held(folder)
+
+
 def test_a_reader_waits(held):
     folder, process = held
     threading.Timer(0.3, process.kill).start()
@@ -58,7 +65,7 @@ def test_a_thread_may_ask_twice_and_another_may_not(tmp_path):
         except InUseError:
             outcomes.append("refused")
 
-    with locked(tmp_path), locked(tmp_path):
+    with locked(tmp_path), locked(tmp_path, wait=10), locked(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -95,4 +102,6 @@ def test_a_file_that_is_held(tmp_path):
         lock = tmp_path / ".memory.lock"
         assert lock.exists()
     assert list(tmp_path.iterdir()) == []
-    assert os.path.exists(tmp_path)
+    with pytest.raises(ZeroDivisionError), locked_file(tmp_path / "memory"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 """`check_memories`: right on models that read their memories, wrong where one is dropped; and nothing is left over."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_every_family(family):
 @pytest.mark.parametrize("adapter_rows", ["all", "memory"])
 def test_a_memory_network(adapter_rows):
     report = check_memories(made(adapter_rows=adapter_rows), token_ids(tokens=36))
-    assert report.right and report.base_without_memory is (True if adapter_rows == "memory" else None)
+    assert report.right and report.base_without_memory is None
 
 
 def test_what_is_wrong_is_said(monkeypatch):
@@ -37,6 +39,11 @@ def test_what_is_wrong_is_said(monkeypatch):
     )
     for report, message in wrong:
         assert not report.right and message in str(report)
+    # A network that is not its base model without a memory: the adapters do not let go.
+    with monkeypatch.context() as patched:
+        patched.setattr(memory_check.R3MemModel, "_without_memory", lambda self: contextlib.nullcontext())
+        report = check_memories(build(scale=2.0), token_ids(tokens=36))
+        assert report.base_without_memory is False and not report.right
     monkeypatch.setattr(memory_check.R3MemModel, "empty_memory", lambda self: (_ for _ in ()).throw(ValueError("why")))
     report = check_memories(build(), token_ids(tokens=36))
     assert report.right and report.refused == "why" and "not for this model: why" in str(report)

@@ -83,10 +83,10 @@ def test_attention_that_does_not_read_its_mask(monkeypatch):
     own = attention.memory_attention_forward
 
     def forgetful(module, query, key, value, mask, **kwargs):
-        return own(module, query, key, value, mask._replace(memory_key=None, memory_value=None, reads=None), **kwargs)
+        return own(module, query, key, value, mask._replace(memory_key=None, memory_value=None, read=None), **kwargs)
 
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, forgetful)
-    with pytest.raises(MemoryNotReadError, match="0 of 4 layers did"):
+    with pytest.raises(MemoryNotReadError, match=r"layers \[0, 1, 2, 3\] did not"):
         model(ids_of(5), memory=memory)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from r3mem_fast import R3MemPipeline, load_model, make_reversible, models
+from r3mem_fast import R3MemPipeline, hub, load_model, make_reversible, models
 from r3mem_fast.devices import as_device, as_dtype
 from r3mem_fast.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, embedded_model_folder
 
@@ -57,9 +57,31 @@ def test_a_hub_that_answers_and_one_that_does_not(monkeypatch):
     with pytest.raises(OSError, match="no model on the hub; if it is a private one, log in"):
         load_model("someone/404", revision="v1", token="secret")
     assert asked[0] == {"revision": "v1", "token": "secret", "timeout": 10.0}
+    asked.clear()
+    with pytest.raises(OSError, match="cannot load the model"):
+        load_model("someone/404", local_files_only=True)
+    assert not asked
     monkeypatch.setattr(HfApi, "model_info", lambda self, name, **settings: 1 / 0)  # of whatever type it is
     with pytest.raises(OSError, match="the hub cannot be reached"):
         load_model("someone/else")
+
+
+def test_a_cached_model_needs_no_hub(monkeypatch, tmp_path):
+    """Neither one that cannot be reached nor one that is out of order."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file, **settings: tmp_path / file)
+    response = SimpleNamespace(headers={}, request=None, status_code=503)
+    for error in (HfHubHTTPError("503", response=response), ConnectionAbortedError("cut"), ZeroDivisionError()):
+
+        def model_info(self, name, error=error, **settings):
+            raise error
+
+        monkeypatch.setattr(HfApi, "model_info", model_info)
+        assert "config.json" in hub.files_of("someone/cached")
 
 
 def test_an_adapter_is_no_model(tmp_path):
@@ -163,6 +185,14 @@ def test_a_copy_that_is_not_whole_is_made_again(convertible):
     (folder / "r3mem-converted.json").write_text(json.dumps([1]))
     with pytest.warns(UserWarning, match="is not whole"):
         embedded_model_folder()
+    # As version 0.1 left it: without a list of its files.
+    (folder / "r3mem-converted.json").unlink()
+    embedded_model_folder()
+    assert len(converted) == 6
+    weights.write_bytes(whole[:-100])
+    with pytest.warns(UserWarning, match="is not whole"):
+        embedded_model_folder()
+    assert len(converted) == 8
 
 
 def test_a_cache_that_cannot_be_written_to(convertible, monkeypatch):

@@ -1,7 +1,6 @@
 """What somebody who is new meets at the command line and in the pipeline: every surprise is said, with what to do."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import torch
 import r3mem_fast
 from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings
 from r3mem_fast.cli import main
-from r3mem_fast.files import InUseError
 from tests.test_pipeline import SETTINGS
 
 CONFIG = R3MemConfig(core=(1, 3), first_adapted_layer=0)
@@ -63,18 +61,25 @@ def test_the_first_line_comes_before_the_imports(folder, tmp_path):
     process.communicate()
 
 
-def test_two_processes_on_one_folder(folder, tmp_path):
+def test_two_processes_on_one_folder(folder, tmp_path, capsys):
     """The second is told at once; what the first remembers is not lost."""
     text, other = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text("Ahab of the Pequod was mad about the whale.")
     other.write_text("Starbuck was not.")
     command = ["--model", folder, "--core", "1,3", "--device", "cpu", "--threads", "1"]
-    first = run("remember", tmp_path / "adapter", text, *command, "--max-steps", "100000", "--checkpoint-seconds", "0")
+    forever = ["--max-steps", "100000", "--checkpoint-seconds", "0"]
+    # A parent may have told its children to ignore Ctrl-C, as shells do for what runs in the background.
+    first = run(
+        "remember", tmp_path / "adapter", text, *command, *forever,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while first.poll() is None and not (tmp_path / "adapter" / "remember-checkpoint.safetensors").exists():
         time.sleep(0.05)
     second = run("remember", tmp_path / "adapter", other, *command)
     _, said = second.communicate(timeout=60)
     assert second.returncode == 2 and "another process is writing to" in said and "Loading" not in said
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    assert "A process is writing there right now" in capsys.readouterr().out
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=60)
     assert first.returncode == 130 and "interrupted. A run of `r3mem remember` was interrupted there" in said
@@ -125,14 +130,30 @@ def test_texts_and_files(folder, tmp_path, monkeypatch):
         pipeline.remember(Path("none.txt"))
 
 
-def test_a_text_beyond_the_positions_is_cut_into_documents(folder):
+def test_a_text_beyond_the_positions_is_cut_into_documents(folder, monkeypatch):
     """And a second time its parts are replaced, not added."""
     chapters = "\n\n".join(f"Chapter {n}\n\nThe whale {n} swam. Ahab saw it {n} times." for n in range(1, 5))
     pipeline = R3MemPipeline(str(folder), config=CONFIG)
+    settings = {"settings": ONE_STEP, "levels": ["document"], "progress": False}
+    monkeypatch.setattr(pipeline, "_rehearsed", lambda entries: [])  # a tiny model learns nothing in a step
     for text, parts in ((chapters, 4), (chapters[: len(chapters) // 4], 1)):
-        pipeline.remember({"book": text}, settings=ONE_STEP, levels=["document"], progress=False)
+        pipeline.remember({"book": text}, **settings)
         names = [entry["document"] for entry in pipeline.remembered]
         assert names == (["book"] if parts == 1 else [f"book, part {n}" for n in range(1, parts + 1)])
+    # Those without a name, and one that is only called like a part, are not taken for parts of another.
+    pipeline.remember([chapters], **settings)
+    pipeline.remember(["Starbuck was not.", "Queequeg was."], **settings)
+    pipeline.remember({"book, part 2": "Ishmael was alone."}, **settings)
+    pipeline.remember({"book": "Short."}, **settings)
+    names = {entry["document"] for entry in pipeline.remembered}
+    assert names == {f"document 1, part {n}" for n in range(1, 5)} | {
+        "document 2",
+        "document 3",
+        "book, part 2",
+        "book",
+    }
+    with pytest.raises(ValueError, match="two documents would be called 'book, part 2'"):
+        pipeline.remember({"book": chapters}, **settings)
 
 
 def test_nonsense_is_said_and_no_success(folder, tmp_path, capsys, monkeypatch):
@@ -199,7 +220,3 @@ def test_no_noise_of_others(folder, tmp_path):
     done = run("generate", tmp_path, "Ahab", "--device", "cpu", cwd=Path(__file__).parents[1])
     _, said = done.communicate()
     assert said.splitlines() == [f"Loading {tmp_path} ..."], said
-
-
-def test_a_folder_in_use_is_an_oserror():
-    assert issubclass(InUseError, OSError) and os.name

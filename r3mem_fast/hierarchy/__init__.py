@@ -3,7 +3,7 @@
 from .builders import ExtractiveBuilder, InstructBuilder
 from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder
 from .pairs import LEVELS, Pair, Passage, QueryBuilder, build_pairs, contexts_of
-from .split import Document, Paragraph, Span, cut_document, is_part_of, split_document
+from .split import Document, Paragraph, Span, cut_document, split_document
 
 __all__ = [
     "LEVELS",
@@ -22,6 +22,5 @@ __all__ = [
     "contexts_of",
     "cut_document",
     "default_entity_finder",
-    "is_part_of",
     "split_document",
 ]

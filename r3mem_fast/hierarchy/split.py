@@ -19,10 +19,12 @@ _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 # Where a long text is cut, the best places first: before the heading of a chapter, at a blank line, at the end of a
 # line, after a sentence.
 _HEADING = re.compile(
-    r"(?=^[ \t]*(?:#{1,3}[ \t]+\S|(?:chapter|book|part|volume|act|scene|canto|letter|section)[ \t.:]+[\divxlc]+\b))",
+    # With nothing behind the number but punctuation: "part I played in it" is no heading.
+    r"(?=^[ \t]*(?:#{1,3}[ \t]+\S|(?:chapter|book|part|volume|act|scene|canto|letter|section)[ \t]+"
+    r"(?:\d+|[ivxlc]+)[ \t]*(?:[.:—–-]|$)))",
     re.IGNORECASE | re.MULTILINE,
 )
-_BORDERS = (_HEADING, _BLANK_LINES, re.compile(r"\n"), re.compile(r"(?<=[.!?])\s+"))
+_BORDERS = (_HEADING, _BLANK_LINES, re.compile(r"\n"), re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+"))
 
 
 class Span(NamedTuple):
@@ -89,11 +91,6 @@ def cut_document(text: str, name: str, count_tokens: Callable[[str], int], most:
     return {f"{name}, part {number}": part for number, part in enumerate(parts, 1)}
 
 
-def is_part_of(name: str, whole: str) -> bool:
-    """Whether a document's name is that of a part of another one, as `cut_document` names them."""
-    return re.fullmatch(re.escape(whole) + r", part \d+", name) is not None
-
-
 def _cut(text, whole, name, count_tokens, most, borders):
     if count_tokens(whole.text) <= most:
         return [whole]
@@ -105,11 +102,13 @@ def _cut(text, whole, name, count_tokens, most, borders):
     parts, size = [], 0
     for found in _split_at(whole.text, borders[0]):
         span = _span(text, whole.start + found.start, whole.start + found.end)
-        # Added up, not counted anew with every piece that is joined.
-        own = count_tokens(span.text)
-        joined = size + own + (count_tokens(text[parts[-1].end : span.start]) if parts else 0)
+        if parts:
+            whole = _span(text, parts[-1].start, span.end)
+            # Added up, and counted anew only near the limit: pieces are counted with the white space before them.
+            joined = size + count_tokens(text[parts[-1].end : span.end])
+            joined = count_tokens(whole.text) if joined > 0.9 * most else joined
         if parts and joined <= most:
-            parts[-1], size = _span(text, parts[-1].start, span.end), joined
+            parts[-1], size = whole, joined
         else:
             parts += _cut(text, span, name, count_tokens, most, borders[1:])
             size = count_tokens(parts[-1].text)

@@ -10,9 +10,8 @@ import transformers
 def quiet():
     """Hide what a user can do nothing about: bars while weights load, and notices to developers.
 
-    Downloads keep their bars, and errors and the warnings of this package are shown.
+    Downloads keep their bars; errors and warnings are shown, such as that of weights that a file lacks.
     """
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # which turns those of downloads off as well
     huggingface_hub.utils.enable_progress_bars()
     # It complains that the package `kernels` is missing, or another one of that name is in sight.

@@ -24,11 +24,19 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
-class ReadCount:
-    """How many times attention has read a memory out of a mask. Not a tensor: counting asks the device nothing."""
+class LayerRead:
+    """Notes that a layer's attention has read a memory out of its mask. Not a tensor: it asks the device nothing.
 
-    def __init__(self):
-        self.count = 0
+    Args:
+        layers: A set, of the layers that have.
+        index: The layer's.
+    """
+
+    def __init__(self, layers: set, index: int):
+        self._layers, self._index = layers, index
+
+    def note(self):
+        self._layers.add(self._index)
 
 
 class SegmentMask(NamedTuple):
@@ -37,7 +45,7 @@ class SegmentMask(NamedTuple):
     query_offset: keys before the first query. window: a query sees the last so many keys, its own included; None: all.
     segment_starts: int32 `[B]`, the first key of each row that is no padding; None: no row is padded. memory_key,
     memory_value: `[B or 1, kv_heads, M, head_dim]`, at their positions, or None. memory_lengths: int32 `[B]`, of each
-    row the last so many of them are seen; None: all. reads: counts each time that the memory is read.
+    row the last so many of them are seen; None: all. read: notes that it is read.
     """
 
     query_offset: int
@@ -46,7 +54,7 @@ class SegmentMask(NamedTuple):
     memory_key: torch.Tensor | None = None
     memory_value: torch.Tensor | None = None
     memory_lengths: torch.Tensor | None = None
-    reads: ReadCount | None = None
+    read: LayerRead | None = None
 
 
 def segment_mask(
@@ -142,8 +150,8 @@ def memory_attention_forward(
         output = memory_decode(*tensors, **settings)
     else:
         output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
-    if mask.reads is not None:
-        mask.reads.count += 1
+    if mask.read is not None:
+        mask.read.note()
     return output.transpose(1, 2), None
 
 

@@ -90,7 +90,7 @@ class PrefixCache(DynamicCache):
     it. The model's layers see it because the reversible stack widens their masks, or hands it to them in their masks
     where the attention can read it there (`attention.SegmentMask`); another model's would ignore it or fail, so that
     `update` raises there. Every pass counts the layers that have read the memory and written their own keys and
-    values, and `leave` raises if one has not: a memory is never dropped in silence, whatever a version of
+    values, and `end_pass` raises if one has not: a memory is never dropped in silence, whatever a version of
     transformers does with the arguments of its layers.
 
     config: of the model, with its layers in order. first_position: of the tokens; the memory lies right before it.
@@ -110,7 +110,7 @@ class PrefixCache(DynamicCache):
         self._widened = {}
         self._apart, self._lengths = False, None
         # Of the pass that is running (None: none is), and of all that have ended well.
-        self._expected, self._extended, self._attended = None, set(), attention.ReadCount()
+        self._expected, self._extended, self._attended = None, set(), set()
         self.passes = 0
 
     def read(self, prefix, visible, all_visible):
@@ -128,8 +128,8 @@ class PrefixCache(DynamicCache):
     def prefix_length(self) -> int:
         return 0 if self._visible is None else self._visible.shape[-1]
 
-    def enter(self, decoder, layers, order, args, kwargs):
-        """Of a decoder's call: its arguments, with the positions of its tokens moved behind the memory.
+    def begin_pass(self, decoder, layers, order, args, kwargs):
+        """Arguments of a decoder's call, with the positions of its tokens moved behind the memory.
 
         Raises ValueError for an attention implementation that cannot be given the memory, or another batch size.
         """
@@ -161,7 +161,7 @@ class PrefixCache(DynamicCache):
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
         self._expected = {layer_index(layer) for layer in layers}
-        self._extended, self._attended = set(), attention.ReadCount()
+        self._extended, self._attended = set(), set()
         self._rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
@@ -174,26 +174,26 @@ class PrefixCache(DynamicCache):
                 self._placed[index] = (self._rotation.rotated(keys, tables(index)), values)
         return arguments
 
-    def leave(self):
-        """After a decoder's call: raise MemoryNotReadError unless each of its layers read the memory and wrote.
+    def end_pass(self):
+        """Raise MemoryNotReadError unless each layer of the decoder's call has read the memory and written its own.
 
-        It counts what the layers did in Python, and asks the device nothing.
+        It looks at what the layers did in Python, and asks the device nothing.
         """
         expected, self._expected = self._expected, None
-        missing = sorted(expected - self._extended)
-        # Read through the masks, a layer without a turn there has read nothing.
-        attended = not (self._apart and self._placed) or self._attended.count >= len(expected)
-        if missing or not attended:
-            what = f"layers {missing} did not" if missing else f"{self._attended.count} of {len(expected)} layers did"
+        missing = expected - self._extended
+        if self._apart and self._placed:  # and read out of the masks
+            missing |= expected - self._attended
+        if missing:
             raise MemoryNotReadError(
-                f"{what} take part in reading and writing the memory, so this output does not depend on it as it "
-                f"should. transformers {transformers.__version__} gives its layers their cache in a way that is not "
-                "known here: install a version that r3mem_fast supports (pip install r3mem_fast chooses one)"
+                f"layers {sorted(missing)} did not take part in reading and writing the memory, so this output does "
+                f"not depend on it as it should. transformers {transformers.__version__} gives its layers their cache "
+                "in a way that is not known here: install a version that r3mem_fast supports (pip install r3mem_fast "
+                "chooses one)"
             )
         self.passes += 1
 
-    def abandon(self):
-        """After a decoder's call that failed."""
+    def abandon_pass(self):
+        """Forget a decoder's call that failed."""
         self._expected = None
 
     def past(self, layer_idx):
@@ -241,7 +241,10 @@ class PrefixCache(DynamicCache):
                 return mask  # of which the attention refuses any other
             keys, values = self._placed[layer_idx]
             return mask._replace(
-                memory_key=keys, memory_value=values, memory_lengths=self._lengths, reads=self._attended
+                memory_key=keys,
+                memory_value=values,
+                memory_lengths=self._lengths,
+                read=attention.LayerRead(self._attended, layer_idx),
             )
         tokens = hidden.shape[1]
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible):

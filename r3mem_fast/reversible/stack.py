@@ -59,7 +59,7 @@ class ReversibleStack:
 
     def __deepcopy__(self, memo):
         clone = memo[id(self)] = copy.copy(self)
-        clone._passing, clone._pending, clone.recording = _Passing(), {}, None
+        clone._passing, clone._pending, clone.recording, clone._awaited = _Passing(), {}, None, None
         clone.hooks = copy.deepcopy(self.hooks, memo)
         return clone
 
@@ -107,7 +107,7 @@ class ReversibleStack:
         return hidden
 
     @contextlib.contextmanager
-    def behind(self, cache):
+    def must_read(self, cache):
         """While this lasts every pass of the decoder must be given this `PrefixCache`, and at least one must run.
 
         Raises MemoryNotReadError if the model's own code drops the cache on the way to its decoder, or trades it for
@@ -262,12 +262,12 @@ class ReversibleStack:
         state, cache = self._passing.drop(), memory_cache(kwargs)
         if output is None:
             if cache is not None:
-                cache.abandon()
+                cache.abandon_pass()
             return
         if state is not None:  # the last layer was skipped
             self.report(state)
         if cache is not None:
-            cache.leave()
+            cache.end_pass()
 
     @torch.compiler.disable
     def prepare(self, decoder, args, kwargs):
@@ -284,7 +284,7 @@ class ReversibleStack:
             # Not among all modules: asked for in every pass, that would take as long as some layers.
             lists = (child for child in decoder.children() if isinstance(child, nn.ModuleList))
             layers = [layer for child in lists for layer in child if hasattr(layer, "reversible")]
-            args, kwargs = (), cache.enter(decoder, layers, self.route.order, args, kwargs)
+            args, kwargs = (), cache.begin_pass(decoder, layers, self.route.order, args, kwargs)
         if self.bypassed:
             return args, kwargs
         self._passing.drop()

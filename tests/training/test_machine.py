@@ -1,6 +1,7 @@
 """What a run is told of its machine: how many steps at most, and that its cores are busy."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +22,26 @@ def test_steps_at_most(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("threads", "load", "busy"), [(1, 9.0, False), (4, 0.2, False), (4, 0.6, True), (4, 4.0, True), (2, 2.0, False)]
+    ("threads", "busy", "use"),
+    [(1, 3.0, None), (4, 0.3, None), (4, 0.9, 3), (4, 1.0, 3), (4, 4.0, 1), (2, 1.0, None), (4, None, None)],
 )
-def test_busy_cores(monkeypatch, threads, load, busy):
+def test_busy_cores(monkeypatch, threads, busy, use):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(machine, "_cores", lambda: set(range(4)))
+    monkeypatch.setattr(machine, "_busy_cores", lambda cores: busy)
     note = machine.busy_note()
-    assert (note is not None) is busy
-    assert not busy or ("--threads 1" in note and f"{load:.1f} of 4 cores" in note)
+    assert (note is None) == (use is None)
+    assert use is None or (f"--threads {use}," in note and f"{busy:.1f} of 4 cores" in note)
+
+
+def test_what_others_do_is_read_from_the_system(monkeypatch):
+    """Two of the cores that may be used, of which one was busy half of the time; a third one does not count."""
+    lines = ("cpu 9 9 9 9 9 9", "cpu0 {} 0 0 {} 0 0 0 0", "cpu1 0 0 0 {} 0 0 0 0", "cpu2 {} 0 0 0 0 0 0 0", "intr 1 2")
+    texts = iter("\n".join(lines).format(*ticks) for ticks in ((0, 0, 0, 0), (50, 50, 100, 100)))
+    monkeypatch.setattr(machine, "_SECONDS", 0)
+    monkeypatch.setattr(machine.Path, "read_text", lambda self: next(texts))
+    assert machine._busy_cores({0, 1}) == 0.5
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "Path", lambda name: Path("/no/such/file"))
+    assert machine._busy_cores({0, 1}) is None
+    assert machine._cores() <= set(range(os.cpu_count()))
