@@ -665,22 +665,15 @@ def _overlap(settings):
 
 
 def _inspect_memory(options):
-    from . import Memory
+    from .memory_file import read_header
 
-    memory = Memory.load(options.path)
-    rows = [
-        {"level": label and label[0], "name": label and label[1], "segments": segments, "tokens": tokens,
-         "unfinished": len(rest)}
-        for label, segments, tokens, rest in zip(
-            memory.labels, memory.num_segments.tolist(), memory.tokens_seen.tolist(), memory.unfinished, strict=True
-        )
-    ]  # fmt: skip
-    layout, origin = dataclasses.asdict(memory.layout), dataclasses.asdict(memory.origin)
-    dtype = str(memory.states.dtype).removeprefix("torch.")
+    header = read_header(options.path)
+    rows, layout, origin = header.rows, header.metadata["layout"], header.metadata["origin"]
     if options.json:
-        print(json.dumps({"bytes": memory.nbytes, "dtype": dtype, "layout": layout, "origin": origin, "rows": rows}))
+        described = {"bytes": header.nbytes, "dtype": header.dtype, "layout": layout, "origin": origin, "rows": rows}
+        print(json.dumps(described))
         return 0
-    print(f"memory of {len(memory)} rows, {memory.nbytes} bytes, {dtype}, whole")
+    print(f"memory of {len(rows)} rows, {header.nbytes} bytes, {header.dtype}, whole")
     print(
         f"{layout['num_memory_tokens']} tokens a segment of {layout['segment_length']}{_overlap(layout)}, "
         f"{layout['placement']}; "

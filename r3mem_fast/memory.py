@@ -1,10 +1,7 @@
 """`Memory`: what a model keeps of the histories that it has compressed, and the file that holds it."""
 
 import dataclasses
-import hashlib
 import json
-import mmap
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+from . import memory_file
 from .files import replacing
 
-FORMAT_VERSION = 1
 PLACEMENTS = ("every_layer", "input")
 # Of the states, by placement: the dimension of the batch, and that of the memory tokens.
 _BATCH = {"every_layer": 2, "input": 0}
 _SLOTS = {"every_layer": 4, "input": 1}
-_KIND = "r3mem_fast memory"
-# Of the file's metadata, JSON within JSON. One entry: several come in another order every time.
-_METADATA = "r3mem"
-_DIGEST = re.compile(rb'digest\\": ?\\"([0-9a-f]{64})\\"')
-_NO_DIGEST = "0" * 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,17 +203,17 @@ class Memory:
     def save(self, path):
         """Write it to a safetensors file, whole or not at all (DESIGN 7)."""
         metadata = {
-            "kind": _KIND,
-            "format_version": FORMAT_VERSION,
-            "digest": _NO_DIGEST,
+            "kind": memory_file.KIND,
+            "format_version": memory_file.FORMAT_VERSION,
+            "digest": memory_file.NO_DIGEST,
             "layout": dataclasses.asdict(self.layout),
             "origin": dataclasses.asdict(self.origin),
             "labels": self.labels,
         }
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors().items()}
-        content = bytearray(to_safetensors(tensors, {_METADATA: json.dumps(metadata)}))
-        start, digest = _digest(content)
-        content[start : start + len(_NO_DIGEST)] = digest.encode()
+        content = bytearray(to_safetensors(tensors, {memory_file.METADATA: json.dumps(metadata)}))
+        start, digest = memory_file.digest(content)
+        content[start : start + len(digest)] = digest.encode()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
@@ -233,23 +225,9 @@ class Memory:
 
         Raises OSError if the file cannot be read, ValueError if it is damaged, of another format, or of another model.
         """
-        path = Path(path)
-        try:
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                start, digest = _digest(content)
-                whole = content[start : start + len(digest)] == digest.encode()
-        except ValueError as error:  # an empty file, or one without such an entry
-            raise ValueError(f"{path} is damaged, or no memory of r3mem_fast: {error}") from None
-        if not whole:
-            raise ValueError(f"{path} is damaged: its content does not match its checksum")
+        metadata = memory_file.read_header(path).metadata
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = json.loads(file.metadata()[_METADATA])
-                if metadata["kind"] != _KIND or metadata["format_version"] != FORMAT_VERSION:
-                    raise ValueError(
-                        f"it is {metadata['kind']!r} of format {metadata['format_version']!r}; this version reads "
-                        f"{_KIND!r} of format {FORMAT_VERSION}"
-                    )
                 memory = _from_tensors(cls, metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no memory that this version of r3mem_fast can read: {error}") from None
@@ -293,25 +271,6 @@ def widened(states, slots, placement):
     shape = list(states.shape)
     shape[dim] = slots - shape[dim]
     return torch.cat([states.new_zeros(shape), states], dim) if shape[dim] else states
-
-
-def _digest(content):
-    """Where a file's digest stands, and what it should be: of all bytes, with zeros in its place."""
-    header = 8 + int.from_bytes(content[:8], "little")
-    if not 8 < header <= len(content):
-        raise ValueError("it has no header")
-    found = _DIGEST.findall(content[:header])
-    if len(found) != 1:
-        raise ValueError("its header names no checksum")
-    start = content[:header].index(found[0], 8)
-    view = memoryview(content)
-    try:
-        digest = hashlib.blake2b(view[:start], digest_size=32)
-        digest.update(_NO_DIGEST.encode())
-        digest.update(view[start + len(_NO_DIGEST) :])
-    finally:
-        view.release()
-    return start, digest.hexdigest()
 
 
 def _from_tensors(cls, metadata, tensors):

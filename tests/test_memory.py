@@ -290,7 +290,7 @@ def test_files_of_something_else(tmp_path):
     with pytest.raises(OSError):
         Memory.load(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("r3mem_fast.memory.FORMAT_VERSION", 99)
+        patch.setattr("r3mem_fast.memory_file.FORMAT_VERSION", 99)
         made().save(tmp_path / "newer")
     with pytest.raises(ValueError, match="of format 99; this version reads"):
         Memory.load(tmp_path / "newer")

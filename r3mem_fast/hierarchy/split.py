@@ -80,12 +80,13 @@ def cut_document(text: str, name: str, count_tokens: Callable[[str], int], most:
     """A text as documents of at most `most` tokens, by name: itself, or its parts, `NAME, part 1` and so on.
 
     A text that is too long is cut before the headings of chapters, and what is too long still at paragraphs, lines or
-    sentences; neighbours stay together as far as they fit. Nothing but white space between the parts is lost.
+    sentences; neighbours stay together as far as they fit. Nothing is lost but white space, and parts without a word.
 
     Raises:
         ValueError: It has a sentence of more tokens, which has no place to cut it.
     """
     parts = [span.text for span in _cut(text, _span(text, 0, len(text)), name, count_tokens, most, _BORDERS)]
+    parts = [part for part in parts if re.search(r"\w", part)]
     if len(parts) < 2:
         return {name: text}
     return {f"{name}, part {number}": part for number, part in enumerate(parts, 1)}
@@ -103,12 +104,12 @@ def _cut(text, whole, name, count_tokens, most, borders):
     for found in _split_at(whole.text, borders[0]):
         span = _span(text, whole.start + found.start, whole.start + found.end)
         if parts:
-            whole = _span(text, parts[-1].start, span.end)
+            both = _span(text, parts[-1].start, span.end)
             # Added up, and counted anew only near the limit: pieces are counted with the white space before them.
             joined = size + count_tokens(text[parts[-1].end : span.end])
-            joined = count_tokens(whole.text) if joined > 0.9 * most else joined
+            joined = count_tokens(both.text) if joined > 0.9 * most else joined
         if parts and joined <= most:
-            parts[-1], size = whole, joined
+            parts[-1], size = both, joined
         else:
             parts += _cut(text, span, name, count_tokens, most, borders[1:])
             size = count_tokens(parts[-1].text)

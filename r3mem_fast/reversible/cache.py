@@ -207,7 +207,7 @@ class PrefixCache(DynamicCache):
 
     def extend(self, key_states, value_states, layer_idx):
         """`update` of a layer that knows of the memory: returns memory (as `past`), cache and new states."""
-        if self._expected is None:
+        if self._expected is None and not self.passes:  # after one, activation checkpointing runs layers again
             raise MemoryNotReadError(
                 "a layer was given a memory's cache of which its decoder did not know, and would have read no memory. "
                 f"transformers is {transformers.__version__}; install a version that r3mem_fast supports"

@@ -180,6 +180,7 @@ class _Run:
         self.answered = []  # queries of decoys that were, as if they were known
         self.compress_loss = None
         self.divergence = None
+        self.bar = tqdm(disable=True)
         self.checkpoint = None if folder is None else folder / REMEMBER_CHECKPOINT
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume()

@@ -37,7 +37,7 @@ def test_busy_cores(monkeypatch, threads, busy, use):
 def test_what_others_do_is_read_from_the_system(monkeypatch):
     """Two of the cores that may be used, of which one was busy half of the time; a third one does not count."""
     lines = ("cpu 9 9 9 9 9 9", "cpu0 {} 0 0 {} 0 0 0 0", "cpu1 0 0 0 {} 0 0 0 0", "cpu2 {} 0 0 0 0 0 0 0", "intr 1 2")
-    texts = iter("\n".join(lines).format(*ticks) for ticks in ((0, 0, 0, 0), (50, 50, 100, 100)))
+    texts = iter("\n".join(lines).format(*ticks) for ticks in ((5, 5, 9, 9), (55, 55, 109, 109)))
     monkeypatch.setattr(machine, "_SECONDS", 0)
     monkeypatch.setattr(machine.Path, "read_text", lambda self: next(texts))
     assert machine._busy_cores({0, 1}) == 0.5

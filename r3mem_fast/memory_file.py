@@ -1,0 +1,116 @@
+"""The file of a `Memory`: its checksum, and what its header says. Needs no torch, so that looking at a file is quick.
+
+It is a safetensors file. Its metadata have one entry (several would come in another order every time), JSON with the
+kind, the format version, what the memory was made with, and a checksum of every byte.
+"""
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import re
+import struct
+
+FORMAT_VERSION = 1
+KIND = "r3mem_fast memory"
+METADATA = "r3mem"
+NO_DIGEST = "0" * 64
+_DIGEST = re.compile(rb'digest\\": ?\\"([0-9a-f]{64})\\"')
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a memory file says of itself.
+
+    Attributes:
+        metadata: Kind, format version, layout, origin and labels.
+        nbytes: Bytes of all tensors.
+        dtype: Name of the states' dtype.
+        integers: The values of its int64 tensors, by name.
+    """
+
+    metadata: dict
+    nbytes: int
+    dtype: str
+    integers: dict[str, list[int]]
+
+    @property
+    def rows(self) -> list[dict]:
+        """Level, name, compressed segments, tokens and unfinished tokens of each row."""
+        names = ("num_segments", "tokens_seen", "unfinished_lengths")
+        columns = zip(self.metadata["labels"], *(self.integers[name] for name in names), strict=True)
+        return [
+            {"level": label and label[0], "name": label and label[1], "segments": segments, "tokens": tokens,
+             "unfinished": unfinished}
+            for label, segments, tokens, unfinished in columns
+        ]  # fmt: skip
+
+
+def read_header(path) -> Header:
+    """Check a memory file's checksum and read its header.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged, no memory, or of another format.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start, expected = digest(content)
+            if content[start : start + len(expected)] != expected.encode():
+                raise ValueError("its content does not match its checksum")
+            return _header(content)
+    except _UnreadableError as error:
+        raise ValueError(f"{path} is no memory that this version of r3mem_fast can read: {error}") from None
+    except ValueError as error:  # also of an empty file
+        raise ValueError(f"{path} is damaged, or no memory of r3mem_fast: {error}") from None
+
+
+class _UnreadableError(ValueError):
+    """A file that is whole, and not what this version reads."""
+
+
+def digest(content) -> tuple[int, str]:
+    """Where a file's checksum stands, and what it should be: of all bytes, with zeros in its place."""
+    header = _end_of_header(content)
+    found = _DIGEST.findall(content[:header])
+    if len(found) != 1:
+        raise ValueError("its header names no checksum")
+    start = content[:header].index(found[0], 8)
+    view = memoryview(content)
+    try:
+        checksum = hashlib.blake2b(view[:start], digest_size=32)
+        checksum.update(NO_DIGEST.encode())
+        checksum.update(view[start + len(NO_DIGEST) :])
+    finally:
+        view.release()
+    return start, checksum.hexdigest()
+
+
+def _end_of_header(content):
+    header = 8 + int.from_bytes(content[:8], "little")
+    if not 8 < header <= len(content):
+        raise ValueError("it has no header")
+    return header
+
+
+def _header(content):
+    begin = _end_of_header(content)
+    try:
+        tensors = json.loads(content[8:begin])
+        metadata = json.loads(tensors.pop("__metadata__")[METADATA])
+        if metadata["kind"] != KIND or metadata["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"it is {metadata['kind']!r} of format {metadata['format_version']!r}; this version reads {KIND!r} of "
+                f"format {FORMAT_VERSION}"
+            )
+        integers, nbytes = {}, 0
+        for name, tensor in tensors.items():
+            start, end = tensor["data_offsets"]
+            nbytes += end - start
+            if tensor["dtype"] == "I64":
+                integers[name] = list(struct.unpack(f"<{(end - start) // 8}q", content[begin + start : begin + end]))
+        dtype = tensors["states"]["dtype"]
+        return Header(metadata, nbytes, _DTYPES.get(dtype, dtype), integers)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise _UnreadableError(error) from None
