@@ -496,7 +496,8 @@ def _adapter(options):
 
 
 def _recall(options):
-    if not _adapter(options).get("remembered"):
+    remembered = _adapter(options).get("remembered")
+    if not remembered:
         raise ValueError(
             f"{options.folder} remembers nothing that could be recalled: it was not made by `r3mem remember`. "
             f"`r3mem remember FOLDER TEXT` makes one that does"
@@ -508,8 +509,12 @@ def _recall(options):
         if options.json:
             print(json.dumps({"query": query, "context": text}))
         else:
-            print(text if text else f"(nothing is remembered for {query!r}; `r3mem inspect` shows the queries)")
-    return 0 if all(texts) else 1
+            nothing = f"(nothing is remembered for {query!r}; `r3mem inspect` shows the queries)"
+            print(text if text.strip() else nothing)
+    if not any(entry["exact"] for entry in remembered):
+        _say(options, "none of its contexts was learned to the last token: do not rely on what comes back")
+        return 1
+    return 0 if all(text.strip() for text in texts) else 1
 
 
 def _compress(options):
@@ -689,13 +694,18 @@ def _inspect_memory(options):
 
 
 def _env(options):
+    from .environment import machine, torch_settings
+
+    report = machine()
+    if not options.json:
+        _print_values(report)
+    report |= torch_settings()
     import torch
 
-    from .environment import environment
     from .kernels.attention import dispatch
     from .kernels.common.dispatch import choose
 
-    report, device = environment(), _device(options)
+    device = _device(options)
     sample = torch.zeros(1, 1, 1, 64, device=device)
     settings = {"window": None, "softcap": None, "query_offset": 0}
     choices = {
@@ -706,12 +716,16 @@ def _env(options):
     report["kernels"] = {name: f"{choice.implementation} ({choice.why})" for name, choice in choices.items()}
     if options.json:
         print(json.dumps(report))
-        return 0
-    for name, value in report.items():
+    else:
+        _print_values({name: report[name] for name in ("cpu_capability", "threads", "gpu", "kernels")})
+    return 0
+
+
+def _print_values(values):
+    for name, value in values.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {choice}" for key, choice in value.items())
-        print(f"{name:16} {value if value is not None else '-'}")
-    return 0
+        print(f"{name:16} {value if value is not None else '-'}", flush=True)
 
 
 def _device(options):

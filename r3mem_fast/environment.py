@@ -7,23 +7,35 @@ import platform
 import re
 from pathlib import Path
 
-import torch
-
 _PACKAGES = ("torch", "triton", "transformers", "peft", "r3mem_fast")
 
 
 def environment() -> dict:
     """Machine and versions, as plain values for JSON; None stands for what is not known."""
+    return {**machine(), **torch_settings()}
+
+
+def machine() -> dict:
+    """The part of `environment` that is known before torch is imported, which takes a second or more."""
     return {
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def torch_settings() -> dict:
+    """The part of `environment` that torch knows."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
