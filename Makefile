@@ -1,4 +1,4 @@
-# make demo and make test need nothing but Python >= 3.10: they set up .venv first, and again when a pin changes.
+# make demo, make test and make docs need nothing but Python >= 3.10: they set up .venv first, and again when a pin changes.
 
 PYTHON ?= python3
 DEMO_ARGS ?=
@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STAMP := .venv/.set-up
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# Strict: a link that leads nowhere, or a name that is not there, is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0.dev0"
 
 # Loaded on first use: whoever wants only `r3mem_fast.kernels` does not pay for transformers.
 _EXPORTS = {

@@ -226,7 +226,7 @@ def _add_memories(commands):
     generate = commands.add_parser("generate", help="continue a prompt, with or without a memory before it")
     generate.set_defaults(run=_generate)
     _add_adapter(generate, "of the adapter that the memory was made with")
-    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument("prompt", metavar="PROMPT", help="what is continued, behind every row of the memory")
     generate.add_argument("--memory", metavar="FILE", help="a memory file; of several rows, each is continued")
     _add_row_options(generate)
     generate.add_argument("--max-new-tokens", type=_positive, default=64, help="(%(default)s)")

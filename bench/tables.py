@@ -1,0 +1,340 @@
+"""Result tables of the documentation, made from the result files.
+
+A table stands in a page between `<!-- table: NAME -->` and `<!-- end -->`. `python -m bench.tables` writes each of
+them anew from `bench/results/`, so that no figure is copied by hand; a test asserts that this changes nothing.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from r3mem_fast.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+_BLOCK = re.compile(r"(<!-- table: ([a-z_0-9]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_ARMS = {
+    "plain": "plain",
+    "checkpoint": "checkpointing, every layer",
+    "checkpoint-offload": "checkpointing with offload (no GPU here: same memory)",
+    "checkpoint-every-4": "checkpointing, every 4th layer",
+    "reversible-b4": "**reversible, 4 side bits**",
+    "reversible-b2": "reversible, 2 side bits",
+}
+
+
+def pages() -> list[Path]:
+    """Every page of the project that may have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "kernels").rglob("*.md"))]
+
+
+def generated(text: str) -> str:
+    """A page with its tables written anew. Raises KeyError for the name of a table that there is none of."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def records(name: str) -> list[dict]:
+    """The records of a result file, without the first, which says what they were measured on."""
+    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return lines[1:]
+
+
+def training():
+    head = ("", "kept by the layers", "of checkpointing", "step, s", "of checkpointing (quartiles)",
+            "loss before training")  # fmt: skip
+    rows = []
+    for record in records("training_smollm2_bf16"):
+        low, high = record["step_ratio_quartiles"]
+        rows.append((
+            _ARMS[record["arm"]], f"{record['live_bytes'] / 1e6:.2f} MB", f"{record['live_ratio']:.3f}",
+            f"{record['step_seconds']:.2f}", f"{record['step_ratio']:.2f} ({low:.2f}–{high:.2f})",
+            f"{record['loss']:.3f}",
+        ))  # fmt: skip
+    return _table(head, rows)
+
+
+def recall_arms():
+    head = ("direction, core of 30 layers", "exact", "loss, nats a token", "perplexity of another book, of base")
+    rows = [
+        (
+            f"{record['arm']}, {record['core'][0]}–{record['core'][1]}",
+            f"{record['exact']} of {record['total']}",
+            f"{record['expand_loss']:.3f}",
+            f"{record['perplexity_ratio']:.3f}",
+        )
+        for record in sorted(records("recall_arms_smollm2"), key=lambda record: _ORDER.index(record["arm"]))
+    ]
+    return _table(head, rows)
+
+
+_ORDER = ("reversed", "inverse", "reversed, the inverse's core", "forward", "reversed, all layers")
+
+
+def recall_controls():
+    head = ("what is asked", "exact", "nothing", "half of it like")
+    controls = records("recall_pages_smollm2")[1:]
+    rows = [(r["control"], *(str(r[count]) for count in ("exact", "empty", "similar_0.5"))) for r in controls]
+    return _table(head, rows)
+
+
+def expand():
+    head = ("documents, placement", "read from", "exact", "edit distance", "more than from its own (95 % CI)")
+    rows = []
+    for name in ("seen", "unseen"):
+        for record in records(f"expand_{name}_smollm2"):
+            more = record.get("more_than_own")
+            low, high = more["ci95"] if more else (None, None)
+            rows.append((
+                f"{name}, {record['placement']}", record["control"], f"{record['exact']} of {record['rows']}",
+                f"{record['edit_distance']:.3f}",
+                f"{more['mean']:.3f} ({low:.3f} to {high:.3f})" if more else "–",
+            ))  # fmt: skip
+    return _table(head, rows)
+
+
+def history():
+    head = ("segments", "tokens", "peak, MB", "seconds a token", "of the rival's")
+    rows = []
+    for record in records("history_smollm2"):
+        if "segments" not in record:
+            continue
+        ratio = "–"
+        if "time_ratio" in record:
+            ratio = f"{record['time_ratio']:.2f} ({'–'.join(f'{q:.2f}' for q in record['time_ratio_quartiles'])})"
+        rows.append((
+            str(record["segments"]), str(record["tokens"]), f"{record['peak_bytes'] / 1e6:.0f}",
+            f"{record['seconds_per_token']:.5f}", ratio,
+        ))  # fmt: skip
+    return _table(head, rows)
+
+
+def memory_worth():
+    head = ("a segment is read behind", "nats a token", "share of the gap that is closed (95 % CI)")
+    measured = records("memory_ppl_smollm2")
+    nats, shares = _nats(measured), _shares(measured)
+    rows = [
+        ("nothing", nats["none"], "–"),
+        ("the last 32 tokens before it", nats["tail"], "0"),
+        ("these, and the memory of the segment before it", nats["memory"], shares["closed"]),
+        (
+            "these, and the memory of a segment of another book",
+            nats["shuffled"],
+            shares["closed by a foreign memory"],
+        ),
+        (
+            "these, and the memory of the third segment before it",
+            nats["memory_of_third"],
+            shares["closed by the memory of the third segment before"],
+        ),
+        ("the whole segment before it", nats["full"], "1"),
+    ]
+    return _table(head, rows)
+
+
+def memory_adapters():
+    head = ("memory", "nats a token behind it", "closed", "closed by a foreign memory",
+            "nats won over the tail of that adapter")  # fmt: skip
+    files = {
+        "64 tokens, as above": "memory_ppl_smollm2",
+        "64 tokens, 400 steps more, taught by the text too": "memory_ppl_taught_by_text_smollm2",
+        "16 tokens, 800 steps": "memory_ppl_16_smollm2",
+    }
+    tail = _values(records(files["16 tokens, 800 steps"]))
+    rows = []
+    for what, name in files.items():
+        measured = records(name)
+        shares, behind = _shares(measured), _values(measured)["memory"]
+        won = next((_interval(r) for r in measured if "of that model" in r.get("difference", "")), None)
+        won = won or f"{tail['tail, trained without memory'] - behind:.3f}"
+        rows.append((what, f"{behind:.4f}", shares["closed"], shares["closed by a foreign memory"], won))
+    return _table(head, rows)
+
+
+def ablation():
+    head = ("instead of the default", "page from its query", "page from its memory", "query from the memory")
+    rows = [
+        (record["arm"], *(_interval(record[name]) for name in ("expand_nats", "cycle_nats", "compress_nats")))
+        for record in records("ablation_smollm2")
+        if "minus" in record
+    ]
+    return _table(head, rows)
+
+
+def coupling_kernels():
+    head = ("kernel / variant", "side bits", "least", "moved", "eager", "registers", "shared, bytes")
+    gate = {(r["kernel"], r["bits"], r["target"]): r for r in records("compile_gate") if r["dtype"] == "bfloat16"}
+    rows = []
+    for record in records("traffic"):
+        if record["dtype"] != "bfloat16":
+            continue
+        compiled = [gate[record["kernel"], record["bits"], target] for target in TARGETS]
+        rows.append((
+            f"`{record['kernel']}`", _or_dash(record["bits"]), f"{record['least_bytes_per_element']:.2f}",
+            f"{record['ratio']:.4f}", f"{record['eager_ratio']:.2f}",
+            " / ".join(str(variant["registers"]) for variant in compiled),
+            str(max(variant["shared_bytes"] for variant in compiled)),
+        ))  # fmt: skip
+    return _table(head, rows)
+
+
+def attention_kernels():
+    head = ("kernel / variant", "head_dim", "moved over least", "of once", "registers", "shared, KiB",
+            "matrix products")  # fmt: skip
+    traffic = {(r["kernel"], r["head_dim"]): r for r in records("traffic_attention")}
+    variants = {}
+    for record in _compiled_attention():
+        if record["dtype"] == "bfloat16":
+            variants.setdefault((record["kernel"], record["head_dim"]), {})[record["target"]] = record
+    rows = []
+    for (kernel, head_dim), found in sorted(variants.items(), key=_place):
+        compiled, moved = [found[target] for target in TARGETS], traffic.get((kernel, head_dim))
+        rows.append((
+            f"`{kernel.removeprefix('attention_')}`", str(head_dim),
+            "–" if moved is None else f"{moved['ratio']:.4f}", "–" if moved is None else f"{moved['once_ratio']:.2f}",
+            " / ".join(str(r["registers"]) for r in compiled),
+            " / ".join(f"{r['shared_bytes'] / 1024:.0f}" for r in compiled),
+            " / ".join(r["matrix"] or "–" for r in compiled),
+        ))  # fmt: skip
+    return _table(head, rows)
+
+
+def _place(item):
+    (kernel, head_dim), _ = item
+    name, _, variant = kernel.removeprefix("attention_").partition("/")
+    names = ("forward", "query", "key", "memory", "delta", "decode", "combine")
+    return names.index(name), ("plain", "many", "all", "packed", "alone").index(variant), head_dim
+
+
+def attention_spills():
+    head = ("kernel", "head_dim", "dtype", "target", "spills")
+    rows = [
+        (f"`{r['kernel'].removeprefix('attention_')}`", str(r["head_dim"]), r["dtype"], r["target"], str(r["spills"]))
+        for r in _compiled_attention()
+        if r["spills"]
+    ]
+    return _table(head, rows)
+
+
+def attention_cpu():
+    head = ("case", "ours, ms", "reference", "sdpa with copy", "copy")
+    cases = {}
+    for record in records("attention_cpu"):
+        cases.setdefault((record["passed"], record["tokens"], record["memory"]), {})[record["arm"]] = record
+    rows = []
+    for (passed, tokens, memory), arms in cases.items():
+        others = (f"{arms[name]['ratio']:.2f} ×" if name in arms else "–" for name in ("reference", "sdpa", "copy"))
+        ours = f"{arms['r3mem']['milliseconds']:.2f} ({arms['r3mem']['runs']})"
+        rows.append((f"{passed}, T = {tokens}, M = {memory}", ours, *others))
+    return _table(head, rows)
+
+
+def attention_logits():
+    head = ("setting", "attention", "from eager", "from float64", "batch of 4 from batches of one")
+    rows = [
+        (
+            record["setting"],
+            record["attention"],
+            f"{record['max_from_eager']:.1e}",
+            f"{record['max_from_float64']:.1e}" if "max_from_float64" in record else "–",
+            f"{record['batch_from_one']:.1e}",
+        )
+        for record in records("logits_smollm2")
+    ]
+    return _table(head, rows)
+
+
+def cli():
+    """The options of every command, from its parser; not its own text, which versions of Python lay out apart."""
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    helps = {action.dest: action.help for action in commands._choices_actions}
+    parts = []
+    for name, parser in commands.choices.items():
+        positional = " ".join(a.metavar or a.dest for a in parser._actions if not a.option_strings)
+        rows = [
+            (f"`{_option(action)}`", (action.help % {"default": action.default}).replace("|", "\\|"))
+            for action in parser._actions
+            if action.dest != "help"
+        ]
+        parts.append(f"## r3mem {name} {positional}".rstrip() + f"\n\n{_sentence(helps[name])}\n\n" + _table(
+            ("argument", "meaning (default)"), rows
+        ))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _option(action):
+    names = ", ".join(action.option_strings) or action.metavar or action.dest
+    if action.nargs == 0 or not action.option_strings:
+        return names
+    choices = "/".join(map(str, action.choices)) if action.choices else action.dest.upper()
+    return f"{names} {action.metavar or choices}"
+
+
+def _sentence(text):
+    return text[0].upper() + text[1:] + "."
+
+
+TABLES = {
+    "cli": cli,
+    "training": training,
+    "recall_arms": recall_arms,
+    "recall_controls": recall_controls,
+    "expand": expand,
+    "history": history,
+    "memory_worth": memory_worth,
+    "memory_adapters": memory_adapters,
+    "ablation": ablation,
+    "coupling_kernels": coupling_kernels,
+    "attention_kernels": attention_kernels,
+    "attention_spills": attention_spills,
+    "attention_cpu": attention_cpu,
+    "attention_logits": attention_logits,
+}
+
+
+def _compiled_attention():
+    return [*records("compile_gate_attention"), *records("compile_gate_attention_layouts")]
+
+
+def _values(measured):
+    return {r["arm"]: r["nats_per_token"] for r in measured if "arm" in r and "of_chains" not in r}
+
+
+def _nats(measured):
+    return {arm: f"{value:.4f}" for arm, value in _values(measured).items()}
+
+
+def _shares(measured):
+    return {r["share"]: _interval(r) for r in measured if r.get("gap_of") == "the same model"}
+
+
+def _interval(record):
+    return f"{record['mean']:.3f} ({record['low']:.3f} to {record['high']:.3f})"
+
+
+def _or_dash(value):
+    return "–" if value is None else str(value)
+
+
+def _table(head, rows):
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("|  |", "| |")
+
+
+def main(arguments=None):
+    """Write all tables anew; with --check only say which pages would change, and return 1 if one would."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
+    options = parser.parse_args(arguments)
+    changed = [page for page in pages() if generated(page.read_text(encoding="utf-8")) != page.read_text("utf-8")]
+    for page in changed:
+        print(page.relative_to(ROOT))
+        if not options.check:
+            page.write_text(generated(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if options.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The documentation: tables are made from the result files, figures in the text stand there, links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import tables
+
+ROOT = Path(__file__).parents[1]
+
+
+def records(name):
+    lines = [json.loads(line) for line in (ROOT / "bench" / "results" / name).read_text().splitlines()]
+    assert {"date", "commit", "torch"} <= set(lines[0]["environment"])
+    return lines[1:]
+
+
+def text_of(*names):
+    return " ".join(" ".join((ROOT / name).read_text().split()) for name in names)
+
+
+@pytest.mark.parametrize("page", tables.pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_generating_the_tables_changes_nothing(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.generated(text) == text, "run python -m bench.tables"
+    assert text.count("<!-- table: ") == text.count("<!-- end -->")
+
+
+def test_every_table_is_shown_and_is_what_its_name_says():
+    shown = set(re.findall(r"<!-- table: (\w+) -->", "".join(page.read_text() for page in tables.pages())))
+    assert shown == set(tables.TABLES)
+    changed = tables.generated("<!-- table: training -->\n| 1 |\n<!-- end -->")
+    assert "0.377" in changed and "| 1 |" not in changed
+    with pytest.raises(KeyError):
+        tables.generated("<!-- table: none -->\n<!-- end -->")
+
+
+def test_links():
+    for page in tables.pages():
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page} names {link}"
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_what_reversible_training_saves():
+    measured = {record["arm"]: record for record in records("training_smollm2_bf16.jsonl")}
+    reversible, text = measured["reversible-b4"], text_of("README.md")
+    assert f"{reversible['live_ratio']:.3f} × the bytes of gradient checkpointing" in text
+    assert f"at {reversible['step_ratio']:.2f} × its time" in text
+    ratios = {r["bits"]: r["ratio"] for r in records("perplexity_smollm2.jsonl") if r["fraction_bits"] in (None, 14)}
+    for page in ("README.md", "docs/reversible.md"):
+        assert f"{ratios[4]:.4f} ×" in text_of(page) and f"{ratios[2]:.2f} ×" in text_of(page)
+    slopes = {record["arm"]: record for record in records("depth_smollm2_bf16.jsonl") if "bytes_per_layer" in record}
+    slope = slopes["reversible-b4"]
+    assert (slope["side_bytes_per_layer"], slope["checksum_bytes_per_layer"]) == (147_456, 288)
+    assert slope["bytes_per_layer"] == [147_456 + 288] * 2
+    assert "147,456 bytes" in text_of("docs/reversible.md")
+
+
+def test_what_no_kernel_does():
+    """No spills, 16-byte accesses, nothing fused: of all kernels, targets and dtypes."""
+    compiled = records("compile_gate.jsonl")
+    assert {record["target"] for record in compiled} == set(tables.TARGETS)
+    assert all(r["spills"] == r["fused"] == 0 and r["vector_bytes"] == 16 for r in compiled)
+    assert max(record["ratio"] for record in records("traffic.jsonl")) <= 1.001
+    assert max(record["ratio"] for record in records("traffic_attention.jsonl")) <= 1.001
+    attention = [*records("compile_gate_attention.jsonl"), *records("compile_gate_attention_layouts.jsonl")]
+    assert f"of the {len(attention)} variants" in text_of("kernels/attention/README.md")
+
+
+def test_what_the_dispatcher_goes_by():
+    arms = [record for record in records("attention_cpu.jsonl") if record["arm"] == "reference"]
+    assert arms and all(record["passed"] == "decode" or record["ratio"] > 1 for record in arms)
+
+
+def test_what_is_recalled():
+    pages = records("recall_pages_smollm2.jsonl")[0]
+    text, short = text_of("docs/recall.md"), text_of("README.md")
+    assert f"gave {pages['exact']} of {pages['total']} contexts exactly" in text
+    assert f"{pages['exact']} of {pages['total']} contexts are exact" in short
+    assert f"{pages['perplexity_ratio']:.2f} ×" in short
+    single = records("recall_page_smollm2.jsonl")
+    assert len({record["seed"] for record in single}) == len(single) == 2
+    for record in [*single, *records("recall_three_smollm2.jsonl")]:
+        assert record["exact"] == record["total"]
+        for figure in (
+            f"all {record['total']} contexts",
+            f"{record['perplexity_ratio']:.3f} ×",
+            f"{record['steps']} steps",
+        ):
+            assert figure in text
+    for record in single:
+        assert f"{record['steps']} steps and {record['seconds']:.0f} s" in text
+    first = single[0]
+    assert f"all {first['total']} contexts exact after {first['steps']} steps and {first['seconds']:.0f} s" in short
+    assert f"{first['perplexity_ratio']:.3f} ×" in short
+    adapters = records("recall_adapters_smollm2.jsonl")
+    for one, expand, compress in (adapters[:3], adapters[3:]):
+        assert one["seed"] == expand["seed"] == compress["seed"]
+        assert f"{one['expand_loss']:.3f} against {expand['expand_loss']:.3f}" in text
+        assert f"{one['compress_loss']:.3f} against {compress['compress_loss']:.3f}" in text
+
+
+def test_what_memories_do():
+    text, short = text_of("docs/memory.md"), text_of("README.md")
+    found = records("memory_smollm2.jsonl")
+    parts = [record for record in found if record["suite"] == "stream"]
+    whole = parts[0]
+    assert parts[-1]["bit_for_bit"]
+    assert (
+        f"{whole['tokens']:,} tokens of a book in {whole['segments']} segments: a memory of {whole['memory_bytes']:,} "
+        f"bytes, {whole['tokens_per_second']:.0f} tokens a second" in text
+    )
+    assert f"{whole['tokens']:,} tokens leave {whole['memory_bytes']:,} bytes" in short
+    assert f"from {whole['resident_mb'][0]:.1f} MB after the first tenth to {whole['resident_mb'][-1]:.1f} MB" in text
+    batch = [record for record in found if record["suite"] == "batch"]
+    ours, base = (
+        max(r["max_abs_difference"] for r in batch if bool(r.get("base_model_without_memory")) is plain)
+        for plain in (False, True)
+    )
+    assert all(record["same_argmax"] for record in batch if "same_argmax" in record)
+    assert (
+        f"differ by at most {ours:.4f} from those of the row alone" in text and f"{base:.5f} in the base model" in text
+    )
+    times, corrupted = [record for record in found if record["suite"] == "file"]
+    assert f"{corrupted['refused']:,} of {corrupted['corruptions']:,} damaged or foreign files were refused" in text
+    assert f"{times['file_bytes'] / 1e6:.1f} MB is loaded and checked in {times['load_ms']:.1f} ms" in text
+
+
+def interval(record):
+    return f"{record['mean']:.3f} ({record['low']:.3f} to {record['high']:.3f})"
+
+
+def values(measured, chains=False):
+    chosen = [record for record in measured if "arm" in record and bool(record.get("of_chains")) == chains]
+    return {record["arm"]: f"{record['nats_per_token']:.4f}" for record in chosen}
+
+
+def test_what_a_memory_is_worth():
+    text, measured = text_of("docs/histories.md"), records("memory_ppl_smollm2.jsonl")
+    assert f"{measured[0]['segments']} segments of the held-out tenths" in text
+    nats, chains = values(measured), values(measured, chains=True)
+    shares = {(r["share"], r.get("gap_of")): r for r in measured if "share" in r}
+    closed = shares["closed", "the same model"]
+    assert f"closes {closed['mean']:.3f} of the gap" in text_of("README.md")
+    assert interval(shares["closed", "a model trained equally without memory"]) in text
+    assert f"{chains['memory_of_7']} against {chains['memory']} nats" in text and chains["full_of_7"] in text
+    assert interval(next(r for r in measured if "difference" in r)) in text
+    for arm in ("tail", "full"):
+        assert nats[f"{arm}, trained without memory"] in text
+    before = records("memory_ppl_500_steps_smollm2.jsonl")
+    assert interval(next(r for r in before if r.get("share") == "closed by a foreign memory")) in text
+
+
+def test_memories_trained_otherwise():
+    """None reads these books as well as an adapter without memory: the README says so too."""
+    text = text_of("docs/histories.md")
+    first, more, few = (records(f"memory_ppl_{name}smollm2.jsonl") for name in ("", "taught_by_text_", "16_"))
+    without = values(more)
+    for arm in ("tail", "full"):
+        name = f"{arm}, trained without memory"
+        assert without[name] == values(few)[name] and without[name] in text
+    assert all(without["tail, trained without memory"] < values(found)["memory"] for found in (first, more, few))
+    assert f"a memory is {few[0]['memory_bytes']:,} bytes" in text
+    assert "without memory, trained on the same novels, reads them better" in text_of("README.md")
+
+
+def test_what_training_through_histories_costs():
+    *_, compared = records("history_smollm2.jsonl")
+    many, few = compared["segments_compared"]
+    text = text_of("docs/histories.md")
+    assert f"The peak of {many} segments is {compared['peak_ratio']:.3f} × that of {few}" in text
