@@ -48,7 +48,7 @@ setup(
         *find_packages(include=["r3mem_fast", "r3mem_fast.*"]),
         *(f"r3mem_fast.kernels.{name}" for name in operations),
     ],
-    package_data={"r3mem_fast": ["adapters/*/*"]},
+    package_data={"r3mem_fast": ["adapters/*/*", "py.typed"]},
     package_dir={f"r3mem_fast.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in operations},
     # What is claimed is tested: .ci/versions runs the tests with the oldest of each, and with what pip chooses now. To
     # claim a newer release, raise its bound and run it.

@@ -144,7 +144,7 @@ class TimedCase:
 
 
 def timed_cases(device):
-    """Of a GPU all that the issue of this operation names, of a CPU a few."""
+    """Cases that are timed: all of them on a GPU, a few on a CPU."""
     if device == "cpu":
         sizes = [(272, 16), (1024, 64), (2048, 128)]
         found = [TimedCase(passed, t, m, 64, 3, 3) for passed in PASSES for t, m in sizes]

@@ -1,6 +1,7 @@
 """R3Mem's reversible memory networks as a fast runtime for Hugging Face models."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0.dev0"
 
@@ -33,7 +34,60 @@ _EXPORTS = {
     "restore": "reversible",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot follow `__getattr__`
+    from .config import R3MemConfig
+    from .hierarchy import build_pairs
+    from .memory import Memory
+    from .memory_check import MemoryReport, check_memories
+    from .model import R3MemModel
+    from .models import load_model
+    from .pipeline import R3MemPipeline
+    from .reversible import (
+        GradientReport,
+        IntegrityError,
+        InverseReport,
+        MomentumCoupling,
+        check_gradients,
+        check_integrity,
+        check_inverse,
+        make_reversible,
+        reading_backward,
+        replay,
+        restore,
+    )
+    from .reversible.cache import MemoryNotReadError
+    from .training.collate import PairCollator
+    from .training.history import TrainReport, TrainSettings
+    from .training.remember import RememberReport, RememberSettings
+
+__all__ = [
+    "GradientReport",
+    "IntegrityError",
+    "InverseReport",
+    "Memory",
+    "MemoryNotReadError",
+    "MemoryReport",
+    "MomentumCoupling",
+    "PairCollator",
+    "R3MemConfig",
+    "R3MemModel",
+    "R3MemPipeline",
+    "RememberReport",
+    "RememberSettings",
+    "TrainReport",
+    "TrainSettings",
+    "__version__",
+    "build_pairs",
+    "check_gradients",
+    "check_integrity",
+    "check_inverse",
+    "check_memories",
+    "load_model",
+    "make_reversible",
+    "reading_backward",
+    "replay",
+    "restore",
+]
 
 
 def __getattr__(name):

@@ -154,7 +154,7 @@ class R3MemConfig:
         return dataclasses.replace(self, core=(reach.start, reach.stop), first_adapted_layer=first)
 
     def memory_layout(self, max_tokens: int | None) -> MemoryLayout | None:
-        """Of memories of a model with so many positions; None without memory tokens.
+        """Layout of the memories of a model with so many positions; None without memory tokens.
 
         Raises ValueError if memory and segment do not fit into the positions.
         """

@@ -37,7 +37,7 @@ class MemoryLayout:
 
     @property
     def first_position(self) -> int:
-        """Of a segment's first token, with whatever memory before it."""
+        """Position of a segment's first token, with whatever memory before it."""
         return self.readable_segments * self.num_memory_tokens
 
 
@@ -88,7 +88,7 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:

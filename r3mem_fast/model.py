@@ -32,7 +32,7 @@ from .reversible.convert import check_convertible, find_decoder_layers, reversib
 from .reversible.replay import replay
 from .reversible.rotary import is_rotary
 from .segments import IGNORED as _IGNORED
-from .segments import after, cut
+from .segments import advance, cut_segments
 
 # As transformers has it where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
@@ -212,20 +212,20 @@ class R3MemModel(TrainerInterface, nn.Module):
             raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
         output = R3MemOutput()
         if self.layout is not None and set(terms) & {"compress", "cycle"}:
-            memory = self._after(contexts.lists(), self._empty(len(contexts.ids), origin=None), finish=True)
+            memory = self._compress_rows(contexts.lists(), self._empty(len(contexts.ids), origin=None), finish=True)
         if "expand" in terms:
             with self._backward():
-                output.logits, output.targets = self._continued(queries, contexts)
+                output.logits, output.targets = self._continuation_logits(queries, contexts)
             output.expand_loss = _mean_loss(output.logits, output.targets)
         # A row without a context has nothing that its query could be told from, and no memory.
         asked = contexts.mask.any(1, keepdim=True)
         if "compress" in terms:
             given = contexts if memory is None else _nothing_before(contexts)
-            logits, targets = self._continued(given, queries, memory, adapted_rows=self._read_rows)
+            logits, targets = self._continuation_logits(given, queries, memory, adapted_rows=self._read_rows)
             output.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, _IGNORED))
         if "cycle" in terms:
             with self._backward():
-                output.cycle_logits, targets = self._continued(_nothing_before(contexts), contexts, memory)
+                output.cycle_logits, targets = self._continuation_logits(_nothing_before(contexts), contexts, memory)
             output.cycle_loss = _mean_loss(output.cycle_logits, targets.masked_fill(~asked, _IGNORED))
             output.targets = targets if output.targets is None else output.targets
         if labels is not None:
@@ -253,7 +253,7 @@ class R3MemModel(TrainerInterface, nn.Module):
 
     @property
     def _read_rows(self):
-        """Of how many of the last tokens that stand behind a memory, forward, the adapters change anything."""
+        """Number of trailing tokens that the adapters act on when reading forward behind a memory; None means all."""
         return 0 if self.r3mem_config.adapter_rows == "memory" else None
 
     def _in_segments(self, memory, rows, with_loss, num_items):
@@ -265,12 +265,14 @@ class R3MemModel(TrainerInterface, nn.Module):
         if num_items is None:
             num_items = max(1, sum(int((segment.targets != _IGNORED).sum()) for segment in segments))
         training = with_loss and self._trains_through(segments)
-        teacher = self._taught(memory, rows) if training and self.r3mem_config.distillation_weight else None
+        teacher = (
+            self._teacher_hidden_states(memory, rows) if training and self.r3mem_config.distillation_weight else None
+        )
 
         def outcome(segment, hidden):
-            return self._outcome(segment, hidden, with_loss, num_items, not training, teacher)
+            return self._segment_outcome(segment, hidden, with_loss, num_items, not training, teacher)
 
-        outcomes, _ = self._through(segments, memory, outcome)
+        outcomes, _ = self._read_segments(segments, memory, outcome)
         output = R3MemOutput()
         if with_loss:
             output.loss = sum(found["loss"] for found in outcomes)
@@ -294,7 +296,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             return self._with_memory_tokens(hidden.masked_fill(rows.mask[..., None] == 0, 0))
         memory = self._empty(len(rows.ids), origin=None)
         segments = self._segments_of(memory, rows)
-        found, _ = self._through(segments, memory, lambda segment, hidden: hidden)
+        found, _ = self._read_segments(segments, memory, lambda segment, hidden: hidden)
         return self._placed(rows, segments, found)
 
     def _with_memory_tokens(self, value):
@@ -316,12 +318,12 @@ class R3MemModel(TrainerInterface, nn.Module):
             # Another process has more segments: what is read here with them counts nowhere.
             more = torch.zeros(longest - lengths[-1], dtype=torch.int64)
             ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + _IGNORED])
-        segments = cut(memory, ids, labels, finish=True, writes_all=False, length=length)
+        segments = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length)
         for segment in segments:
             self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
         return segments
 
-    def _outcome(self, segment, hidden, with_loss, num_items, with_logits, teacher):
+    def _segment_outcome(self, segment, hidden, with_loss, num_items, with_logits, teacher):
         """Loss and logits of a segment whose last hidden states are known, in a dict."""
         targets = segment.targets.to(self.device)
         inputs = {"labels": targets, "shift_labels": targets, "num_items_in_batch": num_items} if with_loss else {}
@@ -347,7 +349,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         return found
 
     @torch.no_grad()
-    def _taught(self, memory, rows):
+    def _teacher_hidden_states(self, memory, rows):
         """The base model's last hidden states with the full context: `[B, T, hidden_size]`, padded on the right."""
         if memory.tokens_seen.any():
             raise ValueError(
@@ -383,7 +385,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         kept = [torch.cat(found) for found in pieces if found]
         return placed.masked_scatter(rows.mask.bool()[..., None], torch.cat(kept))
 
-    def _through(self, segments, memory, outcome, advance=None):
+    def _read_segments(self, segments, memory, outcome, on_tokens=None):
         """Read segments one after the other: what `outcome(segment, hidden)` makes of each, and the last states."""
         config = self.r3mem_config
         states = memory.states.to(self.device, self.peft_model.dtype)
@@ -405,8 +407,8 @@ class R3MemModel(TrainerInterface, nn.Module):
                     outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
                 else:
                     outcomes.append(outcome(segment, hidden))
-            if advance is not None:
-                advance(sum(end - start for start, end in segment.own))
+            if on_tokens is not None:
+                on_tokens(sum(end - start for start, end in segment.own))
         return outcomes, states
 
     def _trains_through(self, segments):
@@ -468,7 +470,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         """What a memory carries as tokens, as rows padded on the left: `[B, longest]`."""
         return _left_padded(list(map(torch.cat, zip(memory.recent, memory.unfinished, strict=True))), self.device)
 
-    def _continued(self, prompts, continuations, memory=None, adapted_rows=None):
+    def _continuation_logits(self, prompts, continuations, memory=None, adapted_rows=None):
         """Logits that predict the continuations of prompts, `[B, N + 1, V]`, and their targets `[B, N + 1]`."""
         first, first_mask = self._prompt(prompts)
         second, second_mask, targets = continuations.right_padded(self.end_token_id)
@@ -636,7 +638,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             evaluating(self),
             tqdm(total=total, desc="Compressing", unit="tok", unit_scale=True, disable=not progress) as bar,
         ):
-            return self._after(rows, memory, finish, bar.update)
+            return self._compress_rows(rows, memory, finish, bar.update)
 
     def empty_memory(self, rows=1) -> Memory:
         """The memory of nothing, of so many rows. Raises ValueError for a model without memory tokens."""
@@ -722,22 +724,22 @@ class R3MemModel(TrainerInterface, nn.Module):
         if found != sizes:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
 
-    def _after(self, rows, memory, finish, advance=None):
+    def _compress_rows(self, rows, memory, finish, on_tokens=None):
         """The memory after some more tokens, lists of int64 on the CPU. Differentiable."""
-        segments = cut(memory, rows, finish=finish, writes_all=True)
+        segments = cut_segments(memory, rows, finish=finish, writes_all=True)
         if _most_of_ranks(self, len(segments)) + _most_of_ranks(self, -len(segments)):
             raise ValueError(
                 "a model sharded by FSDP2 gathers its layers in all processes together, so each has to compress as "
                 f"many segments; here are {len(segments)}. Give all of them rows that are cut into as many"
             )
-        carried = after(memory, rows, segments)
+        carried = advance(memory, rows, segments)
         readable = self.layout.readable_segments
         if self.layout.keeps_all and len(carried["num_segments"]) and carried["num_segments"].max() > readable:
             raise ValueError(
                 f"max_memory_segments=None keeps {readable} segments within the model's positions, and this is more "
                 "(to expand a memory compresses what is unfinished in it); use a number, or longer segments"
             )
-        _, states = self._through(segments, memory, lambda segment, hidden: (), advance)
+        _, states = self._read_segments(segments, memory, lambda segment, hidden: (), on_tokens)
         return dataclasses.replace(memory, states=states, **carried)
 
     def _read(self, cache, memory):
@@ -837,14 +839,14 @@ class R3MemModel(TrainerInterface, nn.Module):
                 parameter.requires_grad_(wanted)
 
     def base_fingerprint(self) -> str:
-        """Of the base model's configuration and weights (see `storage.fingerprint`); computed when they change."""
+        """Fingerprint of the base model's settings and weights, computed when they change (`storage.fingerprint`)."""
         versions = self._base_versions()
         if self._base is None or self._base[0] != versions:
             self._base = (versions, storage.fingerprint(self.peft_model))
         return self._base[1]
 
     def set_base_fingerprint(self, fingerprint):
-        """Of the weights as they are: what has just been computed need not be again."""
+        """Take over a fingerprint of the weights as they are, which has just been computed."""
         self._base = (self._base_versions(), fingerprint)
 
     def _base_versions(self):
@@ -928,7 +930,7 @@ def _target_pattern(base, targets, first_layer):
 
 
 def _versions(parameters):
-    """By which a change of any of them is seen, unless it is made through `.data`."""
+    """Version stamps of the parameters. They change with every in-place modification, except through `.data`."""
     return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
 

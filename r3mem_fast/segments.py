@@ -31,7 +31,7 @@ class Segment:
     num_segments: torch.Tensor
 
 
-def cut(
+def cut_segments(
     memory: Memory, rows: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None, *, finish: bool,
     writes_all: bool, length: int | None = None,
 ) -> list[Segment]:  # fmt: skip
@@ -88,8 +88,8 @@ def cut(
         index += 1
 
 
-def after(memory: Memory, rows: Sequence[torch.Tensor], segments: Sequence[Segment]) -> dict:
-    """What a memory carries after segments of `cut` with `writes_all`: all its fields but the states."""
+def advance(memory: Memory, rows: Sequence[torch.Tensor], segments: Sequence[Segment]) -> dict:
+    """What a memory carries after segments of `cut_segments` with `writes_all`: all its fields but the states."""
     layout, written = memory.layout, torch.zeros(len(rows), dtype=torch.int64)
     for segment in segments:
         written[list(segment.rows)] += 1

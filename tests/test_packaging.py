@@ -153,7 +153,7 @@ def test_wheel_holds_every_module_and_nothing_else(source, wheel):
     expected |= {"r3mem_fast" / path.relative_to(source) for path in (source / "kernels").rglob("*.py")}
     adapters = [path for path in (source / "r3mem_fast" / "adapters").rglob("*") if path.is_file()]
     assert any(path.name == "adapter_model.safetensors" for path in adapters)
-    expected |= {path.relative_to(source) for path in adapters}
+    expected |= {path.relative_to(source) for path in [*adapters, source / "r3mem_fast" / "py.typed"]}
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
     metadata = {name for name in names if name.parts[0].endswith(".dist-info")}
     assert names - metadata == expected
@@ -243,3 +243,16 @@ def test_the_readme_claims_what_setup_allows():
         assert f"{name} {low} to {major}.{int(minor) - 1}" in readme
     for name, low in re.findall(r"[\"']([a-z_]+)>=([\d.]+),<", setup[setup.index("install_requires") :]):
         assert re.search(rf"^{name}=={re.escape(low)}(\.0)*(;|$)", oldest, re.M), f"{name} {low} is not what is tested"
+
+
+def test_names_for_editors_are_those_that_can_be_imported():
+    """Lazy exports, those under TYPE_CHECKING and `__all__` are the same names, from the same modules."""
+    import ast
+
+    import r3mem_fast
+
+    tree = ast.parse((ROOT / "r3mem_fast" / "__init__.py").read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    static = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert static == r3mem_fast._EXPORTS and set(r3mem_fast.__all__) == {*static, "__version__"}
+    assert all(getattr(r3mem_fast, name) is not None for name in r3mem_fast.__all__)

@@ -1,5 +1,5 @@
-"""The code of the README and of the documentation's pages, each page from top to bottom in one go, as somebody would run
-it in a folder with texts of their own.
+"""The code of the README and of the documentation's pages runs, each page from top to bottom in one go, as somebody
+would run it in a folder with texts of their own.
 
 It runs what is installed, wherever that is, with the embedded model. The commands are the pages'; texts are short. The
 README runs whole, but for the steps of `train`. The other pages are rehearsed, and so is the README where

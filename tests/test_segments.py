@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3mem_fast.memory import Memory, MemoryLayout, Origin
-from r3mem_fast.segments import IGNORED, after, cut
+from r3mem_fast.segments import IGNORED, advance, cut_segments
 
 LAYOUTS = st.builds(
     lambda length, overlap: MemoryLayout(2, length, 3, False, "input", overlap), st.integers(1, 6), st.integers(0, 8)
@@ -29,7 +29,9 @@ def tokens(lengths, start=0):
 
 
 def carried(memory, rows, finish=False):
-    return dataclasses.replace(memory, **after(memory, rows, cut(memory, rows, finish=finish, writes_all=True)))
+    return dataclasses.replace(
+        memory, **advance(memory, rows, cut_segments(memory, rows, finish=finish, writes_all=True))
+    )
 
 
 @given(layout=LAYOUTS, before=LENGTHS, more=st.data())
@@ -38,7 +40,7 @@ def test_every_token_once(layout, before, more):
     lengths = [more.draw(st.integers(0, 20)) for _ in before]
     memory = carried(nothing(layout, len(before)), tokens(before))
     rows = [100 * row + torch.arange(n, n + m) for row, (n, m) in enumerate(zip(before, lengths, strict=True))]
-    segments = cut(memory, rows, finish=True, writes_all=False)
+    segments = cut_segments(memory, rows, finish=True, writes_all=False)
     for row in range(len(before)):
         mine = [(s, s.rows.index(row)) for s in segments if row in s.rows]
         own, targets = [], []
@@ -89,4 +91,4 @@ def test_finished(layout, lengths):
     assert not any(len(row) for row in memory.unfinished)
     assert memory.tokens_seen.tolist() == lengths
     again = [torch.zeros(0, dtype=torch.int64)] * len(lengths)
-    assert cut(memory, again, finish=True, writes_all=True) == []
+    assert cut_segments(memory, again, finish=True, writes_all=True) == []

@@ -44,7 +44,7 @@ def _settings(scale, window, softcap):
 
 
 def new_output(query):
-    """Of the query's shape, with the heads of a token side by side, as what follows an attention wants them."""
+    """A new tensor of the query's shape, with a token's heads side by side, as layers after an attention want it."""
     if query.dim() == 3:
         return torch.empty_like(query, memory_format=torch.contiguous_format)
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)

@@ -54,7 +54,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def threads_per_warp() -> int:
-    """Of the GPU in this process: 32 on NVIDIA's, 64 on AMD's that these kernels support."""
+    """Threads of a warp of the GPU in this process: 32 on NVIDIA's, 64 on AMD's that these kernels support."""
     return 32 if torch.version.hip is None else 64
 
 

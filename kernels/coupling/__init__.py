@@ -192,7 +192,7 @@ inverse_rewind = momentum_rewind
 def inverse_gradient(
     grad_output, grad_velocity, branch, kept, *, bits, bits_above, flags, dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `momentum_gradient`, for a layer of the inverse form: the gradient of the branch is `(1 - m) / m g_u'`."""
+    """Do what `momentum_gradient` does, for the inverse form: the gradient of the branch is `(1 - m) / m g_u'`."""
     _check_bits(bits, required=True)
     _check_bits(bits_above, required=grad_velocity is not None)
     _check_gradient(grad_output, branch, kept, flags, dtype)
@@ -211,7 +211,7 @@ def inverse_gradient(
 def inverse_backward(
     position, velocity, branch, kept, grad_output, grad_branch, *, bits, fraction_bits, flags, dtype, last
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As `momentum_backward`, for a layer of the inverse form: `velocity` becomes u, `position` `x - u`."""
+    """Do what `momentum_backward` does, for a layer of the inverse form: `velocity` becomes u, `position` `x - u`."""
     _check_layer(position, velocity, branch, bits, fraction_bits, flags, dtype, required=True)
     _check_kept(kept, velocity, entry_sums=last)
     _check_gradients(branch, grad_output, grad_branch)

@@ -259,7 +259,7 @@ def inverse_forward(position, velocity, branch, *, bits, fraction_bits, flags, d
 
 
 def inverse_gradient(grad_output, grad_velocity, branch, sums, *, bits, bits_above, flags, dtype):
-    """As `momentum_gradient`, for a layer of the inverse form: `g_u' = g_u'_above / m_above + g_x'`."""
+    """Do what `momentum_gradient` does, for a layer of the inverse form: `g_u' = g_u'_above / m_above + g_x'`."""
     carried = None if bits_above is None else 1.0 / momentum_of(bits_above)
     gain = (1.0 - momentum_of(bits)) / momentum_of(bits)
     return _gradient(grad_output, grad_velocity, branch, sums, carried, gain, flags, dtype)
@@ -268,7 +268,7 @@ def inverse_gradient(grad_output, grad_velocity, branch, sums, *, bits, bits_abo
 def inverse_backward(
     position, velocity, branch, entry_sums, grad_output, grad_branch, *, bits, fraction_bits, flags, dtype, last
 ):
-    """As `momentum_backward`, for a layer of the inverse form; `position` becomes `x - u`."""
+    """Do what `momentum_backward` does, for a layer of the inverse form; `position` becomes `x - u`."""
     velocity.bitwise_right_shift_(bits)
     velocity -= quantize(branch, fraction_bits, gain=1.0 - momentum_of(bits))
     return _step_down(position, velocity, entry_sums, grad_output, grad_branch, fraction_bits, flags, dtype, last)

@@ -140,7 +140,7 @@ def _pieces(passage):
 
 
 def _fitting(items, passage):
-    """As many of the items as fit, the last one before the others: a list differs from others by its end."""
+    """Join as many of the items as fit, the last one before the others: a list differs from others by its end."""
     chosen = []
     for item in [*items[-1:], *items[:-1]]:
         if passage.count_tokens(_SEPARATOR.join([*chosen, item])) <= passage.tokens:

@@ -142,7 +142,7 @@ class Runs:
 
 
 def contexts_of(document: Document) -> dict[str, list[tuple[str, list[str]]]]:
-    """Of each level the contexts, in order, each with its parts: a document's paragraphs, a paragraph's sentences.
+    """Contexts by level, in order, each with its parts: a document's paragraphs, a paragraph's sentences.
 
     A paragraph that is the whole document is left out.
     """

@@ -184,7 +184,7 @@ def _captured(function, like):
 
 
 def _first_keys(attention_mask):
-    """Of each row the place of its first 1, int32 `[B]`, that of the end if there is none; None if all start at 0."""
+    """Place of each row's first 1, int32 `[B]`, that of the end if there is none; None if all rows start at 0."""
     real, tokens = attention_mask.bool(), attention_mask.shape[1]
     places = torch.arange(tokens, dtype=torch.int32, device=real.device)
     first = torch.where(real, places, tokens).amin(1)

@@ -253,7 +253,7 @@ def _compact(tensor):
 
 
 def _digest(tensor):
-    """By which two tensors are told apart: the sum of their bits as integers, an int64 scalar on their device."""
+    """Sum of a tensor's bits as integers, by which two are told apart: an int64 scalar on its device."""
     tensor = tensor.detach().contiguous()
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(-1).view(kinds[tensor.element_size()]).sum(dtype=torch.int64)

@@ -104,7 +104,7 @@ class RememberReport:
         return sum(self.exact) / len(self.exact)
 
     def by_level(self) -> dict[str, tuple[int, int]]:
-        """Of each level, how many contexts came back exactly, and how many there are."""
+        """Count by level the contexts that came back exactly, and all of them."""
         counts = {}
         for pair, exact in zip(self.pairs, self.exact, strict=True):
             right, total = counts.get(pair.level, (0, 0))
@@ -322,7 +322,7 @@ class _Run:
         return 1.0 if loss is None else min(1.0, max(0.1, loss / 0.3))
 
     def _all_known(self):
-        """Of each context, whether it is known by every term."""
+        """Whether each context is known by every term."""
         return [all(known) for known in zip(*self.known.values(), strict=True)] or [False] * len(self.pairs)
 
     def _begin_epoch(self):
@@ -349,7 +349,7 @@ class _Run:
         return False
 
     def _predicted(self, term, rows):
-        """Of every row, whether each token of its context is predicted from those before it: cheaper than recall."""
+        """Whether each token of a row's context is predicted from those before it, by row; cheaper than recall."""
         right = [False] * len(rows)
         self.model.eval()
         for batch in _by_length([_length(row) for row in rows], 4 * self.settings.tokens_per_step):
@@ -364,7 +364,7 @@ class _Run:
         self.known = {term: self._recalled(term) for term in self.weights}
 
     def _recalled(self, term):
-        """Of every pair, whether greedy recall gives its context, from its query or from its memory."""
+        """Whether greedy recall gives a pair's context, from its query or from its memory, by pair."""
         exact = [False] * len(self.pairs)
         batches = _by_length([len(context) for context, _ in self.rows], 32 * 64)
         for number, batch in enumerate(batches, 1):
@@ -482,7 +482,7 @@ _STATE = ("step", "epoch", "seconds", "queue", "known", "losses", "answered", "c
 
 
 def _right(logits, targets):
-    """Of each row, whether every token that counts is predicted."""
+    """Whether every token of a row that counts is predicted, by row."""
     return ((logits.argmax(-1) == targets) | (targets == -100)).all(1).tolist()
 
 

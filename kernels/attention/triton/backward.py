@@ -101,7 +101,7 @@ def attention_delta_kernel(
 
 @triton.jit
 def base_2_lse(lse, lines, count):
-    """Of queries; 0 for those outside, and for those that see nothing, of which every key is masked."""
+    """Load log-sum-exps to base 2; 0 for queries outside, and for those that see nothing, whose keys are masked."""
     found = tl.load(lse + lines, mask=(lines >= 0) & (lines < count), other=0.0)
     return tl.where(found == float("-inf"), 0.0, found * _LOG2_E)
 
@@ -551,7 +551,7 @@ def plan_memory_attention_backward(
 
 
 def _sum(parts, memory):
-    """Of `[splits, rows, shared, memory_tokens, D]`, in the memory's shape and dtype."""
+    """Sum parts `[splits, rows, shared, memory_tokens, D]`, in the memory's shape and dtype."""
     dims = (0,) if len(memory) == parts.shape[1] else (0, 1)
     return parts.sum(dims).view(memory.shape).to(memory.dtype)
 
