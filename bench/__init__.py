@@ -1,0 +1,1 @@
+"""Benchmarks of kernels and of whole training steps, and the result files that the documentation is made from."""

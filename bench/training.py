@@ -67,8 +67,14 @@ _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 @dataclass(frozen=True)
 class Task:
-    """What every arm does. depth: decoder layers kept, None for all. threads: of PyTorch. text: a file, None for
-    the topics of Python's help. loss: `model` or `fused`."""
+    """What every arm does.
+
+    Attributes:
+        depth: Decoder layers kept, None for all.
+        threads: Number of PyTorch's threads.
+        text: A file, None for the topics of Python's help.
+        loss: `model` or `fused`.
+    """
 
     model: str = "smollm2-135m"
     dtype: str = "bfloat16"
@@ -340,8 +346,11 @@ def _time(worker, seconds, runs, progress):
 
 
 def slopes(records) -> list[dict]:
-    """From records of several depths, one record an arm: `bytes_per_layer`, live_bytes' slope between neighbouring
-    depths, and for reversible arms what it should be the sum of."""
+    """One record an arm from records of several depths.
+
+    It has `bytes_per_layer`, the slope of live_bytes between neighbouring depths, and for reversible arms what it
+    should be the sum of.
+    """
     found = []
     for arm in dict.fromkeys(record["arm"] for record in records):
         points = sorted((r["layers"], r["live_bytes"]) for r in records if r["arm"] == arm and "live_bytes" in r)

@@ -92,8 +92,11 @@ class Memory:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a file holds: `states`, `num_segments`, `tokens_seen`, `unfinished` (rows one after the other) and
-        `unfinished_lengths`; with a segment overlap also `recent` and `recent_lengths`."""
+        """What a file holds, by name.
+
+        `states`, `num_segments`, `tokens_seen`, `unfinished` (rows one after the other) and `unfinished_lengths`; with
+        a segment overlap also `recent` and `recent_lengths`.
+        """
         ragged = {"unfinished": self.unfinished}
         if self.layout.segment_overlap:
             ragged["recent"] = self.recent
@@ -121,10 +124,10 @@ class Memory:
         return dataclasses.replace(self, states=self.states.detach())
 
     def to_cache(self, model):
-        """A cache to be passed to the base model of `model`, or to its `generate`: as `cache`, or as `past_key_values`
-        where transformers is older than 5.24.
+        """A cache to be passed to the base model of `model`, or to its `generate`.
 
-        Unfinished tokens are not in it: `R3MemModel.generate` reads them before the prompt.
+        The argument is called `cache`, and `past_key_values` where transformers is older than 5.24. Unfinished tokens
+        are not in it: `R3MemModel.generate` reads them before the prompt.
         """
         return model.cache_of(self)
 

@@ -112,6 +112,12 @@ def adapter_named(name, *, revision=None, token=None, cache_dir=None, local_file
     """The folder of the adapter that a name stands for; None if it stands for a model, or for nothing.
 
     Args:
+        name: A folder, the name of an adapter that comes with this package, a hub id, or anything that `load_model`
+            takes.
+        revision: Branch, tag or commit on the hub.
+        token: Token of the hub.
+        cache_dir: Another cache than the hub's own: nothing is looked for on the hub then.
+        local_files_only: Look for nothing on the hub.
         settings: More keywords of `load_model`, which change nothing here.
 
     Raises:
@@ -174,6 +180,9 @@ def load_base(folder, manifest, name=None, **settings):
     Where the base lies does not matter: whether it is the right one is decided by its fingerprint.
 
     Args:
+        folder: Folder of the adapter, for messages.
+        manifest: Its `r3mem.json`.
+        name: Folder or hub id of the base; None: the one in the manifest.
         settings: Keywords of `load_model`.
 
     Raises:

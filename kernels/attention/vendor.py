@@ -62,8 +62,10 @@ def memory_attention_backward(
     scale,
     frozen_memory=False,
 ):
-    """Gradients in the order of `reference.memory_attention_backward`; that of lse cannot be given. frozen_memory: as
-    of Triton's, on the devices that run it."""
+    """Gradients in the order of `reference.memory_attention_backward`; that of lse cannot be given.
+
+    frozen_memory: leave out the memory's gradients, where Triton runs.
+    """
     arguments = (grad_output, query, key, value, output, lse)
     if query.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*arguments, 0.0, True, scale=scale)

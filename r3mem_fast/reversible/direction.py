@@ -27,7 +27,7 @@ def core_of(core, num_layers) -> range:
 
 
 def momentum_bits(backward_momentum) -> int:
-    """b of a momentum 2**-b. Raises ValueError if that is none of the supported ones."""
+    """Return b of a momentum 2**-b. Raises ValueError if that is none of the supported ones."""
     if isinstance(backward_momentum, (int, float)) and 0 < backward_momentum < 1:
         bits = -math.log2(backward_momentum)
         if bits in SIDE_BITS:

@@ -133,8 +133,10 @@ class ReversibleStack:
 
     @contextlib.contextmanager
     def on_host(self):
-        """While this lasts, what a forward pass leaves for the backward pass waits in host memory: streams, side bits,
-        and what autograd saves of all else."""
+        """Let what a forward pass leaves for the backward pass wait in host memory while this lasts.
+
+        That is streams, side bits, and what autograd saves of all else.
+        """
         before, self._on_host = self._on_host, True
         try:
             with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):

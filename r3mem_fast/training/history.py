@@ -61,9 +61,16 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
-    """What `train` did. steps, tokens: trained on, with those before an interruption; windows: that there are;
-    seconds: of this process; losses: `(step, nats a token)`, a mean over the steps since the one before, or since it
-    went on after an interruption."""
+    """What `train` did.
+
+    Attributes:
+        steps: Steps trained, with those before an interruption.
+        tokens: Tokens trained on, likewise.
+        windows: Windows that the texts were cut into.
+        seconds: Seconds that this process took.
+        losses: `(step, nats a token)`, a mean over the steps since the one before, or since it went on after an
+            interruption.
+    """
 
     steps: int
     tokens: int

@@ -472,9 +472,11 @@ def plan_memory_attention_backward(
     frozen_memory=False,
     target=None,
 ):
-    """The launches of `memory_attention_backward`, in their order, and a function that makes the gradients of what
-    they have written. Arguments as of `plan_memory_attention`, lse contiguous. frozen_memory: leave out the memory's
-    gradients, which are None."""
+    """Launches of `memory_attention_backward`, in their order, and a function that makes gradients of their output.
+
+    Arguments are those of `plan_memory_attention`, with lse contiguous. frozen_memory: leave out the memory's
+    gradients, which are None.
+    """
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     grads = {

@@ -28,7 +28,7 @@ def tanh(x):
 
 @triton.jit
 def base_2_logits(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """z of `reference.py` times log2(e), and cap'; from q · k in float32."""
+    """Compute z of `reference.py` times log2(e), and cap', from q · k in float32."""
     if SOFTCAP == 0.0:
         return products * (SCALE * _LOG2_E), 1.0
     else:
