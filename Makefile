@@ -21,6 +21,7 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 # Strict: a link that leads nowhere, or a name that is not there, is an error.
 docs: $(STAMP)

@@ -24,6 +24,7 @@ dev = [
     *train,
     'bitsandbytes>=0.46; platform_system == "Linux"',
     "hypothesis>=6",
+    "import-linter>=2.5,<3",
     'liger-kernel>=0.6; platform_system == "Linux"',
     "psutil>=5.9",
     "pytest>=8",

@@ -33,13 +33,13 @@ class R3MemConfig:
         embeddings are learned below them, else from the core on. What lies below then needs no backward pass, and is
         as before in both directions.
     bits, fraction_bits: of the momentum coupling, see `MomentumCoupling`.
-    backward: how the core is read backward (DESIGN 2.6). "reversed": the momentum update in reversed order, by the
+    backward: how the core is read backward. "reversed": the momentum update in reversed order, by the
         same kernels; "inverse": the coupling's own inverse, which amplifies by `1 / backward_momentum` a layer.
     core: the layers `(first, end)` that are read backward, or "all"; None: a third of the depth above its middle, as
         (16, 26) of 30, which learned fast and disturbed the forward direction least of those that were measured; in
         the inverse form (16, 22), beyond which it leaves the range of the streams.
     backward_momentum: of the inverse form: 1/2, 1/4, 1/16 or 1/256.
-    num_memory_tokens: virtual memory tokens that are written after each segment (DESIGN 2.5), 1 to 1024; 0: none.
+    num_memory_tokens: virtual memory tokens that are written after each segment, 1 to 1024; 0: none.
     segment_length: of the segments that a history is compressed in, in tokens. segment_overlap: of the tokens before a
         segment that many, the last, are read again with it, as they are, behind the memory; `Memory` carries them.
         What was said last matters most, and a memory need not hold it then. max_memory_segments: of how many
@@ -51,14 +51,14 @@ class R3MemConfig:
         so that without a memory the model is its base model, bit for bit. Backward they change all in either case.
     bptt_segments: in training over several segments, gradients pass through the memories of at most so many of them,
         counted from the first; None: of all. kept_segments: what is kept of each segment until the backward pass.
-        "none": nothing but its memory, and of the last one all; the others are run again then (DESIGN 2.8). "device":
+        "none": nothing but its memory, and of the last one all; the others are run again then. "device":
         the last streams and the side bits, which saves that; "host": the same in host memory.
     offload_side_bits: of training, let them wait in host memory, see `make_reversible`.
     memory_dropout: in training over several segments, the probability with which a row does not see the memory before
         a segment, only its overlap: so that what can be known without a memory is not learned as a part of it.
     distillation_weight: in training over several segments the loss is `(1 - w) * cross-entropy + w * divergence`: the
         Kullback-Leibler divergence, in nats a token, from the base model with the full context. 0 to 1; 0: without.
-    compress_weight, expand_weight, cycle_weight: of the terms of the objective (DESIGN 2.7): the query from its
+    compress_weight, expand_weight, cycle_weight: of the terms of the objective: the query from its
         context (with memory tokens: from the memory of it) in the forward direction; the context from its query, and
         the context from its memory, in the backward direction. The third only with memory tokens.
 

@@ -204,7 +204,7 @@ class Memory:
         )
 
     def save(self, path):
-        """Write it to a safetensors file, whole or not at all (DESIGN 7)."""
+        """Write it to a safetensors file, whole or not at all."""
         metadata = {
             "kind": memory_file.KIND,
             "format_version": memory_file.FORMAT_VERSION,

@@ -159,11 +159,11 @@ class R3MemModel(TrainerInterface, nn.Module):
         and memory tokens, rows longer than a segment are read in segments of `segment_length` tokens, each behind the
         memory of those before (and `segment_overlap` tokens of them); the loss is the mean over all tokens. In
         training through several segments only their memories are kept, all but the last are run again in the backward
-        pass (`kept_segments`, DESIGN 2.8), and there are no `logits`. Without its adapters (`disable_adapters`) and a
+        pass (`kept_segments`), and there are no `logits`. Without its adapters (`disable_adapters`) and a
         memory it is the base model, whatever the length.
 
         With one, `loss` is the sum of the objective's terms with their weights from the config, each a mean over
-        tokens (DESIGN 2.7): `compress` is `-log p(query | context)`, forward, where with memory tokens the context is
+        tokens: `compress` is `-log p(query | context)`, forward, where with memory tokens the context is
         read from the memory of it; `expand` is `-log p(context | query)`, backward; `cycle` is
         `-log p(context | memory of the context)`, backward. terms: those that are computed; None: those with a weight.
         A row whose context is wholly masked teaches that its query has none: the end at once.
@@ -613,7 +613,7 @@ class R3MemModel(TrainerInterface, nn.Module):
     def compress(
         self, input_ids, attention_mask=None, memory: Memory | None = None, *, finish=False, progress=False
     ) -> Memory:
-        """Read a history segment by segment, and keep the memory of it alone (R3Mem, section 3; DESIGN 2.5).
+        """Read a history segment by segment, and keep the memory of it alone (R3Mem, section 3).
 
         input_ids, attention_mask: int64 `[B, T]`, of any length, padded on either side, on any device; None: nothing
         new. memory: of what came before, of B rows; None: nothing. What does not fill a segment waits in the memory,

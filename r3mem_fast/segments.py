@@ -1,4 +1,4 @@
-"""A batch of token rows, cut into the segments that are read one after the other (R3Mem, section 3; DESIGN 2.5)."""
+"""A batch of token rows, cut into the segments that are read one after the other (R3Mem, section 3)."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Memory-token attention: the specification, in plain PyTorch.
 
 A query of a segment sees every key of a memory that is held elsewhere, and of its own segment the keys up to itself
-(DESIGN 2.5; Bulatov et al. 2022 for memory tokens, read here in every layer). With queries q, keys k, values v, memory
+(Bulatov et al. 2022 for memory tokens, read here in every layer). With queries q, keys k, values v, memory
 keys and values k^M, v^M, and an optional logit s of an attention sink (Xiao et al. 2023; one a head, of a value 0):
 
     z_ij  = cap(scale * q_i · k_j)               over the visible j, memory first;  cap(z) = c tanh(z / c), or z

@@ -16,7 +16,7 @@ The vector-Jacobian product, with gradients g of the loss (Q and its inverse pas
 
     g_v' += g_x';   g_f = (1 - m) g_v';   g_x = g_x' + J_f^T g_f;   g_v = m g_v'
 
-Reading backward in the coupling's own inverse form (DESIGN 2.6), with u = -v and u = 0 at its first layer, needs no
+Reading backward in the coupling's own inverse form, with u = -v and u = 0 at its first layer, needs no
 side bits, since what is shifted out on the way back is what was shifted in:
 
     forward   u' = (u + Q((1 - m) f)) << bits

@@ -2,7 +2,8 @@
 
 from .builders import ExtractiveBuilder, InstructBuilder
 from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder
-from .pairs import LEVELS, Pair, Passage, QueryBuilder, build_pairs, contexts_of
+from .pairs import LEVELS, Pair, build_pairs, contexts_of
+from .passage import Passage, QueryBuilder
 from .split import Document, Paragraph, Span, cut_document, split_document
 
 __all__ = [

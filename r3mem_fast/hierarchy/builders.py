@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from .pairs import MAX_SHARED_RUN, Passage
+from .passage import MAX_SHARED_RUN, Passage
 from .words import STOP_WORDS
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")

@@ -1,4 +1,4 @@
-"""Context–query pairs of a hierarchy (DESIGN 2.7; R3Mem, section 3): document, paragraph, entity.
+"""Context–query pairs of a hierarchy (R3Mem, section 3): document, paragraph, entity.
 
 A builder proposes queries; what a query must be is checked here, alike for all builders.
 """
@@ -6,19 +6,17 @@ A builder proposes queries; what a query must be is checked here, alike for all 
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+from .builders import ExtractiveBuilder
 from .entities import EntityFinder, default_entity_finder
+from .passage import MAX_QUERY_SHARE, MAX_SHARED_RUN, Passage, QueryBuilder
 from .split import Document, split_document
 
 LEVELS = ("document", "paragraph", "entity")
-
-# Of a context's tokens, at most this share in its query; and no longer run of tokens that both have.
-MAX_QUERY_SHARE = 0.15
-MAX_SHARED_RUN = 8
 
 
 class Pair(NamedTuple):
@@ -34,30 +32,6 @@ class Pair(NamedTuple):
     context: str
     entities: tuple[str, ...]
     builder: str
-
-
-class Passage(NamedTuple):
-    """What a builder is asked to write a query for.
-
-    text: the context. parts: for a document its paragraphs, else its sentences. entities: those mentioned, the ones
-    that no other passage of this level mentions first. tokens: that the query may have. count_tokens: of a string.
-    """
-
-    level: str
-    text: str
-    parts: list[str]
-    entities: list[str]
-    tokens: int
-    count_tokens: Callable[[str], int]
-
-
-class QueryBuilder(Protocol):
-    """Writes queries. `name` says how, for reports."""
-
-    name: str
-
-    def queries(self, passage: Passage) -> Iterable[str]:
-        """Candidates for one passage, best first; the first that is fit is taken."""
 
 
 def build_pairs(
@@ -81,9 +55,6 @@ def build_pairs(
     taken: queries of other pairs. progress: show a bar, in characters of the documents.
     Raises ValueError for an empty text, a text that the tokenizer does not give back, or levels that are none.
     """
-    # Here, because builders need this module's protocol.
-    from .builders import ExtractiveBuilder
-
     extractive = ExtractiveBuilder()
     builder = extractive if builder is None else builder
     entity_finder = default_entity_finder() if entity_finder is None else entity_finder

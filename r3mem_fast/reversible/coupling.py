@@ -8,7 +8,7 @@ from r3mem_fast.kernels.coupling import MAX_FRACTION_BITS, SIDE_BITS
 
 @dataclass(frozen=True)
 class MomentumCoupling:
-    """Momentum residual coupling with `m = 2**-bits` (DESIGN 2.2; Sander et al. 2021, eq. 4), bit-exact.
+    """Momentum residual coupling with `m = 2**-bits` (Sander et al. 2021, eq. 4), bit-exact.
 
     bits: side bits kept per element and layer: 1, 2, 4 or 8, or one such number for every layer. Fewer bits cost less
         memory and take the network further from the pretrained one; 4 is within noise of it.

@@ -38,7 +38,7 @@ def momentum_bits(backward_momentum) -> int:
 
 @contextlib.contextmanager
 def reading_backward(model, core="all", *, form="reversed", backward_momentum=0.5):
-    """While this lasts, forward passes of a reversible model run its core backward (DESIGN 2.6).
+    """While this lasts, forward passes of a reversible model run its core backward.
 
     The layers below the core run as usual, the core's from last to first, then those above it. Training stays
     reversible, and so does `check_inverse`. A key-value cache serves, if it was made before and its layers are made by

@@ -1,4 +1,4 @@
-"""Back-propagation through segments of which only the states between them are kept: memory replay (DESIGN 2.8).
+"""Back-propagation through segments of which only the states between them are kept: memory replay.
 
 Of S segments that pass a state on, full back-propagation through time keeps all that each of them computed. Here the
 forward pass keeps the states and the last segment, where the backward pass begins. From there it takes the segments

@@ -1,4 +1,4 @@
-"""Training a memory network on long texts, segment by segment, with transformers' Trainer (DESIGN 2.7, 2.8)."""
+"""Training a memory network on long texts, segment by segment, with transformers' Trainer."""
 
 import contextlib
 import dataclasses

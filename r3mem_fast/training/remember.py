@@ -1,4 +1,4 @@
-"""Fine-tuning context–query pairs into an adapter until every context comes back exactly (DESIGN 2.7, 4)."""
+"""Fine-tuning context–query pairs into an adapter until every context comes back exactly."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..files import replacing
 from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
-from ..hierarchy.pairs import MAX_QUERY_SHARE
+from ..hierarchy.passage import MAX_QUERY_SHARE
 from ..manifest import REMEMBER_CHECKPOINT
 from ..model import R3MemModel, evaluating, unchanged_on_failure
 from ..reversible import check_integrity

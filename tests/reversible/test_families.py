@@ -66,7 +66,7 @@ def test_gradients_are_those_of_stored_activations(family):
 )
 @settings(max_examples=25)
 def test_inverse_is_exact_for_any_shape(bits, batch, tokens, dtype, scale):
-    """One token, odd counts, large branches: always exact, and the report counts the bytes that DESIGN states."""
+    """One token, odd counts, large branches: always exact, and the report counts the bytes that it must keep."""
     model = make_reversible(build(dtype=dtype, scale=scale), MomentumCoupling(bits=bits))
     report = check_inverse(model, token_ids(batch, tokens))
     assert report.exact

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import new_lse, new_output
+from ..outputs import new_lse, new_output
 from .common import (
     LENGTHS,
     LOG2_E,

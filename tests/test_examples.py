@@ -1,0 +1,69 @@
+"""The examples run, on a tiny model, and do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from r3mem_fast import R3MemConfig, R3MemPipeline
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEXT = "Ahab of the Pequod was mad about the whale.\n\nStarbuck was not. Queequeg was at sea.\n\n" * 12
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def test_all_are_here():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"train_lora_reversible", "remember_page", "compress_book", "trl_sft", "kernel_roofline"}
+    assert names <= {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+
+
+@pytest.mark.slow
+def test_train_lora_reversible(text, folder, capsys):
+    example("train_lora_reversible").main([text, "--model", str(folder), "--steps", "3", "--tokens", "32"])
+    printed = capsys.readouterr().out
+    assert "exact, bit for bit" in printed and "step 3: loss" in printed and "the ordinary network" in printed
+
+
+@pytest.mark.slow
+def test_remember_page(tmp_path, folder, capsys):
+    (tmp_path / "page.txt").write_text("Ahab was mad.")
+    arguments = [str(tmp_path / "page.txt"), "--model", str(folder), "--folder", str(tmp_path / "page")]
+    assert example("remember_page").main([*arguments, "--max-steps", "3"]) >= 0
+    assert "contexts exact" in capsys.readouterr().out and (tmp_path / "page" / "r3mem.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_compress_book(text, folder, tmp_path, capsys):
+    config = R3MemConfig(core=(1, 3), num_memory_tokens=4, segment_length=16)
+    R3MemPipeline(str(folder), config=config).save(tmp_path / "adapter")
+    example("compress_book").main([text, "Ahab", "--adapter", str(tmp_path / "adapter"), "--output", "m.safetensors"])
+    printed = capsys.readouterr().out
+    assert "Memory(rows=1" in printed and "with the memory:" in printed and (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient checkpointing is turned off:UserWarning")
+def test_trl_sft(text, folder):
+    losses = example("trl_sft").main([text, "--model", str(folder), "--steps", "4"])
+    assert len(losses) == 4 and all(0 < loss < 100 for loss in losses)
+
+
+@pytest.mark.slow
+def test_kernel_roofline(capsys):
+    assert example("kernel_roofline").main(["--mebibytes", "1", "--rounds", "3"]) > 0
+    assert "share of the copy's bandwidth" in capsys.readouterr().out
