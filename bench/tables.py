@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from r3mem_fast.cli import _parser
+from r3mem_fast.cli import parser
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -248,14 +248,14 @@ def attention_logits():
 
 def cli():
     """The options of every command, from its parser; not its own text, which versions of Python lay out apart."""
-    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     helps = {action.dest: action.help for action in commands._choices_actions}
     parts = []
-    for name, parser in commands.choices.items():
-        positional = " ".join(a.metavar or a.dest for a in parser._actions if not a.option_strings)
+    for name, command in commands.choices.items():
+        positional = " ".join(a.metavar or a.dest for a in command._actions if not a.option_strings)
         rows = [
             (f"`{_option(action)}`", (action.help % {"default": action.default}).replace("|", "\\|"))
-            for action in parser._actions
+            for action in command._actions
             if action.dest != "help"
         ]
         parts.append(f"## r3mem {name} {positional}".rstrip() + f"\n\n{_sentence(helps[name])}\n\n" + _table(

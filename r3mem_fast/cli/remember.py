@@ -1,0 +1,200 @@
+"""`r3mem remember`, `recall` and `inspect`: a text in an adapter, and back."""
+
+import json
+
+from .common import adapter_of, begin, device_of, pipeline_of, say, texts_of
+from .options import (
+    OF_MEMORIES,
+    OF_NEW_ADAPTERS,
+    add_adapter,
+    add_new_adapter_options,
+    add_run_options,
+    core,
+    positive,
+)
+
+
+def add_commands(commands):
+    remember = commands.add_parser("remember", help="fine-tune texts into an adapter until they come back exactly")
+    remember.set_defaults(run=_remember)
+    remember.add_argument("folder", metavar="FOLDER", help="of the adapter; made, or added to, or resumed")
+    remember.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a document each")
+    remember.add_argument("--model", help="base: a folder or hub id (smollm2-135m, or where FOLDER's was)")
+    remember.add_argument("--core", type=core, help="layers FIRST,END that are read backward, or all")
+    remember.add_argument("--backward", choices=["reversed", "inverse"], help="of a new adapter (reversed)")
+    add_new_adapter_options(remember, memory_tokens="none")
+    remember.add_argument("--max-steps", type=positive, default=2000, help="of training (%(default)s)")
+    remember.add_argument("--learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
+    seconds = "between checkpoints in FOLDER (%(default)s)"
+    remember.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="SECONDS", help=seconds)
+    remember.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    remember.add_argument("--questions", metavar="MODEL", help="let this instruct model write the queries")
+    add_run_options(remember)
+
+    recall = commands.add_parser("recall", help="give back what was remembered for a query")
+    recall.set_defaults(run=_recall)
+    add_adapter(recall, "of the adapter")
+    recall.add_argument("queries", metavar="QUERY", nargs="+", help="as `r3mem inspect` shows them")
+    recall.add_argument("--max-new-tokens", type=positive, help="of a context (the longest one remembered)")
+    add_run_options(recall)
+
+    inspect = commands.add_parser("inspect", help="show what an adapter folder or a memory file holds")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("path", metavar="PATH", help="the folder or hub id of an adapter, or a memory file")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _remember(options):
+    from ..files import locked
+
+    # Before anything is loaded: another process that writes there, or a folder that cannot be written to.
+    with locked(options.folder):
+        options.trained_folder = options.folder
+        return _remember_in(options)
+
+
+def _remember_in(options):
+    from ..manifest import is_adapter
+
+    existing = is_adapter(options.folder)
+    given = {name: value for name in OF_NEW_ADAPTERS if (value := getattr(options, name)) is not None}
+    if existing and given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for a new adapter; {options.folder} has one")
+    if not given.get("memory_tokens") and (useless := [name for name in OF_MEMORIES if name in given]):
+        raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with --memory-tokens")
+    texts = texts_of(options)
+    model = options.folder if existing else options.model or "smollm2-135m"
+    begin(options, f"Loading {model}")
+    from .. import R3MemConfig, RememberSettings
+
+    settings = RememberSettings(
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        checkpoint_seconds=options.checkpoint_seconds,
+        seed=options.seed,
+    )
+    if existing:
+        pipeline = pipeline_of(options, model, base=options.model)
+    else:
+        config = R3MemConfig(**{OF_NEW_ADAPTERS[name]: value for name, value in given.items()})
+        pipeline = pipeline_of(options, model, config=config, seed=options.seed)
+    report = pipeline.remember(
+        texts,
+        folder=options.folder,
+        settings=settings,
+        builder=_builder(options),
+        progress=not options.json,
+    )
+    if options.json:
+        levels = {level: {"exact": exact, "total": total} for level, (exact, total) in report.by_level().items()}
+        print(
+            json.dumps(
+                {
+                    "exact_match": report.exact_match,
+                    "levels": levels,
+                    "expanded": None if report.expanded is None else sum(report.expanded),
+                    "lost": report.lost,
+                    "steps": report.steps,
+                    "seconds": report.seconds,
+                }
+            )
+        )
+    else:
+        print(report)
+        print(f"Ask with: r3mem recall {options.folder} {report.pairs[0].query!r}")
+    return 0 if all(report.exact) and all(report.expanded or [True]) and not report.lost else 1
+
+
+def _builder(options):
+    if options.questions is None:
+        return None
+    from .. import load_model
+    from ..hierarchy import InstructBuilder
+
+    return InstructBuilder(*load_model(options.questions, device=device_of(options)))
+
+
+def _recall(options):
+    remembered = adapter_of(options).get("remembered")
+    if not remembered:
+        raise ValueError(
+            f"{options.folder} remembers nothing that could be recalled: it was not made by `r3mem remember`. "
+            f"`r3mem remember FOLDER TEXT` makes one that does"
+        )
+    begin(options, f"Loading {options.folder}")
+    pipeline = pipeline_of(options, options.folder, base=options.model)
+    texts = pipeline.recall(options.queries, max_new_tokens=options.max_new_tokens)
+    for query, text in zip(options.queries, texts, strict=True):
+        if options.json:
+            print(json.dumps({"query": query, "context": text}))
+        else:
+            nothing = f"(nothing is remembered for {query!r}; `r3mem inspect` shows the queries)"
+            print(text if text.strip() else nothing)
+    if not any(entry["exact"] for entry in remembered):
+        say(options, "none of its contexts was learned to the last token: do not rely on what comes back")
+        return 1
+    return 0 if all(text.strip() for text in texts) else 1
+
+
+def _inspect(options):
+    from ..manifest import adapter_folder, interrupted_run, is_adapter
+
+    path = adapter_folder(options.path)
+    if path.is_file():
+        return _inspect_memory(options)
+    run = interrupted_run(path)
+    if run and not is_adapter(path):
+        print(json.dumps({"interrupted": run}) if options.json else f"no adapter yet. {run}")
+        return 0
+    options.folder = options.path
+    manifest = adapter_of(options)
+    if options.json:
+        print(json.dumps({**manifest, **({"interrupted": run} if run else {})}))
+        return 0
+    if run:
+        print(run)
+    config = manifest["r3mem_config"]
+    first, end = config["core"]
+    print(f"adapter for {manifest['base_model']} (fingerprint {manifest['base_fingerprint']})")
+    print(f"backward: {config['backward']}, core: layers {first} to {end - 1}, LoRA rank {config['lora_r']}")
+    if config.get("num_memory_tokens"):
+        print(
+            f"memories: {config['num_memory_tokens']} tokens a segment of {config['segment_length']}"
+            f"{_overlap(config)}, "
+            f"{config['memory_placement']}, adapters on {config['adapter_rows']} rows"
+        )
+    for entry in manifest.get("remembered", []):
+        mark = "exact" if entry["exact"] else "NOT exact"
+        if entry.get("expanded") is not None:
+            mark += ", from its memory too" if entry["expanded"] else ", NOT from its memory"
+        print(f"{entry['document']}  {entry['level']:9}  {entry['tokens']:5} tokens  {mark:9}  {entry['query']}")
+    return 0
+
+
+def _overlap(settings):
+    overlap = settings.get("segment_overlap")
+    return f" and the {overlap} before it" if overlap else ""
+
+
+def _inspect_memory(options):
+    from ..memory_file import read_header
+
+    header = read_header(options.path)
+    rows, layout, origin = header.rows, header.metadata["layout"], header.metadata["origin"]
+    if options.json:
+        described = {"bytes": header.nbytes, "dtype": header.dtype, "layout": layout, "origin": origin, "rows": rows}
+        print(json.dumps(described))
+        return 0
+    print(f"memory of {len(rows)} rows, {header.nbytes} bytes, {header.dtype}, whole")
+    print(
+        f"{layout['num_memory_tokens']} tokens a segment of {layout['segment_length']}{_overlap(layout)}, "
+        f"{layout['placement']}; "
+        f"of {layout['readable_segments']} segments at most"
+    )
+    print(
+        f"made with base model {origin['base']}, adapters {origin['adapter']}, tokenizer {origin['tokenizer'] or '-'}"
+    )
+    for row in rows:
+        label = f"{row['level']:9}  {row['name']}" if row["level"] else "(no label)"
+        print(f"{row['tokens']:8} tokens  {row['segments']:5} segments  {row['unfinished']:4} unfinished  {label}")
+    return 0
