@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import re
 
 import torch
 import torch.distributed as dist
@@ -18,25 +17,23 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from . import hub, storage
+from .batching import Rows, left_padded, nothing, nothing_before, positions_of_mask
 from .config import R3MemConfig
+from .generation import LENGTHS, StreamerOfPrompts, generation_config_of, new_tokens, until
 from .integrations.compat import cache_argument, cache_name
 from .interface import TrainerInterface
+from .lora import check_rows_can_be_chosen, let_adapters_choose_rows, target_pattern
 from .memory import Memory, Origin, appended, empty_states
+from .modes import evaluating
 from .reversible import make_reversible, reading_backward, restore
 from .reversible.cache import PrefixCache
-from .reversible.convert import check_convertible, find_decoder_layers, reversible_layers, text_config
+from .reversible.convert import check_convertible, reversible_layers, text_config
 from .reversible.replay import replay
 from .reversible.rotary import is_rotary
-from .segments import IGNORED as _IGNORED
-from .segments import advance, cut_segments
-
-# As transformers has it where no length is asked for.
-_DEFAULT_NEW_TOKENS = 20
-_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
+from .segments import IGNORED, advance, cut_segments
 
 
 @dataclasses.dataclass
@@ -88,7 +85,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             )
         plain = base.get_base_model() if isinstance(base, PeftModel) else base
         if isinstance(base, PeftModel) and config.adapter_rows == "memory":
-            _check_rows_can_be_chosen(base)
+            check_rows_can_be_chosen(base)
         # All that can be refused is refused before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
@@ -107,7 +104,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         self._slices_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
         self.memory_embeddings = None if self.layout is None else _new_embeddings(plain, self.layout.num_memory_tokens)
         if self.r3mem_config.adapter_rows == "memory":
-            _let_adapters_choose_rows(self._layers)
+            let_adapters_choose_rows(self._layers)
         self._register_checkpoint_hooks()
 
     def _lora_config(self, base):
@@ -117,7 +114,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=_target_pattern(base, config.target_modules, config.first_adapted_layer),
+            target_modules=target_pattern(base, config.target_modules, config.first_adapted_layer),
         )
 
     @property
@@ -179,7 +176,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         if query_input_ids is None:
             if inputs.pop("use_cache", None):
                 raise ValueError("R3MemModel.forward returns no cache; use generate, or the base model")
-            rows = _Rows(input_ids, attention_mask, labels)
+            rows = Rows(input_ids, attention_mask, labels)
             if memory is None and (labels is None or self._is_one_pass(rows)):
                 extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
                 with self._without_memory():
@@ -199,8 +196,8 @@ class R3MemModel(TrainerInterface, nn.Module):
             return self._in_segments(memory, rows, labels is not None, num_items_in_batch)
         if refused := sorted([*inputs, *(["memory"] if memory is not None else [])]):
             raise ValueError(f"with query_input_ids, forward takes no {refused}")
-        contexts = _Rows(input_ids, attention_mask, labels)
-        queries = _Rows(query_input_ids, query_attention_mask, None)
+        contexts = Rows(input_ids, attention_mask, labels)
+        queries = Rows(query_input_ids, query_attention_mask, None)
         config = self.r3mem_config
         weights = {"compress": config.compress_weight, "expand": config.expand_weight}
         if self.layout is not None:
@@ -220,19 +217,19 @@ class R3MemModel(TrainerInterface, nn.Module):
         # A row without a context has nothing that its query could be told from, and no memory.
         asked = contexts.mask.any(1, keepdim=True)
         if "compress" in terms:
-            given = contexts if memory is None else _nothing_before(contexts)
+            given = contexts if memory is None else nothing_before(contexts)
             logits, targets = self._continuation_logits(given, queries, memory, adapted_rows=self._read_rows)
-            output.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, _IGNORED))
+            output.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, IGNORED))
         if "cycle" in terms:
             with self._backward():
-                output.cycle_logits, targets = self._continuation_logits(_nothing_before(contexts), contexts, memory)
-            output.cycle_loss = _mean_loss(output.cycle_logits, targets.masked_fill(~asked, _IGNORED))
+                output.cycle_logits, targets = self._continuation_logits(nothing_before(contexts), contexts, memory)
+            output.cycle_loss = _mean_loss(output.cycle_logits, targets.masked_fill(~asked, IGNORED))
             output.targets = targets if output.targets is None else output.targets
         if labels is not None:
             output.loss = sum(weights[term] * output[f"{term}_loss"] for term in terms)
             if num_items_in_batch is not None:
                 # Counted as trainers count the labels of a causal model: without the first of a row.
-                output.loss = output.loss * ((labels[:, 1:] != _IGNORED).sum() / num_items_in_batch)
+                output.loss = output.loss * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
         return output
 
     def _is_one_pass(self, rows):
@@ -263,7 +260,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         if not segments:
             raise ValueError("no row has a token: all are padding, and the memory carries none")
         if num_items is None:
-            num_items = max(1, sum(int((segment.targets != _IGNORED).sum()) for segment in segments))
+            num_items = max(1, sum(int((segment.targets != IGNORED).sum()) for segment in segments))
         training = with_loss and self._trains_through(segments)
         teacher = (
             self._teacher_hidden_states(memory, rows) if training and self.r3mem_config.distillation_weight else None
@@ -287,7 +284,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         input_ids, attention_mask: int64 `[B, T]`. Rows are read in the same segments, and in training replayed in the
         backward pass in the same way. Raises ValueError as `forward` does.
         """
-        rows = _Rows(input_ids, attention_mask, None)
+        rows = Rows(input_ids, attention_mask, None)
         if self._is_one_pass(rows):
             with self._without_memory():
                 hidden = self._decoder(
@@ -317,7 +314,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         if longest > max(lengths):
             # Another process has more segments: what is read here with them counts nowhere.
             more = torch.zeros(longest - lengths[-1], dtype=torch.int64)
-            ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + _IGNORED])
+            ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + IGNORED])
         segments = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length)
         for segment in segments:
             self._check_length(segment.ids.shape[1] + (self.layout.num_memory_tokens if segment.writes else 0), memory)
@@ -337,7 +334,7 @@ class R3MemModel(TrainerInterface, nn.Module):
                     "distillation needs the logits, which a fused loss (Liger's) does not make; apply it with "
                     "fused_linear_cross_entropy=False"
                 )
-            counted = targets != _IGNORED
+            counted = targets != IGNORED
             places = segment.places.clamp_max(teacher.shape[1] - 1)
             wanted = teacher[torch.tensor(segment.rows, device=self.device)[:, None], places.to(self.device)]
             wanted = self._teacher_logits(wanted[counted]).float().log_softmax(-1)
@@ -468,7 +465,7 @@ class R3MemModel(TrainerInterface, nn.Module):
 
     def _unfinished(self, memory):
         """What a memory carries as tokens, as rows padded on the left: `[B, longest]`."""
-        return _left_padded(list(map(torch.cat, zip(memory.recent, memory.unfinished, strict=True))), self.device)
+        return left_padded(list(map(torch.cat, zip(memory.recent, memory.unfinished, strict=True))), self.device)
 
     def _continuation_logits(self, prompts, continuations, memory=None, adapted_rows=None):
         """Logits that predict the continuations of prompts, `[B, N + 1, V]`, and their targets `[B, N + 1]`."""
@@ -485,7 +482,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             extra |= cache_argument(self._plain_model, cache)
         with contextlib.nullcontext() if memory is None else self._stack.must_read(cache):
             output = self.peft_model(
-                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, **extra
+                input_ids=ids, attention_mask=mask, position_ids=positions_of_mask(mask), use_cache=False, **extra
             )
         return output.logits[:, -kept:], targets
 
@@ -519,7 +516,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         if the model's positions end before. The model's mode stays as it is.
         Raises ValueError for a query longer than the model's positions, or max_new_tokens below 1.
         """
-        return self._decoded_backward(_Rows(query_input_ids, query_attention_mask, None), None, max_new_tokens)
+        return self._decoded_backward(Rows(query_input_ids, query_attention_mask, None), None, max_new_tokens)
 
     @torch.no_grad()
     def expand(
@@ -531,9 +528,9 @@ class R3MemModel(TrainerInterface, nn.Module):
         query_attention_mask: int64 `[B, Q]`, read after the memory; None: the memory alone. Otherwise as `recall`.
         """
         if query_input_ids is None:
-            rows = _nothing(len(memory), self.device)
+            rows = nothing(len(memory), self.device)
         else:
-            rows = _Rows(query_input_ids, query_attention_mask, None)
+            rows = Rows(query_input_ids, query_attention_mask, None)
         self.check_memory(memory, len(rows.ids))
         return self._decoded_backward(rows, self.compress(None, memory=memory, finish=True), max_new_tokens)
 
@@ -552,7 +549,7 @@ class R3MemModel(TrainerInterface, nn.Module):
                 self._read(cache, memory)
             with contextlib.nullcontext() if memory is None else self._stack.must_read(cache):
                 output = self.decode(ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
-        return [_until(row, self.end_token_id) for row in output[:, ids.shape[1] :]]
+        return [until(row, self.end_token_id) for row in output[:, ids.shape[1] :]]
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, memory: Memory | None = None, **settings):
@@ -565,7 +562,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         Raises ValueError for shapes that do not agree, a row without any token, another model's memory, another cache,
         or more tokens than positions.
         """
-        rows = _Rows(input_ids, attention_mask, None)
+        rows = Rows(input_ids, attention_mask, None)
         base = self.peft_model.get_base_model()
         settings.setdefault("pad_token_id", self.end_token_id)
         if memory is None:
@@ -584,8 +581,8 @@ class R3MemModel(TrainerInterface, nn.Module):
             raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
         own = copy.deepcopy(base.generation_config)
         config = copy.deepcopy(settings.pop("generation_config", None) or own)
-        lengths = {name: settings.pop(name, None) for name in _LENGTHS}
-        config.max_new_tokens, config.min_new_tokens = _new_tokens(lengths, config, rows.ids.shape[1])
+        lengths = {name: settings.pop(name, None) for name in LENGTHS}
+        config.max_new_tokens, config.min_new_tokens = new_tokens(lengths, config, rows.ids.shape[1])
         others = settings
         for chosen in (config, own):  # by which transformers fills in what the other leaves open
             others = chosen.update(**settings)
@@ -597,9 +594,9 @@ class R3MemModel(TrainerInterface, nn.Module):
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         if others.get("streamer") is not None:
-            others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
+            others["streamer"] = StreamerOfPrompts(others["streamer"], rows.ids)
         others |= cache_argument(base, cache)
-        with evaluating(self), _generation_config(base, own), self._stack.must_read(cache):
+        with evaluating(self), generation_config_of(base, own), self._stack.must_read(cache):
             output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
         found = output if isinstance(output, torch.Tensor) else output.sequences
         prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
@@ -629,7 +626,7 @@ class R3MemModel(TrainerInterface, nn.Module):
                 raise ValueError("there is nothing to compress: neither input_ids nor a memory")
             rows = [torch.zeros(0, dtype=torch.int64)] * len(memory)
         else:
-            rows = _Rows(input_ids, attention_mask, None).lists()
+            rows = Rows(input_ids, attention_mask, None).lists()
         if memory is None:
             memory = self.empty_memory(len(rows))
         self.check_memory(memory, len(rows))
@@ -679,7 +676,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         if self._is_reading_backward:
             raise RuntimeError("memories are made, and caches of them, before the model is read backward")
         if self.r3mem_config.adapter_rows == "memory":
-            _check_rows_can_be_chosen(self.peft_model)
+            check_rows_can_be_chosen(self.peft_model)
         settings = storage.adapter_settings(self.peft_model)
         known = (_versions(self.parameters()), settings)
         if self._origins is None or self._origins[0] != known:
@@ -768,7 +765,7 @@ class R3MemModel(TrainerInterface, nn.Module):
 
         positions: behind the cache's first one, `[B, T]`; None: from its first token on.
         """
-        positions = _positions(mask) if positions is None else positions
+        positions = positions_of_mask(mask) if positions is None else positions
         given = cache_argument(self._decoder, cache)
         with self._stack.must_read(cache):
             return self._decoder(
@@ -812,7 +809,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         """
         base = self.peft_model.get_base_model()
         ends = {"eos_token_id": self.end_token_id, "pad_token_id": self.end_token_id}
-        with _generation_config(base, GenerationConfig()):
+        with generation_config_of(base, GenerationConfig()):
             return base.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -909,26 +906,6 @@ class R3MemModel(TrainerInterface, nn.Module):
         return self.peft_model.merge_and_unload()
 
 
-def _target_pattern(base, targets, first_layer):
-    """A regular expression for PEFT: the modules that are adapted, in the layers from `first_layer` on."""
-    layers = find_decoder_layers(base)[1]
-    name_of = {module: name for name, module in base.named_modules()}
-    linear = {
-        name.removeprefix(f"{name_of[layer]}.")
-        for layer in layers
-        for name, module in ((name_of[m], m) for m in layer.modules())
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
-    if targets != "all-linear":
-        wanted = [targets] if isinstance(targets, str) else targets
-        linear = {name for name in linear if any(f".{name}".endswith(f".{target}") for target in wanted)}
-    if not linear:
-        raise ValueError(f"target_modules={targets!r} names no linear module of a {type(layers[0]).__name__}")
-    holder = name_of[layers[0]].rpartition(".")[0]
-    indices = "|".join(str(index) for index in range(first_layer, len(layers)))
-    return rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
-
-
 def _versions(parameters):
     """Version stamps of the parameters. They change with every in-place modification, except through `.data`."""
     return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
@@ -945,166 +922,6 @@ def _new_embeddings(base, count):
     return nn.Parameter(known.mean(0) + known.std(0) * noise)
 
 
-def _check_rows_can_be_chosen(model):
-    """Raise ValueError unless all adapters are LoRA on linear modules of layers, as they are and not merged."""
-    layers = find_decoder_layers(model)[1]
-    inside = {module for layer in layers for module in layer.modules()}
-    for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        chosen = [adapter for adapter in module.active_adapters if adapter in getattr(module, "lora_B", {})]
-        plain = module in inside and not module.merged and chosen == list(module.active_adapters)
-        plain = plain and not any(getattr(module, "use_dora", {}).get(adapter) for adapter in chosen)
-        plain = plain and all(isinstance(module.lora_B[adapter], nn.Linear) for adapter in chosen)
-        if not plain or set(chosen) - {"default"}:
-            raise ValueError(
-                'adapter_rows="memory" needs one adapter, LoRA on linear modules of the layers alone, not merged; '
-                f'{name} has another. Use adapter_rows="all"'
-            )
-
-
-class _ChosenRows:
-    """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_rows` names."""
-
-    def __init__(self, link):
-        self._link = link
-
-    def __call__(self, module, args, output):
-        if self._link.adapted_rows is None:
-            return output
-        count, tokens = self._link.adapted_rows
-        keep = torch.arange(tokens, device=output.device) >= tokens - count
-        # Some layers flatten batch and tokens.
-        rows = output.view(-1, tokens, output.shape[-1])
-        return (rows * keep[:, None].to(output.dtype)).view(output.shape)
-
-
-def _let_adapters_choose_rows(layers):
-    for layer in layers:
-        for name, module in layer.named_modules():
-            if name.rpartition(".")[0].endswith("lora_B"):
-                module.register_forward_hook(_ChosenRows(layer.reversible))
-
-
-def _nothing(rows, device):
-    """So many rows without a token."""
-    ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-    return _Rows(ids, ids, None)
-
-
-def _nothing_before(rows):
-    return _nothing(len(rows.ids), rows.ids.device)
-
-
-def _left_padded(pieces, device):
-    longest = max(map(len, pieces))
-    ids, mask = torch.zeros(2, len(pieces), longest, dtype=torch.int64)
-    for index, piece in enumerate(pieces):
-        if len(piece):
-            ids[index, -len(piece) :], mask[index, -len(piece) :] = piece, 1
-    return _Rows(ids.to(device), mask.to(device), None, may_be_empty=True)
-
-
-class _Rows:
-    """Token rows with a mask, padded on either side."""
-
-    def __init__(self, ids, mask, labels, may_be_empty=False):
-        if not isinstance(ids, torch.Tensor):
-            raise TypeError(f"token ids must be a tensor, got {type(ids).__name__}")
-        if ids.dim() != 2 or ids.dtype != torch.int64 or not (ids.numel() or may_be_empty):
-            raise ValueError(
-                f"token ids must be int64 [batch, tokens], one at least, got {ids.dtype} {list(ids.shape)}"
-            )
-        for name, other in (("mask", mask), ("labels", labels)):
-            if other is not None and other.shape != ids.shape:
-                raise ValueError(f"the {name} {list(other.shape)} must have the shape of its ids {list(ids.shape)}")
-        self.ids = ids
-        self.mask = torch.ones_like(ids) if mask is None else (mask != 0).to(torch.int64)
-        self.labels = ids if labels is None else labels
-
-    def lists(self, values=None):
-        """The tokens of each row, or what stands in their places in `values`, without padding, on the CPU."""
-        values, mask = (self.ids if values is None else values).cpu(), self.mask.cpu().bool()
-        return [row[keep] for row, keep in zip(values, mask, strict=True)]
-
-    def joined(self, rows):
-        """These and, after them, others: whose labels count, where they are no padding, while these' do not."""
-        labels = rows.labels.masked_fill(rows.mask == 0, _IGNORED)
-        return _Rows(
-            torch.cat([self.ids, rows.ids], 1),
-            torch.cat([self.mask, rows.mask], 1),
-            torch.cat([torch.full_like(self.ids, _IGNORED), labels], 1),
-        )
-
-    def left_padded(self):
-        return self.left_padded_with_labels()[:2]
-
-    def left_padded_with_labels(self):
-        """Ids, mask and labels, and the order that they were brought into: `[B, N]` each."""
-        order = self.mask.argsort(dim=1, stable=True)
-        return (*(tensor.gather(1, order) for tensor in (self.ids, self.mask, self.labels)), order)
-
-    def right_padded(self, end):
-        """`ids end`, its mask, and as targets the labels and the end: `[B, N + 1]` each."""
-        order = (1 - self.mask).argsort(dim=1, stable=True)
-        lengths = self.mask.sum(1, keepdim=True)
-        room = torch.zeros_like(lengths)
-        mask = torch.cat([self.mask.gather(1, order), room], 1)
-        labels = torch.cat([self.labels.gather(1, order), room], 1).masked_fill(mask == 0, _IGNORED)
-        ids = torch.cat([self.ids.gather(1, order), room], 1)
-        return ids.scatter(1, lengths, end), mask.scatter(1, lengths, 1), labels.scatter(1, lengths, end)
-
-
-@contextlib.contextmanager
-def _generation_config(base, config):
-    """A model's own generation config while this lasts."""
-    own, base.generation_config = base.generation_config, config
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
-def _new_tokens(given, config, prompt):
-    """How many tokens `generate` is to add, at most and at least, as `transformers` decides it.
-
-    given: arguments by the names of `_LENGTHS`, which go before the generation config's. prompt: its width, which
-    lengths of both kinds that are not of new tokens count.
-    """
-    if given["max_new_tokens"] is None and given["max_length"] is None:
-        given = {**given, "max_new_tokens": config.max_new_tokens, "max_length": config.max_length}
-        if given["max_length"] == GenerationConfig().max_length:  # nobody's choice
-            given["max_length"] = None
-    most = given["max_new_tokens"]
-    if most is None:
-        most = _DEFAULT_NEW_TOKENS if given["max_length"] is None else given["max_length"] - prompt
-    if most < 1:
-        raise ValueError(f"max_length={given['max_length']} leaves no token behind a prompt of {prompt}")
-    least = given["min_new_tokens"] if given["min_new_tokens"] is not None else config.min_new_tokens
-    if least is None:
-        length = given["min_length"] if given["min_length"] is not None else config.min_length
-        least = max(0, (length or 0) - prompt)
-    return most, least
-
-
-class _StreamerOfPrompts:
-    """Gives a streamer the prompts first, without the unfinished tokens before them; then what is generated."""
-
-    def __init__(self, streamer, prompts):
-        self._streamer, self._first = streamer, prompts
-
-    def put(self, value):
-        value, self._first = (value if self._first is None else self._first.cpu()), None
-        self._streamer.put(value)
-
-    def end(self):
-        self._streamer.end()
-
-
-def _positions(mask):
-    return (mask.cumsum(1) - 1).clamp_min(0)
-
-
 def _most_of_ranks(model, count):
     """The largest of all processes' counts, if FSDP2 has them gather parameters together; else this one's."""
     if not (dist.is_initialized() and any(isinstance(module, FSDPModule) for module in model.modules())):
@@ -1116,8 +933,8 @@ def _most_of_ranks(model, count):
 
 def _mean_loss(logits, targets):
     """Mean cross-entropy of the targets that count, 0 if none does."""
-    total = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED, reduction="sum")
-    return total / (targets != _IGNORED).sum().clamp_min(1)
+    total = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp_min(1)
 
 
 def _first(*ids):
@@ -1127,33 +944,3 @@ def _first(*ids):
         if isinstance(given, int):
             return given
     return None
-
-
-def _until(row, end):
-    ends = (row == end).nonzero()
-    return row[: ends[0]] if len(ends) else row
-
-
-@contextlib.contextmanager
-def evaluating(module):
-    """Evaluation mode while this lasts; then every part is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextlib.contextmanager
-def unchanged_on_failure(model):
-    """If what is done meanwhile is interrupted, or fails, trainable parameters are as before."""
-    before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
-        raise

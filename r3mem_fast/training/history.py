@@ -20,7 +20,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import replacing
 from ..manifest import TRAIN_CHECKPOINTS
-from ..model import R3MemModel, unchanged_on_failure
+from ..model import R3MemModel
+from ..modes import unchanged_on_failure
 from ..reversible import check_integrity
 from .machine import busy_note, steps_at_most
 

@@ -20,7 +20,8 @@ from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
 from ..hierarchy.passage import MAX_QUERY_SHARE
 from ..manifest import REMEMBER_CHECKPOINT
-from ..model import R3MemModel, evaluating, unchanged_on_failure
+from ..model import R3MemModel
+from ..modes import evaluating, unchanged_on_failure
 from ..reversible import check_integrity
 from .collate import collate_ids
 from .machine import busy_note, steps_at_most

@@ -1,0 +1,71 @@
+"""LoRA on decoder layers: which modules it adapts, and on which rows."""
+
+import re
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .reversible.convert import find_decoder_layers
+
+
+def target_pattern(base, targets, first_layer):
+    """A regular expression for PEFT: the modules that are adapted, in the layers from `first_layer` on."""
+    layers = find_decoder_layers(base)[1]
+    name_of = {module: name for name, module in base.named_modules()}
+    linear = {
+        name.removeprefix(f"{name_of[layer]}.")
+        for layer in layers
+        for name, module in ((name_of[m], m) for m in layer.modules())
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    if targets != "all-linear":
+        wanted = [targets] if isinstance(targets, str) else targets
+        linear = {name for name in linear if any(f".{name}".endswith(f".{target}") for target in wanted)}
+    if not linear:
+        raise ValueError(f"target_modules={targets!r} names no linear module of a {type(layers[0]).__name__}")
+    holder = name_of[layers[0]].rpartition(".")[0]
+    indices = "|".join(str(index) for index in range(first_layer, len(layers)))
+    return rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
+
+
+def check_rows_can_be_chosen(model):
+    """Raise ValueError unless all adapters are LoRA on linear modules of layers, as they are and not merged."""
+    layers = find_decoder_layers(model)[1]
+    inside = {module for layer in layers for module in layer.modules()}
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        chosen = [adapter for adapter in module.active_adapters if adapter in getattr(module, "lora_B", {})]
+        plain = module in inside and not module.merged and chosen == list(module.active_adapters)
+        plain = plain and not any(getattr(module, "use_dora", {}).get(adapter) for adapter in chosen)
+        plain = plain and all(isinstance(module.lora_B[adapter], nn.Linear) for adapter in chosen)
+        if not plain or set(chosen) - {"default"}:
+            raise ValueError(
+                'adapter_rows="memory" needs one adapter, LoRA on linear modules of the layers alone, not merged; '
+                f'{name} has another. Use adapter_rows="all"'
+            )
+
+
+class _ChosenRows:
+    """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_rows` names."""
+
+    def __init__(self, link):
+        self._link = link
+
+    def __call__(self, module, args, output):
+        if self._link.adapted_rows is None:
+            return output
+        count, tokens = self._link.adapted_rows
+        keep = torch.arange(tokens, device=output.device) >= tokens - count
+        # Some layers flatten batch and tokens.
+        rows = output.view(-1, tokens, output.shape[-1])
+        return (rows * keep[:, None].to(output.dtype)).view(output.shape)
+
+
+def let_adapters_choose_rows(layers):
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if name.rpartition(".")[0].endswith("lora_B"):
+                module.register_forward_hook(_ChosenRows(layer.reversible))
