@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
-from . import hub, storage
+from . import fingerprints, hub, storage
 from .batching import Rows, left_padded, nothing, nothing_before, positions_of_mask
 from .config import R3MemConfig
 from .generation import LENGTHS, StreamerOfPrompts, generation_config_of, new_tokens, until
@@ -670,20 +670,20 @@ class R3MemModel(TrainerInterface, nn.Module):
         others. Raises RuntimeError while the model is being read backward, ValueError for adapters that
         `adapter_rows="memory"` cannot hold to their rows.
         """
-        return self._origin_with(storage.adapters_are_off(self.peft_model) or self._stack.bypassed)
+        return self._origin_with(fingerprints.adapters_are_off(self.peft_model) or self._stack.bypassed)
 
     def _origin_with(self, adapters_off):
         if self._is_reading_backward:
             raise RuntimeError("memories are made, and caches of them, before the model is read backward")
         if self.r3mem_config.adapter_rows == "memory":
             check_rows_can_be_chosen(self.peft_model)
-        settings = storage.adapter_settings(self.peft_model)
+        settings = fingerprints.adapter_settings(self.peft_model)
         known = (_versions(self.parameters()), settings)
         if self._origins is None or self._origins[0] != known:
             self._origins = (known, {})
         found = self._origins[1]
         if adapters_off not in found:
-            adapter = storage.adapter_fingerprint(self, [settings, adapters_off])
+            adapter = fingerprints.adapter_fingerprint(self, [settings, adapters_off])
             found[adapters_off] = Origin(self.base_fingerprint(), adapter)
         return found[adapters_off]
 
@@ -836,10 +836,10 @@ class R3MemModel(TrainerInterface, nn.Module):
                 parameter.requires_grad_(wanted)
 
     def base_fingerprint(self) -> str:
-        """Fingerprint of the base model's settings and weights, computed when they change (`storage.fingerprint`)."""
+        """Fingerprint of the base model's settings and weights, computed when they change."""
         versions = self._base_versions()
         if self._base is None or self._base[0] != versions:
-            self._base = (versions, storage.fingerprint(self.peft_model))
+            self._base = (versions, fingerprints.fingerprint(self.peft_model))
         return self._base[1]
 
     def set_base_fingerprint(self, fingerprint):
@@ -847,7 +847,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         self._base = (self._base_versions(), fingerprint)
 
     def _base_versions(self):
-        return _versions(parameter for _, parameter in storage.own_parameters(self.peft_model))
+        return _versions(parameter for _, parameter in fingerprints.own_parameters(self.peft_model))
 
     def save_pretrained(self, folder, *, adapter_dtype=None, **details):
         """Save the adapters as a PEFT folder, with `r3mem.json` beside them (see `storage.save`).

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import storage
+from . import fingerprints, storage
 from .devices import DTYPES, as_device, as_dtype, default_dtype
 from .files import locked, unfinished_files
 from .hierarchy import (
@@ -466,7 +466,7 @@ class R3MemPipeline:
 
     @functools.cached_property
     def _tokenizer_fingerprint(self):
-        return storage.tokenizer_fingerprint(self.tokenizer)
+        return fingerprints.tokenizer_fingerprint(self.tokenizer)
 
     def _by_level(self, documents, levels):
         """Texts by `(level, name)`."""

@@ -11,7 +11,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from r3mem_fast import PairCollator, R3MemConfig, R3MemModel, check_gradients, load_model, manifest, storage
+from r3mem_fast import (
+    PairCollator,
+    R3MemConfig,
+    R3MemModel,
+    check_gradients,
+    fingerprints,
+    load_model,
+    manifest,
+    storage,
+)
 from r3mem_fast.reversible.direction import reading_backward
 from r3mem_fast.training.collate import collate_ids
 from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, build, token_ids
@@ -306,16 +315,16 @@ def made_of(base):
 
 def test_the_fingerprint(folder):
     base, _ = load_model(str(folder))
-    expected = storage.fingerprint(base)
+    expected = fingerprints.fingerprint(base)
     assert made_of(base).base_fingerprint() == expected
-    assert storage.fingerprint(load_model(str(folder), dtype=torch.bfloat16)[0]) == expected
+    assert fingerprints.fingerprint(load_model(str(folder), dtype=torch.bfloat16)[0]) == expected
     other, _ = load_model(str(folder))
     with torch.no_grad():
         other.lm_head.weight[3, 3] += 0.1
-    assert storage.fingerprint(other) != expected
+    assert fingerprints.fingerprint(other) != expected
     other = load_model(str(folder))[0]
     other.config.rms_norm_eps = 0.1
-    assert storage.fingerprint(other) != expected
+    assert fingerprints.fingerprint(other) != expected
 
 
 @pytest.fixture(scope="module")

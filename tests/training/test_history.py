@@ -65,9 +65,9 @@ def test_it_learns(folder, tmp_path):
 
 
 def storage_fingerprint(model):
-    from r3mem_fast import storage
+    from r3mem_fast import fingerprints
 
-    return storage.fingerprint(model.peft_model)
+    return fingerprints.fingerprint(model.peft_model)
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monkeypatch):

@@ -1,0 +1,107 @@
+"""Fingerprints of base model, adapters and tokenizer: what belongs together, told by its values."""
+
+import hashlib
+import json
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .config import TRAINING_SETTINGS, R3MemConfig
+from .reversible.convert import text_config
+
+# What changes the function that the same weights compute.
+_CONFIG_KEYS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+)
+# Of characters that normalisers and splitters treat in their own ways.
+_PROBE = "A naïve  tab\tand\nline, 1234.5 'don't' ﬁ Ǆ é ½ 東京 🙂 end"
+
+
+def fingerprint(model) -> str:
+    """BLAKE2 of a base model's weights, rounded to bfloat16, and of the settings that change what they compute.
+
+    Adapters on the model do not count, and whether it was loaded in float32 or bfloat16 does not matter.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = text_config(model.config)
+    settings = [getattr(config, key, None) for key in _CONFIG_KEYS]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(own_parameters(model)):
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        value = parameter.detach()
+        value = value.to(torch.bfloat16) if value.is_floating_point() else value
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def adapter_settings(peft_model) -> list:
+    """What adapters do beside their weights: of each module the active ones with their scale, and whether merged."""
+    return [
+        (name, module.merged, [[adapter, _scale(module, adapter)] for adapter in module.active_adapters])
+        for name, module in peft_model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+
+
+def adapters_are_off(peft_model) -> bool:
+    """Whether they are for now, as in PEFT's `disable_adapter`."""
+    return any(module.disable_adapters for module in peft_model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _scale(module, adapter):
+    scales = getattr(module, "scaling", {})
+    return scales.get(adapter) if isinstance(scales, dict) else None
+
+
+def adapter_fingerprint(model, settings) -> str:
+    """BLAKE2 of a model's active adapters and memory tokens, and of the settings that its memories depend on.
+
+    settings: of `adapter_settings`. In which precision the same values are held does not matter.
+    """
+    # A setting at its default, and one that was not known when a memory was made, are the same.
+    values, defaults = model.r3mem_config.to_dict(), R3MemConfig().to_dict()
+    added = {"segment_overlap"}
+    values = {k: v for k, v in values.items() if k not in TRAINING_SETTINGS and not (k in added and v == defaults[k])}
+    described = [values, settings]
+    digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
+    tensors = {} if model.layout is None else {"memory_embeddings": model.memory_embeddings}
+    for adapter in model.peft_model.active_adapters:
+        # The base model has a fingerprint of its own, embeddings included; to ask for them would ask a model hub.
+        found = get_peft_model_state_dict(model.peft_model, adapter_name=adapter, save_embedding_layers=False)
+        tensors |= {f"{adapter}/{name}": tensor for name, tensor in found.items()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """BLAKE2 of a tokenizer's vocabulary, and of what it makes of a line of all kinds of characters."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = tokenizer(_PROBE, add_special_tokens=False).input_ids
+    return hashlib.blake2b(json.dumps([vocabulary, probe]).encode(), digest_size=16).hexdigest()
+
+
+def own_parameters(model):
+    """`(name, parameter)` of a base model without its adapters, by the names that they have without any."""
+    adapter_prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
+    for name, parameter in model.named_parameters():
+        if adapter_prefix is not None:
+            if adapter_prefix in name or ".modules_to_save." in name:
+                continue
+            name = (
+                name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+            )
+        yield name, parameter
