@@ -6,6 +6,7 @@ python examples/trl_sft.py book.txt --steps 10
 
 import argparse
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
@@ -37,6 +38,7 @@ def main(arguments=None):
         logging_steps=1,
         save_strategy="no",
         report_to=[],
+        use_cpu=not torch.accelerator.is_available(),
     )
     data = Dataset.from_dict({"text": paragraphs})
     trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
