@@ -24,7 +24,7 @@ _CONFIG_KEYS = (
     "sliding_window",
     "layer_types",
 )
-# Of characters that normalisers and splitters treat in their own ways.
+# A line of characters that tokenizers normalise and split in different ways.
 _PROBE = "A naïve  tab\tand\nline, 1234.5 'don't' ﬁ Ǆ é ½ 東京 🙂 end"
 
 

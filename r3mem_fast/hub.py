@@ -5,7 +5,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from .manifest import ADAPTER_FILES, MANIFEST, MEMORY_TOKENS
+from .manifest import FILES, MANIFEST
 
 _SECONDS = 10.0
 
@@ -60,8 +60,7 @@ def download_adapter(name: str, *, revision=None, token=None) -> Path:
     """The folder of an adapter that lies on the hub, in the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    files = [*ADAPTER_FILES, MEMORY_TOKENS, MANIFEST]
-    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
+    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
 
 
 def upload_adapter(save, repo_id: str, *, private=None, token=None, revision=None, commit_message=None) -> str:
@@ -88,7 +87,7 @@ def upload_adapter(save, repo_id: str, *, private=None, token=None, revision=Non
             folder_path=folder,
             revision=revision,
             commit_message=commit_message or "Adapter of r3mem_fast",
-            allow_patterns=[*ADAPTER_FILES, MEMORY_TOKENS, MANIFEST],
+            allow_patterns=list(FILES),
         )
     return str(commit)
 

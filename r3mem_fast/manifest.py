@@ -15,12 +15,14 @@ FORMAT_VERSION = 2
 MANIFEST = "r3mem.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MEMORY_TOKENS = "memory_tokens.safetensors"  # of a model that has some
+# All files of an adapter; the manifest, which describes the others, is the last.
+FILES = (*ADAPTER_FILES, MEMORY_TOKENS, MANIFEST)
 # Where a save that is complete waits for its files to be moved to their places.
 SAVED = ".saved"
 # What runs that were interrupted leave in a folder.
 REMEMBER_CHECKPOINT = "remember-checkpoint.safetensors"
 TRAIN_CHECKPOINTS = "train-checkpoints"
-# Of adapters that come with this package, by name.
+# The adapters that come with this package: a folder for each, by its name.
 EMBEDDED_ADAPTERS = Path(__file__).parent / "adapters"
 # Seconds that a reader waits for a writer who is moving the last files of a save.
 _MOVING = 10.0
@@ -103,7 +105,7 @@ def finish_save(folder):
     """Move the files of a complete save to their places. The caller holds the folder."""
     saved = folder / SAVED
     if saved.is_dir():
-        for name in (*ADAPTER_FILES, MEMORY_TOKENS, MANIFEST):
+        for name in FILES:
             if (saved / name).exists():
                 os.replace(saved / name, folder / name)
         shutil.rmtree(saved)

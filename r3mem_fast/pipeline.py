@@ -532,7 +532,7 @@ def _text_of(text):
     """A text, or what a file holds. Raises ValueError for a name of a file that is given as a text."""
     if isinstance(text, Path):
         return read_text(text)
-    # Of a string that can be no path, `os.path` says so without an error.
+    # `os.path`, which is False for a string that cannot be a path, where `Path.is_file` raises.
     if isinstance(text, str) and "\n" not in text and os.path.splitext(text)[1] and os.path.isfile(text):
         raise ValueError(
             f"{text!r} is a file here: pass Path({text!r}) for what it holds. (To take the words themselves as the "

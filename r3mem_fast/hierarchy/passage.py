@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
-# Of a context's tokens, at most this share in its query; and no longer run of tokens that both have.
+# The most tokens that a query may have, as a share of its context's, and the longest run of tokens that the two share.
 MAX_QUERY_SHARE = 0.15
 MAX_SHARED_RUN = 8
 

@@ -109,7 +109,7 @@ class PrefixCache(DynamicCache):
         self._written, self._rotation, self._positions = {}, None, None
         self._widened = {}
         self._apart, self._lengths = False, None
-        # Of the pass that is running (None: none is), and of all that have ended well.
+        # Layers that must take part in the pass that is running (None: none is), and those that have.
         self._expected, self._extended, self._attended = None, set(), set()
         self.passes = 0
 
@@ -160,7 +160,7 @@ class PrefixCache(DynamicCache):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
-        self._expected = {layer_index(layer) for layer in layers}
+        self._expected = set(range(len(layers)))  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
         self._rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None

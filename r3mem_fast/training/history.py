@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ..manifest import TRAIN_CHECKPOINTS
 from ..model import R3MemModel
 from ..modes import unchanged_on_failure
 from ..reversible import check_integrity
-from .machine import busy_note, steps_at_most
+from .machine import steps_at_most, warn_if_busy
 
 _RUN = "run.json"
 
@@ -135,8 +134,8 @@ def train(
     """
     settings = TrainSettings() if settings is None else settings
     settings = dataclasses.replace(settings, steps=steps_at_most(settings.steps))
-    if progress and model.device.type == "cpu" and (note := busy_note()):
-        warnings.warn(note, stacklevel=2)
+    if progress:
+        warn_if_busy(model.device)
     if model.peft_model.dtype == torch.float16:
         raise ValueError("training in float16 overflows without a scaled loss; load the model in bfloat16 or float32")
     kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]

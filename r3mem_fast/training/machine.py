@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ def busy_note() -> str | None:
         f"wait for each other; steps may take many times as long. Use fewer (--threads {free}, "
         f"torch.set_num_threads({free})), or let the others end first"
     )
+
+
+def warn_if_busy(device: torch.device):
+    """Warn of `busy_note` before a run that computes on the CPU."""
+    if device.type == "cpu" and (note := busy_note()):
+        warnings.warn(note, stacklevel=3)
 
 
 def _cores():

@@ -5,7 +5,6 @@ import hashlib
 import json
 import random
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ..model import R3MemModel
 from ..modes import evaluating, unchanged_on_failure
 from ..reversible import check_integrity
 from .collate import collate_ids
-from .machine import busy_note, steps_at_most
+from .machine import steps_at_most, warn_if_busy
 
 # At most so many times as long as a context is it together with its query, by what a query may have of its tokens.
 MAX_QUERY_OF_CONTEXT = 1 + MAX_QUERY_SHARE
@@ -144,8 +143,8 @@ def remember(
     settings = RememberSettings() if settings is None else settings
     if not pairs:
         raise ValueError("there is nothing to remember: no pairs")
-    if progress and model.device.type == "cpu" and (note := busy_note()):
-        warnings.warn(note, stacklevel=2)
+    if progress:
+        warn_if_busy(model.device)
     try:
         with unchanged_on_failure(model):  # what was learned is in the checkpoint
             run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
