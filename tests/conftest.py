@@ -22,12 +22,16 @@ settings.load_profile("r3mem")
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A tiny Llama in a folder, with a tokenizer of a letter a token."""
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def write_tiny_model(folder):
+    """Write the model of the fixture `folder`, the same every time."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from tests.reversible.tiny import build
 
-    folder = tmp_path_factory.mktemp("model")
     model = build(scale=2.0)
     with torch.no_grad():
         model.lm_head.weight.mul_(20.0)  # so that it can be sure of a token
