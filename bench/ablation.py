@@ -18,9 +18,9 @@ import statistics
 import torch
 
 from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings, load_model
+from r3mem_fast.data.text import pages_of, read_text
 from r3mem_fast.hierarchy import LEVELS, InstructBuilder
 from r3mem_fast.reversible.convert import stack_of
-from r3mem_fast.text import pages_of, read_text
 from r3mem_fast.training.collate import collate_ids
 
 from .records import add_output_option, add_record

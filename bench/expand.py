@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, check_integrity, load_model
+from r3mem_fast.data.text import pages_of, read_text, token_windows
 from r3mem_fast.devices import default_dtype
-from r3mem_fast.text import pages_of, read_text, token_windows
 from r3mem_fast.training.collate import collate_ids
 
 from .records import add_output_option, add_record

@@ -36,10 +36,10 @@ from torch.utils.checkpoint import checkpoint
 
 import r3mem_fast.model
 from r3mem_fast import R3MemConfig, R3MemModel, load_model
+from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.devices import default_dtype
 from r3mem_fast.measure import StorageRecorder, peak_rss, reset_peak_rss
 from r3mem_fast.reversible.convert import stack_of
-from r3mem_fast.text import read_text, token_windows
 
 from .records import add_output_option, add_record
 

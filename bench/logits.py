@@ -24,8 +24,8 @@ import time
 import torch
 
 from r3mem_fast import R3MemPipeline
+from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.reversible.convert import stack_of
-from r3mem_fast.text import read_text, token_windows
 
 from .records import add_output_option, add_record
 

@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 from r3mem_fast import MomentumCoupling, load_model, make_reversible
+from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.reversible.convert import stack_of
-from r3mem_fast.text import read_text, token_windows
 
 from .records import add_output_option, write_records
 

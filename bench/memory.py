@@ -30,9 +30,9 @@ import psutil
 import torch
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
+from r3mem_fast.data.text import read_text
 from r3mem_fast.devices import default_dtype
-from r3mem_fast.memory import PLACEMENTS
-from r3mem_fast.text import read_text
+from r3mem_fast.memory.memory import PLACEMENTS
 from r3mem_fast.training.collate import padded
 
 from .records import add_output_option, add_record

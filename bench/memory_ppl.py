@@ -26,9 +26,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from r3mem_fast import R3MemPipeline
-from r3mem_fast.memory import Memory
-from r3mem_fast.text import read_text
+from r3mem_fast import Memory, R3MemPipeline
+from r3mem_fast.data.text import read_text
 
 from .records import add_output_option, add_record
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from r3mem_fast import load_model
-from r3mem_fast.text import read_text, token_windows
+from r3mem_fast.data.text import read_text, token_windows
 
 # Published shapes; the weights are random.
 SHAPES = {

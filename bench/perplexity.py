@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
-from r3mem_fast.text import read_text, token_windows
+from r3mem_fast.data.text import read_text, token_windows
 
 from .records import add_output_option, write_records
 

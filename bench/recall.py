@@ -24,10 +24,10 @@ import statistics
 import torch
 
 from r3mem_fast import PairCollator, R3MemConfig, R3MemPipeline, RememberSettings
+from r3mem_fast.data.text import pages_of, read_text, token_windows
 from r3mem_fast.hierarchy import build_pairs
 from r3mem_fast.hierarchy.decoys import swap_entities
 from r3mem_fast.hierarchy.pairs import mentioned
-from r3mem_fast.text import pages_of, read_text, token_windows
 
 from .records import add_output_option, add_record
 

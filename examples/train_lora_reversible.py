@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from r3mem_fast import check_inverse, load_model, make_reversible, restore
-from r3mem_fast.text import read_text, token_windows
+from r3mem_fast.data.text import read_text, token_windows
 
 
 def main(arguments=None):

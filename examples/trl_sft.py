@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from r3mem_fast import load_model, make_reversible
-from r3mem_fast.text import read_text
+from r3mem_fast.data.text import read_text
 
 
 def main(arguments=None):

@@ -11,7 +11,7 @@ _EXPORTS = {
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
     "Memory": "memory",
-    "MemoryNotReadError": "reversible.cache",
+    "MemoryNotReadError": "reversible.past",
     "MemoryReport": "memory_check",
     "MomentumCoupling": "reversible",
     "PairCollator": "training.collate",
@@ -27,7 +27,7 @@ _EXPORTS = {
     "check_integrity": "reversible",
     "check_inverse": "reversible",
     "check_memories": "memory_check",
-    "load_model": "models",
+    "load_model": "data.models",
     "make_reversible": "reversible",
     "reading_backward": "reversible",
     "replay": "reversible",
@@ -36,11 +36,11 @@ _EXPORTS = {
 
 if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot follow `__getattr__`
     from .config import R3MemConfig
+    from .data.models import load_model
     from .hierarchy import build_pairs
     from .memory import Memory
     from .memory_check import MemoryReport, check_memories
     from .model import R3MemModel
-    from .models import load_model
     from .pipeline import R3MemPipeline
     from .reversible import (
         GradientReport,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
         replay,
         restore,
     )
-    from .reversible.cache import MemoryNotReadError
+    from .reversible.past import MemoryNotReadError
     from .training.collate import PairCollator
     from .training.history import TrainReport, TrainSettings
     from .training.remember import RememberReport, RememberSettings

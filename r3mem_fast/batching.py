@@ -2,7 +2,7 @@
 
 import torch
 
-from .segments import IGNORED
+from .memory.segments import IGNORED
 
 
 class Rows:

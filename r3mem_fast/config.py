@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from .memory import PLACEMENTS, MemoryLayout
+from .memory.memory import PLACEMENTS, MemoryLayout
 from .reversible import MomentumCoupling
 from .reversible.direction import FORMS, core_of, momentum_bits
 from .reversible.replay import check_bptt_segments

@@ -10,14 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
+from .data.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, load_model, missing_packages
+from .data.text import pages_of, read_text, token_windows
 from .files import check_writable, replacing
 from .integrations.compat import checkpointing_switches
 from .measure import StorageRecorder
-from .models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, load_model, missing_packages
 from .pipeline import R3MemPipeline
 from .reversible import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from .reversible.convert import find_decoder_layers, text_config
-from .text import pages_of, read_text, token_windows
 from .training.remember import RememberSettings
 
 ARMS = ("plain", "checkpointing", "reversible")

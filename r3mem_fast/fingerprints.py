@@ -4,10 +4,11 @@ import hashlib
 import json
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import TRAINING_SETTINGS, R3MemConfig
+from .integrations.peft import own_parameters
 from .reversible.convert import text_config
 
 # What changes the function that the same weights compute.
@@ -92,16 +93,3 @@ def tokenizer_fingerprint(tokenizer) -> str:
     vocabulary = sorted(tokenizer.get_vocab().items())
     probe = tokenizer(_PROBE, add_special_tokens=False).input_ids
     return hashlib.blake2b(json.dumps([vocabulary, probe]).encode(), digest_size=16).hexdigest()
-
-
-def own_parameters(model):
-    """`(name, parameter)` of a base model without its adapters, by the names that they have without any."""
-    adapter_prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
-    for name, parameter in model.named_parameters():
-        if adapter_prefix is not None:
-            if adapter_prefix in name or ".modules_to_save." in name:
-                continue
-            name = (
-                name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-            )
-        yield name, parameter

@@ -37,7 +37,7 @@ _OF_A_PAIR = {
 }
 
 
-def adapter_folder(name) -> Path:
+def folder_of_adapter(name) -> Path:
     """The folder of an adapter: of one that comes with this package by its name, else the folder of that name."""
     embedded = EMBEDDED_ADAPTERS / str(name)
     return embedded if Path(name).name == str(name) and embedded.is_dir() and not Path(name).exists() else Path(name)
@@ -45,13 +45,13 @@ def adapter_folder(name) -> Path:
 
 def is_adapter(name) -> bool:
     """Whether this names an adapter that was saved here, or comes with this package."""
-    folder = adapter_folder(name)
+    folder = folder_of_adapter(name)
     return (folder / MANIFEST).is_file() or (folder / SAVED / MANIFEST).is_file()
 
 
 def read_manifest(folder) -> dict:
     """`r3mem.json` of a folder. Raises OSError if there is none, ValueError if it is no such file."""
-    folder = adapter_folder(folder)
+    folder = folder_of_adapter(folder)
     if (folder / SAVED).is_dir():
         with locked(folder, wait=_MOVING):
             finish_save(folder)

@@ -6,8 +6,8 @@ import dataclasses
 import torch
 
 from .config import R3MemConfig
+from .integrations.scoped import evaluating
 from .model import R3MemModel
-from .modes import evaluating
 from .reversible import restore
 
 _MEMORY_TOKENS = 4

@@ -19,21 +19,23 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
-from . import fingerprints, hub, storage
+from . import adapter_folder, fingerprints
 from .batching import Rows, left_padded, nothing, nothing_before, positions_of_mask
 from .config import R3MemConfig
+from .data import hub
 from .generation import LENGTHS, StreamerOfPrompts, generation_config_of, new_tokens, until
 from .integrations.compat import cache_argument, cache_name
-from .interface import TrainerInterface
+from .integrations.peft import own_parameters
+from .integrations.scoped import evaluating
+from .integrations.trainer import TrainerInterface
 from .lora import check_rows_can_be_chosen, let_adapters_choose_rows, target_pattern
-from .memory import Memory, Origin, appended, empty_states
-from .modes import evaluating
+from .memory.cache import PrefixCache
+from .memory.memory import Memory, Origin, appended, empty_states
+from .memory.rotary import is_rotary
+from .memory.segments import IGNORED, advance, cut_segments
 from .reversible import make_reversible, reading_backward, restore
-from .reversible.cache import PrefixCache
 from .reversible.convert import check_convertible, reversible_layers, text_config
 from .reversible.replay import replay
-from .reversible.rotary import is_rotary
-from .segments import IGNORED, advance, cut_segments
 
 
 @dataclasses.dataclass
@@ -847,14 +849,14 @@ class R3MemModel(TrainerInterface, nn.Module):
         self._base = (self._base_versions(), fingerprint)
 
     def _base_versions(self):
-        return _versions(parameter for _, parameter in fingerprints.own_parameters(self.peft_model))
+        return _versions(parameter for _, parameter in own_parameters(self.peft_model))
 
     def save_pretrained(self, folder, *, adapter_dtype=None, **details):
-        """Save the adapters as a PEFT folder, with `r3mem.json` beside them (see `storage.save`).
+        """Save the adapters as a PEFT folder, with `r3mem.json` beside them (see `adapter_folder.save`).
 
         adapter_dtype: that their weights are rounded to in the files; None: as they are.
         """
-        storage.save(self, folder, adapter_dtype=adapter_dtype, **details)
+        adapter_folder.save(self, folder, adapter_dtype=adapter_dtype, **details)
 
     @classmethod
     def from_pretrained(cls, folder, base=None, *, dtype=torch.float32, revision=None, token=None) -> "R3MemModel":
@@ -872,7 +874,7 @@ class R3MemModel(TrainerInterface, nn.Module):
             OSError: The folder or a file is missing or incomplete, or the base is not found.
             ValueError: A file is corrupted, or the base is not the model that the adapters were trained for.
         """
-        return storage.load(cls, folder, base, dtype, revision, token)
+        return adapter_folder.load(cls, folder, base, dtype, revision, token)
 
     def push_to_hub(self, repo_id: str, *, adapter_dtype=None, details=None, **settings) -> str:
         """Send the adapters, as `save_pretrained` writes them, to the Hugging Face hub; returns the commit's address.

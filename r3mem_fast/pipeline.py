@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import fingerprints, storage
+from . import adapter_folder, fingerprints
+from .data.models import load_model
+from .data.text import read_text
 from .devices import DTYPES, as_device, as_dtype, default_dtype
 from .files import locked, unfinished_files
 from .hierarchy import (
@@ -27,10 +29,8 @@ from .hierarchy import (
     split_document,
 )
 from .manifest import MANIFEST, REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS, interrupted_run, read_manifest
-from .memory import Memory
+from .memory.memory import Memory
 from .model import R3MemModel
-from .models import load_model
-from .text import read_text
 from .training.collate import padded
 from .training.history import TrainReport, TrainSettings, discard_checkpoints, train
 from .training.remember import MAX_QUERY_OF_CONTEXT, RememberReport, RememberSettings, remember
@@ -96,7 +96,7 @@ class R3MemPipeline:
             if tokenizer is not None:
                 raise TypeError("a model that is given by name brings its own tokenizer")
             settings |= {"device": device, "attn_implementation": attn_implementation}
-            if folder := storage.adapter_named(model, **settings):
+            if folder := adapter_folder.adapter_named(model, **settings):
                 if config is not None:
                     raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
                 self._load(folder, base, dtype, settings)
@@ -139,7 +139,7 @@ class R3MemPipeline:
         dtype = dtype or DTYPES.get(manifest.get("dtype"), torch.float32)
         # These are of the adapter.
         settings = {key: value for key, value in settings.items() if key != "revision"}
-        found, self.tokenizer = storage.load_base(folder, manifest, base, dtype=dtype, **settings)
+        found, self.tokenizer = adapter_folder.load_base(folder, manifest, base, dtype=dtype, **settings)
         self.model = R3MemModel.from_pretrained(folder, found)
         self.remembered = manifest.get("remembered", [])
         self._is_saved_in(folder)

@@ -7,8 +7,8 @@ import torch
 
 from r3mem_fast import R3MemConfig, R3MemPipeline, load_model
 from r3mem_fast.cli import main
+from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.demo import _read_behind_memories
-from r3mem_fast.text import read_text, token_windows
 
 
 def test_check(folder, capsys):

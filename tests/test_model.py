@@ -15,11 +15,11 @@ from r3mem_fast import (
     PairCollator,
     R3MemConfig,
     R3MemModel,
+    adapter_folder,
     check_gradients,
     fingerprints,
     load_model,
     manifest,
-    storage,
 )
 from r3mem_fast.reversible.direction import reading_backward
 from r3mem_fast.training.collate import collate_ids
@@ -427,7 +427,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, folder, tmp_path, monkey
     def full(path):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(storage, "flush", full)
+    monkeypatch.setattr(adapter_folder, "flush", full)
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before

@@ -9,9 +9,9 @@ import torch
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model, manifest
 from r3mem_fast.cli import main
+from r3mem_fast.data.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL
+from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.manifest import REMEMBER_CHECKPOINT
-from r3mem_fast.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL
-from r3mem_fast.text import read_text, token_windows
 
 TEXT = "The ship left Nantucket. Ahab of the Pequod was mad about the whale, said Starbuck."
 SETTINGS = RememberSettings(

@@ -70,7 +70,7 @@ def _check(options):
         make_reversible,
         restore,
     )
-    from ..text import read_text, token_windows
+    from ..data.text import read_text, token_windows
 
     text = read_text(options.text)
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=device_of(options))

@@ -29,15 +29,15 @@ def pipeline_of(options, model, **settings):
 
 def adapter_of(options):
     """`r3mem.json` of the adapter that is asked for, before anything that takes long is loaded."""
-    from ..hub import is_path
-    from ..manifest import adapter_folder, read_manifest
+    from ..data.hub import is_path
+    from ..manifest import folder_of_adapter, read_manifest
 
-    folder = adapter_folder(options.folder)
+    folder = folder_of_adapter(options.folder)
     if not folder.exists() and not is_path(options.folder) and "/" in options.folder:
         print(f"Looking for {options.folder} on the hub ...", file=sys.stderr, flush=True)
-        from .. import storage
+        from .. import adapter_folder
 
-        folder = storage.find(options.folder)
+        folder = adapter_folder.find(options.folder)
     return read_manifest(folder)
 
 
@@ -45,7 +45,7 @@ def texts_of(options):
     """The texts that are named, by their paths."""
     from pathlib import Path
 
-    from ..text import read_text
+    from ..data.text import read_text
 
     if len({Path(path).resolve() for path in options.texts}) < len(options.texts):
         raise ValueError("a text is named twice")

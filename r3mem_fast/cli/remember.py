@@ -137,9 +137,9 @@ def _recall(options):
 
 
 def _inspect(options):
-    from ..manifest import adapter_folder, interrupted_run, is_adapter
+    from ..manifest import folder_of_adapter, interrupted_run, is_adapter
 
-    path = adapter_folder(options.path)
+    path = folder_of_adapter(options.path)
     if path.is_file():
         return _inspect_memory(options)
     run = interrupted_run(path)
@@ -177,7 +177,7 @@ def _overlap(settings):
 
 
 def _inspect_memory(options):
-    from ..memory_file import read_header
+    from ..memory.file import read_header
 
     header = read_header(options.path)
     rows, layout, origin = header.rows, header.metadata["layout"], header.metadata["origin"]

@@ -48,8 +48,8 @@ def _train_in(options):
     begin(options, f"Loading {model}")
     import torch
 
-    from .. import R3MemConfig, TrainSettings, storage
-    from ..training.texts import read_texts
+    from .. import R3MemConfig, TrainSettings, adapter_folder
+    from ..data.corpus import read_texts
 
     texts = [text for path in options.texts for text in read_texts(path, options.column)]
     settings = TrainSettings(
@@ -64,7 +64,7 @@ def _train_in(options):
     )
     named = {**OF_NEW_ADAPTERS, **OF_TRAINING}
     given = {named[name]: value for name in named if (value := getattr(options, name, None)) is not None}
-    if storage.adapter_named(model) is not None:
+    if adapter_folder.adapter_named(model) is not None:
         if fixed := [name for name in OF_NEW_ADAPTERS if getattr(options, name, None) is not None]:
             raise ValueError(f"{model} is an adapter, in which --{fixed[0].replace('_', '-')} is fixed already")
         pipeline = pipeline_of(options, model, base=options.base)

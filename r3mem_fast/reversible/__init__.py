@@ -1,6 +1,6 @@
 """Reversible networks from pretrained Transformers: conversion, the autograd node, and its checks."""
 
-from . import attention  # noqa: F401  (registers attn_implementation="r3mem")
+from ..integrations import attention  # noqa: F401  (registers attn_implementation="r3mem")
 from .check import GradientReport, InverseReport, check_gradients, check_inverse
 from .convert import check_integrity, make_reversible, restore
 from .coupling import MomentumCoupling

@@ -18,7 +18,7 @@ from r3mem_fast.kernels import coupling
 
 from ..integrations.compat import cache_name
 from . import offload
-from .cache import PastKeysValues, append_to, layer_index, past_of
+from .past import PastKeysValues, append_to, layer_index, past_of
 from .surroundings import Surroundings
 
 

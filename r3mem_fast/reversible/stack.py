@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from r3mem_fast.kernels import coupling
 
 from ..integrations.compat import cache_name, captured_outputs, without_cache
-from .cache import MemoryNotReadError, layer_index, memory_cache, past_of, viewed
 from .node import IntegrityError, LayerNode, ReversibleState, Step, StoredValue, Update, poisoned
+from .past import MemoryNotReadError, layer_index, memory_cache, past_of, viewed
 
 # One bit for a velocity larger than every position that was seen, one for a longer or stranger text.
 _HEADROOM_BITS = 2

@@ -18,9 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import replacing
+from ..integrations.scoped import unchanged_on_failure
 from ..manifest import TRAIN_CHECKPOINTS
 from ..model import R3MemModel
-from ..modes import unchanged_on_failure
 from ..reversible import check_integrity
 from .machine import steps_at_most, warn_if_busy
 

@@ -18,9 +18,9 @@ from ..files import replacing
 from ..hierarchy import Pair
 from ..hierarchy.decoys import decoys
 from ..hierarchy.passage import MAX_QUERY_SHARE
+from ..integrations.scoped import evaluating, unchanged_on_failure
 from ..manifest import REMEMBER_CHECKPOINT
 from ..model import R3MemModel
-from ..modes import evaluating, unchanged_on_failure
 from ..reversible import check_integrity
 from .collate import collate_ids
 from .machine import steps_at_most, warn_if_busy

@@ -7,7 +7,7 @@ import pytest
 
 from bench.recall import main
 from r3mem_fast import load_model
-from r3mem_fast.text import pages_of
+from r3mem_fast.data.text import pages_of
 
 TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
 

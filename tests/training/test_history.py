@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, TrainSettings, load_model
 from r3mem_fast.cli import main
+from r3mem_fast.data.corpus import read_texts
 from r3mem_fast.manifest import TRAIN_CHECKPOINTS
 from r3mem_fast.training import history as module
 from r3mem_fast.training.history import Windows, collate_windows, train
-from r3mem_fast.training.texts import read_texts
 
 SETTINGS = TrainSettings(steps=6, segments=3, checkpoint_steps=2, learning_rate=1e-2, warmup_steps=1)
 CONFIG = R3MemConfig(core=(1, 3), num_memory_tokens=2, segment_length=8, segment_overlap=2)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..text import read_text
+from .text import read_text
 
 
 def read_texts(path, column: str = "text") -> list[str]:

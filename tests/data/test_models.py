@@ -11,9 +11,10 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from r3mem_fast import R3MemPipeline, hub, load_model, make_reversible, models
+from r3mem_fast import R3MemPipeline, load_model, make_reversible
+from r3mem_fast.data import hub, models
+from r3mem_fast.data.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, embedded_model_folder
 from r3mem_fast.devices import as_device, as_dtype
-from r3mem_fast.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, embedded_model_folder
 
 
 @pytest.fixture(autouse=True)

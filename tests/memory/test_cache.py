@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3mem_fast import MomentumCoupling, make_reversible, reading_backward
-from r3mem_fast.reversible.cache import PrefixCache
+from r3mem_fast.memory.cache import PrefixCache
 from r3mem_fast.reversible.convert import text_config
 from tests.reversible.tiny import (
     EXACT_FAMILIES,

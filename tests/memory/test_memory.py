@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from r3mem_fast import Memory
-from r3mem_fast.memory import PLACEMENTS, MemoryLayout, Origin, appended, empty_states
+from r3mem_fast.memory.memory import PLACEMENTS, MemoryLayout, Origin, appended, empty_states
 
 ORIGIN = Origin("base", "adapter", "tokenizer")
 
@@ -290,7 +290,7 @@ def test_files_of_something_else(tmp_path):
     with pytest.raises(OSError):
         Memory.load(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("r3mem_fast.memory_file.FORMAT_VERSION", 99)
+        patch.setattr("r3mem_fast.memory.file.FORMAT_VERSION", 99)
         made().save(tmp_path / "newer")
     with pytest.raises(ValueError, match="of format 99; this version reads"):
         Memory.load(tmp_path / "newer")

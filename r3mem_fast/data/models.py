@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..devices import as_device, as_dtype
+from ..files import locked
+from ..integrations import attention  # noqa: F401  (registers attn_implementation="r3mem")
+from ..integrations.compat import gguf_options
+from ..manifest import EMBEDDED_ADAPTERS, is_adapter
 from . import hub
-from .devices import as_device, as_dtype
-from .files import locked
-from .integrations.compat import gguf_options
-from .manifest import EMBEDDED_ADAPTERS, is_adapter
-from .reversible import attention  # noqa: F401  (registers attn_implementation="r3mem")
 
 EMBEDDED_MODEL = "smollm2-135m"
 # A folder in adapters/, trained by the command in its README.

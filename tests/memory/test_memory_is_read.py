@@ -5,9 +5,9 @@ import inspect
 import pytest
 import torch
 
+from r3mem_fast import MemoryNotReadError
+from r3mem_fast.integrations import attention
 from r3mem_fast.integrations.compat import cache_name
-from r3mem_fast.reversible import attention
-from r3mem_fast.reversible.cache import MemoryNotReadError
 from tests.reversible.tiny import build
 from tests.test_model_memory import ids_of, made
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import r3mem_fast
 
-from . import hub
 from .config import R3MemConfig
+from .data import hub
+from .data.models import EMBEDDED_MODEL, load_model
 from .files import flush, locked
 from .fingerprints import fingerprint
 from .manifest import (
@@ -25,12 +26,11 @@ from .manifest import (
     MANIFEST,
     MEMORY_TOKENS,
     SAVED,
-    adapter_folder,
     finish_save,
+    folder_of_adapter,
     is_adapter,
     read_manifest,
 )
-from .models import EMBEDDED_MODEL, load_model
 
 
 def save(model, folder, *, adapter_dtype=None, **details):
@@ -84,7 +84,7 @@ def find(name, *, revision=None, token=None) -> Path:
 
     Raises OSError if there is none of this name.
     """
-    folder = adapter_folder(name)
+    folder = folder_of_adapter(name)
     if folder.exists() or hub.is_path(name) or MANIFEST not in hub.files_of(name, revision=revision, token=token):
         read_manifest(folder)  # which says what is wrong
         return folder

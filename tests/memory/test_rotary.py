@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from r3mem_fast import MomentumCoupling, make_reversible
+from r3mem_fast.memory.rotary import Rotation, is_rotary
 from r3mem_fast.reversible.convert import reversible_layers, text_config
-from r3mem_fast.reversible.rotary import Rotation, is_rotary
 from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no exact branch is known:UserWarning")

@@ -1,89 +1,16 @@
-"""Key-value caches: those that both evaluations of a branch see alike, and those with a memory before them."""
+"""`PrefixCache`: a key-value cache with a memory before its tokens."""
 
 import inspect
 
 import torch
 import transformers
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from . import attention
+from ..integrations import attention
+from ..reversible.past import MemoryNotReadError, PassCache
 from .rotary import Rotation
 
-# Exactly these: a subclass may keep its states quantised, or elsewhere.
-_SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer)
 
-
-class MemoryNotReadError(RuntimeError):
-    """Layers of a pass behind a memory did not all read it, or not all wrote theirs: its output means nothing."""
-
-
-class PastKeysValues:
-    """What one layer's attention sees of a cache: the keys and values before this forward pass, read only.
-
-    It stands in for the cache in both evaluations of a branch. `update` returns past and new states as the cache
-    would, and leaves the new ones in `new`, for the caller to write into the real cache once.
-    past: (), or (keys, values), each `[batch, kv_heads, tokens, head_dim]`.
-    """
-
-    def __init__(self, past):
-        self.past, self.new = past, ()
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.new = (key_states, value_states)
-        if not self.past:
-            return self.new
-        return tuple(torch.cat(pair, dim=-2) for pair in zip(self.past, self.new, strict=True))
-
-    def __getattr__(self, name):
-        raise AttributeError(
-            f"while gradients are on, a reversible layer's cache has no {name!r}; pass use_cache=False"
-        )
-
-
-def past_of(cache, layer_idx) -> tuple:
-    """Keys and values that `cache` holds for a layer: () or a pair, `[batch, kv_heads, tokens, head_dim]` each.
-
-    Raises TypeError for a cache whose states cannot simply be concatenated.
-    """
-    if isinstance(cache, PrefixCache):
-        return cache.past(layer_idx)
-    layers = getattr(cache, "layers", None)
-    if layers is None or any(type(layer) not in _SUPPORTED for layer in layers):
-        raise TypeError(
-            f"while gradients are on, a reversible model reads and writes a DynamicCache only, not a "
-            f"{type(cache).__name__}; pass use_cache=False, or run under torch.no_grad()"
-        )
-    if layer_idx >= len(layers) or layers[layer_idx].get_seq_length() == 0:
-        return ()
-    return layers[layer_idx].keys, layers[layer_idx].values
-
-
-def layer_index(layer):
-    """The index by which a layer's attention addresses its cache."""
-    for module in layer.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            return module.layer_idx
-    raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
-
-
-def memory_cache(kwargs):
-    """The `PrefixCache` among a layer's or decoder's arguments, None if there is none."""
-    return next((value for value in kwargs.values() if isinstance(value, PrefixCache)), None)
-
-
-def viewed(kwargs):
-    """A layer's arguments, with a `PrefixCache` among them as its attention is to see it."""
-    return {name: PrefixView(value) if isinstance(value, PrefixCache) else value for name, value in kwargs.items()}
-
-
-def append_to(cache, keys, values, layer_idx):
-    """Write a layer's new keys and values into a cache; returns all that it holds for the layer."""
-    if isinstance(cache, PrefixCache):
-        return cache.extend(keys, values, layer_idx)
-    return cache.update(keys, values, layer_idx)
-
-
-class PrefixCache(DynamicCache):
+class PrefixCache(PassCache):
     """A cache of a reversible model with keys and values that every layer reads before its own: a memory.
 
     The memory lies beside the cache: masks, windows and lengths are those of the tokens alone, and no window evicts
@@ -289,19 +216,6 @@ class PrefixCache(DynamicCache):
         if self._visible is not None:
             self._visible, self._prefix = change(self._visible, 0), change(self._prefix, 2)
             self._placed = {i: tuple(change(t, 0) for t in pair) for i, pair in self._placed.items()}
-
-
-class PrefixView:
-    """What a layer's attention is given in place of a `PrefixCache` while no gradient is wanted."""
-
-    def __init__(self, cache):
-        self._cache = cache
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        return self._cache.extend(key_states, value_states, layer_idx)
-
-    def __getattr__(self, name):
-        return getattr(self._cache, name)
 
 
 def _additive(visible, dtype):

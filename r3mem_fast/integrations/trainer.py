@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from . import fingerprints
+from .peft import own_parameters
 
 
 class TrainerInterface:
@@ -109,7 +109,7 @@ class Backbone:
 
 def _left_out(model):
     """Names that a checkpoint does not have: of frozen parameters of the base model, and all but one of tied ones."""
-    own = {id(parameter) for _, parameter in fingerprints.own_parameters(model.peft_model)}
+    own = {id(parameter) for _, parameter in own_parameters(model.peft_model)}
     names, seen = set(), set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (id(parameter) in own and not parameter.requires_grad) or id(parameter) in seen:

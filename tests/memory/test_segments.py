@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3mem_fast.memory import Memory, MemoryLayout, Origin
-from r3mem_fast.segments import IGNORED, advance, cut_segments
+from r3mem_fast.memory.memory import Memory, MemoryLayout, Origin
+from r3mem_fast.memory.segments import IGNORED, advance, cut_segments
 
 LAYOUTS = st.builds(
     lambda length, overlap: MemoryLayout(2, length, 3, False, "input", overlap), st.integers(1, 6), st.integers(0, 8)

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from . import memory_file
-from .files import replacing
+from ..files import replacing
+from . import file as memory_file
 
 PLACEMENTS = ("every_layer", "input")
 # Of the states, by placement: the dimension of the batch, and that of the memory tokens.

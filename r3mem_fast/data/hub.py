@@ -5,7 +5,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from .manifest import FILES, MANIFEST
+from ..manifest import FILES, MANIFEST
 
 _SECONDS = 10.0
 

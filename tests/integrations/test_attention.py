@@ -16,12 +16,12 @@ from transformers.masking_utils import (
 )
 
 from r3mem_fast import MomentumCoupling, load_model, make_reversible
+from r3mem_fast.integrations import attention
+from r3mem_fast.integrations.attention import SegmentMask, memory_attention_forward, segment_mask
 from r3mem_fast.kernels.attention import MAX_DECODED
-from r3mem_fast.reversible import attention
-from r3mem_fast.reversible.attention import SegmentMask, memory_attention_forward, segment_mask
-from r3mem_fast.reversible.cache import PrefixCache
+from r3mem_fast.memory.cache import PrefixCache
 from r3mem_fast.reversible.convert import text_config
-from tests.reversible.test_cache import FIRST, cache_with, prefix_of
+from tests.memory.test_cache import FIRST, cache_with, prefix_of
 from tests.reversible.tiny import (
     EXACT_FAMILIES,
     GENERIC_FAMILIES,

@@ -1,0 +1,1 @@
+"""What comes from outside: models and tokenizers, adapters on the hub, texts."""
