@@ -21,6 +21,7 @@ from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings, load_model
 from r3mem_fast.data.text import pages_of, read_text
 from r3mem_fast.hierarchy import LEVELS, InstructBuilder
 from r3mem_fast.reversible.convert import stack_of
+from r3mem_fast.reversible.stack import Mode
 from r3mem_fast.training.collate import collate_ids
 
 from .records import add_output_option, add_record
@@ -103,12 +104,8 @@ def _learned(options, text, seed, config=None, levels=LEVELS, instruct=False, pl
 @contextlib.contextmanager
 def _ordinary(model):
     """The same adapters in the ordinary network, its activations stored."""
-    stack = stack_of(model)
-    stack.bypassed = True
-    try:
+    with stack_of(model).in_mode(Mode.PLAIN):
         yield
-    finally:
-        stack.bypassed = False
 
 
 def _interval(differences):

@@ -23,6 +23,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import multiprocessing
 import os
@@ -34,12 +35,14 @@ import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import r3mem_fast.model
-from r3mem_fast import R3MemConfig, R3MemModel, load_model
+from r3mem_fast import R3MemConfig, R3MemModel, load_model, reading
 from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.devices import default_dtype
+from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.measure import StorageRecorder, peak_rss, reset_peak_rss
+from r3mem_fast.reversible import stack
 from r3mem_fast.reversible.convert import stack_of
+from r3mem_fast.reversible.stack import Mode
 
 from .records import add_output_option, add_record
 
@@ -179,18 +182,14 @@ def _now(ids):
 @contextlib.contextmanager
 def _checkpointed(model):
     """The ordinary network, each of its layers checkpointed, in one graph over all segments."""
-    stack, config = stack_of(model), model.r3mem_config
-    plain, own = stack._plain, r3mem_fast.model.checkpoint
-    stack._plain = lambda layer, hidden, kwargs: checkpoint(plain, layer, hidden, kwargs, use_reentrant=False)
-    r3mem_fast.model.checkpoint = lambda function, *arguments, use_reentrant: function(*arguments)
-    stack.bypassed = True
-    model.r3mem_config = type(config)(**{**config.to_dict(), "kept_segments": "device"})
-    try:
+    plain = stack.plain_output
+    with (
+        temporarily(stack, plain_output=lambda *call: checkpoint(plain, *call, use_reentrant=False)),
+        temporarily(reading, checkpoint=lambda function, *arguments, use_reentrant: function(*arguments)),
+        temporarily(model, r3mem_config=dataclasses.replace(model.r3mem_config, kept_segments="device")),
+        stack_of(model).in_mode(Mode.PLAIN),
+    ):
         yield
-    finally:
-        stack._plain, r3mem_fast.model.checkpoint = plain, own
-        stack.bypassed = False
-        model.r3mem_config = config
 
 
 if __name__ == "__main__":

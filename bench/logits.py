@@ -16,7 +16,6 @@ Settings: `base`, the base model without a memory; `bypassed`, behind the memory
 """
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
 import time
@@ -25,6 +24,7 @@ import torch
 
 from r3mem_fast import R3MemPipeline
 from r3mem_fast.data.text import read_text, token_windows
+from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.reversible.convert import stack_of
 
 from .records import add_output_option, add_record
@@ -108,19 +108,11 @@ def _difference(left, right):
 def _logits(setting, implementation, model, memory, ids, mask=None):
     base, stack = model.peft_model.get_base_model(), stack_of(model)
     base.set_attn_implementation(implementation)
-    before = stack.bypassed, stack.fraction_bits
     off = setting in ("base", "bypassed")
-    if off:
-        stack.bypassed = True
-    else:
-        stack.fraction_bits = int(setting)
-    try:
-        with model.disable_adapters() if off else contextlib.nullcontext():
-            if setting == "base":
-                return base(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return model(ids, attention_mask=mask, memory=memory).logits
-    finally:
-        stack.bypassed, stack.fraction_bits = before
+    with model.disable_adapters() if off else temporarily(stack, fraction_bits=int(setting)):
+        if setting == "base":
+            return base(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return model(ids, attention_mask=mask, memory=memory).logits
 
 
 if __name__ == "__main__":

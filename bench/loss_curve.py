@@ -19,6 +19,7 @@ from tqdm import tqdm
 from r3mem_fast import MomentumCoupling, load_model, make_reversible
 from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.reversible.convert import stack_of
+from r3mem_fast.reversible.stack import Mode
 
 from .records import add_output_option, write_records
 
@@ -31,7 +32,7 @@ class Run:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         self.model = make_reversible(model, MomentumCoupling(bits=bits)).train()
-        stack_of(model).stored = stored
+        stack_of(model).mode = Mode.STORED if stored else Mode.REVERSIBLE
         self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
     def step(self, window):

@@ -49,15 +49,15 @@ def check_rows_can_be_chosen(model):
 
 
 class _ChosenRows:
-    """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_rows` names."""
+    """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_tokens` names."""
 
     def __init__(self, link):
         self._link = link
 
     def __call__(self, module, args, output):
-        if self._link.adapted_rows is None:
+        if self._link.adapted_tokens is None:
             return output
-        count, tokens = self._link.adapted_rows
+        count, tokens = self._link.adapted_tokens
         keep = torch.arange(tokens, device=output.device) >= tokens - count
         # Some layers flatten batch and tokens.
         rows = output.view(-1, tokens, output.shape[-1])

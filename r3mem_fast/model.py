@@ -26,7 +26,7 @@ from .data import hub
 from .generation import LENGTHS, StreamerOfPrompts, generation_config_of, new_tokens, until
 from .integrations.compat import cache_argument, cache_name
 from .integrations.peft import own_parameters
-from .integrations.scoped import evaluating
+from .integrations.scoped import evaluating, requiring_gradients_as_before
 from .integrations.trainer import TrainerInterface
 from .lora import check_rows_can_be_chosen, let_adapters_choose_rows, target_pattern
 from .memory.cache import PrefixCache
@@ -36,6 +36,7 @@ from .memory.segments import IGNORED, advance, cut_segments
 from .reversible import make_reversible, reading_backward, restore
 from .reversible.convert import check_convertible, reversible_layers, text_config
 from .reversible.replay import replay
+from .reversible.stack import Mode
 
 
 @dataclasses.dataclass
@@ -220,7 +221,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         asked = contexts.mask.any(1, keepdim=True)
         if "compress" in terms:
             given = contexts if memory is None else nothing_before(contexts)
-            logits, targets = self._continuation_logits(given, queries, memory, adapted_rows=self._read_rows)
+            logits, targets = self._continuation_logits(given, queries, memory, adapted_tokens=self._read_rows)
             output.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, IGNORED))
         if "cycle" in terms:
             with self._backward():
@@ -236,7 +237,7 @@ class R3MemModel(TrainerInterface, nn.Module):
 
     def _is_one_pass(self, rows):
         """Whether rows without a memory are read as the base model reads them."""
-        if self.layout is None or self._stack.bypassed:
+        if self.layout is None or (self._stack.mode is Mode.PLAIN):
             return True
         return _most_of_ranks(self, int(rows.mask.sum(1).max())) <= self.layout.segment_length
 
@@ -438,8 +439,8 @@ class R3MemModel(TrainerInterface, nn.Module):
             written = self.memory_embeddings.to(embeddings.dtype).expand(len(rows), -1, -1)
             embeddings = torch.cat([embeddings, written], 1)
             mask = torch.cat([mask, mask.new_ones(len(rows), count)], 1)
-        adapted_rows = count if self.r3mem_config.adapter_rows == "memory" else None
-        cache = self._cache(keep=False, capture=count, adapted_rows=adapted_rows)
+        adapted_tokens = count if self.r3mem_config.adapter_rows == "memory" else None
+        cache = self._cache(keep=False, capture=count, adapted_tokens=adapted_tokens)
         hidden = self._decode_embeddings(embeddings, mask, self._read(cache, read))
         if segment.writes:
             written = hidden[:, -count:] if self.layout.placement == "input" else cache.captured()
@@ -469,7 +470,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         """What a memory carries as tokens, as rows padded on the left: `[B, longest]`."""
         return left_padded(list(map(torch.cat, zip(memory.recent, memory.unfinished, strict=True))), self.device)
 
-    def _continuation_logits(self, prompts, continuations, memory=None, adapted_rows=None):
+    def _continuation_logits(self, prompts, continuations, memory=None, adapted_tokens=None):
         """Logits that predict the continuations of prompts, `[B, N + 1, V]`, and their targets `[B, N + 1]`."""
         first, first_mask = self._prompt(prompts)
         second, second_mask, targets = continuations.right_padded(self.end_token_id)
@@ -480,7 +481,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         kept = second.shape[1]
         extra = {"logits_to_keep": kept} if self._slices_logits else {}
         if memory is not None:
-            cache = self._read(self._cache(keep=False, adapted_rows=adapted_rows), memory)
+            cache = self._read(self._cache(keep=False, adapted_tokens=adapted_tokens), memory)
             extra |= cache_argument(self._plain_model, cache)
         with contextlib.nullcontext() if memory is None else self._stack.must_read(cache):
             output = self.peft_model(
@@ -663,7 +664,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         return self._cache_of(memory)
 
     def _cache_of(self, memory):
-        return self._read(self._cache(adapted_rows=self._read_rows), memory)
+        return self._read(self._cache(adapted_tokens=self._read_rows), memory)
 
     def origin(self) -> Origin:
         """Fingerprints of base model and adapters, as the memories that it makes now carry them.
@@ -672,7 +673,7 @@ class R3MemModel(TrainerInterface, nn.Module):
         others. Raises RuntimeError while the model is being read backward, ValueError for adapters that
         `adapter_rows="memory"` cannot hold to their rows.
         """
-        return self._origin_with(fingerprints.adapters_are_off(self.peft_model) or self._stack.bypassed)
+        return self._origin_with(fingerprints.adapters_are_off(self.peft_model) or (self._stack.mode is Mode.PLAIN))
 
     def _origin_with(self, adapters_off):
         if self._is_reading_backward:
@@ -822,20 +823,16 @@ class R3MemModel(TrainerInterface, nn.Module):
     @contextlib.contextmanager
     def disable_adapters(self):
         """While this lasts the model is its base model, bit for bit: no adapters, no coupling, no quantisation."""
-        stack = self._stack
-        if stack.bypassed:
+        if self._stack.mode is Mode.PLAIN:
             yield
             return
         # PEFT lets the adapters learn again when it enables them, also those that did not before.
-        trainable = [(p, p.requires_grad) for p in self.peft_model.parameters()]
-        try:
-            with self.peft_model.disable_adapter():
-                stack.bypassed = True
-                yield
-        finally:
-            stack.bypassed = False
-            for parameter, wanted in trainable:
-                parameter.requires_grad_(wanted)
+        with (
+            requiring_gradients_as_before(self.peft_model),
+            self.peft_model.disable_adapter(),
+            self._stack.in_mode(Mode.PLAIN),
+        ):
+            yield
 
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model's settings and weights, computed when they change."""

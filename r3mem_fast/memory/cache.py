@@ -22,15 +22,15 @@ class PrefixCache(PassCache):
 
     config: of the model, with its layers in order. first_position: of the tokens; the memory lies right before it.
     keep: whether the tokens' own keys and values are kept, for decoding. capture: of the last so many tokens they are
-    kept without their positions, for `captured`. adapted_rows: of these many last tokens alone the adapters change
+    kept without their positions, for `captured`. adapted_tokens: of these many last tokens alone the adapters change
     anything; None: of all. decoder: whose layers' memory it is, if another one is to be refused.
     """
 
-    def __init__(self, config, *, first_position, keep=True, capture=0, adapted_rows=None, decoder=None):
+    def __init__(self, config, *, first_position, keep=True, capture=0, adapted_tokens=None, decoder=None):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
         self._decoder = decoder
-        self.adapted_rows = adapted_rows
+        self.adapted_tokens = adapted_tokens
         self._prefix, self._visible, self._placed = None, None, {}
         self._all_visible = True
         self._written, self._rotation, self._positions = {}, None, None

@@ -5,7 +5,7 @@ from .check import GradientReport, InverseReport, check_gradients, check_inverse
 from .convert import check_integrity, make_reversible, restore
 from .coupling import MomentumCoupling
 from .direction import reading_backward
-from .node import IntegrityError
+from .integrity import IntegrityError
 from .replay import replay
 
 __all__ = [

@@ -6,8 +6,10 @@ import math
 
 import torch
 
+from ..integrations.scoped import temporarily
 from .convert import stack_of
-from .stack import raise_for
+from .integrity import raise_for
+from .stack import Mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
     """
     stack = stack_of(model)
     recording = _Recording()
-    with _restored_random_state(), _attribute(stack, "recording", recording), torch.enable_grad():
+    with _restored_random_state(), temporarily(stack, recording=recording), torch.enable_grad():
         model(input_ids=input_ids, use_cache=False, **inputs)
         state = recording.state
         raise_for(state.flags, state.fraction_bits)
@@ -92,7 +94,7 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
             "dtype": str(state.dtype).removeprefix("torch."),
             "bits": list(stack.bits),
             "fraction_bits": state.fraction_bits,
-            "side_bytes": sum(step.kept.side.nbytes for step in state.steps),
+            "side_bytes": sum(passed.kept.side.nbytes for passed in state.passed),
             "stream_bytes": state.position.nbytes + sum(v.nbytes for v in state.velocities.values()),
             "checkpoint_bytes": state.level * state.position.numel() * state.dtype.itemsize,
         }
@@ -101,7 +103,7 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
             index = state.level - 1
             hidden = state.input_of(index)
             position_error = _largest(state.position.long() - recording.positions[index])
-            state.finish(index, state.steps[index].value_again(hidden), None, None)
+            state.finish(index, state.passed[index].step.value_again(hidden), None, None)
             velocity_error = max(
                 _largest(velocity.long() - recording.velocities[index].get(form, 0))
                 for form, velocity in state.velocities.items()
@@ -141,9 +143,9 @@ def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientRepor
             return loss.item(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
     loss, computed = gradients()
-    with _attribute(stack, "stored", True):
+    with stack.in_mode(Mode.STORED):
         loss_stored, expected = gradients()
-    stack.raise_pending()
+    stack.integrity.raise_pending(stack.fraction_bits)
     norms = [0.0 if g is None else g.double().norm().item() for g in expected]
     errors = {}
     for name, a, b, norm in zip(parameters, computed, expected, norms, strict=True):
@@ -175,16 +177,6 @@ class _Recording:
     def append(self, state):
         self.positions.append(state.position.clone())
         self.velocities.append({form: velocity.clone() for form, velocity in state.velocities.items()})
-
-
-@contextlib.contextmanager
-def _attribute(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextlib.contextmanager

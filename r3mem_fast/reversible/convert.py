@@ -99,7 +99,8 @@ def check_integrity(model):
 
     Call it each step where the step synchronises anyway (where the loss is logged, say).
     """
-    stack_of(model).raise_pending()
+    stack = stack_of(model)
+    stack.integrity.raise_pending(stack.fraction_bits)
 
 
 def find_decoder_layers(model):
@@ -179,14 +180,14 @@ def _turn_off_checkpointing(stack, decoder):
 class LayerLink:
     """A reversible layer's place: its stack, its index, and the decoder whose loop calls it.
 
-    returns_tuple: that loop expects `(hidden,)` of a layer. adapted_rows: while its branch is evaluated,
+    returns_tuple: that loop expects `(hidden,)` of a layer. adapted_tokens: while its branch is evaluated,
     `(n, tokens)` if of these tokens the adapters change the last n alone; None: all.
     """
 
     def __init__(self, stack, index, decoder):
         self.stack, self.index, self.decoder = stack, index, decoder
         self.returns_tuple = False
-        self.adapted_rows = None
+        self.adapted_tokens = None
 
 
 @functools.cache

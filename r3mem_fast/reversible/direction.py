@@ -5,6 +5,7 @@ import math
 
 from r3mem_fast.kernels.coupling import SIDE_BITS
 
+from ..integrations.scoped import in_order, temporarily
 from .convert import reversible_layers, text_config
 
 FORMS = ("reversed", "inverse")
@@ -61,13 +62,10 @@ def reading_backward(model, core="all", *, form="reversed", backward_momentum=0.
     route = stack.route_through(order, inverse, momentum_bits(backward_momentum))
     decoder = layers[0].reversible.decoder
     holder = next(child for child in decoder.children() if layers[0] in set(child.children()))
-    with contextlib.ExitStack() as restoring:
-        restoring.callback(setattr, stack, "route", stack.route)
-        stack.route = route
-        restoring.callback(holder._modules.update, dict(holder._modules))
-        holder._modules.update(zip(list(holder._modules), [layers[index] for index in order], strict=True))
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(temporarily(stack, route=route))
+        changes.enter_context(in_order(holder, [layers[index] for index in order]))
         config = text_config(decoder.config)
         if types := getattr(config, "layer_types", None):  # by which the model's loop picks masks
-            restoring.callback(setattr, config, "layer_types", types)
-            config.layer_types = [types[index] for index in order]
+            changes.enter_context(temporarily(config, layer_types=[types[index] for index in order]))
         yield

@@ -19,12 +19,12 @@ class PassCache(DynamicCache):
 
     Attributes:
         prefix_length: Tokens that every layer reads before the cache's own.
-        adapted_rows: Number of trailing tokens of a pass that adapters act on; None means all.
+        adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
         passes: Passes that have ended as they should.
     """
 
     prefix_length: int
-    adapted_rows: int | None
+    adapted_tokens: int | None
     passes: int
 
     def begin_pass(self, decoder, layers, order, args, kwargs) -> dict:

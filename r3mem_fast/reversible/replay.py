@@ -7,17 +7,17 @@ last to first, runs each once more, and hands the gradient of its state to the o
 
 import contextlib
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from r3mem_fast.kernels import coupling
 
+from ..integrations import fsdp
+from ..integrations.scoped import hooks_paused
 from .convert import stack_of
-from .node import hooks_paused, poisoned, refuse_outside_tensors
+from .integrity import poisoned
+from .step import refuse_outside_tensors
 from .surroundings import Surroundings
 
 
@@ -76,10 +76,10 @@ class _Run:
         self.stack, self.step, self.segments, self.bptt_segments = stack_of(model), step, segments, bptt_segments
         self.known = list(dict.fromkeys([*(p for p in model.parameters() if p.requires_grad), *others]))
         # Of a sharded model each layer delivers its gradients itself, to the parameters that it gathers when it runs.
-        sharded = [m for m in model.modules() if isinstance(m, FSDPModule)] if dist.is_initialized() else []
+        sharded = fsdp.units_of(model)
         self.sharded = bool(sharded)
         # Those that run in the segments, and not around them.
-        self._units = [module for module in sharded if module is not model]
+        self._units = [unit for unit in sharded if unit is not model]
         self.inputs = [torch.zeros((), requires_grad=True)] if self.sharded else self.known
         self._device = next(model.parameters()).device
         self._versions = [
@@ -128,10 +128,10 @@ class _Run:
             )
         flags = coupling.new_flags(self._device)
         totals = [None] * len(self.known)
-        with self._units_resharded():
+        with fsdp.freed_after_forward(self._units):
             grad_state = self._all_backward(grad_outputs, grad_state, totals, flags)
-        if flags.device.type != "cpu" or self.stack.integrity == "nan":
-            self.stack.report(SimpleNamespace(flags=flags))
+        if flags.device.type != "cpu" or self.stack.integrity.policy == "nan":
+            self.stack.integrity.report(flags, self.stack.fraction_bits)
             grad_state = [poisoned(gradient, flags) for gradient in grad_state]
             totals = [poisoned(gradient, flags) for gradient in totals]
         return grad_state, totals
@@ -166,16 +166,6 @@ class _Run:
             del tensors, pairs, given, wanted, found, of
         return grad_state
 
-    @contextlib.contextmanager
-    def _units_resharded(self):
-        """While this lasts, FSDP2 frees what it gathered once a unit has run, as it does outside a backward pass."""
-        hooks = [unit.register_forward_hook(lambda unit, args, output: unit.reshard()) for unit in self._units]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _given(self, index):
         """The state before a segment as leaves, of which those require a gradient that one is passed on from."""
         cut = index > 0 and self.bptt_segments is not None and index % self.bptt_segments == 0
@@ -196,11 +186,7 @@ class _Run:
                     "segment cannot be run again as it was. Run backward before the optimizer step (or whatever "
                     "changed it)."
                 )
-        for unit in self._units:
-            # A unit that was run backward before, in this backward pass, is taken for one that is recomputed by
-            # activation checkpointing: its gradients would not be reduced, and it would stay gathered.
-            state = unit._get_fsdp_state()
-            state._training_state = type(state._training_state).IDLE
+        fsdp.forget_backward(self._units)
         with self._surroundings[index].restored(), torch.enable_grad():
             output, state = self.step(self.segments[index], tree_unflatten(given, self.structure))
         tensors = [*tree_flatten(output)[0], *tree_flatten(state)[0]]
@@ -211,7 +197,8 @@ class _Run:
             for t, digest in zip(tensors, self._digests[index], strict=True)
         ]
         flags[2] |= (~torch.stack(same).all()).to(flags.dtype)
-        self.stack.report_if_known(SimpleNamespace(flags=flags), f"segment {index}, run again: ")
+        where = f"segment {index}, run again: "
+        self.stack.integrity.report_if_known(flags, self.stack.fraction_bits, where)
         return tensors
 
     def _gradients(self, pairs, wanted, flags):

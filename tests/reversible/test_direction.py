@@ -10,6 +10,7 @@ from r3mem_fast import IntegrityError, MomentumCoupling, check_gradients, check_
 from r3mem_fast.kernels import coupling
 from r3mem_fast.reversible.convert import stack_of
 from r3mem_fast.reversible.direction import core_of, momentum_bits, reading_backward
+from r3mem_fast.reversible.stack import Mode
 
 from .tiny import EXACT_FAMILIES, GENERIC_FAMILIES, assert_gradients_as_stored, build, token_ids
 
@@ -117,7 +118,7 @@ def test_gradients_flow_between_both_directions():
         return torch.autograd.grad(loss, list(model.parameters()))
 
     computed = gradients()
-    stack_of(model).stored = True
+    stack_of(model).mode = Mode.STORED
     assert all(torch.equal(a, b) for a, b in zip(computed, gradients(), strict=True))
 
 

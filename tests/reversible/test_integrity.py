@@ -181,10 +181,10 @@ def test_pending_flags_stay_in_one_place():
     with torch.inference_mode():  # an inference tensor could not be updated later
         model(token_ids())
     train_step(model, token_ids())
-    pending = stack_of(model)._pending[torch.device("cpu")]
+    pending = stack_of(model).integrity._pending[torch.device("cpu")]
     check_integrity(model)
     train_step(model, token_ids())
-    assert stack_of(model)._pending[torch.device("cpu")] is pending
+    assert stack_of(model).integrity._pending[torch.device("cpu")] is pending
     pending[0] = 1  # as a replay would
     with pytest.raises(IntegrityError, match="NaN or an infinity"):
         check_integrity(model)

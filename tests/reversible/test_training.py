@@ -140,7 +140,7 @@ def test_without_gradients_the_same_network_runs(mode, dtype):
     trained = model(token_ids()).logits.detach()
     with mode():
         assert torch.equal(model(token_ids()).logits, trained)
-    assert stack_of(model)._passing._state is None
+    assert stack_of(model)._relay._streams is None
 
 
 def test_frozen_model_with_gradients_on_is_inference():
@@ -382,7 +382,7 @@ def test_nothing_is_kept_after_the_backward_pass():
     loss = model(input_ids=token_ids(), labels=token_ids()).loss
     loss.backward()
     assert states[0]().position is None
-    assert states[0]().steps == [None] * 4
+    assert states[0]().passed == [None] * 4
     output = model(token_ids())
     del output
     gc.collect()

@@ -10,7 +10,15 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.autograd import forward_ad
 from transformers import DynamicCache
 
-from r3mem_fast import IntegrityError, MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
+from r3mem_fast import (
+    IntegrityError,
+    MomentumCoupling,
+    check_gradients,
+    check_integrity,
+    check_inverse,
+    make_reversible,
+    restore,
+)
 from r3mem_fast.reversible.convert import stack_of
 from tests.reversible.tiny import (
     assert_gradients_as_stored,
@@ -74,7 +82,7 @@ def test_a_mismatch_poisons_every_layer_from_there_on():
     for layer in range(3):
         assert found[f"model.layers.{layer}.mlp.up_proj.weight"].isnan().all()
     with pytest.raises(IntegrityError):
-        stack_of(model).raise_pending()
+        check_integrity(model)
 
 
 def test_a_hidden_state_detached_between_layers():
@@ -159,7 +167,7 @@ def test_fewer_layers_than_were_converted():
     model.config.num_hidden_layers = 2
     with torch.no_grad():
         model(token_ids())
-        assert stack_of(model)._passing._state is None
+        assert stack_of(model)._relay._streams is None
         model.model.layers[0].mlp.down_proj.weight.data[3] = math.nan
         with pytest.raises(IntegrityError, match="NaN"):
             model(token_ids())

@@ -6,6 +6,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from r3mem_fast.reversible.convert import stack_of
+from r3mem_fast.reversible.stack import Mode
 
 _SMALL = {
     "vocab_size": 96,
@@ -102,12 +103,8 @@ def train_step(model, ids, **inputs):
 @contextlib.contextmanager
 def stored_activations(model):
     """The same reversible network, with activations stored by autograd: what every gradient is compared with."""
-    stack = stack_of(model)
-    stack.stored = True
-    try:
+    with stack_of(model).in_mode(Mode.STORED):
         yield
-    finally:
-        stack.stored = False
 
 
 def assert_gradients_as_stored(model, ids, tolerance=0.0, **inputs):

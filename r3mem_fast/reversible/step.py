@@ -1,0 +1,204 @@
+"""A layer's branch in one pass: evaluated a first time, and again in the backward pass, on the same arguments."""
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..integrations import fsdp
+from ..integrations.compat import cache_name
+from .past import PastKeysValues, append_to, layer_index, past_of
+from .surroundings import Surroundings
+
+
+class Step:
+    """One layer of one forward pass: what its branch is called with, so that it can be called again.
+
+    Args:
+        layer: The decoder layer.
+        branch: Its branch function, `(layer, hidden, kwargs) -> tensor`.
+        kwargs: What the model's loop gives the layer beside the hidden state.
+        device: Where it runs.
+        evaluated_once: Whether nothing goes back through this pass.
+
+    Raises:
+        ValueError: A module inside the layer was sharded by `fully_shard`.
+        TypeError: The cache is of a kind that both evaluations could not see alike.
+    """
+
+    def __init__(
+        self, layer: nn.Module, branch: Callable, kwargs: dict, device: torch.device, *, evaluated_once: bool = False
+    ):
+        if fsdp.is_sharded_inside(layer):
+            # Their hooks would see the inner backward pass, not the outer: each process would keep its own gradients.
+            raise ValueError(
+                f"fully_shard was called on a module inside a {type(layer).__name__}; shard reversible layers whole"
+            )
+        self.layer, self._branch = layer, branch
+        self._surroundings = Surroundings(device)
+        self._cache_name = cache_name(kwargs)
+        self._cache, self._past = None, ()
+        if self._cache_name is not None:
+            kwargs = dict(kwargs)
+            self._cache = kwargs.pop(self._cache_name)
+            self._cache_index = layer_index(layer)
+            self._past = past_of(self._cache, self._cache_index)
+        self._leaves, self._structure = tree_flatten(kwargs)
+        self._evaluated_once = evaluated_once
+        if evaluated_once:
+            return
+        # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
+        self._parameters, self._modes, self._hooks = _watched_parts(layer)
+        self._trainable = [p for p in self._parameters if p.requires_grad]
+        self._watched = [
+            (tensor, tensor._version)
+            for tensor in [*self._arguments(), *self._parameters]
+            if not tensor.is_inference()
+        ]
+
+    def _arguments(self):
+        return [leaf for leaf in [*self._leaves, *self._past] if isinstance(leaf, torch.Tensor)]
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Tensors beside the hidden state that want a gradient: arguments, then parameters (after any unshard)."""
+        return [*(tensor for tensor in self._arguments() if tensor.requires_grad), *self._trainable]
+
+    def evaluate(self, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """Evaluate the branch for the first time: its value, and new keys and values, both without a graph."""
+        # With gradients on, as in the second evaluation: attention libraries choose their kernels by that. What
+        # autograd would save is let go at once, so that the layer's activations do not pile up.
+        leaf = hidden.detach().requires_grad_()
+        leaf.register_hook(_refuse_capture)
+        with self._surroundings.recorded(), torch.enable_grad(), _nothing_saved():
+            branch, new_states = self._call(leaf, self._leaves, self._past)
+        if not self._evaluated_once:
+            refuse_outside_tensors(f"a {type(self.layer).__name__}", (branch, *new_states), [leaf, *self.inputs()])
+        return branch.detach(), tuple(state.detach() for state in new_states)
+
+    def evaluate_again(self, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple, list[torch.Tensor]]:
+        """Evaluate the branch a second time, with a graph.
+
+        Args:
+            hidden: The reconstructed input, a leaf.
+
+        Returns:
+            The branch's value, new keys and values, and the leaves that gradients go to, in the order of
+            `[hidden, *inputs()]`.
+
+        Raises:
+            RuntimeError: A parameter, an argument or a setting of the layer was changed since the first evaluation.
+        """
+        self._check_unmodified()
+        substitutes = []
+
+        def leaf_of(argument):
+            if not (isinstance(argument, torch.Tensor) and argument.requires_grad):
+                return argument
+            substitutes.append(argument.detach().requires_grad_())
+            return substitutes[-1]
+
+        arguments = [leaf_of(argument) for argument in self._leaves]
+        past = tuple(leaf_of(tensor) for tensor in self._past)
+        with self._surroundings.restored(), torch.enable_grad():
+            branch, new_states = self._call(hidden.requires_grad_(), arguments, past)
+        return branch, new_states, [hidden, *substitutes, *self._trainable]
+
+    def value_again(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Evaluate the branch a second time for its value alone, outside the layer's own backward pass."""
+        with fsdp.gathered(self.layer):
+            branch, _, _ = self.evaluate_again(hidden)
+        return branch.detach()
+
+    def write_cache(self, new_states):
+        """Append the new keys and values, outputs of this layer's node, to the cache that the caller passed."""
+        if new_states:
+            append_to(self._cache, *new_states, self._cache_index)
+
+    def _call(self, hidden, leaves, past):
+        kwargs = tree_unflatten(leaves, self._structure)
+        if self._cache is None:
+            return self._branch(self.layer, hidden, kwargs), ()
+        view = PastKeysValues(past)
+        branch = self._branch(self.layer, hidden, {**kwargs, self._cache_name: view})
+        return branch, view.new
+
+    def _check_unmodified(self):
+        parameters, modes, hooks = _watched_parts(self.layer)
+        if not _same_objects(self._parameters, parameters):
+            raise RuntimeError(
+                f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass. With "
+                "functional_call, run backward inside of it too. FullyShardedDataParallel does this with "
+                "use_orig_params=True: use fully_shard (FSDP2: fsdp_version=2 in accelerate), or "
+                "use_orig_params=False."
+            )
+        if modes != self._modes or not self._hooks <= hooks:
+            raise RuntimeError(
+                f"a {type(self.layer).__name__} is not set as it was in the forward pass: train() or eval(), the "
+                "active adapters, requires_grad or a hook changed. Run backward before changing it."
+            )
+        for tensor, version in self._watched:
+            if tensor._version != version:
+                names = [name for name, p in self.layer.named_parameters() if p is tensor]
+                what = f"parameter {names[0]!r}" if names else "an argument (mask, positions or cache)"
+                raise RuntimeError(
+                    f"{what} of a {type(self.layer).__name__} was modified in place between the forward and the "
+                    "backward pass; the layer's input cannot be reconstructed. Run backward before the optimizer "
+                    "step (or whatever changed it)."
+                )
+
+
+def _same_objects(left, right):
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def _watched_parts(layer):
+    """What a layer's second evaluation depends on: its parameters, modes and hooks, in one walk of its modules.
+
+    Hooks that came after the first evaluation are no matter (transformers adds some to capture outputs), nor are those
+    of the layer itself, which run around the branch.
+    """
+    # Walking takes a good part of the time that a small layer takes; `parameters()` would walk again.
+    modules = list(layer.modules())
+    parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+    modes = [(m.training, tuple(m.active_adapters) if "lora_A" in m._modules else None) for m in modules]
+    trainable = [p.requires_grad for p in parameters]
+    inside = (m for m in modules if m is not layer)
+    hooks = {(id(m), key) for m in inside for own in (m._forward_hooks, m._forward_pre_hooks) for key in own}
+    return parameters, (modes, trainable), hooks
+
+
+def refuse_outside_tensors(where, outputs, known):
+    """Raise ValueError if a tensor that wants a gradient entered a layer or a segment by no argument and no parameter.
+
+    outputs: of the first evaluation. known: the tensors that gradients are delivered to.
+    """
+    leaves = {id(tensor) for tensor in known}
+    # Behind an argument that is no leaf lies somebody else's graph.
+    seen = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in leaves:
+            raise ValueError(
+                f"a tensor {list(leaf.shape)} that requires a gradient enters {where} from outside (by a hook, say) "
+                "and would get none. Register it as a parameter, or pass it as an argument."
+            )
+        waiting += [function for function, _ in node.next_functions if function is not None]
+
+
+def _nothing_saved():
+    return saved_tensors_hooks(lambda tensor: None, _refuse_capture)
+
+
+def _refuse_capture(_):
+    raise RuntimeError(
+        "a tensor captured inside a reversible layer (by a hook, say) has a part in the loss, and carries no gradient "
+        "there. Use output_hidden_states, compute that loss inside the layer, or call restore(model)."
+    )
