@@ -1,14 +1,35 @@
 """Rows of token ids as batches: padding on either side, and joining."""
 
+from collections.abc import Sequence
+
 import torch
 
+from .memory.memory import Memory
 from .memory.segments import IGNORED
 
 
 class Rows:
-    """Token rows with a mask, padded on either side."""
+    """A batch of token rows, padded on either side.
 
-    def __init__(self, ids, mask, labels, may_be_empty=False):
+    Args:
+        ids: int64 `[B, T]`.
+        mask: `[B, T]`, 0 for padding; None: nothing is padding.
+        labels: int64 `[B, T]`; None: the ids.
+        may_be_empty: Whether there may be no column at all.
+
+    Raises:
+        TypeError: The ids are no tensor.
+        ValueError: A shape or a dtype is another.
+    """
+
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        may_be_empty: bool = False,
+    ):
         if not isinstance(ids, torch.Tensor):
             raise TypeError(f"token ids must be a tensor, got {type(ids).__name__}")
         if ids.dim() != 2 or ids.dtype != torch.int64 or not (ids.numel() or may_be_empty):
@@ -22,13 +43,13 @@ class Rows:
         self.mask = torch.ones_like(ids) if mask is None else (mask != 0).to(torch.int64)
         self.labels = ids if labels is None else labels
 
-    def lists(self, values=None):
+    def lists(self, values: torch.Tensor | None = None) -> list[torch.Tensor]:
         """The tokens of each row, or what stands in their places in `values`, without padding, on the CPU."""
         values, mask = (self.ids if values is None else values).cpu(), self.mask.cpu().bool()
         return [row[keep] for row, keep in zip(values, mask, strict=True)]
 
-    def joined(self, rows):
-        """These and, after them, others: whose labels count, where they are no padding, while these' do not."""
+    def joined(self, rows: "Rows") -> "Rows":
+        """These rows with others behind them. Only the others' labels count."""
         labels = rows.labels.masked_fill(rows.mask == 0, IGNORED)
         return Rows(
             torch.cat([self.ids, rows.ids], 1),
@@ -36,16 +57,17 @@ class Rows:
             torch.cat([torch.full_like(self.ids, IGNORED), labels], 1),
         )
 
-    def left_padded(self):
+    def left_padded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, with all padding on the left."""
         return self.left_padded_with_labels()[:2]
 
-    def left_padded_with_labels(self):
-        """Ids, mask and labels, and the order that they were brought into: `[B, N]` each."""
+    def left_padded_with_labels(self) -> tuple[torch.Tensor, ...]:
+        """Ids, mask and labels with all padding on the left, and the order that this is: `[B, T]` each."""
         order = self.mask.argsort(dim=1, stable=True)
         return (*(tensor.gather(1, order) for tensor in (self.ids, self.mask, self.labels)), order)
 
-    def right_padded(self, end):
-        """`ids end`, its mask, and as targets the labels and the end: `[B, N + 1]` each."""
+    def right_padded(self, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows with an end behind them: ids, mask, and as targets the labels and the end, `[B, T + 1]` each."""
         order = (1 - self.mask).argsort(dim=1, stable=True)
         lengths = self.mask.sum(1, keepdim=True)
         room = torch.zeros_like(lengths)
@@ -55,24 +77,45 @@ class Rows:
         return ids.scatter(1, lengths, end), mask.scatter(1, lengths, 1), labels.scatter(1, lengths, end)
 
 
-def left_padded(pieces, device):
+def left_padded(pieces: Sequence[torch.Tensor], device: torch.device) -> Rows:
+    """Rows of token ids, int64 `[n]` each, as a batch; some or all may be empty."""
     longest = max(map(len, pieces))
     ids, mask = torch.zeros(2, len(pieces), longest, dtype=torch.int64)
     for index, piece in enumerate(pieces):
         if len(piece):
             ids[index, -len(piece) :], mask[index, -len(piece) :] = piece, 1
-    return Rows(ids.to(device), mask.to(device), None, may_be_empty=True)
+    return Rows(ids.to(device), mask.to(device), may_be_empty=True)
 
 
-def nothing(rows, device):
+def nothing(rows: int, device: torch.device) -> Rows:
     """So many rows without a token."""
     ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-    return Rows(ids, ids, None)
+    return Rows(ids, ids)
 
 
-def nothing_before(rows):
+def nothing_before(rows: Rows) -> Rows:
+    """As many rows as these, without a token."""
     return nothing(len(rows.ids), rows.ids.device)
 
 
-def positions_of_mask(mask):
-    return (mask.cumsum(1) - 1).clamp_min(0)
+def unfinished_of(memory: Memory, device: torch.device) -> Rows:
+    """What a memory carries as tokens: those that are read again, and those of a segment that is not full."""
+    return left_padded(list(map(torch.cat, zip(memory.recent, memory.unfinished, strict=True))), device)
+
+
+def prompt_of(rows: Rows, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`start row start`, padded on the left: ids and mask, int64 `[B, T + 2]`.
+
+    Args:
+        rows: What is asked, a row each.
+        start: The start token.
+    """
+    ids, mask = rows.left_padded()
+    before = torch.full_like(ids[:, :1], start)
+    # Both delimiters stand next to the row's own tokens.
+    ids = torch.cat([before, ids, before], 1)
+    mask = torch.cat([mask[:, :1] * 0, mask, torch.ones_like(mask[:, :1])], 1)
+    place = mask.argmax(1, keepdim=True) - 1
+    ids.scatter_(1, place, start)
+    mask.scatter_(1, place, 1)
+    return ids, mask

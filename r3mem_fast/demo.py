@@ -1,10 +1,13 @@
-"""`r3mem demo`: a real model made reversible, proved exact, fine-tuned; what it kept, as table and picture."""
+"""`r3mem demo`: makes a real model reversible, proves it exact, fine-tunes it, and shows what it kept in memory."""
 
 import itertools
+import os
 import statistics
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,22 +23,50 @@ from .reversible import MomentumCoupling, check_gradients, check_inverse, make_r
 from .reversible.convert import find_decoder_layers, text_config
 from .training.remember import RememberSettings
 
+# Ways of training that are compared.
 ARMS = ("plain", "checkpointing", "reversible")
 _TIMING_ROUNDS = 3
+# Numbers of windows: held out from fine-tuning, and read behind memories.
 _HELD_OUT = 4
 _MEMORY_WINDOWS = 12
 
 
-def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fraction_bits, device, output):
-    """The whole demonstration, printed as it goes. Writes a PNG to `output`.
+def run_demo(
+    *,
+    model_name: str,
+    text: str | os.PathLike[str] | None,
+    tokens: int,
+    steps: int,
+    remember_steps: int,
+    dtype: str,
+    bits: int,
+    fraction_bits: int | str,
+    device: torch.device | str,
+    output: str | os.PathLike[str],
+) -> None:
+    """Run the whole demonstration, printing its results as they come, and draw a picture.
 
-    Raises OSError or ValueError if the model, the text or the output's folder is not there.
+    Args:
+        model_name: "smollm2-135m", a folder or a hub id.
+        text: Path of a UTF-8 text file to train on; None: the topics of Python's help.
+        tokens: Tokens of a training window.
+        steps: Steps of fine-tuning.
+        remember_steps: The most steps of remembering a page.
+        dtype: Name of the weights' dtype.
+        bits: Side bits of the reversible network.
+        fraction_bits: Fraction bits of its streams, or "auto".
+        device: Where everything runs.
+        output: Path of the picture, a PNG file.
+
+    Raises:
+        OSError: The model, the text or a package is missing, or the picture's folder cannot be written to.
+        ValueError: The picture's folder is missing, or the text is too short.
     """
     output = Path(output)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {output.parent} to write the picture to")
     check_writable(output.absolute().parent)
-    # Whatever is missing is told now and all at once, not after minutes of training.
+    # Tell all that is missing now, not after minutes of training.
     missing = missing_packages("matplotlib")
     if model_name != EMBEDDED_MODEL:
         missing = {name: command for name, command in missing.items() if name == "matplotlib"}
@@ -43,19 +74,19 @@ def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fr
         raise OSError(f"the demo needs {', '.join(missing)}: run `{' && '.join(missing.values())}`")
     text = read_text(text)
 
-    model, tokenizer = load_model(model_name, dtype=getattr(torch, dtype))
-    positions = getattr(text_config(model.config), "max_position_embeddings", None) or 1024
+    base, tokenizer = load_model(model_name, dtype=getattr(torch, dtype))
+    positions = getattr(text_config(base.config), "max_position_embeddings", None) or 1024
     page = next(iter(pages_of(text, tokenizer, 1, tokens=min(200, positions // 2)).values()))
-    model.to(device)
+    base.to(device)  # type: ignore[arg-type]  # transformers declares `to` without its `self`
     windows = token_windows(tokenizer, text, tokens=tokens).to(device)
     if len(windows) < _HELD_OUT + 1:
         raise ValueError(f"the text has {len(windows)} windows of {tokens} tokens; {_HELD_OUT + 1} are needed")
-    # From all over the text, so that training and held-out windows are alike.
+    # Draw both from all over the text, so that training and held-out windows are alike.
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     held_out, training = windows[order[:_HELD_OUT]], windows[order[_HELD_OUT:]]
 
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     coupling = MomentumCoupling(bits=bits, fraction_bits=fraction_bits)
     batch = training[:1]
     loss_plain = _loss(model, held_out)
@@ -94,25 +125,25 @@ def run_demo(*, model_name, text, tokens, steps, remember_steps, dtype, bits, fr
         print(f"\nThe memory adapter that comes with this package is for {EMBEDDED_MODEL}: not shown.")
 
 
-def _remember_a_page(model_name, page, max_steps, device):
-    """Fine-tune a page into a new adapter and recall it, level by level, reading backward from the queries."""
+def _remember_a_page(model_name: str, page: str, max_steps: int, device: torch.device | str) -> None:
+    """Fine-tune a page into a new adapter, and recall a context of each level, reading backward from its query."""
     print(f"\nRemembering a page, until every context comes back exactly ({model_name}) ...", flush=True)
     pipeline = R3MemPipeline(model_name, device=device)
     report = pipeline.remember(page, settings=RememberSettings(max_steps=max_steps))
     print(report)
     for pair in {pair.level: pair for pair in report.pairs}.values():
-        recalled = pipeline.recall(pair.query)
+        recalled = str(pipeline.recall(pair.query))  # one string, as the query is one
         verdict = "exact" if recalled == pair.context else "NOT exact"
         print(f"  {pair.level}: {pair.query!r}\n    -> {verdict}: {textwrap.shorten(recalled, 100)!r}")
 
 
-def _read_behind_memories(adapter, text, device, count=_MEMORY_WINDOWS):
-    """What memories of an adapter that was trained for them are worth on a text, in nats a token."""
+def _read_behind_memories(adapter: str, text: str, device: torch.device | str, count: int = _MEMORY_WINDOWS) -> None:
+    """Print what memories of an adapter that was trained for them are worth on a text, in nats a token."""
     pipeline = R3MemPipeline(adapter, device=device)
     model, layout = pipeline.model, pipeline.model.layout
     length, overlap, slots = layout.segment_length, layout.segment_overlap, layout.num_memory_tokens
     windows = token_windows(pipeline.tokenizer, text, tokens=2 * length, count=count).to(device)
-    losses = {name: [] for name in ("tail", "memory", "full")}
+    losses: dict[str, list[float]] = {name: [] for name in ("tail", "memory", "full")}
     with torch.no_grad():
         for window in windows.split(1):
             before, segment = window[:, :length], window[:, length:]
@@ -133,15 +164,15 @@ def _read_behind_memories(adapter, text, device, count=_MEMORY_WINDOWS):
         print(f"  {what:44} {statistics.fmean(losses[name]):.4f} nats a token")
 
 
-def _loss(model, windows):
-    """Mean next-token cross-entropy, in nats."""
+def _loss(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """Return the mean next-token cross-entropy, in nats."""
     model.eval()
     with torch.no_grad():
         return statistics.fmean(model(input_ids=w[None], labels=w[None]).loss.item() for w in windows)
 
 
-def _measure(model, coupling, batch):
-    """For each arm: bytes that the decoder layers keep, accumulated over depth, and seconds of each step."""
+def _measure(model: Any, coupling: MomentumCoupling, batch: torch.Tensor) -> dict[str, dict[str, list]]:
+    """Measure each arm: bytes that the decoder layers keep, accumulated over depth, and seconds of each step."""
     enable = {
         "plain": lambda: None,
         "checkpointing": lambda: _checkpointing(model, True),
@@ -154,12 +185,12 @@ def _measure(model, coupling, batch):
     }
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    measured = {arm: {"seconds": []} for arm in ARMS}
+    measured: dict[str, dict[str, list]] = {arm: {"seconds": []} for arm in ARMS}
 
-    def forward():
+    def forward() -> torch.Tensor:
         return model(input_ids=batch, labels=batch, use_cache=False).loss
 
-    # Round 0 warms up, and measures memory. The arms take turns, so that a drift of the machine favours none.
+    # Round 0 warms up, and measures memory. The arms take turns, so that a drift of the machine's speed favours none.
     for round_index in range(_TIMING_ROUNDS + 1):
         for arm in ARMS:
             enable[arm]()
@@ -174,26 +205,27 @@ def _measure(model, coupling, batch):
     return measured
 
 
-def _bytes_by_layer(model, forward):
-    """Bytes kept after the forward pass that came into being up to the exit of each decoder layer.
+def _bytes_by_layer(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> list[int]:
+    """Count, for each decoder layer, the bytes created up to its exit and alive after the forward pass.
 
-    Without the last layer's output, which the head needs in every arm.
+    The last layer's output does not count: the head needs it in every arm.
     """
     layers = find_decoder_layers(model)[1]
     recorder = StorageRecorder(phase=0)
+    phases = itertools.count(1)
 
     def leave(module, args, output):
-        recorder.begin(recorder.phase + 1)
+        recorder.begin(next(phases))
         if module is layers[-1]:
             recorder.relabel(output, len(layers))
 
     handles = [layer.register_forward_hook(leave) for layer in layers]
     try:
         with recorder:
-            loss = forward()  # carries the graph: alive until the storages are counted
+            loss = forward()  # carries the graph, so keep it until the storages are counted
         kept = [0] * len(layers)
         for storage in recorder.live():
-            if storage.phase < len(layers):
+            if isinstance(storage.phase, int) and storage.phase < len(layers):
                 kept[storage.phase] += storage.nbytes
         del loss
     finally:
@@ -202,19 +234,21 @@ def _bytes_by_layer(model, forward):
     return list(itertools.accumulate(kept))
 
 
-def _checkpointing(model, enabled):
+def _checkpointing(model: Any, enabled: bool) -> None:
+    """Turn checkpointing of a model with adapters on or off."""
     base = model.get_base_model()
     enable, disable = checkpointing_switches(base)
     if not enabled:
         disable()
         return
     enable({"use_reentrant": False})
-    # A gradient for the embeddings, which only reentrant checkpointing needs and no other arm computes.
+    # Enabling also asks for a gradient of the embeddings, which only reentrant checkpointing needs and no other arm
+    # computes.
     base.disable_input_require_grads()
 
 
-def _fine_tune(model, windows, steps):
-    """AdamW on the adapters, one window a step; returns the losses and the seconds taken."""
+def _fine_tune(model: torch.nn.Module, windows: torch.Tensor, steps: int) -> tuple[list[float], float]:
+    """Train the adapters by AdamW, one window a step; return the losses and the seconds taken."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
     model.train()
     losses, start = [], time.perf_counter()
@@ -230,7 +264,8 @@ def _fine_tune(model, windows, steps):
     return losses, time.perf_counter() - start
 
 
-def _print_table(measured, *, exact, bits, tokens, dtype):
+def _print_table(measured: dict[str, dict[str, list]], *, exact: bool, bits: int, tokens: int, dtype: str) -> None:
+    """Print bytes kept and step times of all arms."""
     baseline = measured["checkpointing"]
     verdict = {"plain": "-", "checkpointing": "-", "reversible": "exact" if exact else "NOT EXACT"}
     print(f"\n{tokens} tokens, {dtype}, {bits} side bits, LoRA on all linear layers")
@@ -245,7 +280,16 @@ def _print_table(measured, *, exact, bits, tokens, dtype):
         )
 
 
-def _draw(output, measured, losses, *, held_out, bits, title):
+def _draw(
+    output: Path,
+    measured: dict[str, dict[str, list]],
+    losses: list[float],
+    *,
+    held_out: tuple[float, float],
+    bits: int,
+    title: str,
+) -> None:
+    """Draw the bytes kept by depth, and the losses by step."""
     pyplot = _pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for arm in ARMS:
@@ -264,7 +308,8 @@ def _draw(output, measured, losses, *, held_out, bits, title):
     pyplot.close(figure)
 
 
-def _pyplot():
+def _pyplot() -> Any:
+    """Import pyplot so that it needs no screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -273,6 +318,7 @@ def _pyplot():
     return pyplot
 
 
-def _synchronize(device):
+def _synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

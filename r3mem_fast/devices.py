@@ -1,22 +1,42 @@
-"""Devices and dtypes by their names, known to be there."""
+"""Turns names into devices and dtypes that are known to be there."""
 
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def as_dtype(dtype) -> torch.dtype:
-    """A dtype of weights by itself or by its name. Raises ValueError for any other."""
-    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of weights that a name stands for.
+
+    Args:
+        dtype: A name in `DTYPES`, or one of the dtypes there.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
         near = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
         meant = f"; did you mean {near[dtype]!r}?" if dtype in near else ""
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)} (or torch.bfloat16, ...), got {dtype!r}{meant}")
     return found
 
 
-def as_device(device) -> torch.device:
-    """A device by its name, known to be there. Raises ValueError for one that is not, or is none."""
+def as_device(device: torch.device | str | int) -> torch.device:
+    """Return the device that a name stands for, and make sure that it is there.
+
+    Args:
+        device: A device or its name, "cuda" or "cpu" for example.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: There is no device of this name, or not on this machine.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -34,8 +54,15 @@ def as_device(device) -> torch.device:
     return found
 
 
-def default_dtype(device) -> torch.dtype:
-    """bfloat16 where the device computes in it natively, else float32."""
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """Choose the dtype for computing on a device.
+
+    Args:
+        device: A device or its name.
+
+    Returns:
+        torch.bfloat16 if the device computes in it natively, else torch.float32.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

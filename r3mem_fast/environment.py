@@ -1,4 +1,4 @@
-"""The machine and the versions that run here. It names no path and no host."""
+"""Describes the machine and the versions that run here, without naming a path or a host."""
 
 import contextlib
 import importlib.metadata
@@ -6,17 +6,23 @@ import os
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "r3mem_fast")
 
 
-def environment() -> dict:
-    """Machine and versions, as plain values for JSON; None stands for what is not known."""
+def environment() -> dict[str, Any]:
+    """Return `machine()` and `torch_settings()` as one dictionary of plain values for JSON; None means unknown."""
     return {**machine(), **torch_settings()}
 
 
-def machine() -> dict:
-    """The part of `environment` that is known before torch is imported, which takes a second or more."""
+def machine() -> dict[str, Any]:
+    """Return the part of `environment` that is known without importing torch, which takes a second or more.
+
+    Returns:
+        Platform, CPU, number of cores, memory in bytes, and the versions of Python and of the packages that matter;
+        None means unknown.
+    """
     return {
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu(),
@@ -27,8 +33,12 @@ def machine() -> dict:
     }
 
 
-def torch_settings() -> dict:
-    """The part of `environment` that torch knows."""
+def torch_settings() -> dict[str, Any]:
+    """Return the part of `environment` that torch knows.
+
+    Returns:
+        torch's version, the CPU's instruction set that it uses, its number of threads, and the GPU's name or None.
+    """
     import torch
 
     return {
@@ -39,20 +49,20 @@ def torch_settings() -> dict:
     }
 
 
-def _version(package):
+def _version(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
 
 
-def _cpu():
+def _cpu() -> str:
     with contextlib.suppress(OSError):
         if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M):
             return found[1]
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes():
+def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, by one process at a time."""
+"""Writes files whole or not at all, by one process at a time."""
 
 import contextlib
 import glob
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,15 +14,15 @@ LOCK = ".r3mem.lock"
 
 
 class InUseError(OSError):
-    """Another process is writing to a folder or a file."""
+    """Says that another process, or another thread, is writing to a folder or a file."""
 
 
 @contextlib.contextmanager
-def locked(folder, wait=0.0):
-    """Keep every other process and thread from writing to a folder while this lasts; the folder is made if need be.
+def locked(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[None]:
+    """Keep every other process and thread from writing to a folder inside the `with` block.
 
-    The thread that holds a folder may ask for it again. A folder that was made here and is still empty at the end is
-    taken away.
+    The thread that holds a folder may ask for it again. A folder that is not there is made, and removed at the end if
+    it is still empty then.
 
     Args:
         folder: Path of the folder.
@@ -52,8 +53,11 @@ def locked(folder, wait=0.0):
 
 
 @contextlib.contextmanager
-def locked_file(path):
-    """Keep every other process and thread from writing to a file while this lasts.
+def locked_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep every other process and thread from writing to a file inside the `with` block.
+
+    Args:
+        path: Path of the file, which need not exist.
 
     Raises:
         InUseError: Another process, or another thread, holds the file.
@@ -70,12 +74,16 @@ def locked_file(path):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows does not let go of what is open
+            with contextlib.suppress(OSError):  # Windows does not remove an open file
                 lock.unlink()
 
 
-def is_held(folder) -> bool:
-    """Whether a process is writing to a folder right now."""
+def is_held(folder: str | os.PathLike[str]) -> bool:
+    """Whether a process is writing to a folder right now.
+
+    Args:
+        folder: Path of the folder.
+    """
     lock = Path(folder) / LOCK
     if not lock.exists():
         return False
@@ -84,15 +92,16 @@ def is_held(folder) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # a folder that can be read only, which nobody writes to
+    except OSError:  # the folder is read-only, so nobody writes to it
         return False
 
 
-def _held(lock, what, wait):
-    # One object for each path, by which a thread that holds it may ask again.
-    lock = FileLock(str(lock.absolute()), is_singleton=True)
+def _held(lock: Path, what: Path, wait: float) -> contextlib.AbstractContextManager:
+    """Acquire the lock file of `what`; leaving the context that is returned gives it back."""
+    # A singleton for each path lets the thread that holds it ask again.
+    singleton = FileLock(str(lock.absolute()), is_singleton=True)
     try:
-        return lock.acquire(timeout=wait)
+        return singleton.acquire(timeout=wait)
     except Timeout:
         raise InUseError(
             f"another process is writing to {what}, and of two writers one would lose its work: wait for it to end, "
@@ -100,8 +109,15 @@ def _held(lock, what, wait):
         ) from None
 
 
-def check_writable(folder):
-    """Raise OSError, with what to do, if no file can be made in a folder."""
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make sure that files can be made in a folder.
+
+    Args:
+        folder: Path of the folder.
+
+    Raises:
+        OSError: No file can be made there; the message says what to do.
+    """
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".r3mem-"):
             pass
@@ -110,11 +126,17 @@ def check_writable(folder):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A path to write to, in place of `path` once all is written: the whole new file, or the old one.
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Replace a file by a new one, so that at any time either the old or the whole new file is there.
 
-    Of several writers at one time each writes its own, and the last one's stays. A process that is killed may leave
-    one of `unfinished_files` behind.
+    Of several writers at one time each writes a file of its own, and the last one's stays. A process that is killed
+    may leave one of `unfinished_files` behind.
+
+    Args:
+        path: Path of the file, which need not exist.
+
+    Yields:
+        The path to write the new file to. It takes the place of `path` at the end of the block, unless that raised.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -126,12 +148,23 @@ def replacing(path):
         unfinished.unlink(missing_ok=True)
 
 
-def unfinished_files(path):
-    """What writers of this path have not finished."""
+def unfinished_files(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Find the files that `replacing` has begun and not finished.
+
+    Args:
+        path: Path of the file to be replaced.
+
+    Returns:
+        The paths of the unfinished files.
+    """
     return Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp")
 
 
-def flush(path):
-    """Have the operating system write a file to its disk now."""
+def flush(path: str | os.PathLike[str]) -> None:
+    """Have the operating system write a file to its disk now.
+
+    Args:
+        path: Path of the file.
+    """
     with open(path, "rb") as file:
         os.fsync(file.fileno())

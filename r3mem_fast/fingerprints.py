@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import TRAINING_SETTINGS, R3MemConfig
 from .integrations.peft import own_parameters
+from .memory.memory import Origin
 from .reversible.convert import text_config
 
 # What changes the function that the same weights compute.
@@ -88,8 +89,48 @@ def adapter_fingerprint(model, settings) -> str:
     return digest.hexdigest()
 
 
+class FingerprintCache:
+    """Keeps a network's fingerprints until weights or settings that they are of change."""
+
+    def __init__(self):
+        self._base: tuple[list, str] | None = None
+        self._origins: tuple[tuple, dict[bool, Origin]] | None = None
+
+    def base(self, peft_model) -> str:
+        """Fingerprint of the base model inside of a PeftModel."""
+        stamps = _base_stamps(peft_model)
+        if self._base is None or self._base[0] != stamps:
+            self._base = (stamps, fingerprint(peft_model))
+        return self._base[1]
+
+    def set_base(self, peft_model, fingerprint: str):
+        """Take over a fingerprint of the weights as they are, which has just been computed."""
+        self._base = (_base_stamps(peft_model), fingerprint)
+
+    def origin(self, network, adapters_off: bool) -> Origin:
+        """Fingerprints that a network's memories carry while its adapters are on, or off."""
+        settings = adapter_settings(network.peft_model)
+        known = (_stamps(network.parameters()), settings)
+        if self._origins is None or self._origins[0] != known:
+            self._origins = (known, {})
+        found = self._origins[1]
+        if adapters_off not in found:
+            adapter = adapter_fingerprint(network, [settings, adapters_off])
+            found[adapters_off] = Origin(self.base(network.peft_model), adapter)
+        return found[adapters_off]
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     """BLAKE2 of a tokenizer's vocabulary, and of what it makes of a line of all kinds of characters."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     probe = tokenizer(_PROBE, add_special_tokens=False).input_ids
     return hashlib.blake2b(json.dumps([vocabulary, probe]).encode(), digest_size=16).hexdigest()
+
+
+def _base_stamps(peft_model):
+    return _stamps(parameter for _, parameter in own_parameters(peft_model))
+
+
+def _stamps(parameters):
+    """Version stamps of parameters. They change with every in-place modification, except through `.data`."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]

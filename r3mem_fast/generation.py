@@ -1,30 +1,117 @@
-"""What `R3MemModel.generate` needs of transformers' `generate`: its lengths, its configuration, its streamers."""
+"""Writing text: forward behind a memory through transformers' `generate`, and backward from queries and memories."""
 
-import contextlib
+import copy
+from typing import Any
 
+import torch
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
+
+from .batching import Rows, prompt_of, unfinished_of
+from .integrations.compat import cache_argument, cache_name
+from .integrations.scoped import evaluating, temporarily
+from .memory.memory import Memory
+from .network import Network
+from .reversible.convert import text_config
 
 # As transformers has it where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
+_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
 
 
-LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
+def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict[str, Any]):
+    """The base model's `generate` behind a memory: see `R3MemModel.generate`.
+
+    Args:
+        network: The model.
+        memory: Its memory, of as many rows.
+        rows: The prompts.
+        settings: Arguments of `generate`.
+
+    Raises:
+        ValueError: The settings bring another cache, a row has no token at all, or the positions do not suffice.
+    """
+    base = network.plain_model
+    if given := cache_name(settings) or (settings.get("cache_implementation") and "cache_implementation"):
+        raise ValueError(f"{given} cannot go with a memory, which is a cache of its own")
+    if settings.get("assistant_model") is base or settings.get("assistant_early_exit"):
+        raise ValueError("a memory network cannot draft for itself: the drafts would be written without the memory")
+    ids, mask, _, _ = unfinished_of(memory, network.device).joined(rows).left_padded_with_labels()
+    if not mask.any(1).all():
+        raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
+    own, config, others = _configs(base.generation_config, settings, rows.ids.shape[1])
+    network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+    cache = network.reading_cache(memory)
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+    if others.get("streamer") is not None:
+        others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
+    others |= cache_argument(base, cache)
+    with evaluating(network), temporarily(base, generation_config=own), network.must_read(cache):
+        output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
+    found = output if isinstance(output, torch.Tensor) else output.sequences
+    prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
+    found = torch.cat([prompts, found[:, ids.shape[1] :]], 1)
+    if isinstance(output, torch.Tensor):
+        return found
+    output.sequences = found
+    return output
 
 
-@contextlib.contextmanager
-def generation_config_of(base, config):
-    """A model's own generation config while this lasts."""
-    own, base.generation_config = base.generation_config, config
-    try:
-        yield
-    finally:
-        base.generation_config = own
+def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new_tokens: int) -> list[torch.Tensor]:
+    """Read backward, greedily, from queries and memories to the contexts.
+
+    Args:
+        network: The model.
+        rows: The queries; without a token: the memory alone.
+        memory: What they are read behind, of as many rows; None: nothing.
+        max_new_tokens: At most so many a context; fewer if the model's positions end before.
+
+    Returns:
+        int64 `[n]` of each row, the ends left out.
+
+    Raises:
+        ValueError: A query is longer than the model's positions, or max_new_tokens is below 1.
+    """
+    ids, mask = prompt_of(rows, network.start_token_id)
+    network.check_length(ids.shape[1] + 1, behind_memory=memory is not None)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if network.max_tokens is not None:
+        before = 0 if memory is None else network.layout.first_position
+        max_new_tokens = min(max_new_tokens, network.max_tokens - before - ids.shape[1])
+    # Made before the layers change places: its own layers are made by the configuration's order.
+    cache = DynamicCache(config=text_config(network.config)) if memory is None else network.reader.new_cache()
+    with evaluating(network), network.reading_backward():
+        if memory is not None:
+            network.reader.read(cache, memory)
+        with network.must_read(None if memory is None else cache):
+            output = network.decode(ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
+    return [_until(row, network.end_token_id) for row in output[:, ids.shape[1] :]]
 
 
-def new_tokens(given, config, prompt):
+def _configs(own, settings, prompt):
+    """Generation configs for use behind a memory, the model's own and the one that is asked for, and other settings.
+
+    prompt: width of the prompts.
+    """
+    own, settings = copy.deepcopy(own), dict(settings)
+    config = copy.deepcopy(settings.pop("generation_config", None) or own)
+    lengths = {name: settings.pop(name, None) for name in _LENGTHS}
+    config.max_new_tokens, config.min_new_tokens = _new_tokens(lengths, config, prompt)
+    others = settings
+    for chosen in (config, own):  # by which transformers fills in what the other leaves open
+        others = chosen.update(**settings)
+        chosen.cache_implementation = chosen.max_length = chosen.min_length = None
+        chosen.use_cache = True
+    return own, config, others
+
+
+def _new_tokens(given, config, prompt):
     """How many tokens `generate` is to add, at most and at least, as `transformers` decides it.
 
-    given: arguments by the names of `LENGTHS`, which go before the generation config's. prompt: its width, which
+    given: arguments by the names of `_LENGTHS`, which go before the generation config's. prompt: its width, which
     lengths of both kinds that are not of new tokens count.
     """
     if given["max_new_tokens"] is None and given["max_length"] is None:
@@ -43,7 +130,7 @@ def new_tokens(given, config, prompt):
     return most, least
 
 
-class StreamerOfPrompts:
+class _StreamerOfPrompts:
     """Gives a streamer the prompts first, without the unfinished tokens before them; then what is generated."""
 
     def __init__(self, streamer, prompts):
@@ -57,6 +144,6 @@ class StreamerOfPrompts:
         self._streamer.end()
 
 
-def until(row, end):
+def _until(row, end):
     ends = (row == end).nonzero()
     return row[: ends[0]] if len(ends) else row

@@ -30,7 +30,7 @@ def target_pattern(base, targets, first_layer):
     return rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
 
 
-def check_rows_can_be_chosen(model):
+def check_tokens_can_be_chosen(model):
     """Raise ValueError unless all adapters are LoRA on linear modules of layers, as they are and not merged."""
     layers = find_decoder_layers(model)[1]
     inside = {module for layer in layers for module in layer.modules()}
@@ -48,7 +48,7 @@ def check_rows_can_be_chosen(model):
             )
 
 
-class _ChosenRows:
+class _ChosenTokens:
     """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_tokens` names."""
 
     def __init__(self, link):
@@ -64,8 +64,8 @@ class _ChosenRows:
         return (rows * keep[:, None].to(output.dtype)).view(output.shape)
 
 
-def let_adapters_choose_rows(layers):
+def let_adapters_choose_tokens(layers):
     for layer in layers:
         for name, module in layer.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):
-                module.register_forward_hook(_ChosenRows(layer.reversible))
+                module.register_forward_hook(_ChosenTokens(layer.reversible))

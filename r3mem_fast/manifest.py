@@ -1,4 +1,4 @@
-"""`r3mem.json`, which makes a folder an adapter: finding it, and reading it. Needs neither torch nor transformers.
+"""Finds and reads `r3mem.json`, the manifest that makes a folder an adapter. Needs neither torch nor transformers.
 
 The folder has what PEFT writes, and beside it `r3mem.json`, which says what belongs together: the format version, the
 settings, the base model with its fingerprint, and the SHA-256 of the other files.
@@ -8,24 +8,26 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .files import is_held, locked
 
 FORMAT_VERSION = 2
 MANIFEST = "r3mem.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-MEMORY_TOKENS = "memory_tokens.safetensors"  # of a model that has some
-# All files of an adapter; the manifest, which describes the others, is the last.
+MEMORY_TOKENS = "memory_tokens.safetensors"  # only where the model has memory tokens
+# All files of an adapter. The manifest, which describes the others, comes last.
 FILES = (*ADAPTER_FILES, MEMORY_TOKENS, MANIFEST)
-# Where a save that is complete waits for its files to be moved to their places.
+# Subfolder in which the files of a complete save wait to be moved to their places.
 SAVED = ".saved"
-# What runs that were interrupted leave in a folder.
+# What interrupted runs leave in a folder.
 REMEMBER_CHECKPOINT = "remember-checkpoint.safetensors"
 TRAIN_CHECKPOINTS = "train-checkpoints"
-# The adapters that come with this package: a folder for each, by its name.
+# The adapters that come with this package, each a folder named as the adapter.
 EMBEDDED_ADAPTERS = Path(__file__).parent / "adapters"
 # Seconds that a reader waits for a writer who is moving the last files of a save.
 _MOVING = 10.0
+# Keys of each entry under `remembered`, one entry a pair, and the types of their values.
 _OF_A_PAIR = {
     "level": str,
     "document": str,
@@ -37,20 +39,44 @@ _OF_A_PAIR = {
 }
 
 
-def folder_of_adapter(name) -> Path:
-    """The folder of an adapter: of one that comes with this package by its name, else the folder of that name."""
+def folder_of_adapter(name: str | os.PathLike[str]) -> Path:
+    """Return the folder that a name stands for.
+
+    Args:
+        name: Path of a folder, or the name of an adapter that comes with this package.
+
+    Returns:
+        The embedded adapter's folder if one has this name and no file or folder of that name is here; else the path
+        itself, whether or not it exists.
+    """
     embedded = EMBEDDED_ADAPTERS / str(name)
     return embedded if Path(name).name == str(name) and embedded.is_dir() and not Path(name).exists() else Path(name)
 
 
-def is_adapter(name) -> bool:
-    """Whether this names an adapter that was saved here, or comes with this package."""
+def is_adapter(name: str | os.PathLike[str]) -> bool:
+    """Whether a name stands for an adapter that was saved on this machine, or comes with this package.
+
+    Args:
+        name: Path of a folder, or the name of an adapter that comes with this package.
+    """
     folder = folder_of_adapter(name)
     return (folder / MANIFEST).is_file() or (folder / SAVED / MANIFEST).is_file()
 
 
-def read_manifest(folder) -> dict:
-    """`r3mem.json` of a folder. Raises OSError if there is none, ValueError if it is no such file."""
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the manifest of an adapter, after finishing a save that was interrupted.
+
+    Args:
+        folder: Path of a folder, or the name of an adapter that comes with this package.
+
+    Returns:
+        The content of `r3mem.json`.
+
+    Raises:
+        InUseError: Another process is moving the files of a save.
+        FileNotFoundError: There is no folder, or no `r3mem.json` in it.
+        ValueError: The file is damaged, or of another format version.
+    """
     folder = folder_of_adapter(folder)
     if (folder / SAVED).is_dir():
         with locked(folder, wait=_MOVING):
@@ -83,8 +109,15 @@ def read_manifest(folder) -> dict:
     return manifest
 
 
-def interrupted_run(folder) -> str | None:
-    """What to know about a run in this folder that has not ended, or was interrupted; None if there is none."""
+def interrupted_run(folder: str | os.PathLike[str]) -> str | None:
+    """Say what a user should know about a run in a folder that has not ended, or was interrupted.
+
+    Args:
+        folder: Path of the folder.
+
+    Returns:
+        A sentence or two; None if there is no such run.
+    """
     folder = Path(folder)
     if is_held(folder):
         return "A process is writing there right now: wait for it to end"
@@ -101,8 +134,12 @@ def interrupted_run(folder) -> str | None:
     return None
 
 
-def finish_save(folder):
-    """Move the files of a complete save to their places. The caller holds the folder."""
+def finish_save(folder: Path) -> None:
+    """Move the files of a complete save to their places, if one waits for that.
+
+    Args:
+        folder: The adapter's folder, which the caller holds (see `files.locked`).
+    """
     saved = folder / SAVED
     if saved.is_dir():
         for name in FILES:

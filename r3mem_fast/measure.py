@@ -1,23 +1,32 @@
-"""Memory that a training step really takes: bytes kept between forward and backward, and a process's peak."""
+"""Measures the memory that a training step takes: bytes kept between forward and backward, and a process's peak."""
 
 import contextlib
 import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class LiveStorage:
     """A tensor storage that a recorded block created and that is still alive.
 
-    nbytes: its size now. device: where. shape, dtype: of the first tensor seen on it. origin: the operator that
-    returned that tensor, or None if no operator did (`torch.get_rng_state`, `torch.from_numpy`). phase: the recorder's
-    when it was created.
+    Attributes:
+        nbytes: Its size now.
+        device: Device whose memory it is in.
+        shape: Shape of the first tensor seen on it.
+        dtype: dtype of that tensor.
+        origin: Name of the operator that returned that tensor; None if no operator did (`torch.get_rng_state`,
+            `torch.from_numpy`).
+        phase: The recorder's phase when it was created.
     """
 
     nbytes: int
@@ -25,11 +34,11 @@ class LiveStorage:
     shape: tuple[int, ...]
     dtype: torch.dtype
     origin: str | None
-    phase: str | None
+    phase: str | int | None
 
 
 class StorageRecorder(TorchDispatchMode):
-    """Weak references to every tensor storage that comes into being inside the `with` block.
+    """Records every tensor storage that comes into being inside a `with` block, by weak references.
 
     However a storage is held later, by autograd, by a Python object or by a closure, it counts as long as it lives,
     and only once. What existed before the block does not count. Operators run slower while it records.
@@ -38,27 +47,36 @@ class StorageRecorder(TorchDispatchMode):
     ...     loss = model(input_ids, labels=input_ids).loss
     >>> sum(storage.nbytes for storage in recorder.live())
 
-    phase: a label for what is created from now on; `begin` changes it.
+    Attributes:
+        phase: Label of what is created from now on; `begin` changes it.
     """
 
-    def __init__(self, phase=None):
+    def __init__(self, phase: str | int | None = None) -> None:
+        """Prepare to record.
+
+        Args:
+            phase: Label of what is created until `begin` is called.
+        """
         super().__init__()
         self.phase = phase
-        # By the address of the C++ storage, which is not used again while a weak reference to it exists.
-        self._before, self._created = {}, {}
+        # Keys are addresses of C++ storages; an address is not used again while a weak reference to it exists.
+        self._before: dict[int, StorageWeakRef] = {}
+        self._created: dict[int, tuple] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "StorageRecorder":
+        """Note the storages that exist already, and begin to record."""
         for tensor in _python_tensors():
             if (storage := _storage(tensor)) is not None:
                 self._before.setdefault(storage._cdata, StorageWeakRef(storage))
         return super().__enter__()
 
-    def __exit__(self, *exception):
-        result = super().__exit__(*exception)
+    def __exit__(self, *exception: Any) -> None:
+        """Stop recording."""
+        super().__exit__(*exception)
         self._note_undispatched()
-        return result
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run an operator, and note the storages of its arguments and results."""
         kwargs = kwargs or {}
         for value in tree_leaves((args, kwargs)):
             self._note(value, None)
@@ -67,20 +85,29 @@ class StorageRecorder(TorchDispatchMode):
             self._note(value, function)
         return result
 
-    def begin(self, phase):
-        """Label what is created from now on."""
+    def begin(self, phase: str | int | None) -> None:
+        """Begin another phase.
+
+        Args:
+            phase: Label of what is created from now on.
+        """
         self._note_undispatched()
         self.phase = phase
 
-    def relabel(self, tensor, phase):
-        """Move the storage of `tensor` to another phase, if it was created in the block."""
+    def relabel(self, tensor: torch.Tensor, phase: str | int | None) -> None:
+        """Move the storage of a tensor to another phase, if it was created in the block.
+
+        Args:
+            tensor: A strided tensor.
+            phase: The new label.
+        """
         key = _storage(tensor)._cdata
         if key in self._created:
             reference, *what, _ = self._created[key]
             self._created[key] = (reference, *what, phase)
 
     def live(self) -> list[LiveStorage]:
-        """Storages created in the block that are alive now, in order of creation."""
+        """Return the storages created in the block that are alive now, in order of creation."""
         found = []
         for reference, *what in self._created.values():
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
@@ -88,12 +115,13 @@ class StorageRecorder(TorchDispatchMode):
                 found.append(LiveStorage(storage.nbytes(), storage.device, *what))
         return found
 
-    def _note_undispatched(self):
-        """Tensors that were made past the dispatcher (random states, wrapped numbers) and that Python can see."""
+    def _note_undispatched(self) -> None:
+        """Note tensors that Python sees and the dispatcher did not (random states, wrapped numbers)."""
         for tensor in _python_tensors():
             self._note(tensor, None)
 
-    def _note(self, value, function):
+    def _note(self, value: Any, function: object) -> None:
+        """Note the storage of a value if it is new; `function` is the operator that returned it, or None."""
         storage = _storage(value)
         if storage is None or storage._cdata in self._before or storage._cdata in self._created:
             return
@@ -104,33 +132,52 @@ class StorageRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class ForwardMemory:
-    """What a forward pass left alive: `layers` and `total` in bytes, and the storages themselves.
+    """Storages that a forward pass left alive.
 
-    layers: created up to the exit of the last layer, without that layer's output, which is the head's input.
-    total: everything, head and loss too.
+    Attributes:
+        storages: The storages, in order of creation. Their phase is "layers" up to the exit of the last layer, then
+            "head".
     """
 
     storages: list[LiveStorage]
 
     @property
     def layers(self) -> int:
+        """Bytes created up to the exit of the last layer, without that layer's output, which is the head's input."""
         return sum(storage.nbytes for storage in self.storages if storage.phase == "layers")
 
     @property
     def total(self) -> int:
+        """Bytes of all storages, those of head and loss included."""
         return sum(storage.nbytes for storage in self.storages)
 
     def on(self, device_type: str) -> "ForwardMemory":
-        """What of it lies in the memory of this type of device."""
+        """Select the storages in one type of device's memory.
+
+        Args:
+            device_type: "cpu" or "cuda", for example.
+
+        Returns:
+            A `ForwardMemory` of these storages.
+        """
         return ForwardMemory([storage for storage in self.storages if storage.device.type == device_type])
 
 
-def forward_memory(forward, last_layer) -> tuple[object, ForwardMemory]:
-    """Run `forward()` and return `(its result, ForwardMemory)`.
+def forward_memory(forward: Callable[[], T], last_layer: torch.nn.Module) -> tuple[T, ForwardMemory]:
+    """Run a forward pass and find out which storages it leaves alive.
 
-    last_layer: the module whose exit ends the part that `layers` counts. The result is kept alive while counting: it
-    carries the graph. Objects in reference cycles count too, whether or not the collector would get to them.
-    Raises RuntimeError if `last_layer` did not run.
+    Its result is alive while the storages are counted, because it carries the graph. Objects in reference cycles
+    count too, whether or not the garbage collector would get to them.
+
+    Args:
+        forward: Runs the pass.
+        last_layer: The module whose exit ends the part that `ForwardMemory.layers` counts.
+
+    Returns:
+        `(result of forward, ForwardMemory)`.
+
+    Raises:
+        RuntimeError: `last_layer` did not run.
     """
 
     def leave(module, args, output):
@@ -151,8 +198,12 @@ def forward_memory(forward, last_layer) -> tuple[object, ForwardMemory]:
     return result, ForwardMemory(storages)
 
 
-def reset_peak_rss():
-    """Start counting the process's peak resident memory anew. False where the system cannot (it needs Linux)."""
+def reset_peak_rss() -> bool:
+    """Start counting the process's peak resident memory anew.
+
+    Returns:
+        Whether the system could do it, which takes Linux.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -160,8 +211,12 @@ def reset_peak_rss():
     return True
 
 
-def peak_rss():
-    """Peak resident memory of this process in bytes, since `reset_peak_rss` or its start; None if unknown."""
+def peak_rss() -> int | None:
+    """Return the peak resident memory of this process in bytes.
+
+    Returns:
+        The peak since `reset_peak_rss` was called last, or else since the process began; None if unknown.
+    """
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -169,20 +224,20 @@ def peak_rss():
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), None)
 
 
-def _peak_rss_since_start():
+def _peak_rss_since_start() -> int | None:
     try:
         import resource
     except ImportError:  # Windows
         return None
     import sys
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _storage(value):
-    """The storage of a tensor, or None for what has none."""
-    # By type: `isinstance` would ask proxies for their __class__ and import what they stand for.
+def _storage(value: Any) -> Any:
+    """Return the storage of a tensor, or None for a value that has none."""
+    # Ask for the type: `isinstance` would ask proxies for their __class__ and import what they stand for.
     if not issubclass(type(value), torch.Tensor) or value.layout is not torch.strided:
         return None
     try:
@@ -192,13 +247,14 @@ def _storage(value):
     return storage
 
 
-def _python_tensors():
+def _python_tensors() -> list[torch.Tensor]:
+    """Return all tensors that the garbage collector tracks."""
     return [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
 
 
 @contextlib.contextmanager
-def _collector_paused():
-    """Collected or not by chance, garbage would make the count differ from run to run."""
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from running at a moment of its own, which would make counts differ between runs."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,7 +1,8 @@
-"""`check_memories`: that a model reads the memories that it is given, and is its base model without one."""
+"""Checks that a model reads the memories that it is given, and is its base model without one."""
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -15,12 +16,12 @@ _MEMORY_TOKENS = 4
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What `check_memories` found.
+    """The result of `check_memories`.
 
     Attributes:
-        layers: Layers that read and wrote in every pass, all of the model's.
-        between_memories: Largest absolute difference of the logits behind two memories of different texts.
-        from_none: The same, behind a memory and without one.
+        layers: Number of layers that read and wrote memories in every pass: all layers of the model.
+        between_memories: Largest absolute difference between the logits behind two memories of different texts.
+        from_none: Largest absolute difference between the logits behind a memory and without one.
         base_without_memory: Whether the logits without a memory are those that the base model had before it became a
             memory network, bit for bit; None where it was one already.
         refused: Why a model of this kind can have no memories; None if it can.
@@ -34,30 +35,38 @@ class MemoryReport:
 
     @property
     def right(self) -> bool:
-        """Whether nothing is wrong: every memory is read and, where that is promised, none is the base model."""
+        """Whether all is well: memories are read, and the logits without one are the base model's, where compared."""
         if self.refused is not None:
             return True
         return self.between_memories > 0 and self.from_none > 0 and self.base_without_memory is not False
 
-    def __str__(self):
+    def __str__(self) -> str:
+        """Return the report in one line."""
         if self.refused is not None:
             return f"memories: not for this model: {self.refused}"
-        base = {True: "; without one: the base model's, bit for bit", False: "; without one: NOT the base model's"}
+        base = {
+            None: "",
+            True: "; without one: the base model's, bit for bit",
+            False: "; without one: NOT the base model's",
+        }
         read = "read" if self.between_memories > 0 and self.from_none > 0 else "NOT read"
         return (
             f"memories: {read} by all {self.layers} layers, logits differ by up to {self.between_memories:.3g} "
-            f"between two of them and by {self.from_none:.3g} from none{base.get(self.base_without_memory, '')}"
+            f"between two of them and by {self.from_none:.3g} from none{base[self.base_without_memory]}"
         )
 
 
 @torch.no_grad()
-def check_memories(model, input_ids) -> MemoryReport:
+def check_memories(model: torch.nn.Module, input_ids: torch.Tensor) -> MemoryReport:
     """Compress two texts, read a third behind each of the memories and behind none, and compare the logits.
 
     Args:
         model: An `R3MemModel` with memory tokens; or a `transformers` causal language model, not reversible and
-            without adapters, which gets memory tokens and adapters meanwhile and is as before afterwards.
-        input_ids: int64 `[1, T]`, at least 12; the texts are its thirds.
+            without adapters, which gets memory tokens and adapters for the check and is as before afterwards.
+        input_ids: int64 `[1, T]`, at least 12 tokens; its thirds are the three texts.
+
+    Returns:
+        What was found. A model that can have no memories is reported, not refused with an error.
 
     Raises:
         MemoryNotReadError: A layer did not read a memory, or did not write one.
@@ -82,25 +91,29 @@ def check_memories(model, input_ids) -> MemoryReport:
             return MemoryReport(refused=str(error))
         stack.callback(_unload, network)
         try:
-            network.empty_memory()  # proves that keys can be moved
+            network.empty_memory()  # raises if the positions of this model's keys cannot be changed
         except ValueError as error:
             return MemoryReport(refused=str(error))
         return _report(network, first, second, prompt, base)
 
 
-def _unload(network):
+def _unload(network: Any) -> None:
+    """Make a memory network the ordinary model again."""
     restore(network.peft_model)
     network.peft_model.unload()
 
 
-def _report(network, first, second, prompt, base):
+def _report(
+    network: Any, first: torch.Tensor, second: torch.Tensor, prompt: torch.Tensor, base: torch.Tensor | None
+) -> MemoryReport:
+    """Compare the logits of a prompt behind memories of two texts, behind none, and of the base model if given."""
     with evaluating(network):
         one, other = (network.compress(ids, finish=True) for ids in (first, second))
         behind = [network(prompt, memory=memory).logits for memory in (one, other)]
         alone = network(prompt).logits
         network.generate(prompt, memory=one, max_new_tokens=2)
     return MemoryReport(
-        layers=len(network._layers),
+        layers=len(network.layers),
         between_memories=(behind[0] - behind[1]).abs().max().item(),
         from_none=(behind[0] - alone).abs().max().item(),
         base_without_memory=None if base is None else torch.equal(alone, base),

@@ -1,10 +1,11 @@
 """`attn_implementation="r3mem"`: memory-token attention (`r3mem_fast.kernels.attention`) in models of `transformers`.
 
-Importing this module, or anything of `r3mem_fast.reversible`, registers it. No mask tensor is made: what a layer is
-given in its place is a `SegmentMask`, which can carry a memory for the attention to read.
+Importing this module, or anything of `r3mem_fast.reversible`, registers it. No mask tensor is made: layers are given a
+`SegmentMask` in its place, which can carry a memory for the attention to read.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,34 +19,40 @@ from r3mem_fast.kernels.attention import MAX_DECODED, memory_attention, memory_d
 
 NAME = "r3mem"
 _OTHERS = 'use attn_implementation="sdpa" or "eager"'
-# What attention functions may be given by name, and this one cannot do.
+# Keywords that attention functions may be given, and that this one cannot serve.
 _UNSUPPORTED = (
     "position_bias", "head_mask", "layer_head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions",
 )  # fmt: skip
 
 
 class LayerRead:
-    """Notes that a layer's attention has read a memory out of its mask. Not a tensor: it asks the device nothing.
+    """Notes that a layer's attention has read a memory out of its mask; no tensor, so that no device is waited for."""
 
-    Args:
-        layers: A set, of the layers that have.
-        index: The layer's.
-    """
+    def __init__(self, layers: set[int], index: int) -> None:
+        """Prepare the note of one layer.
 
-    def __init__(self, layers: set, index: int):
+        Args:
+            layers: Indices of the layers that have read; `note` adds to it.
+            index: The layer's index.
+        """
         self._layers, self._index = layers, index
 
-    def note(self):
+    def note(self) -> None:
+        """Note that the layer has read the memory."""
         self._layers.add(self._index)
 
 
 class SegmentMask(NamedTuple):
-    """What the queries of a pass see: causally the keys from `segment_starts` on, and a memory.
+    """Describes what the queries of a pass see: the keys up to their own, and a memory.
 
-    query_offset: keys before the first query. window: a query sees the last so many keys, its own included; None: all.
-    segment_starts: int32 `[B]`, the first key of each row that is no padding; None: no row is padded. memory_key,
-    memory_value: `[B or 1, kv_heads, M, head_dim]`, at their positions, or None. memory_lengths: int32 `[B]`, of each
-    row the last so many of them are seen; None: all. read: notes that it is read.
+    Attributes:
+        query_offset: Number of keys before the first query.
+        window: Number of keys that a query sees, its own and those just before it; None: all.
+        segment_starts: Index of the first key of each row that is no padding, int32 `[B]`; None: no row is padded.
+        memory_key: Keys of the memory at their positions, `[B or 1, kv_heads, M, head_dim]`; None: there is no memory.
+        memory_value: Values of the memory, in the shape of its keys; None: there is no memory.
+        memory_lengths: Number of the memory's last keys that each row sees, int32 `[B]`; None: all.
+        read: Is told when the memory is read; None: nobody is.
     """
 
     query_offset: int
@@ -58,23 +65,37 @@ class SegmentMask(NamedTuple):
 
 
 def segment_mask(
-    batch_size,
-    q_length,
-    kv_length,
-    q_offset=0,
-    kv_offset=0,
-    mask_function=causal_mask_function,
-    attention_mask=None,
-    **kwargs,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> SegmentMask:
-    """The mask of a pass, with the arguments of `transformers.masking_utils.sdpa_mask`.
+    """Make the mask of a pass; takes the arguments of `transformers.masking_utils.sdpa_mask`.
 
-    attention_mask: `[B, tokens]`, the cache's included, 0 for padding before a row's tokens or after them. That it has
-    no other is read from it, which synchronises with a GPU once a pass and kind of layer, as sdpa's masks do. In a
-    CUDA graph or a compiled model that is impossible, and an assertion on the device takes its place.
+    Making sure that `attention_mask` has no holes synchronises with a GPU once a pass and kind of layer, as sdpa's
+    masks do. In a CUDA graph or a compiled model that is impossible, and an assertion on the device takes its place.
 
-    Raises ValueError for what no `SegmentMask` can say: a mask with holes, a mask function that is neither causal nor
-    that of a causal sliding window, a cache with room for more keys than there are (StaticCache).
+    Args:
+        batch_size: Number of rows B; not needed.
+        q_length: Number of queries.
+        kv_length: Number of keys.
+        q_offset: Number of tokens before the first query.
+        kv_offset: Number of tokens before the first key: those that a sliding window's cache has dropped.
+        mask_function: Causal, with or without a sliding window.
+        attention_mask: `[B, tokens]`, those in the cache included, 0 for padding before a row's tokens or after them;
+            None: there is no padding.
+        kwargs: Further arguments of `sdpa_mask`; not needed.
+
+    Returns:
+        The mask, without a memory.
+
+    Raises:
+        ValueError: No `SegmentMask` can say this: `attention_mask` has holes, the mask function is neither causal nor
+            that of a causal sliding window, or the cache has room for more keys than there are (StaticCache).
     """
     window = _window_of(mask_function)
     if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length != q_offset + q_length:
@@ -89,30 +110,49 @@ def segment_mask(
                 f"attention_mask must be [batch, {kv_offset + kv_length}], the tokens in the cache included, got "
                 f"{list(attention_mask.shape)}"
             )
-        # Of a window's cache, the oldest keys are gone.
+        # The cache of a sliding window has dropped its oldest keys.
         starts = _first_keys(attention_mask[:, kv_offset : kv_offset + kv_length])
     return SegmentMask(q_offset - kv_offset, window, starts)
 
 
 def memory_attention_forward(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
-    is_causal=None,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    **kwargs,
-):
-    """Attention with the arguments of `transformers`' attention functions: `([B, T, heads, head_dim], None)`.
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: SegmentMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention; takes the arguments of `transformers`' attention functions.
 
-    query `[B, heads, T, head_dim]`, key and value `[B, kv_heads, S, head_dim]`. attention_mask: a `SegmentMask`.
-    softcap, s_aux: of Gemma 2's and gpt-oss's attention. Under autocast it computes in its dtype, as sdpa does.
-    Raises ValueError for another mask, dropout, attention that is not causal, or anything else that it would ignore.
+    Under autocast it computes in autocast's dtype, as sdpa does.
+
+    Args:
+        module: The attention module that calls.
+        query: `[B, heads, T, head_dim]`.
+        key: `[B, kv_heads, S, head_dim]`.
+        value: `[B, kv_heads, S, head_dim]`.
+        attention_mask: A `SegmentMask`, with or without a memory.
+        dropout: Must be 0.
+        scaling: Factor of the scores; None: `head_dim**-0.5`.
+        is_causal: Must not be False; None: as the module says.
+        sliding_window: The module's sliding window; must be that of the mask.
+        softcap: Limit of the scores, in Gemma 2's attention.
+        s_aux: Sinks of the heads, `[heads]`, in gpt-oss's attention.
+        kwargs: Further arguments, among which none may ask for what this function cannot do.
+
+    Returns:
+        The output, `[B, T, heads, head_dim]`, and None in place of attention weights.
+
+    Raises:
+        ValueError: The mask is another one, there is dropout, attention is not causal, or something else is asked for
+            that this function would ignore.
     """
     mask = attention_mask
     if not isinstance(mask, SegmentMask):
@@ -136,8 +176,8 @@ def memory_attention_forward(
     if torch.is_autocast_enabled(kind):
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
     memory = [None if t is None else t.to(query.dtype) for t in (mask.memory_key, mask.memory_value)]
-    tensors = [query, key, value, *memory]
-    settings = {
+    tensors: list[Any] = [query, key, value, *memory]
+    settings: dict[str, Any] = {
         "memory_lengths": mask.memory_lengths,
         "segment_starts": mask.segment_starts,
         "sinks": s_aux,
@@ -155,11 +195,11 @@ def memory_attention_forward(
     return output.transpose(1, 2), None
 
 
-def _window_of(mask_function):
-    """The sliding window of a mask function, None for plain causal attention. Raises ValueError for any other."""
+def _window_of(mask_function: Callable) -> int | None:
+    """Return the sliding window of a mask function, None for plain causal attention; raise ValueError for others."""
     if mask_function is causal_mask_function:
         return None
-    # Made anew for every pass: known by their code.
+    # transformers makes these functions anew for every pass, so recognise them by their code.
     parts = _captured(mask_function, like=_SLIDING)
     if parts is not None and len(parts) == 2 and parts[1] is causal_mask_function:
         window = _captured(parts[0], like=_OVERLAY)
@@ -175,16 +215,19 @@ def _window_of(mask_function):
 _SLIDING, _OVERLAY = sliding_window_causal_mask_function(1), sliding_window_overlay(1)
 
 
-def _captured(function, like):
-    """The one variable that a function captured, if it is of the code of `like`; else None."""
+def _captured(function: Any, like: Any) -> Any:
+    """Return the one variable that a function captured if the function has the code of `like`, else None."""
     if getattr(function, "__code__", None) is not like.__code__:
         return None
     (cell,) = function.__closure__
     return cell.cell_contents
 
 
-def _first_keys(attention_mask):
-    """Place of each row's first 1, int32 `[B]`, that of the end if there is none; None if all rows start at 0."""
+def _first_keys(attention_mask: torch.Tensor) -> torch.Tensor | None:
+    """Return the index of each row's first 1, int32 `[B]`; the row's length if there is none.
+
+    The result may be None if all rows start at 0. Raises ValueError for zeros between ones.
+    """
     real, tokens = attention_mask.bool(), attention_mask.shape[1]
     places = torch.arange(tokens, dtype=torch.int32, device=real.device)
     first = torch.where(real, places, tokens).amin(1)

@@ -1,4 +1,4 @@
-"""Less noise from other libraries on a terminal; for the command, which has a line of its own for what matters."""
+"""Quiets other libraries on a terminal, for the command `r3mem`, which says itself what matters."""
 
 import logging
 import warnings
@@ -7,14 +7,14 @@ import huggingface_hub.utils
 import transformers
 
 
-def quiet():
-    """Hide what a user can do nothing about: bars while weights load, and notices to developers.
+def quiet() -> None:
+    """Hide what a user can do nothing about: progress bars while weights load, and notices to developers.
 
-    Downloads keep their bars; errors and warnings are shown, such as that of weights that a file lacks.
+    Downloads keep their progress bars. Errors and warnings are shown, as that of weights that a file lacks.
     """
-    transformers.utils.logging.disable_progress_bar()  # which turns those of downloads off as well
+    transformers.utils.logging.disable_progress_bar()  # turns the bars of downloads off as well
     huggingface_hub.utils.enable_progress_bars()
-    # It complains that the package `kernels` is missing, or another one of that name is in sight.
+    # bitsandbytes complains if the package `kernels` is missing, or another package of that name is installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -32,7 +32,7 @@ class TrainerInterface:
     @property
     def loss_type(self) -> str:
         """The base model's, by which Trainer tells that a row's first label is never predicted, and not counted."""
-        return self._plain_model.loss_type
+        return self.plain_model.loss_type
 
     @property
     def base_model(self) -> "Backbone":
@@ -41,30 +41,30 @@ class TrainerInterface:
 
     @property
     def generation_config(self):
-        return self._plain_model.generation_config
+        return self.plain_model.generation_config
 
     def get_input_embeddings(self) -> torch.nn.Module:
-        return self._plain_model.get_input_embeddings()
+        return self.plain_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> torch.nn.Module:
-        return self._plain_model.get_output_embeddings()
+        return self.plain_model.get_output_embeddings()
 
     def add_model_tags(self, tags):
-        self._plain_model.add_model_tags(tags)
+        self.plain_model.add_model_tags(tags)
 
     def activation_checkpointing_enable(self, *args, **settings):
         """Warns once that there are no activations to save (as on any reversible model), and turns nothing on."""
-        self._plain_model.activation_checkpointing_enable(*args, **settings)
+        self.plain_model.activation_checkpointing_enable(*args, **settings)
 
     def activation_checkpointing_disable(self):
-        self._plain_model.activation_checkpointing_disable()
+        self.plain_model.activation_checkpointing_disable()
 
     def gradient_checkpointing_enable(self, *args, **settings):
         """`activation_checkpointing_enable` by its former name, which transformers up to 5.2x calls."""
-        self._plain_model.gradient_checkpointing_enable(*args, **settings)
+        self.plain_model.gradient_checkpointing_enable(*args, **settings)
 
     def gradient_checkpointing_disable(self):
-        self._plain_model.gradient_checkpointing_disable()
+        self.plain_model.gradient_checkpointing_disable()
 
     def _refuse_adapters(self, peft_config):
         raise TypeError(
@@ -74,10 +74,6 @@ class TrainerInterface:
 
     # PEFT sets it on what it puts adapters on, whose memory tokens it would freeze.
     peft_config = property(None, _refuse_adapters)
-
-    @property
-    def _plain_model(self):
-        return self.peft_model.get_base_model()
 
 
 @dataclasses.dataclass(frozen=True)

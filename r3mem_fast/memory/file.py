@@ -1,43 +1,48 @@
-"""The file of a `Memory`: its checksum, and what its header says. Needs no torch, so that looking at a file is quick.
+"""Reads the header of a `Memory`'s file and checks the file. Needs no torch, so that looking at a file is quick.
 
-It is a safetensors file. Its metadata have one entry (several would come in another order every time), JSON with the
-kind, the format version, what the memory was made with, and a checksum of every byte.
+The file is a safetensors file. Its metadata have one entry (several would come in another order every time), JSON with
+the kind, the format version, what the memory was made with, and a checksum of every byte.
 """
 
 import dataclasses
 import hashlib
 import json
 import mmap
+import os
 import re
 import struct
+from typing import Any
 
 FORMAT_VERSION = 1
 KIND = "r3mem_fast memory"
 METADATA = "r3mem"
-NO_DIGEST = "0" * 64
+NO_DIGEST = "0" * 64  # stands in the checksum's place while it is computed
 _DIGEST = re.compile(rb'digest\\": ?\\"([0-9a-f]{64})\\"')
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a memory file says of itself.
+    """The description of a memory in its file.
 
     Attributes:
         metadata: Kind, format version, layout, origin and labels.
         nbytes: Bytes of all tensors.
         dtype: Name of the states' dtype.
-        integers: The values of its int64 tensors, by name.
+        integers: Values of the int64 tensors, by name.
     """
 
-    metadata: dict
+    metadata: dict[str, Any]
     nbytes: int
     dtype: str
     integers: dict[str, list[int]]
 
     @property
-    def rows(self) -> list[dict]:
-        """Level, name, compressed segments, tokens and unfinished tokens of each row."""
+    def rows(self) -> list[dict[str, Any]]:
+        """For each row, its `level` and `name` (None without a label), `segments`, `tokens` and `unfinished`.
+
+        The last three are numbers: compressed segments, tokens seen, and tokens of the segment that is not finished.
+        """
         names = ("num_segments", "tokens_seen", "unfinished_lengths")
         columns = zip(self.metadata["labels"], *(self.integers[name] for name in names), strict=True)
         return [
@@ -47,12 +52,18 @@ class Header:
         ]  # fmt: skip
 
 
-def read_header(path) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """Check a memory file's checksum and read its header.
 
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The header.
+
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is damaged, no memory, or of another format.
+        OSError: The file cannot be read.
+        ValueError: The file is damaged, no memory, or of another format.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -62,16 +73,27 @@ def read_header(path) -> Header:
             return _header(content)
     except _UnreadableError as error:
         raise ValueError(f"{path} is no memory that this version of r3mem_fast can read: {error}") from None
-    except ValueError as error:  # also of an empty file
+    except ValueError as error:  # mmap raises it for an empty file
         raise ValueError(f"{path} is damaged, or no memory of r3mem_fast: {error}") from None
 
 
 class _UnreadableError(ValueError):
-    """A file that is whole, and not what this version reads."""
+    """Says that a file is whole, but is not what this version reads."""
 
 
-def digest(content) -> tuple[int, str]:
-    """Where a file's checksum stands, and what it should be: of all bytes, with zeros in its place."""
+def digest(content: Any) -> tuple[int, str]:
+    """Compute the checksum of a memory file.
+
+    Args:
+        content: All bytes of the file: bytes, a bytearray or an mmap.
+
+    Returns:
+        Index at which the checksum stands in the file, and the checksum as it should be: BLAKE2b of all bytes, with
+        zeros in the checksum's place, as 64 hexadecimal digits.
+
+    Raises:
+        ValueError: The file has no header, or the header names no checksum.
+    """
     header = _end_of_header(content)
     found = _DIGEST.findall(content[:header])
     if len(found) != 1:
@@ -87,14 +109,14 @@ def digest(content) -> tuple[int, str]:
     return start, checksum.hexdigest()
 
 
-def _end_of_header(content):
+def _end_of_header(content: Any) -> int:
     header = 8 + int.from_bytes(content[:8], "little")
     if not 8 < header <= len(content):
         raise ValueError("it has no header")
     return header
 
 
-def _header(content):
+def _header(content: Any) -> Header:
     begin = _end_of_header(content)
     try:
         tensors = json.loads(content[8:begin])
@@ -104,7 +126,8 @@ def _header(content):
                 f"it is {metadata['kind']!r} of format {metadata['format_version']!r}; this version reads {KIND!r} of "
                 f"format {FORMAT_VERSION}"
             )
-        integers, nbytes = {}, 0
+        integers: dict[str, list[int]] = {}
+        nbytes = 0
         for name, tensor in tensors.items():
             start, end = tensor["data_offsets"]
             nbytes += end - start

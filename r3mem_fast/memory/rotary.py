@@ -1,19 +1,25 @@
-"""Positions of keys: taking the rotation off those that a memory keeps, and putting another one on."""
+"""Moves keys to other positions: takes the rotation off the keys that a memory keeps, and puts another one on."""
 
 import inspect
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-# What models without rotary embeddings call theirs.
+# Names of the position embeddings in models without rotary ones.
 _ABSOLUTE = ("wpe", "embed_positions")
 
 
-def is_rotary(decoder) -> bool:
-    """Whether positions are put into a decoder's keys, not into its tokens.
+def is_rotary(decoder: nn.Module) -> bool:
+    """Whether a decoder puts positions into its keys, not into its tokens.
 
-    Raises ValueError for a decoder whose kind of positions is not known.
+    Args:
+        decoder: The module whose loop calls the layers.
+
+    Raises:
+        ValueError: The decoder's kind of positions is not known.
     """
     if getattr(decoder, "rotary_emb", None) is not None:
         return True
@@ -26,62 +32,105 @@ def is_rotary(decoder) -> bool:
 
 
 class Rotation:
-    """The rotary embedding of a decoder, for keys outside of it; of a model with absolute positions, nothing.
+    """Applies the rotary embedding of a decoder to keys outside of it.
 
-    decoder: the module whose loop calls the layers. order: the order in which it does, see `Route`.
-    Raises ValueError for a decoder whose kind of positions is not known.
+    For a model with absolute positions, keys stay as they are.
     """
 
-    def __init__(self, decoder, layers, order, config):
-        self._rotary = self._apply = self._types = None
+    def __init__(self, decoder: nn.Module, layers: Sequence[nn.Module], order: Sequence[int], config: Any) -> None:
+        """Find the rotary embedding.
+
+        Args:
+            decoder: The module whose loop calls the layers.
+            layers: The decoder's layers, made reversible.
+            order: Indices of the layers, in the order in which the loop calls them; see `Route`.
+            config: The decoder's configuration.
+
+        Raises:
+            ValueError: The decoder's kind of positions is not known, or its module has no `apply_rotary_pos_emb`.
+        """
+        self._rotary: Any = None
+        self._apply: Any = None
+        self._types: dict[int, str] | None = None
         if not is_rotary(decoder):
             return
         self._rotary = decoder.rotary_emb
-        base = type(layers[0]).unreversed
+        base: type = type(layers[0]).unreversed  # type: ignore[attr-defined]  # set by make_reversible
         self._apply = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
         if self._apply is None:
             raise ValueError(f"{base.__module__} has no apply_rotary_pos_emb, so a memory's keys cannot be rotated")
         if "layer_type" in inspect.signature(self._rotary.forward).parameters:
             self._types = dict(zip(order, config.layer_types, strict=True))
 
-    def tables(self, position_ids, like, seen_with=None):
-        """A function of a layer's index: `(cos, sin)` as the model makes them, in float32. like: of the model's dtype.
+    def tables(
+        self, position_ids: torch.Tensor, like: torch.Tensor, seen_with: torch.Tensor | None = None
+    ) -> Callable[[int], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Make the tables of a rotation, as the model makes them.
 
-        position_ids: int64 `[1 or B, T]`. seen_with: those of the same pass's tokens, int64 `[B, N]`: some models
-        choose their frequencies by the largest position of a pass.
+        Args:
+            position_ids: Positions of the keys, int64 `[1 or B, T]`.
+            like: A tensor of the model's dtype, on its device.
+            seen_with: Positions of the tokens of the same pass, int64 `[B, N]`; None: there are no others. Some models
+                choose their frequencies by the largest position of a pass.
+
+        Returns:
+            A function of a layer's index that returns `(cos, sin)`, float32 `[1 or B, T, rotary dim]`; None for a
+            model with absolute positions.
         """
         if self._rotary is None:
             return lambda index: None
-        made, count = {}, position_ids.shape[1]
+        made: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        count = position_ids.shape[1]
         if seen_with is not None:
             position_ids = torch.cat([position_ids.expand(len(seen_with), -1), seen_with], 1)
 
-        def of(index):
+        def tables_of_layer(index: int) -> tuple[torch.Tensor, torch.Tensor]:
             kind = None if self._types is None else self._types[index]
             if kind not in made:
                 extra = () if kind is None else (kind,)
-                # In the model's dtype first: what was rotated by rounded tables is turned back by the same.
-                made[kind] = tuple(table[:, :count].float() for table in self._rotary(like, position_ids, *extra))
+                # Tables in the model's dtype, as the model uses them: keys that were rotated by rounded tables have to
+                # be turned back by the same ones.
+                cos, sin = (table[:, :count].float() for table in self._rotary(like, position_ids, *extra))
+                made[kind] = cos, sin
             return made[kind]
 
-        return of
+        return tables_of_layer
 
-    def rotated(self, keys, tables):
-        """Keys `[B, kv_heads, T, head_dim]` at the positions of the tables, in their dtype."""
+    def rotated(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Rotate keys to the positions of the tables.
+
+        Args:
+            keys: Keys without rotation, `[B, kv_heads, T, head_dim]`.
+            tables: What a function that `tables` returned gives for the keys' layer.
+
+        Returns:
+            The rotated keys, in the shape and dtype of `keys`.
+        """
         if tables is None:
             return keys
         return self._turned(keys, *tables).to(keys.dtype)
 
-    def unrotated(self, keys, tables):
-        """The inverse. Tables may carry a scale s (YaRN's attention scaling), which the transpose gives twice."""
+    def unrotated(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Take the rotation to the positions of the tables off keys; the inverse of `rotated`.
+
+        Args:
+            keys: Rotated keys, `[B, kv_heads, T, head_dim]`.
+            tables: What a function that `tables` returned gives for the keys' layer.
+
+        Returns:
+            The keys without rotation, in the shape and dtype of `keys`.
+        """
         if tables is None:
             return keys
         cos, sin = tables
+        # Tables may carry a scale s (YaRN's attention scaling): turning back by them gives s², which is divided out.
         square = (cos * cos + sin * sin)[:, None]
         back = self._turned(keys, cos, -sin)
         turned, rest = back[..., : square.shape[-1]], back[..., square.shape[-1] :]
         return torch.cat([turned / square, rest], -1).to(keys.dtype)
 
-    def _turned(self, keys, cos, sin):
+    def _turned(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Apply the model's own rotation in float32."""
+        # It rotates queries, too: give it a head of the keys in their place.
         keys = keys.float()
         return self._apply(keys[:, :1], keys, cos, sin)[1]

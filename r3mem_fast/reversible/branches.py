@@ -1,4 +1,4 @@
-"""The residual branch `f(x) = layer(x) - x` of Hugging Face decoder layers.
+"""Computes the residual branch `f(x) = layer(x) - x` of Hugging Face decoder layers.
 
 For the families below the branch is computed as the sum of what the sublayers add, without the cancellation that
 `layer(x) - x` suffers in bfloat16. Every other layer takes `generic_branch`.
@@ -6,17 +6,43 @@ For the families below the branch is computed as the sum of what the sublayers a
 
 import inspect
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
-def llama_branch(layer, hidden, kwargs):
-    """Norm first, attention then MLP: Llama (and SmolLM2), Mistral, Qwen2, Qwen3."""
+def llama_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Compute the branch of layers with a norm before attention and one before the MLP.
+
+    These are the layers of Llama (and SmolLM2), Mistral, Qwen2 and Qwen3.
+
+    Args:
+        layer: The decoder layer.
+        hidden: Its input, `[B, T, width]`.
+        kwargs: Keyword arguments of the layer.
+
+    Returns:
+        What attention and MLP add to `hidden`, in its shape.
+    """
     attention = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)[0]
     return attention + layer.mlp(layer.post_attention_layernorm(hidden + attention))
 
 
-def gpt2_branch(layer, hidden, kwargs):
+def gpt2_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Compute the branch of GPT-2's layers.
+
+    Args:
+        layer: The decoder layer.
+        hidden: Its input, `[B, T, width]`.
+        kwargs: Keyword arguments of the layer.
+
+    Returns:
+        What attention and MLP add to `hidden`, in its shape.
+
+    Raises:
+        ValueError: Cross-attention is asked for.
+    """
     kwargs = dict(kwargs)
     if kwargs.pop("encoder_hidden_states", None) is not None:
         raise ValueError("cross-attention (encoder_hidden_states) is not supported by a reversible GPT-2")
@@ -25,14 +51,24 @@ def gpt2_branch(layer, hidden, kwargs):
     return attention + layer.mlp(layer.ln_2(hidden + attention))
 
 
-def generic_branch(layer, hidden, kwargs):
-    """`layer(x) - x` in float32, for any layer that maps a hidden state to one of the same shape.
+def generic_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Compute `layer(x) - x` in float32, for any layer that maps a hidden state to one of the same shape.
 
-    Raises TypeError if the layer returns other tensors beside its hidden state.
+    Args:
+        layer: The decoder layer, made reversible.
+        hidden: Its input, `[B, T, width]`.
+        kwargs: Keyword arguments of the layer.
+
+    Returns:
+        The difference, float32 `[B, T, width]`.
+
+    Raises:
+        TypeError: The layer returns other tensors beside its hidden state.
     """
-    # A copy: some layers add to their input in place.
+    # Clone, because some layers add to their input in place.
     output = type(layer).unreversed.forward(layer, hidden.clone(), **kwargs)
-    # As older versions of transformers have it; the model's loop then expects a tuple from the reversible layer too.
+    # Layers of older versions of transformers return tuples, and the model's loop then expects one from the reversible
+    # layer too.
     layer.reversible.returns_tuple = isinstance(output, tuple)
     if layer.reversible.returns_tuple:
         output, *others = output
@@ -44,7 +80,7 @@ def generic_branch(layer, hidden, kwargs):
     return output.float() - hidden.float()
 
 
-# Module and class of a decoder layer, and its branch.
+# The branch of each known decoder layer, by the layer's module and class.
 _EXACT = {
     ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"): llama_branch,
     ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"): llama_branch,
@@ -54,12 +90,18 @@ _EXACT = {
 }
 
 
-def branch_of(layer_class):
-    """The branch function for a decoder layer class, `generic_branch` if it is none of the known ones.
+def branch_of(layer_class: type[torch.nn.Module]) -> Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor]:
+    """Choose the branch function for a class of decoder layers.
 
-    Known is what has the *forward function* of a known class: a subclass that overrides it is another layer, and one
-    that only wraps it (FSDP2's) is the same. In older versions of transformers some of them return tuples: those are
-    not the functions that the branches here were written after.
+    A class is known if it has the *forward function* of a known class: a subclass that overrides it is another layer,
+    and one that only wraps it (FSDP2's) is the same. In older versions of transformers some of these functions return
+    tuples: the branches here were not written after those.
+
+    Args:
+        layer_class: The class, before it is made reversible.
+
+    Returns:
+        A function of layer, input and keyword arguments; `generic_branch` if the class is not known.
     """
     forward = inspect.unwrap(layer_class.forward)
     if inspect.signature(forward).return_annotation not in (torch.Tensor, "torch.Tensor"):

@@ -1,8 +1,10 @@
-"""Proofs on the user's own model: the inverse is exact, and the gradients are those of stored activations."""
+"""Proves on the user's own model that the inverse is exact and the gradients are those of stored activations."""
 
 import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -14,15 +16,23 @@ from .stack import Mode
 
 @dataclasses.dataclass(frozen=True)
 class InverseReport:
-    """What `check_inverse` found.
+    """The result of `check_inverse`.
 
-    exact: every layer's reconstructed streams equal the forward pass's, bit for bit.
-    max_abs_error: the largest difference of a position, in the hidden state's units.
-    first_inexact_layer: counted from the last layer down, the first whose input differs; None if exact.
-    layer_errors: with `per_layer`, the error of each layer's input, in the order in which they ran; else None.
-    side_bytes, stream_bytes: what the pass keeps between forward and backward. checkpoint_bytes: one hidden state a
-    layer, which gradient checkpointing keeps.
-    max_abs_position: of the residual stream; must stay below 2**(31 - fraction_bits).
+    Attributes:
+        exact: Whether every layer's reconstructed streams equal those of the forward pass, bit for bit.
+        layers: Number of layers that ran.
+        tokens: Number of tokens of the input.
+        dtype: Name of the hidden state's dtype.
+        bits: Side bits of every layer.
+        fraction_bits: Fraction bits of the streams.
+        max_abs_error: Largest difference of a position, in the hidden state's units.
+        first_inexact_layer: Index of the first layer, counted from the last one down, whose input differs; None if
+            exact.
+        layer_errors: With `per_layer`, the error of each layer's input, in the order in which they ran; else None.
+        side_bytes: Bytes of side bits that the pass keeps between forward and backward.
+        stream_bytes: Bytes of the streams that it keeps.
+        checkpoint_bytes: Bytes that gradient checkpointing keeps: one hidden state a layer.
+        max_abs_position: Largest absolute value of the residual stream; must stay below 2**(31 - fraction_bits).
     """
 
     exact: bool
@@ -39,7 +49,8 @@ class InverseReport:
     checkpoint_bytes: int
     max_abs_position: float
 
-    def __str__(self):
+    def __str__(self) -> str:
+        """Return the report in one line."""
         if self.exact:
             verdict = "exact, bit for bit"
         else:
@@ -53,12 +64,16 @@ class InverseReport:
 
 @dataclasses.dataclass(frozen=True)
 class GradientReport:
-    """What `check_gradients` found.
+    """The result of `check_gradients`.
 
-    max_relative_error: the largest `|g - g_stored| / |g_stored|` (2-norms) of a parameter, `worst_parameter` its name.
-    Where `g_stored` is zero but for rounding, the difference is taken relative to the largest gradient. 0.0, in any
-    dtype, where the operators give the same bits for the same input.
-    loss, loss_stored: of the two passes; equal, bit for bit.
+    Attributes:
+        max_relative_error: Largest `|g - g_stored| / |g_stored|` (2-norms) of a parameter. Where `g_stored` is zero
+            but for rounding, the difference is taken relative to the largest gradient. It is 0.0, in any dtype, where
+            the operators give the same bits for the same input.
+        worst_parameter: Name of the parameter with this error.
+        parameters: Number of parameters compared.
+        loss: Loss of the reversible pass.
+        loss_stored: Loss of the pass with stored activations; equal to `loss`, bit for bit.
     """
 
     max_relative_error: float
@@ -67,20 +82,34 @@ class GradientReport:
     loss: float
     loss_stored: float
 
-    def __str__(self):
+    def __str__(self) -> str:
+        """Return the report in one line."""
         return (
             f"gradients of {self.parameters} parameters: relative difference from stored activations at most "
             f"{self.max_relative_error:.2e} ({self.worst_parameter})"
         )
 
 
-def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseReport:
+def check_inverse(
+    model: torch.nn.Module, input_ids: torch.Tensor, *, per_layer: bool = True, **inputs: Any
+) -> InverseReport:
     """Run a reversible model forward, then backward from its final streams alone, and compare every layer.
 
-    input_ids: int64 `[batch, tokens]`; further inputs (attention_mask, ...) as the model takes them. per_layer: report
-    the error of every layer. Keeps all streams of the forward pass to compare with: 8 bytes an element and layer.
-    The model's mode, gradients and random state stay as they are. Raises ValueError if it is not reversible,
-    IntegrityError if a value is not finite or out of range.
+    All streams of the forward pass are kept to compare with: 8 bytes an element and layer. The model's mode, gradients
+    and random state stay as they are.
+
+    Args:
+        model: A causal language model that `make_reversible` has changed.
+        input_ids: int64 `[batch, tokens]`.
+        per_layer: Report the error of every layer.
+        inputs: Further inputs of the model (`attention_mask`, ...).
+
+    Returns:
+        What was found.
+
+    Raises:
+        IntegrityError: A value is not finite or out of range.
+        ValueError: The model is not reversible.
     """
     stack = stack_of(model)
     recording = _Recording()
@@ -88,7 +117,7 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
         model(input_ids=input_ids, use_cache=False, **inputs)
         state = recording.state
         raise_for(state.flags, state.fraction_bits)
-        report = {
+        report: dict[str, Any] = {
             "layers": state.level,
             "tokens": input_ids.numel(),
             "dtype": str(state.dtype).removeprefix("torch."),
@@ -121,13 +150,25 @@ def check_inverse(model, input_ids, *, per_layer=True, **inputs) -> InverseRepor
     )
 
 
-def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientReport:
+def check_gradients(
+    model: torch.nn.Module, input_ids: torch.Tensor, *, labels: torch.Tensor | None = None, **inputs: Any
+) -> GradientReport:
     """Compare a reversible model's gradients with those of the same network with stored activations.
 
-    input_ids: int64 `[batch, tokens]`; labels default to them. Every parameter that requires a gradient is compared.
-    The parameters' `.grad`, the model's mode and the random state stay as they are. The reference pass stores all
-    activations, so it needs the memory of plain training. Raises ValueError if the model is not reversible, or has
-    no parameter that requires a gradient.
+    Every parameter that requires a gradient is compared. The parameters' `.grad`, the model's mode and the random
+    state stay as they are. The second pass stores all activations, so it needs the memory of plain training.
+
+    Args:
+        model: A causal language model that `make_reversible` has changed.
+        input_ids: int64 `[batch, tokens]`.
+        labels: int64 `[batch, tokens]`; None: `input_ids`.
+        inputs: Further inputs of the model (`attention_mask`, ...).
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: The model is not reversible, is sharded, or has no parameter that requires a gradient.
     """
     stack = stack_of(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -137,7 +178,7 @@ def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientRepor
         raise ValueError("check_gradients needs the whole model on one device: call it before fully_shard")
     labels = input_ids if labels is None else labels
 
-    def gradients():
+    def gradients() -> tuple[float, tuple[torch.Tensor | None, ...]]:
         with _restored_random_state(), torch.enable_grad():
             loss = model(input_ids=input_ids, labels=labels, use_cache=False, **inputs).loss
             return loss.item(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -147,7 +188,7 @@ def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientRepor
         loss_stored, expected = gradients()
     stack.integrity.raise_pending(stack.fraction_bits)
     norms = [0.0 if g is None else g.double().norm().item() for g in expected]
-    errors = {}
+    errors: dict[str, float] = {}
     for name, a, b, norm in zip(parameters, computed, expected, norms, strict=True):
         if a is None or b is None:
             errors[name] = 0.0 if a is b else math.inf
@@ -159,27 +200,32 @@ def check_gradients(model, input_ids, *, labels=None, **inputs) -> GradientRepor
             errors[name] = math.inf
             continue
         errors[name] = difference and difference / (norm if norm > noise else max(norms))
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     return GradientReport(errors[worst], worst, len(errors), loss, loss_stored)
 
 
-def _largest(tensor):
+def _largest(tensor: torch.Tensor) -> int | float:
     return tensor.abs().amax().item()
 
 
 class _Recording:
-    """Copies of both streams at every level of a forward pass, level 0 first."""
+    """Copies both streams at every level of a forward pass, level 0 first."""
 
-    def begin(self, state):
-        self.state, self.positions, self.velocities = state, [], []
+    def begin(self, state: Any) -> None:
+        """Begin with the streams at level 0."""
+        self.state = state
+        self.positions: list[torch.Tensor] = []
+        self.velocities: list[dict[Any, torch.Tensor]] = []
         self.append(state)
 
-    def append(self, state):
+    def append(self, state: Any) -> None:
+        """Copy the streams at the next level."""
         self.positions.append(state.position.clone())
         self.velocities.append({form: velocity.clone() for form, velocity in state.velocities.items()})
 
 
 @contextlib.contextmanager
-def _restored_random_state():
+def _restored_random_state() -> Iterator[None]:
+    """Give the random state back, at the end of the block, as it was at its beginning."""
     with torch.random.fork_rng():
         yield

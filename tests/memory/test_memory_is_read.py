@@ -56,7 +56,7 @@ def test_one_layer_that_is_not_given_the_memory(use, implementation, monkeypatch
     lost = without_its_cache(layer.forward, lambda self: self is base.model.layers[2])
     monkeypatch.setattr(layer, "forward", lost)
     monkeypatch.setattr("r3mem_fast.reversible.branches._EXACT", {})
-    model._stack.branches = [lambda layer, x, kwargs: lost(layer, x, **kwargs) - x] * 4
+    model.stack.branches = [lambda layer, x, kwargs: lost(layer, x, **kwargs) - x] * 4
     # With a mask that lets the memory in, keys without it do not even fit.
     with pytest.raises(RuntimeError, match=r"layers \[[12]\] did not take part|must match the size of tensor b"):
         uses(model, memory)[use]()
@@ -93,7 +93,7 @@ def test_attention_that_does_not_read_its_mask(monkeypatch):
 def test_a_pass_that_fails_otherwise_is_told_as_it_is(monkeypatch):
     model = made()
     memory = model.compress(ids_of(24))
-    handle = model._layers[1].register_forward_pre_hook(lambda layer, args: 1 / 0)
+    handle = model.layers[1].register_forward_pre_hook(lambda layer, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(ids_of(5), memory=memory)
     handle.remove()

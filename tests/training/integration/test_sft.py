@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-import r3mem_fast.model
-from r3mem_fast import make_reversible
+from r3mem_fast import make_reversible, reading
 from tests.reversible.tiny import build, stored_activations
 from tests.test_model_memory import made
 from tests.training.integration.training import learned, losses_of, memory_network
@@ -45,8 +44,8 @@ def test_memory_network_with_the_defaults(tmp_path, folder, monkeypatch):
     """Rows of up to six segments are replayed; the first loss is the model's own, under the autocast to bfloat16 that
     is SFTTrainer's default, and the loss falls; the checkpoint holds what learns. One warning that nothing is
     checkpointed."""
-    calls, replay = [], r3mem_fast.model.replay
-    monkeypatch.setattr(r3mem_fast.model, "replay", lambda *args, **kwargs: calls.append(1) or replay(*args, **kwargs))
+    calls, replay = [], reading.replay
+    monkeypatch.setattr(reading, "replay", lambda *args, **kwargs: calls.append(1) or replay(*args, **kwargs))
     model = memory_network()
     trainer = sft(tmp_path, folder, model)
     assert trainer.args.gradient_checkpointing and trainer.args.bf16

@@ -1,0 +1,137 @@
+"""How a decoder reads a memory: its states become keys and values that every layer sees before its own tokens."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..integrations.compat import cache_argument
+from ..integrations.scoped import evaluating
+from ..reversible.convert import text_config
+from ..reversible.stack import ReversibleStack
+from .cache import PrefixCache
+from .memory import Memory, MemoryLayout
+from .rotary import is_rotary
+
+
+class MemoryReader:
+    """Reads memories with the decoder of a reversible model.
+
+    Args:
+        model: A reversible causal language model, with adapters or without.
+        stack: Its reversible stack.
+        decoder: The module of it whose loop calls the layers.
+        layout: What its memories have in common.
+    """
+
+    def __init__(self, model: Any, stack: ReversibleStack, decoder: nn.Module, layout: MemoryLayout):
+        self._model, self._stack, self._decoder, self.layout = model, stack, decoder, layout
+        self._measured: tuple[int, ...] | None = None
+
+    def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
+        embeddings = self._model.get_input_embeddings()(ids.to(self._model.device))
+        if embeddings.requires_grad and embeddings.is_leaf:
+            # By the hook that checkpointing puts there for frozen embeddings, so that a backward pass comes by at all.
+            embeddings = embeddings.detach()
+        return embeddings
+
+    def new_cache(self, *, first_position: int | None = None, **settings) -> PrefixCache:
+        """A cache without a memory, for `read`.
+
+        Args:
+            first_position: Of its tokens; None: behind as many slots as a memory can have.
+            settings: More arguments of `PrefixCache`.
+        """
+        first = self.layout.first_position if first_position is None else first_position
+        return PrefixCache(text_config(self._model.config), first_position=first, decoder=self._decoder, **settings)
+
+    def read(self, cache: PrefixCache, memory: Memory) -> PrefixCache:
+        """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
+        device = self._model.device
+        states, visible = memory.states.to(device, self._model.dtype), memory.visible_on_host()
+        all_visible, visible = bool(visible.all()), visible.to(device)
+        if self.layout.placement == "input" and visible.shape[1]:
+            # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
+            count = visible.shape[1]
+            seen = self.new_cache(keep=False, capture=count, first_position=self.layout.first_position - count)
+            places = torch.arange(count, device=device).expand(len(states), -1)
+            self.decode(states, visible.to(torch.int64), seen, places)
+            states = seen.captured()
+        return cache.read(states, visible, all_visible)
+
+    def decode(
+        self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the decoder on embeddings behind a cache; no logits are computed.
+
+        Args:
+            embeddings: `[batch, tokens, width]`.
+            mask: int64 `[batch, tokens]`, 0 for padding.
+            cache: What they are read behind.
+            positions: int64 `[batch, tokens]`, counted from the cache's first one; None: from a row's first token on.
+
+        Returns:
+            The last hidden states, `[batch, tokens, hidden_size]`.
+        """
+        positions = positions_of_mask(mask) if positions is None else positions
+        given = cache_argument(self._decoder, cache)
+        with self._stack.must_read(cache):
+            return self._decoder(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, **given
+            ).last_hidden_state
+
+    def state_sizes(self) -> tuple[int, ...]:
+        """Sizes of a memory's states that are the model's: `(layers, kv_heads, head_dim)`, or `(width,)`.
+
+        The latter of placement "input". The first call runs the decoder on a few tokens, once to see the sizes and
+        once more, elsewhere, to prove that keys can be moved to other positions.
+
+        Raises:
+            ValueError: They cannot, so that no memory could stand before a text.
+        """
+        if self.layout.placement == "input":
+            return (self._model.get_input_embeddings().weight.shape[1],)
+        if self._measured is None:
+            keys = self._keys_at(0)
+            layers, _, heads, tokens, width = keys.shape
+            self._refuse_keys_that_cannot_be_moved(keys, tokens)
+            self._measured = (layers, heads, width)
+        return self._measured
+
+    def check_states(self, memory: Memory):
+        """Raise ValueError for a memory whose states are of other sizes than this model's."""
+        sizes = list(self.state_sizes())
+        shape = list(memory.states.shape)
+        found = shape[2:] if self.layout.placement == "input" else [shape[0], shape[3], shape[5]]
+        if found != sizes:
+            raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
+
+    def _refuse_keys_that_cannot_be_moved(self, keys, tokens):
+        limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
+        # Learned positions are part of what the tokens are, and nothing is moved.
+        step = min(37, (limit or 64) - tokens) if is_rotary(self._decoder) else 0
+        moved = self._keys_at(step).flatten(1) - keys.flatten(1)
+        error = (moved.norm(dim=1) / keys.flatten(1).norm(dim=1)).max().item()
+        if not error <= max(0.01, 16 * torch.finfo(self._model.dtype).eps):
+            base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+            raise ValueError(
+                f"in a {type(base).__name__} keys that were moved by {step} positions "
+                f"differ by {error:.2g}, so a memory cannot be placed before its tokens; "
+                'use memory_placement="input", or another model'
+            )
+
+    @torch.no_grad()
+    def _keys_at(self, position):
+        """Keys of a few tokens from this position on, without their positions: float `[layers, 1, kv_heads, 4, D]`."""
+        ids = torch.arange(4, device=self._model.device)[None]
+        cache = self.new_cache(keep=False, capture=4, first_position=position)
+        # In the weights' precision: autocast's would look like keys that cannot be moved.
+        with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
+            self.decode(self._model.get_input_embeddings()(ids), torch.ones_like(ids), cache)
+        return cache.captured()[:, 0].float()
+
+
+def positions_of_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Positions of a row's tokens, counted from its first: int64, the shape of the mask; 0 in padding before it."""
+    return (mask.cumsum(1) - 1).clamp_min(0)

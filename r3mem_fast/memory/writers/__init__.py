@@ -1,0 +1,1 @@
+"""Writers: how a memory is made of a segment that has been read."""

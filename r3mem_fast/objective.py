@@ -1,0 +1,244 @@
+"""The objective: the loss of a text read through memories, and the terms of context–query pairs."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.functional import cross_entropy, kl_div
+from transformers.utils import ModelOutput
+
+from .batching import Rows, nothing_before, prompt_of
+from .integrations.compat import cache_argument
+from .integrations.scoped import evaluating
+from .memory.memory import Memory
+from .memory.reader import positions_of_mask
+from .memory.segments import IGNORED, Segment
+from .network import Network
+from .reading import compress_rows, placed, read_segments, segments_of, trains_through
+
+TERMS = ("compress", "expand", "cycle")
+
+
+@dataclasses.dataclass
+class R3MemOutput(ModelOutput):
+    """What `R3MemModel.forward` returns.
+
+    Attributes:
+        loss: Float scalar; None without labels.
+        logits: See `R3MemModel.forward`; None where it trains through several segments.
+        compress_loss: That term of the objective, unweighted; None where it was not computed.
+        expand_loss: Likewise.
+        targets: With a query, what `logits` predict.
+        cycle_loss: That term of the objective, unweighted; None where it was not computed.
+        cycle_logits: As `logits`, read from the memory of the context in place of the query.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    compress_loss: torch.Tensor | None = None
+    expand_loss: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    cycle_loss: torch.Tensor | None = None
+    cycle_logits: torch.Tensor | None = None
+
+
+def history_loss(
+    network: Network, memory: Memory, rows: Rows, num_items: float | torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss of predicting rows, read segment by segment behind a memory.
+
+    Args:
+        network: The model.
+        memory: What comes before, of as many rows.
+        rows: Tokens and labels.
+        num_items: Number that the sum over tokens is divided by; None: that of the labels that count.
+
+    Returns:
+        The loss, a float scalar, in training through several segments with the divergence from the base model; and
+        logits `[B, T, V]`, None in such training and where a fused loss makes none.
+    """
+    segments = _some_segments(network, memory, rows, in_one=False)
+    if num_items is None:
+        num_items = max(1, sum(int((segment.targets != IGNORED).sum()) for segment in segments))
+    training = trains_through(network, segments)
+    teacher = _Teacher(network, memory, rows) if training and network.r3mem_config.distillation_weight else None
+
+    def outcome(segment, hidden):
+        targets = segment.targets.to(network.device)
+        output = network.head(hidden, labels=targets, shift_labels=targets, num_items_in_batch=num_items)
+        loss = output.loss if teacher is None else teacher.blended(output, segment, targets, num_items)
+        return {"loss": loss} if training else {"loss": loss, "logits": output.logits}
+
+    outcomes, _ = read_segments(network, segments, memory, outcome)
+    loss = sum(found["loss"] for found in outcomes)
+    if training or outcomes[0]["logits"] is None:
+        return loss, None
+    return loss, placed(rows, segments, [found["logits"] for found in outcomes])
+
+
+def history_logits(network: Network, memory: Memory, rows: Rows) -> torch.Tensor:
+    """Logits `[B, T, V]` of rows behind a memory, in one pass: those that `generate` continues by."""
+    segments = _some_segments(network, memory, rows, in_one=True)
+    outcomes, _ = read_segments(network, segments, memory, lambda segment, hidden: network.head(hidden).logits)
+    return placed(rows, segments, outcomes)
+
+
+def _some_segments(network, memory, rows, in_one):
+    segments = segments_of(network, memory, rows, in_one=in_one)
+    if not segments:
+        raise ValueError("no row has a token: all are padding, and the memory carries none")
+    return segments
+
+
+def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[str] | None) -> R3MemOutput:
+    """Terms of the objective of context–query pairs (R3Mem, section 3.3), and the logits that they are of.
+
+    Args:
+        network: The model.
+        contexts: A context a row; a row that is wholly masked says that its query has none.
+        queries: A query a row.
+        terms: Some of `TERMS`; None: those with a weight in the config.
+
+    Returns:
+        The terms' losses, without their sum, and logits; see `R3MemModel.forward`.
+
+    Raises:
+        ValueError: The terms are unknown, or the shapes do not agree.
+    """
+    weights = term_weights(network)
+    terms = [term for term, weight in weights.items() if weight] if terms is None else terms
+    if not terms or set(terms) - set(weights):
+        raise ValueError(f"terms must be some of {list(weights)}, got {terms!r}")
+    if len(contexts.ids) != len(queries.ids):
+        raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
+    found, memory = R3MemOutput(), None
+    if network.layout is not None and set(terms) & {"compress", "cycle"}:
+        empty = network.new_memory(len(contexts.ids), origin=None)
+        memory = compress_rows(network, contexts.lists(), empty, finish=True)
+    if "expand" in terms:
+        with network.reading_backward():
+            found.logits, found.targets = continuation_logits(network, queries, contexts)
+        found.expand_loss = _mean_loss(found.logits, found.targets)
+    # A row without a context has nothing that its query could be told from, and no memory.
+    asked = contexts.mask.any(1, keepdim=True)
+    if "compress" in terms:
+        given = contexts if memory is None else nothing_before(contexts)
+        logits, targets = continuation_logits(network, given, queries, memory, forward=True)
+        found.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, IGNORED))
+    if "cycle" in terms:
+        with network.reading_backward():
+            logits, targets = continuation_logits(network, nothing_before(contexts), contexts, memory)
+        found.cycle_logits = logits
+        found.cycle_loss = _mean_loss(logits, targets.masked_fill(~asked, IGNORED))
+        found.targets = targets if found.targets is None else found.targets
+    return found
+
+
+def pair_loss(network: Network, found: R3MemOutput) -> torch.Tensor:
+    """The sum of the terms that `pair_terms` found, with their weights from the config."""
+    losses = {term: found[f"{term}_loss"] for term in TERMS if f"{term}_loss" in found}
+    return sum(weight * losses[term] for term, weight in term_weights(network).items() if term in losses)
+
+
+def term_weights(network: Network) -> dict[str, float]:
+    """Weights of the terms that a model can learn: `cycle` needs memory tokens."""
+    config = network.r3mem_config
+    terms = TERMS if network.layout is not None else TERMS[:2]
+    return {term: getattr(config, f"{term}_weight") for term in terms}
+
+
+def continuation_logits(
+    network: Network, prompts: Rows, continuations: Rows, memory: Memory | None = None, *, forward: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict the continuations of prompts, in the direction that the model is being read in.
+
+    Args:
+        network: The model.
+        prompts: What is given, a prompt a row.
+        continuations: What follows it.
+        memory: What the prompts are read behind; None: nothing.
+        forward: Whether this is the forward direction, in which adapters may be held to memory tokens.
+
+    Returns:
+        Logits `[B, N + 1, V]` of the continuations and the end after them, and their targets int64 `[B, N + 1]`,
+        -100 where none counts.
+    """
+    first, first_mask = prompt_of(prompts, network.start_token_id)
+    second, second_mask, targets = continuations.right_padded(network.end_token_id)
+    # The last target is predicted, not read.
+    ids = torch.cat([first, second[:, :-1]], 1)
+    mask = torch.cat([first_mask, second_mask[:, :-1]], 1)
+    network.check_length(ids.shape[1], behind_memory=memory is not None)
+    kept = second.shape[1]
+    extra, cache = {"logits_to_keep": kept} if network.slices_logits else {}, None
+    if memory is not None:
+        cache = network.reading_cache(memory, keep=False, forward=forward)
+        extra |= cache_argument(network.plain_model, cache)
+    with network.must_read(cache):
+        output = network.peft_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions_of_mask(mask), use_cache=False, **extra
+        )
+    return output.logits[:, -kept:], targets
+
+
+class _Teacher:
+    """The base model with the full context, for the divergence of what is read through memories from it.
+
+    Raises ValueError for a context that it cannot read as a whole.
+    """
+
+    def __init__(self, network, memory, rows):
+        self._network = network
+        self._hidden = self._hidden_states(memory, rows)
+
+    def blended(self, output, segment: Segment, targets: torch.Tensor, num_items) -> torch.Tensor:
+        """A segment's loss, `(1 - w) * cross-entropy + w * divergence`, each divided by `num_items`."""
+        if output.logits is None:
+            raise ValueError(
+                "distillation needs the logits, which a fused loss (Liger's) does not make; apply it with "
+                "fused_linear_cross_entropy=False"
+            )
+        counted = targets != IGNORED
+        places = segment.places.clamp_max(self._hidden.shape[1] - 1)
+        rows = torch.tensor(segment.rows, device=targets.device)[:, None]
+        wanted = self._hidden[rows, places.to(targets.device)]
+        wanted = self._logits(wanted[counted]).float().log_softmax(-1)
+        divergence = kl_div(output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+        weight = self._network.r3mem_config.distillation_weight
+        return (1 - weight) * output.loss + weight * divergence / num_items
+
+    @torch.no_grad()
+    def _hidden_states(self, memory, rows):
+        """Last hidden states with the full context: `[B, T, hidden_size]`, padded on the right."""
+        network = self._network
+        if memory.tokens_seen.any():
+            raise ValueError(
+                "distillation_weight: the teacher reads the full context, of which a memory holds only a part; train "
+                "without one, or set the weight to 0"
+            )
+        ids, mask, _ = rows.right_padded(network.end_token_id)
+        ids, mask = ids[:, :-1], mask[:, :-1]
+        if network.max_tokens is not None and ids.shape[1] > network.max_tokens:
+            raise ValueError(
+                f"distillation_weight: the teacher reads all {ids.shape[1]} tokens at once, and the model has "
+                f"{network.max_tokens} positions; use shorter rows, or set the weight to 0"
+            )
+        with evaluating(network), network.disable_adapters():
+            return network.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _logits(self, hidden):
+        """The base model's logits `[N, V]` for last hidden states `[N, hidden_size]`."""
+        network = self._network
+        head = network.peft_model.get_output_embeddings()
+        adapted = head is not None and any(isinstance(module, BaseTunerLayer) for module in head.modules())
+        with network.disable_adapters() if adapted else contextlib.nullcontext():
+            return network.head(hidden[None]).logits[0]
+
+
+def _mean_loss(logits, targets):
+    """Mean cross-entropy of the targets that count, 0 if none does."""
+    total = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp_min(1)

@@ -1,0 +1,158 @@
+"""Histories, read segment by segment: each behind the memory of those before it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .batching import Rows
+from .integrations.fsdp import largest_of_ranks
+from .memory.memory import Memory
+from .memory.segments import IGNORED, Segment, advance, cut_segments
+from .memory.writers.tokens import read_and_write
+from .network import Network
+from .reversible.replay import replay
+
+
+def is_one_pass(network: Network, rows: Rows) -> bool:
+    """Whether rows without a memory before them are read in one pass, as the base model reads them."""
+    if network.layout is None or network.is_plain:
+        return True
+    return largest_of_ranks(network, int(rows.mask.sum(1).max())) <= network.layout.segment_length
+
+
+def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = False) -> list[Segment]:
+    """Cut rows behind a memory into the segments that they are read in, or into one.
+
+    Raises:
+        ValueError: A segment does not fit into the model's positions.
+    """
+    ids, labels = rows.lists(), rows.lists(rows.labels)
+    lengths = [len(before) + len(row) for before, row in zip(memory.unfinished, ids, strict=True)]
+    length = max(1, *lengths) if in_one else None
+    longest = max(lengths) if in_one else largest_of_ranks(network, max(lengths))
+    if longest > max(lengths):
+        # Another process has more segments: what is read here with them counts nowhere.
+        more = torch.zeros(longest - lengths[-1], dtype=torch.int64)
+        ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + IGNORED])
+    segments = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length)
+    for segment in segments:
+        written = network.layout.num_memory_tokens if segment.writes else 0
+        network.check_length(segment.ids.shape[1] + written, behind_memory=True)
+    return segments
+
+
+def trains_through(network: Network, segments: Sequence[Segment]) -> bool:
+    """Whether gradients are to pass from segment to segment."""
+    return network.training and torch.is_grad_enabled() and len(segments) > 1
+
+
+def read_segments(
+    network: Network,
+    segments: Sequence[Segment],
+    memory: Memory,
+    outcome: Callable[[Segment, torch.Tensor], Any],
+    on_tokens: Callable[[int], Any] | None = None,
+) -> tuple[list, torch.Tensor]:
+    """Read segments one after the other, and pass their memories on.
+
+    Args:
+        network: The model. In training, `kept_segments` says what it keeps of each until the backward pass.
+        segments: Of `cut_segments`.
+        memory: What comes before the first.
+        outcome: What is to be made of each segment's last hidden states, `[A, n, hidden_size]`; called again in the
+            backward pass where nothing is kept.
+        on_tokens: Is told how many tokens were read, after each segment.
+
+    Returns:
+        What `outcome` returned for each segment, and the states of the last memory.
+    """
+    config = network.r3mem_config
+    states = memory.states.to(network.device, network.dtype)
+    training = trains_through(network, segments)
+
+    def read(segment, states):
+        before = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
+        return read_and_write(
+            network.reader,
+            segment,
+            before,
+            network.memory_embeddings,
+            adapts_tokens=network.adapts_tokens,
+            dropout=config.memory_dropout if training else 0.0,
+        )
+
+    def step(segment, states):
+        hidden, states = read(segment, states)
+        return outcome(segment, hidden), states
+
+    if training and config.kept_segments == "none":
+        return replay(network, step, segments, states, bptt_segments=config.bptt_segments)
+    outcomes = []
+    for index, segment in enumerate(segments):
+        if training and index and config.bptt_segments is not None and index % config.bptt_segments == 0:
+            states = states.detach()
+        on_host = training and config.kept_segments == "host"
+        with network.stack.on_host() if on_host else contextlib.nullcontext():
+            hidden, states = read(segment, states)
+            if training:  # the logits are as large as all else that a segment computes
+                outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
+            else:
+                outcomes.append(outcome(segment, hidden))
+        if on_tokens is not None:
+            on_tokens(sum(end - start for start, end in segment.own))
+    return outcomes, states
+
+
+def compress_rows(
+    network: Network,
+    rows: Sequence[torch.Tensor],
+    memory: Memory,
+    *,
+    finish: bool,
+    on_tokens: Callable[[int], Any] | None = None,
+) -> Memory:
+    """The memory after some more tokens. Differentiable.
+
+    Args:
+        network: The model.
+        rows: New tokens of each row, int64 `[n]`, on the CPU.
+        memory: What comes before.
+        finish: Whether what does not fill a segment is compressed, too.
+        on_tokens: Is told how many tokens were read, after each segment.
+
+    Raises:
+        ValueError: There are more segments than `max_memory_segments=None` can keep, or processes of FSDP2 have
+            different numbers of them.
+    """
+    layout = network.layout
+    segments = cut_segments(memory, rows, finish=finish, writes_all=True)
+    if largest_of_ranks(network, len(segments)) + largest_of_ranks(network, -len(segments)):
+        raise ValueError(
+            "a model sharded by FSDP2 gathers its layers in all processes together, so each has to compress as "
+            f"many segments; here are {len(segments)}. Give all of them rows that are cut into as many"
+        )
+    carried = advance(memory, rows, segments)
+    readable = layout.readable_segments
+    if layout.keeps_all and len(carried["num_segments"]) and carried["num_segments"].max() > readable:
+        raise ValueError(
+            f"max_memory_segments=None keeps {readable} segments within the model's positions, and this is more "
+            "(to expand a memory compresses what is unfinished in it); use a number, or longer segments"
+        )
+    _, states = read_segments(network, segments, memory, lambda segment, hidden: (), on_tokens)
+    return dataclasses.replace(memory, states=states, **carried)
+
+
+def placed(rows: Rows, segments: Sequence[Segment], found: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put values of segments, `[A, n, C]` each, where the rows' own tokens stand: `[B, T, C]`, zeros in padding."""
+    pieces = [[] for _ in rows.ids]
+    for segment, values_of_rows in zip(segments, found, strict=True):
+        for row, (start, end), values in zip(segment.rows, segment.own, values_of_rows, strict=True):
+            pieces[row].append(values[len(values) - (end - start) :])
+    some = found[0]
+    empty = some.new_zeros(*rows.ids.shape, some.shape[-1])
+    kept = [torch.cat(values) for values in pieces if values]
+    return empty.masked_scatter(rows.mask.bool()[..., None], torch.cat(kept))
