@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import math
 import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -27,8 +29,9 @@ from r3mem_fast.training.collate import collate_ids
 from .records import add_output_option, add_record
 
 DEFAULT = "default"
-# What an arm changes: settings of the config; levels; whose queries; whether the network is the ordinary one.
-ARMS = {
+# What an arm changes, as arguments of `_learned`: settings of the config; levels; whether an instruct model writes the
+# queries; whether the network is the ordinary one.
+ARMS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "document level alone": {"levels": ("document",)},
     "queries by an instruct model": {"instruct": True},
@@ -39,7 +42,8 @@ ARMS = {
 _MEASURES = ("expand_nats", "cycle_nats", "compress_nats")
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__.split("\n")[0])
     parser.add_argument("--arm", nargs="+", choices=list(ARMS), default=list(ARMS), help="(all)")
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
@@ -54,7 +58,8 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
-    records, found = [], {}
+    records: list[dict] = []
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     text = read_text(options.text)
     for arm in options.arm:
         for seed in range(options.seeds):
@@ -70,8 +75,16 @@ def main(arguments=None):
     return 0
 
 
-def _learned(options, text, seed, config=None, levels=LEVELS, instruct=False, plain=False):
-    """A page learned for so many steps, and what is known of it then."""
+def _learned(
+    options: argparse.Namespace,
+    text: str,
+    seed: int,
+    config: dict[str, Any] | None = None,
+    levels: Sequence[str] = LEVELS,
+    instruct: bool = False,
+    plain: bool = False,
+) -> dict[str, Any]:
+    """Learn a page for the number of steps in `options`, and return the record of what is known of it then."""
     settings = {"num_memory_tokens": options.memory_tokens, "segment_length": 2 * options.tokens, **(config or {})}
     pipeline = R3MemPipeline(options.model, config=R3MemConfig(**settings), seed=seed)
     page = pages_of(text, pipeline.tokenizer, 1, tokens=options.tokens, offset=100 + seed)
@@ -80,8 +93,8 @@ def _learned(options, text, seed, config=None, levels=LEVELS, instruct=False, pl
     with _ordinary(pipeline.model) if plain else contextlib.nullcontext():
         report = pipeline.remember(page, settings=training, builder=builder, levels=levels, progress=not options.json)
         pair = next(pair for pair in report.pairs if pair.level == "document")
-        context = pipeline._ids(pair.context)
-        batch = collate_ids([(context, pipeline._ids(pair.query))])
+        context = pipeline.codec.ids(pair.context)
+        batch = collate_ids([(context, pipeline.codec.ids(pair.query))])
         batch = {name: tensor.to(pipeline.model.device) for name, tensor in batch.items()}
         with torch.no_grad():
             output = pipeline.model(**batch, terms=["compress", "expand", "cycle"])
@@ -102,14 +115,14 @@ def _learned(options, text, seed, config=None, levels=LEVELS, instruct=False, pl
 
 
 @contextlib.contextmanager
-def _ordinary(model):
-    """The same adapters in the ordinary network, its activations stored."""
+def _ordinary(model: torch.nn.Module) -> Iterator[None]:
+    """Run the same adapters in the ordinary network, which stores its activations."""
     with stack_of(model).in_mode(Mode.PLAIN):
         yield
 
 
-def _interval(differences):
-    """Mean, and the interval of 95 % of Student's t, for up to 10 seeds."""
+def _interval(differences: list[float]) -> dict[str, float]:
+    """Return the mean and its interval of 95 % of Student's t, for 2 to 10 seeds."""
     quantile = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[len(differences) - 2]
     mean = statistics.fmean(differences)
     half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))

@@ -17,6 +17,8 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,7 +35,8 @@ CONTROLS = ("own memory", "zeroed memory", "another's memory")
 _RESAMPLES = 10_000
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.expand", description=__doc__.split("\n")[0])
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="(all)")
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
@@ -58,7 +61,9 @@ def main(arguments=None):
 
 
 class _Bench:
-    def __init__(self, options):
+    """Runs the suites, each by the method of its name."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
         self.options, self._add_record = options, functools.partial(add_record, records=[], options=options)
         self.texts = [read_text(path) for path in options.text]
         if options.held_out:
@@ -67,7 +72,8 @@ class _Bench:
             last = self.texts[-1]
             self.texts[-1], self.held_out = last[: -len(last) // 10], last[-len(last) // 10 :]
 
-    def seen(self):
+    def seen(self) -> None:
+        """Learn documents until each comes back from its memory, and expand their memories."""
         options = self.options
         for placement in ("every_layer", "input"):
             config = self._config(memory_placement=placement, segment_length=2 * options.tokens)
@@ -75,15 +81,17 @@ class _Bench:
             pages = pages_of(self.texts[0], pipeline.tokenizer, options.documents, tokens=options.tokens, offset=20)
             settings = RememberSettings(max_steps=options.max_steps, tokens_per_step=4 * options.tokens)
             report = pipeline.remember(pages, settings=settings, levels=("document",), progress=not options.json)
-            rows = [pipeline._ids(pair.context) for pair in report.pairs]
-            details = {"steps": report.steps, "seconds": round(report.seconds, 1), "loss": round(report.cycle_loss, 4)}
+            rows = [pipeline.codec.ids(pair.context) for pair in report.pairs]
+            loss = report.cycle_loss and round(report.cycle_loss, 4)
+            details = {"steps": report.steps, "seconds": round(report.seconds, 1), "loss": loss}
             self._evaluate("seen", placement, pipeline.model, rows, details)
 
-    def unseen(self):
+    def unseen(self) -> None:
+        """Learn to expand windows of texts, and expand the memories of windows of another text."""
         options = self.options
-        model, tokenizer = load_model(options.model, dtype=default_dtype("cpu"))
+        base, tokenizer = load_model(options.model, dtype=default_dtype("cpu"))
         torch.manual_seed(options.seed)
-        model = R3MemModel(model, self._config(segment_length=options.window))
+        model = R3MemModel(base, self._config(segment_length=options.window))
         windows = torch.cat([token_windows(tokenizer, text, tokens=options.window) for text in self.texts])
         started = time.perf_counter()
         losses = self._train(model, windows)
@@ -93,8 +101,11 @@ class _Bench:
         step = max(1, len(unseen) // options.windows)
         self._evaluate("unseen", "every_layer", model.eval(), unseen[::step][: options.windows].tolist(), details)
 
-    def _config(self, **settings):
-        """Only the third term of the objective; what the forward direction says without a memory stays as it was."""
+    def _config(self, **settings: Any) -> R3MemConfig:
+        """Return settings with the objective's third term alone.
+
+        What the forward direction says without a memory stays as it was, as the adapters act on memories alone.
+        """
         return R3MemConfig(
             num_memory_tokens=self.options.memory_tokens,
             adapter_rows="memory",
@@ -103,9 +114,10 @@ class _Bench:
             **settings,
         )
 
-    def _train(self, model, windows):
-        """AdamW, each window once and then again in another order; returns the losses."""
-        options, losses = self.options, []
+    def _train(self, model: R3MemModel, windows: torch.Tensor) -> list[float]:
+        """Train by AdamW, on each window once and then again in another order; return the losses."""
+        options = self.options
+        losses: list[float] = []
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
         warm_up = min(50, options.steps // 2)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -113,7 +125,7 @@ class _Bench:
             lambda step: min((step + 1) / (warm_up + 1), (options.steps - step) / max(1, options.steps - warm_up)),
         )
         generator = torch.Generator().manual_seed(options.seed)
-        order = []
+        order: list[int] = []
         model.train()
         with tqdm(range(options.steps), desc="Learning", unit="step", disable=options.json) as progress:
             for _ in progress:
@@ -131,9 +143,11 @@ class _Bench:
                 progress.set_postfix(loss=statistics.fmean(losses[-20:]))
         return losses
 
-    def _evaluate(self, suite, placement, model, rows, details):
+    def _evaluate(
+        self, suite: str, placement: str, model: R3MemModel, rows: list[list[int]], details: dict[str, Any]
+    ) -> None:
         """Expand the memory of each row, and the controls; print a record of each."""
-        expanded = {control: [] for control in CONTROLS}
+        expanded: dict[str, list[list[int]]] = {control: [] for control in CONTROLS}
         for start in range(0, len(rows), 20):
             batch = collate_ids([(row, [0]) for row in rows[start : start + 20]])
             memory = model.compress(batch["input_ids"], batch["attention_mask"], finish=True)
@@ -146,7 +160,7 @@ class _Bench:
             control: torch.tensor([_distance(ids, row) for ids, row in zip(found, rows, strict=True)])
             for control, found in expanded.items()
         }
-        for control, found in expanded.items():
+        for control, texts in expanded.items():
             record = {
                 "suite": suite,
                 "placement": placement,
@@ -154,7 +168,7 @@ class _Bench:
                 "rows": len(rows),
                 "tokens": sum(map(len, rows)),
                 "memory_tokens": self.options.memory_tokens,
-                "exact": sum(ids == row for ids, row in zip(found, rows, strict=True)),
+                "exact": sum(ids == row for ids, row in zip(texts, rows, strict=True)),
                 "edit_distance": round(distances[control].mean().item(), 4),
                 **details,
             }
@@ -164,8 +178,8 @@ class _Bench:
             self._add_record(record)
 
 
-def _distance(found, wanted):
-    """Levenshtein's, over the length of the longer: 0 for the same, 1 for nothing in common."""
+def _distance(found: list[int], wanted: list[int]) -> float:
+    """Return Levenshtein's distance over the length of the longer: 0 for the same, 1 for nothing in common."""
     row = list(range(len(wanted) + 1))
     for i, token in enumerate(found):
         last, row[0] = row[0], i + 1
@@ -174,8 +188,8 @@ def _distance(found, wanted):
     return row[-1] / max(1, len(found), len(wanted))
 
 
-def _interval(differences, seed):
-    """Mean of paired differences, and the bootstrapped interval that holds it with 95 %."""
+def _interval(differences: torch.Tensor, seed: int) -> tuple[float, ...]:
+    """Return the mean of paired differences, and the bootstrapped interval that holds it with 95 %."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(differences), (_RESAMPLES, len(differences)), generator=generator)
     low, high = differences[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()

@@ -24,15 +24,17 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
+from r3mem_fast.choices import PLACEMENTS
 from r3mem_fast.data.text import read_text
 from r3mem_fast.devices import default_dtype
-from r3mem_fast.memory.memory import PLACEMENTS
 from r3mem_fast.training.collate import padded
 
 from .records import add_output_option, add_record
@@ -42,7 +44,8 @@ _HISTORIES = (0, 40, 256, 300, 600, 1024, 1300, 90)
 _PROMPTS = (1, 17, 60, 5, 33, 48, 9, 25)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.split("\n")[0])
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="(all)")
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
@@ -54,28 +57,31 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
-    records = []
+    records: list[dict] = []
     for suite in options.suite:
         for record in globals()[f"_{suite}"](options):
             add_record({"suite": suite, **record}, records, options)
     return 0 if all(record.get("passed", True) for record in records) else 1
 
 
-def _model(options, dtype=None, **settings):
+def _model(options: argparse.Namespace, dtype: torch.dtype | None = None, **settings: Any) -> tuple[R3MemModel, Any]:
+    """Return a model with untrained adapters, and its tokenizer."""
     base, tokenizer = load_model(options.model, dtype=dtype or default_dtype("cpu"))
     torch.manual_seed(0)
     config = R3MemConfig(num_memory_tokens=options.memory_tokens, segment_length=options.segment_length, **settings)
     return R3MemModel(base, config).eval(), tokenizer
 
 
-def _ids(options, tokenizer, tokens):
+def _ids(options: argparse.Namespace, tokenizer: Any, tokens: int) -> torch.Tensor:
+    """Return the text's first tokens, int64 `[1, tokens]`."""
     ids = tokenizer(read_text(options.text), add_special_tokens=False, verbose=False).input_ids
     if len(ids) < tokens:
         raise ValueError(f"the text has {len(ids)} tokens; {tokens} are needed")
     return torch.tensor([ids[:tokens]])
 
 
-def _stream(options):
+def _stream(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compress a text in one process, and in two; yield a record each, and a comparison."""
     with tempfile.TemporaryDirectory() as folder:
         whole, first, second = (str(Path(folder) / name) for name in ("whole", "first", "second"))
         half = options.tokens // 2 + 100  # not at the end of a segment
@@ -84,7 +90,7 @@ def _stream(options):
             ("first half", (0, half, None, first)),
             ("second half, in another process", (half, options.tokens, first, second)),
         ):
-            # A process of its own, whose memory and state is no other part's.
+            # Each part has a process of its own, so that none sees another's memory and state.
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
                 yield {"part": part, **pool.submit(_compressed, options, *given).result()}
@@ -95,11 +101,11 @@ def _stream(options):
         yield {"part": "second half against uninterrupted", "passed": same, "bit_for_bit": same}
 
 
-def _compressed(options, start, end, before, output):
-    """Compress tokens of the text into a file; returns what it took."""
+def _compressed(options: argparse.Namespace, start: int, end: int, before: str | None, output: str) -> dict[str, Any]:
+    """Compress tokens of the text, behind the memory in the file `before`, into a file; return what it took."""
     model, tokenizer = _model(options)
     ids = _ids(options, tokenizer, end)[:, start:]
-    memory = None if before is None else Memory.load(before, model=model)
+    memory: Any = None if before is None else Memory.load(before, model=model)
     resident, seconds = [], 0.0
     for piece in ids.split(-(-ids.shape[1] // 10), dim=1):
         started = time.perf_counter()
@@ -112,13 +118,14 @@ def _compressed(options, start, end, before, output):
         "segments": memory.num_segments.item(),
         "tokens_per_second": round((end - start) / seconds, 1),
         "resident_mb": resident,
-        # After the first tenth, which brings in what every later one needs too.
+        # Growth after the first tenth, which brings in what every later one needs too.
         "growth": round(resident[-1] / resident[0], 4),
         "memory_bytes": memory.nbytes,
     }
 
 
-def _batch(options):
+def _batch(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compare the logits of a batch behind different memories with those of each row alone."""
     for placement in PLACEMENTS:
         model, tokenizer = _model(options, torch.float32, memory_placement=placement, max_memory_segments=2)
         text = _ids(options, tokenizer, sum(_HISTORIES) + sum(_PROMPTS))[0]
@@ -154,11 +161,13 @@ def _batch(options):
                "max_abs_difference": difference}  # fmt: skip
 
 
-def _largest(logits, mask, expected):
+def _largest(logits: torch.Tensor, mask: torch.Tensor, expected: list[torch.Tensor]) -> float:
+    """Return the largest difference of a logit at a token from that of the row alone."""
     return max((logits[i, mask[i].bool()] - row).abs().max().item() for i, row in enumerate(expected))
 
 
-def _file(options):
+def _file(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time saving and loading, and load damaged files."""
     model, tokenizer = _model(options)
     length = options.segment_length
     ids = _ids(options, tokenizer, 3 * length + 50).expand(4, -1)
@@ -175,17 +184,20 @@ def _file(options):
         yield _corrupted(options, model, memory, good, bad)
 
 
-def _corrupted(options, model, memory, good, bad):
-    """Load damaged files: each must be a ValueError or OSError, of which one line is shown."""
+def _corrupted(
+    options: argparse.Namespace, model: R3MemModel, memory: Memory, good: Path, bad: Path
+) -> dict[str, Any]:
+    """Load damaged files, each of which must raise ValueError or OSError; return how many did, with examples."""
     data, draw = good.read_bytes(), random.Random(0)
-    with torch.no_grad():  # another model, and a memory of it
+    assert model.memory_embeddings is not None
+    with torch.no_grad():  # make another model, and a memory of it
         model.memory_embeddings.neg_()
         model.compress(torch.ones(4, 3 * options.segment_length + 50, dtype=torch.int64)).save(bad)
         model.memory_embeddings.neg_()
     other = bad.read_bytes()
     header, other_header = (8 + int.from_bytes(content[:8], "little") for content in (data, other))
 
-    def flipped():
+    def flipped() -> bytes:
         content = bytearray(data)
         for _ in range(draw.choice((1, 2, 8))):
             content[draw.randrange(draw.choice((header, len(data))))] ^= 1 << draw.randrange(8)
@@ -203,7 +215,7 @@ def _corrupted(options, model, memory, good, bad):
     for number in range(options.corruptions):
         kind = list(kinds)[number % len(kinds)]
         content = kinds[kind]()
-        if content == data:  # bits flipped twice
+        if content == data:  # a bit was flipped twice
             continue
         bad.write_bytes(content)
         tried[kind] += 1
@@ -222,7 +234,8 @@ def _corrupted(options, model, memory, good, bad):
     }
 
 
-def _median_ms(run):
+def _median_ms(run: Callable[[], object]) -> float:
+    """Return the median time of a call, in milliseconds."""
     seconds = []
     for _ in range(21):
         started = time.perf_counter()

@@ -20,12 +20,14 @@ import functools
 import math
 import random
 import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from r3mem_fast import PairCollator, R3MemConfig, R3MemPipeline, RememberSettings
 from r3mem_fast.data.text import pages_of, read_text, token_windows
-from r3mem_fast.hierarchy import build_pairs
+from r3mem_fast.hierarchy import Pair, build_pairs
 from r3mem_fast.hierarchy.decoys import swap_entities
 from r3mem_fast.hierarchy.pairs import mentioned
 
@@ -33,11 +35,12 @@ from .records import add_output_option, add_record
 
 SUITES = ("page", "three", "pages", "arms", "adapters")
 _HELD_OUT_WINDOWS, _HELD_OUT_TOKENS = 12, 256
-# Of most controls: reading them takes as long as learning a few pages.
+# Queries of most controls: reading them takes as long as learning a few pages.
 _CONTROL_QUERIES = 16
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.recall", description=__doc__.split("\n")[0])
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="(all)")
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
@@ -61,26 +64,30 @@ def main(arguments=None):
 
 
 class _Bench:
-    def __init__(self, options):
+    """Runs the suites, each by the method of its name."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
         self.options, self._add_record = options, functools.partial(add_record, records=[], options=options)
         self.text = read_text(options.text)
         self.held_out_text = read_text(options.held_out) if options.held_out else self.text[-len(self.text) // 10 :]
         self.book = self.text if options.held_out else self.text[: -len(self.text) // 10]
 
-    def page(self):
+    def page(self) -> None:
+        """Remember one page, another one for every seed."""
         for seed in range(self.options.seeds):
-            # Another page for every seed.
             pipeline = self._pipeline(seed)
             pages = self._pages(pipeline, 1, seed)
             report = self._remember(pipeline, pages, seed)
             self._add("page", "default", seed, report, pipeline)
 
-    def three(self):
+    def three(self) -> None:
+        """Remember three pages."""
         pipeline = self._pipeline(0)
         report = self._remember(pipeline, self._pages(pipeline, 3, 50), 0)
         self._add("three", "default", 0, report, pipeline)
 
-    def pages(self):
+    def pages(self) -> None:
+        """Remember many pages, and ask for what must not come back."""
         pipeline = self._pipeline(0)
         count = self.options.pages
         pages = self._pages(pipeline, count + 5, 200)
@@ -97,10 +104,11 @@ class _Bench:
         for record in _controls(pipeline, report.pairs, unseen):
             self._add_record({"suite": "pages", "seed": 0, "pages": count, **record})
 
-    def arms(self):
+    def arms(self) -> None:
+        """Compare directions and cores, at the same pages and steps."""
         depth = self._pipeline(0).model.config.num_hidden_layers
-        default = R3MemConfig().resolved(depth).core
-        arms = {
+        default: Any = R3MemConfig().resolved(depth).core  # (first, last) of a resolved config
+        arms: dict[str, dict[str, Any]] = {
             "reversed": {},
             "inverse": {"backward": "inverse"},
             "reversed, the inverse's core": {"core": R3MemConfig(backward="inverse").resolved(depth).core},
@@ -116,34 +124,38 @@ class _Bench:
                 report = self._remember(pipeline, pages, seed, max_steps=self.options.arm_steps)
                 self._add("arms", name, seed, report, pipeline, core=list(pipeline.model.r3mem_config.core))
 
-    def adapters(self):
-        """Two adapters: one learns only to expand, the other only to compress, each with half the rank."""
+    def adapters(self) -> None:
+        """Compare one adapter with two of half the rank: one learns only to expand, the other only to compress."""
         steps = self.options.arm_steps
+        arms: dict[str, dict[str, Any]] = {
+            "one adapter": {"lora_r": 16, "lora_alpha": 32},
+            "two adapters: expand": {"lora_r": 8, "lora_alpha": 16, "compress_weight": 0.0},
+            "two adapters: compress": {"lora_r": 8, "lora_alpha": 16, "expand_weight": 0.0},
+        }
         for seed in range(self.options.seeds):
-            for name, settings in (
-                ("one adapter", {"lora_r": 16, "lora_alpha": 32}),
-                ("two adapters: expand", {"lora_r": 8, "lora_alpha": 16, "compress_weight": 0.0}),
-                ("two adapters: compress", {"lora_r": 8, "lora_alpha": 16, "expand_weight": 0.0}),
-            ):
+            for name, settings in arms.items():
                 pipeline = self._pipeline(seed, R3MemConfig(**settings))
                 pages = self._pages(pipeline, self.options.arm_pages, 120 + seed)
                 report = self._remember(pipeline, pages, seed, max_steps=steps, compress_every=2)
                 compress = _compress_loss(pipeline, report.pairs)
                 self._add("adapters", name, seed, report, pipeline, lora_r=settings["lora_r"], compress_loss=compress)
 
-    def _pipeline(self, seed, config=None):
+    def _pipeline(self, seed: int, config: R3MemConfig | None = None) -> R3MemPipeline:
         return R3MemPipeline(self.options.model, config=config, seed=seed)
 
-    def _remember(self, pipeline, pages, seed, *, folder=None, **settings):
+    def _remember(
+        self, pipeline: R3MemPipeline, pages: dict[str, str], seed: int, *, folder: str | None = None, **settings: Any
+    ) -> Any:
         settings = {"max_steps": self.options.max_steps, **settings}
         return pipeline.remember(
             pages, folder=folder, settings=RememberSettings(seed=seed, **settings), progress=not self.options.json
         )
 
-    def _pages(self, pipeline, count, offset):
+    def _pages(self, pipeline: R3MemPipeline, count: int, offset: int) -> dict[str, str]:
         return pages_of(self.book, pipeline.tokenizer, count, tokens=self.options.tokens, offset=offset)
 
-    def _add(self, suite, arm, seed, report, pipeline, **details):
+    def _add(self, suite: str, arm: str, seed: int, report: Any, pipeline: R3MemPipeline, **details: Any) -> None:
+        """Add the record of what was remembered."""
         levels = {level: {"exact": n, "total": total} for level, (n, total) in report.by_level().items()}
         self._add_record(
             {
@@ -151,7 +163,7 @@ class _Bench:
                 "arm": arm,
                 "seed": seed,
                 "documents": len({pair.document for pair in report.pairs}),
-                "context_tokens": sum(len(pipeline._ids(pair.context)) for pair in report.pairs),
+                "context_tokens": sum(len(pipeline.codec.ids(pair.context)) for pair in report.pairs),
                 "exact": sum(report.exact),
                 "total": len(report.exact),
                 "levels": levels,
@@ -163,11 +175,12 @@ class _Bench:
             }
         )
 
-    def _perplexity_ratio(self, pipeline):
+    def _perplexity_ratio(self, pipeline: R3MemPipeline) -> float:
+        """Return the perplexity of held-out text over the base model's."""
         tokens = min(_HELD_OUT_TOKENS, pipeline.model.max_tokens or _HELD_OUT_TOKENS)
         windows = token_windows(pipeline.tokenizer, self.held_out_text, tokens=tokens, count=_HELD_OUT_WINDOWS)
 
-        def loss():
+        def loss() -> float:
             with torch.no_grad():
                 return statistics.fmean(pipeline.model(w[None], labels=w[None]).loss.item() for w in windows)
 
@@ -176,8 +189,8 @@ class _Bench:
         return math.exp(loss() - base)
 
 
-def _controls(pipeline, pairs, unseen):
-    """What must not come back, and what need not."""
+def _controls(pipeline: R3MemPipeline, pairs: Sequence[Pair], unseen: Sequence[Pair]) -> Iterator[dict[str, Any]]:
+    """Yield a record for each way of asking in which contexts must not come back, or need not."""
     asked = [(pair.query, pair.context) for pair in pairs]
     queries = {pair.query for pair in pairs}
     with pipeline.model.peft_model.disable_adapter():
@@ -185,25 +198,31 @@ def _controls(pipeline, pairs, unseen):
     with pipeline.model.disable_adapters():
         yield _control("adapters off, forward", asked, pipeline, forward=True)
     yield _control("forward, adapters on", asked, pipeline, forward=True)
-    swapped = [(_swapped(pair, pairs), pair.context) for pair in pairs]
-    swapped = [ask for ask in swapped if ask[0] not in (None, *queries)]
-    # All of them: that none comes back is said of each.
+    queries_swapped = ((_swapped(pair, pairs), pair.context) for pair in pairs)
+    swapped = [(query, context) for query, context in queries_swapped if query is not None and query not in queries]
+    # Ask all of them, because the claim is that none comes back.
     yield _control("entities swapped", swapped, pipeline, queries=len(swapped))
     halves = [(pair.query[: len(pair.query) // 2].rsplit(" ", 1)[0], pair.context) for pair in pairs]
     yield _control("first half of the query", [ask for ask in halves if ask[0] not in ("", *queries)], pipeline)
     yield _control("queries of unseen pages", [(pair.query, pair.context) for pair in unseen], pipeline)
 
 
-def _control(name, asked, pipeline, forward=False, queries=_CONTROL_QUERIES):
-    """Greedy recall of some `(query, context)`: how often the context comes back, how near, how often nothing."""
-    # What never ends is read as far as the context goes: the longest last, so that few are read that far.
+def _control(
+    name: str,
+    asked: list[tuple[str, str]],
+    pipeline: R3MemPipeline,
+    forward: bool = False,
+    queries: int = _CONTROL_QUERIES,
+) -> dict[str, Any]:
+    """Ask for some `(query, context)` greedily: how often the context comes back, how near, and how often nothing."""
+    # An answer that never ends is read as far as the longest context of its batch goes. Sort, so that few are long.
     sample = random.Random(0).sample(asked, min(queries, len(asked)))
-    sample.sort(key=lambda ask: len(pipeline._ids(ask[1])))
-    read = _read_forward if forward else R3MemPipeline.recall
-    found = []
+    sample.sort(key=lambda ask: len(pipeline.codec.ids(ask[1])))
+    read: Any = _read_forward if forward else R3MemPipeline.recall
+    found: list[str] = []
     for start in range(0, len(sample), 16):
         prompts, contexts = zip(*sample[start : start + 16], strict=True)
-        found += read(pipeline, prompts, max_new_tokens=len(pipeline._ids(contexts[-1])) + 16)
+        found += read(pipeline, prompts, max_new_tokens=len(pipeline.codec.ids(contexts[-1])) + 16)
     near = [
         difflib.SequenceMatcher(None, text.split(), context.split(), autojunk=False).ratio()
         for text, (_, context) in zip(found, sample, strict=True)
@@ -218,8 +237,8 @@ def _control(name, asked, pipeline, forward=False, queries=_CONTROL_QUERIES):
     }
 
 
-def _read_forward(pipeline, queries, max_new_tokens):
-    """Greedy continuation of the same prompts in the forward direction: the backward one of a single layer."""
+def _read_forward(pipeline: R3MemPipeline, queries: Sequence[str], max_new_tokens: int) -> Any:
+    """Continue the same prompts greedily in the forward direction, which is the backward one with a single layer."""
     config = pipeline.model.r3mem_config
     pipeline.model.r3mem_config = dataclasses.replace(config, core=(0, 1))
     try:
@@ -228,18 +247,18 @@ def _read_forward(pipeline, queries, max_new_tokens):
         pipeline.model.r3mem_config = config
 
 
-def _swapped(pair, pairs):
-    """The query with its entities replaced by another page's; None if it mentions none, or others are too few."""
+def _swapped(pair: Pair, pairs: Sequence[Pair]) -> str | None:
+    """Replace the query's entities by other pages'; None if it mentions none, or the others are too few."""
     found = mentioned(pair.entities, pair.query)
-    names = {name for other in pairs if other.document != pair.document for name in other.entities}
-    names = sorted(names - set(pair.entities))
+    others = {name for other in pairs if other.document != pair.document for name in other.entities}
+    names = sorted(others - set(pair.entities))
     if not found or len(names) < len(found):
         return None
     return swap_entities(pair.query, pair.entities, random.Random(pair.query).sample(names, len(found)))
 
 
-def _compress_loss(pipeline, pairs):
-    """Nats a token of the queries, given their contexts, forward."""
+def _compress_loss(pipeline: R3MemPipeline, pairs: Sequence[Pair]) -> float:
+    """Return the nats a token of the queries given their contexts, read forward."""
     losses = []
     for pair in pairs:
         batch = PairCollator(pipeline.tokenizer)([pair])

@@ -185,5 +185,48 @@ def load_base(folder, manifest, name=None, **settings):
         ) from error
 
 
+class OwnFolder:
+    """The folder that an adapter was loaded from or saved to, as it was last seen.
+
+    Attributes:
+        path: The folder; None: there is none.
+    """
+
+    def __init__(self):
+        self.path: Path | None = None
+        self._digest: str | None = None
+
+    def seen(self, folder: str | Path):
+        """Take note of a folder, as it is now."""
+        self.path = Path(folder)
+        self._digest = _digest(self.path / MANIFEST)
+
+    def refuse_foreign(self, folder: Path, checkpoint: str):
+        """Raise ValueError for a folder that holds another adapter, or this one, changed since it was seen.
+
+        Args:
+            folder: Where something is to be written.
+            checkpoint: Name of what a run of the same kind leaves there; its adapter may be in the folder.
+        """
+        if not (folder / MANIFEST).is_file() or self.refuse_changed(folder):
+            return
+        if not (folder / checkpoint).exists():
+            # With a checkpoint beside it: of the very run that made it, or refused where that is read.
+            raise ValueError(
+                f"{folder} holds an adapter already; choose another folder, or go on from it with "
+                f"R3MemPipeline({str(folder)!r})"
+            )
+
+    def refuse_changed(self, folder: Path) -> bool:
+        """Whether a folder is the one that was seen. Raises ValueError if it is, and has changed."""
+        own = self.path is not None and self.path.resolve() == folder.resolve()
+        if own and (folder / MANIFEST).is_file() and _digest(folder / MANIFEST) != self._digest:
+            raise ValueError(
+                f"{folder} was changed after this pipeline loaded it (by another process?), which would be lost; "
+                f"load it again: R3MemPipeline({str(folder)!r})"
+            )
+        return own
+
+
 def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()

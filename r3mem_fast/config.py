@@ -1,145 +1,218 @@
-"""`R3MemConfig`: what an `R3MemModel` is made of beside its base model."""
+"""`R3MemConfig`: what an `R3MemModel` is made of beside its base model. Importing it needs no torch."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .memory.memory import PLACEMENTS, MemoryLayout
-from .reversible import MomentumCoupling
-from .reversible.direction import FORMS, core_of, momentum_bits
-from .reversible.replay import check_bptt_segments
+from .choices import ADAPTER_ROWS, FORMS, KEPT_SEGMENTS, PLACEMENTS
+from .settings import check, described, names_of_group, setting
 
-KEPT_SEGMENTS = ("none", "device", "host")
-# How a model is trained, and nothing about what it computes.
-TRAINING_SETTINGS = (
-    "bptt_segments",
-    "kept_segments",
-    "offload_side_bits",
-    "memory_dropout",
-    "distillation_weight",
-    "compress_weight",
-    "expand_weight",
-    "cycle_weight",
+if TYPE_CHECKING:
+    from .memory import MemoryLayout
+    from .reversible import MomentumCoupling
+
+ADAPTER, COUPLING, BACKWARD, MEMORY, TRAINING, OBJECTIVE = (
+    "adapter",
+    "coupling",
+    "backward direction",
+    "memory",
+    "training through segments",
+    "objective",
 )
 
 
+@described
 @dataclasses.dataclass(frozen=True)
 class R3MemConfig:
     """Settings of an `R3MemModel`; saved with it.
 
-    lora_r, lora_alpha, lora_dropout: of the LoRA adapter, as PEFT's LoraConfig names them. target_modules: the linear
-        modules of a layer that are adapted, by the ends of their names, or "all-linear". None of the four is of use
-        if the base model is a PeftModel already.
-    first_adapted_layer: layers from this one to the last are adapted; None: all if there are memory tokens, whose
-        embeddings are learned below them, else from the core on. What lies below then needs no backward pass, and is
-        as before in both directions.
-    bits, fraction_bits: of the momentum coupling, see `MomentumCoupling`.
-    backward: how the core is read backward. "reversed": the momentum update in reversed order, by the
-        same kernels; "inverse": the coupling's own inverse, which amplifies by `1 / backward_momentum` a layer.
-    core: the layers `(first, end)` that are read backward, or "all"; None: a third of the depth above its middle, as
-        (16, 26) of 30, which learned fast and disturbed the forward direction least of those that were measured; in
-        the inverse form (16, 22), beyond which it leaves the range of the streams.
-    backward_momentum: of the inverse form: 1/2, 1/4, 1/16 or 1/256.
-    num_memory_tokens: virtual memory tokens that are written after each segment, 1 to 1024; 0: none.
-    segment_length: of the segments that a history is compressed in, in tokens. segment_overlap: of the tokens before a
-        segment that many, the last, are read again with it, as they are, behind the memory; `Memory` carries them.
-        What was said last matters most, and a memory need not hold it then. max_memory_segments: of how many
-        segments, the last ones, the memory is kept and read; 1 is a recurrent memory. None: of all, up to half of
-        the model's positions; beyond it compressing raises.
-    memory_placement: what a memory is. "every_layer": the memory tokens' keys and values in every layer, read by that
-        layer's attention. "input": their last hidden states, read as embeddings before the next segment.
-    adapter_rows: which rows of the forward direction the adapters change. "all", or "memory": the memory tokens alone,
-        so that without a memory the model is its base model, bit for bit. Backward they change all in either case.
-    bptt_segments: in training over several segments, gradients pass through the memories of at most so many of them,
-        counted from the first; None: of all. kept_segments: what is kept of each segment until the backward pass.
-        "none": nothing but its memory, and of the last one all; the others are run again then. "device":
-        the last streams and the side bits, which saves that; "host": the same in host memory.
-    offload_side_bits: of training, let them wait in host memory, see `make_reversible`.
-    memory_dropout: in training over several segments, the probability with which a row does not see the memory before
-        a segment, only its overlap: so that what can be known without a memory is not learned as a part of it.
-    distillation_weight: in training over several segments the loss is `(1 - w) * cross-entropy + w * divergence`: the
-        Kullback-Leibler divergence, in nats a token, from the base model with the full context. 0 to 1; 0: without.
-    compress_weight, expand_weight, cycle_weight: of the terms of the objective: the query from its
-        context (with memory tokens: from the memory of it) in the forward direction; the context from its query, and
-        the context from its memory, in the backward direction. The third only with memory tokens.
-
-    Raises ValueError for settings out of range.
+    Raises:
+        ValueError: A setting is out of range, or does not go with another.
     """
 
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
-    first_adapted_layer: int | None = None
-    bits: int | Sequence[int] = 4
-    fraction_bits: int = 14
-    backward: str = "reversed"
-    core: str | tuple[int, int] | None = None
-    backward_momentum: float = 0.5
-    num_memory_tokens: int = 0
-    segment_length: int = 256
-    segment_overlap: int = 0
-    max_memory_segments: int | None = 1
-    memory_placement: str = "every_layer"
-    adapter_rows: str = "all"
-    bptt_segments: int | None = None
-    kept_segments: str = "none"
-    offload_side_bits: bool = False
-    memory_dropout: float = 0.0
-    distillation_weight: float = 0.0
-    compress_weight: float = 1.0
-    expand_weight: float = 1.0
-    cycle_weight: float = 1.0
+    lora_r: int = setting(
+        16,
+        "Rank of a new LoRA adapter. Of no use, like the other settings of the adapter, if the base model is a "
+        "PeftModel already.",
+        group=ADAPTER,
+        option="lora-r",
+        least=1,
+    )
+    lora_alpha: int = setting(
+        32, "Scale of the adapter: its output is multiplied by `alpha / r`.", group=ADAPTER, least=1
+    )
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input.", group=ADAPTER)
+    target_modules: str | Sequence[str] = setting(
+        "all-linear",
+        "Linear modules of a layer that are adapted, by the ends of their names, or `all-linear`.",
+        group=ADAPTER,
+    )
+    first_adapted_layer: int | None = setting(
+        None,
+        "Layers from this one on are adapted. What lies below needs no backward pass, and is as before in both "
+        "directions.",
+        group=ADAPTER,
+        option="first-adapted-layer",
+        metavar="LAYER",
+        unset="all if there are memory tokens, whose embeddings are learned below them, else from the core on",
+    )
+    bits: int | Sequence[int] = setting(
+        4, "Side bits of the momentum coupling, see `MomentumCoupling`.", group=COUPLING
+    )
+    fraction_bits: int = setting(14, "Binary places of the streams, see `MomentumCoupling`.", group=COUPLING)
+    backward: str = setting(
+        "reversed",
+        "How the core is read backward. `reversed`: the momentum update in reversed order, by the same kernels; "
+        "`inverse`: the coupling's own inverse, which amplifies by `1 / backward_momentum` a layer.",
+        group=BACKWARD,
+        option="backward",
+        choices=FORMS,
+    )
+    core: str | tuple[int, int] | None = setting(
+        None,
+        "Layers FIRST,END that are read backward, or all. The default is (16, 26) of 30 layers, which learned fast "
+        "and disturbed the forward direction least of those that were measured; in the inverse form (16, 22), beyond "
+        "which it leaves the range of the streams.",
+        group=BACKWARD,
+        option="core",
+        unset="a third of the depth, above its middle",
+    )
+    backward_momentum: float = setting(0.5, "Momentum of the inverse form: 1/2, 1/4, 1/16 or 1/256.", group=BACKWARD)
+    num_memory_tokens: int = setting(
+        0,
+        "Memory tokens that are written after each segment. 0: none.",
+        group=MEMORY,
+        option="memory-tokens",
+        least=0,
+        most=1024,
+    )
+    segment_length: int = setting(
+        256,
+        "Tokens of a segment in which a history is compressed.",
+        group=MEMORY,
+        option="segment-length",
+        least=1,
+    )
+    segment_overlap: int = setting(
+        0,
+        "Tokens before a segment that are read again with it, behind the memory. What was said last matters most, and "
+        "a memory need not hold it then; `Memory` carries them.",
+        group=MEMORY,
+        option="segment-overlap",
+        least=0,
+    )
+    max_memory_segments: int | None = setting(
+        1,
+        "Segments, the last ones, whose memory is kept and read. 1 is a recurrent memory; None: all, up to half of "
+        "the model's positions, beyond which compressing raises.",
+        group=MEMORY,
+        option="memory-segments",
+        least=1,
+        unset="all",
+    )
+    memory_placement: str = setting(
+        "every_layer",
+        "What a memory is. `every_layer`: the memory tokens' keys and values in every layer, read by that layer's "
+        "attention; `input`: their last hidden states, read as embeddings before the next segment.",
+        group=MEMORY,
+        option="memory-placement",
+        choices=PLACEMENTS,
+    )
+    adapter_rows: str = setting(
+        "all",
+        "Tokens that the adapters act on, reading forward. `memory`: memory tokens alone, so that without a memory "
+        "the model is its base model, bit for bit. Backward they act on all in either case.",
+        group=MEMORY,
+        option="adapter-rows",
+        choices=ADAPTER_ROWS,
+    )
+    bptt_segments: int | None = setting(
+        None,
+        "Segments through whose memories gradients pass at most, counted from the first.",
+        group=TRAINING,
+        option="bptt-segments",
+        least=2,
+        unset="all",
+    )
+    kept_segments: str = setting(
+        "none",
+        "What is kept of each segment until the backward pass. `none`: its memory alone, and of the last segment all; "
+        "the others are run again then. `device`: its last streams and side bits; `host`: the same in host memory.",
+        group=TRAINING,
+        option="kept-segments",
+        choices=KEPT_SEGMENTS,
+    )
+    offload_side_bits: bool = setting(
+        False, "Whether side bits wait in host memory, see `make_reversible`.", group=TRAINING
+    )
+    memory_dropout: float = setting(
+        0.0,
+        "Probability with which a row does not see the memory before a segment, only its overlap. What can be known "
+        "without a memory is then not learned as a part of it.",
+        group=TRAINING,
+        option="memory-dropout",
+        least=0,
+        most=1,
+    )
+    distillation_weight: float = setting(
+        0.0,
+        "Weight of the divergence from the base model with the full context, 0 to 1. The loss is "
+        "`(1 - w) * cross-entropy + w * divergence`: the Kullback-Leibler divergence, in nats a token.",
+        group=TRAINING,
+        option="distillation",
+        least=0,
+        most=1,
+    )
+    compress_weight: float = setting(
+        1.0,
+        "Weight of the term that predicts a query from its context (with memory tokens: from the memory of it), "
+        "forward.",
+        group=OBJECTIVE,
+        least=0,
+    )
+    expand_weight: float = setting(
+        1.0, "Weight of the term that predicts a context from its query, backward.", group=OBJECTIVE, least=0
+    )
+    cycle_weight: float = setting(
+        1.0,
+        "Weight of the term that predicts a context from its memory, backward. Only with memory tokens.",
+        group=OBJECTIVE,
+        least=0,
+    )
 
     def __post_init__(self):
+        from .reversible.direction import momentum_bits
+        from .reversible.replay import check_bptt_segments
+
         if self.fraction_bits == "auto":
             raise ValueError("fraction_bits must be a number here: what was learned depends on it, so it is saved")
         self.coupling()
         momentum_bits(self.backward_momentum)
-        if self.backward not in FORMS:
-            raise ValueError(f"backward must be one of {FORMS}, got {self.backward!r}")
-        for name in ("lora_r", "lora_alpha"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        for name, least, most in (
-            ("num_memory_tokens", 0, 1024),
-            ("segment_length", 1, float("inf")),
-            ("segment_overlap", 0, float("inf")),
-            ("max_memory_segments", 1, float("inf")),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "max_memory_segments":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
         check_bptt_segments(self.bptt_segments)
-        for name, choices in (
-            ("memory_placement", PLACEMENTS),
-            ("adapter_rows", ("all", "memory")),
-            ("kept_segments", KEPT_SEGMENTS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        check(self)
         for name in ("memory_dropout", "distillation_weight", "bptt_segments"):
             if getattr(self, name) and not self.num_memory_tokens:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for models with memory tokens (num_memory_tokens)"
                 )
-        for name in ("memory_dropout", "distillation_weight"):
-            if not (isinstance(getattr(self, name), (int, float)) and 0 <= getattr(self, name) <= 1):
-                raise ValueError(f"{name} must be a number from 0 to 1, got {getattr(self, name)!r}")
-        for name in ("compress_weight", "expand_weight", "cycle_weight"):
-            weight = getattr(self, name)
-            if not (isinstance(weight, (int, float)) and 0 <= weight < float("inf")):
-                raise ValueError(f"{name} must be a number that is not negative, got {weight!r}")
         for name in ("core", "target_modules", "bits"):  # JSON gives lists
             if isinstance(getattr(self, name), (list, set, frozenset)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def coupling(self) -> MomentumCoupling:
+    def coupling(self) -> "MomentumCoupling":
+        """The momentum coupling of these settings."""
+        from .reversible import MomentumCoupling
+
         return MomentumCoupling(bits=self.bits, fraction_bits=self.fraction_bits)
 
     def resolved(self, num_layers: int) -> "R3MemConfig":
-        """The same with a core that fits a model of this depth. Raises ValueError if none does."""
+        """The same settings with a core, and a first adapted layer, for a model of this depth.
+
+        Raises:
+            ValueError: They do not fit it.
+        """
+        from .reversible.direction import core_of
+
         core = self.core
         if core is None:
             first = num_layers * 16 // 30
@@ -153,11 +226,14 @@ class R3MemConfig:
             raise ValueError(f"first_adapted_layer must lie in 0..{num_layers - 1}, got {first!r}")
         return dataclasses.replace(self, core=(reach.start, reach.stop), first_adapted_layer=first)
 
-    def memory_layout(self, max_tokens: int | None) -> MemoryLayout | None:
+    def memory_layout(self, max_tokens: int | None) -> "MemoryLayout | None":
         """Layout of the memories of a model with so many positions; None without memory tokens.
 
-        Raises ValueError if memory and segment do not fit into the positions.
+        Raises:
+            ValueError: Memory and segment do not fit into the positions.
         """
+        from .memory import MemoryLayout
+
         written, segments = self.num_memory_tokens, self.max_memory_segments
         if not written:
             return None
@@ -182,12 +258,21 @@ class R3MemConfig:
         )
 
     def to_dict(self) -> dict:
+        """The settings by name, as values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "R3MemConfig":
-        """Raises ValueError for a setting that this version does not know."""
+        """The settings that `to_dict` gave.
+
+        Raises:
+            ValueError: There is a setting that this version does not know.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown settings {unknown}: written by a newer version of r3mem_fast?")
         return cls(**values)
+
+
+# How a model is trained, and nothing about what it computes.
+TRAINING_SETTINGS = names_of_group(R3MemConfig, TRAINING, OBJECTIVE)

@@ -41,7 +41,7 @@ def test_what_is_wrong_is_said(monkeypatch):
         assert not report.right and message in str(report)
     # A network that is not its base model without a memory: the adapters do not let go.
     with monkeypatch.context() as patched:
-        patched.setattr(memory_check.R3MemModel, "_without_memory", lambda self: contextlib.nullcontext())
+        patched.setattr(memory_check.R3MemModel, "without_memory", lambda self: contextlib.nullcontext())
         report = check_memories(build(scale=2.0), token_ids(tokens=36))
         assert report.base_without_memory is False and not report.right
     monkeypatch.setattr(memory_check.R3MemModel, "empty_memory", lambda self: (_ for _ in ()).throw(ValueError("why")))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r3mem_fast import IntegrityError, R3MemConfig
-from r3mem_fast.memory.memory import PLACEMENTS
+from r3mem_fast.choices import PLACEMENTS
 from r3mem_fast.reversible import offload
 from r3mem_fast.reversible.offload import HostCopy
 from r3mem_fast.training.collate import padded

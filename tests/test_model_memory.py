@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model, reading_backward
-from r3mem_fast.memory.memory import PLACEMENTS
+from r3mem_fast.choices import PLACEMENTS
 from r3mem_fast.training.collate import collate_ids, padded
 from tests.reversible.tiny import (
     EXACT_FAMILIES,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import r3mem_fast
-from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings
+from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings, remembering
 from r3mem_fast.cli import main
 from tests.test_pipeline import SETTINGS
 
@@ -135,7 +135,8 @@ def test_a_text_beyond_the_positions_is_cut_into_documents(folder, monkeypatch):
     chapters = "\n\n".join(f"Chapter {n}\n\nThe whale {n} swam. Ahab saw it {n} times." for n in range(1, 5))
     pipeline = R3MemPipeline(str(folder), config=CONFIG)
     settings = {"settings": ONE_STEP, "levels": ["document"], "progress": False}
-    monkeypatch.setattr(pipeline, "_rehearsed", lambda entries: [])  # a tiny model learns nothing in a step
+    # A tiny model learns nothing in a step.
+    monkeypatch.setattr(remembering, "rehearsed_pairs", lambda entries, recall: [])
     for text, parts in ((chapters, 4), (chapters[: len(chapters) // 4], 1)):
         pipeline.remember({"book": text}, **settings)
         names = [entry["document"] for entry in pipeline.remembered]

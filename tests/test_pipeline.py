@@ -355,14 +355,14 @@ def test_bad_input_of_commands_is_one_clear_line(folder, tmp_path, capsys, argum
 
 def test_an_adapter_that_comes_with_the_package(tmp_path, monkeypatch):
     """It is found by its name, whole, unless a folder of that name lies here; and it is of the embedded model."""
-    folder = manifest.adapter_folder(EMBEDDED_ADAPTER)
+    folder = manifest.folder_of_adapter(EMBEDDED_ADAPTER)
     assert manifest.is_adapter(EMBEDDED_ADAPTER) and folder.parent == manifest.EMBEDDED_ADAPTERS
     described = manifest.read_manifest(EMBEDDED_ADAPTER)
     assert described["base_model"] == EMBEDDED_MODEL and described["r3mem_config"]["num_memory_tokens"] == 64
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
     monkeypatch.chdir(tmp_path)
     (tmp_path / EMBEDDED_ADAPTER).mkdir()
-    assert manifest.adapter_folder(EMBEDDED_ADAPTER) == Path(EMBEDDED_ADAPTER)
+    assert manifest.folder_of_adapter(EMBEDDED_ADAPTER) == Path(EMBEDDED_ADAPTER)
     assert not manifest.is_adapter(EMBEDDED_ADAPTER) and not manifest.is_adapter("../adapters")
 
 

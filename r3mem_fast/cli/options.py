@@ -1,75 +1,107 @@
-"""Options that several commands have, and what R3MemConfig calls them."""
+"""Options that several commands have; those of settings are made from the fields of their classes."""
 
 import argparse
+from collections.abc import Iterable
+from typing import Any
 
-OF_MEMORIES = ("segment_length", "segment_overlap", "memory_segments", "memory_placement", "adapter_rows")
+from ..choices import LEVELS
+from ..config import ADAPTER, BACKWARD, MEMORY, TRAINING, R3MemConfig
+from ..settings import check_value, default_text, is_whole, names_of_group, settings_of
 
-
-# Options of a new adapter, and what R3MemConfig calls them.
-OF_NEW_ADAPTERS = {
-    "core": "core",
-    "backward": "backward",
-    "lora_r": "lora_r",
-    "first_adapted_layer": "first_adapted_layer",
-    "memory_tokens": "num_memory_tokens",
-    "segment_length": "segment_length",
-    "segment_overlap": "segment_overlap",
-    "memory_segments": "max_memory_segments",
-    "memory_placement": "memory_placement",
-    "adapter_rows": "adapter_rows",
-}
+_DTYPES = ("bfloat16", "float16", "float32")
+# Settings of a new adapter, and of these the ones that need memory tokens.
+NEW_ADAPTER = names_of_group(R3MemConfig, ADAPTER, BACKWARD, MEMORY)
+OF_MEMORIES = names_of_group(R3MemConfig, MEMORY)[1:]
+OF_TRAINING = names_of_group(R3MemConfig, TRAINING)
 
 
-# How an adapter that is made by `train` is trained.
-OF_TRAINING = {
-    "distillation": "distillation_weight",
-    "memory_dropout": "memory_dropout",
-    "bptt_segments": "bptt_segments",
-    "kept_segments": "kept_segments",
-}
+def add_settings(
+    parser: argparse.ArgumentParser, kind: type, names: Iterable[str] | None = None, *, defaults: dict | None = None
+):
+    """Add the options of a settings class. One that is not given leaves None.
+
+    Args:
+        parser: A command's parser.
+        kind: The class.
+        names: Of its fields; None: all. Fields without an option are passed over.
+        defaults: Defaults of the command that are not the class's, by field.
+    """
+    for name, (field, about) in settings_of(kind).items():
+        if about.option is None or (names is not None and name not in names):
+            continue
+        default = (defaults or {}).get(name, default_text(field, about))
+        parser.add_argument(
+            f"--{about.option}",
+            dest=name,
+            type=_type_of(name, field, about),
+            choices=about.choices,
+            metavar=None if about.choices else about.metavar or about.option.upper().replace("-", "_"),
+            help=f"{_lowered(about.summary)} ({default})".replace("%", "%%"),
+        )
 
 
-def add_new_adapter_options(parser, memory_tokens):
-    parser.add_argument("--lora-r", type=positive, help="rank of a new adapter (16)")
-    first = "layers from this one on are adapted (all if there are memory tokens, else from the core on)"
-    parser.add_argument("--first-adapted-layer", type=int, metavar="LAYER", help=first)
-    parser.add_argument("--memory-tokens", type=int, help=f"of a new adapter; 0: none ({memory_tokens})")
-    parser.add_argument("--segment-length", type=positive, help="of its segments, in tokens (256)")
-    parser.add_argument("--segment-overlap", type=int, help="tokens before a segment that are read with it (0)")
-    parser.add_argument("--memory-segments", type=positive, help="of which the memory is kept (1)")
-    parser.add_argument("--memory-placement", choices=["every_layer", "input"], help="of its memories (every_layer)")
-    parser.add_argument("--adapter-rows", choices=["all", "memory"], help="that it changes, reading forward (all)")
+def given_settings(options: argparse.Namespace, kind: type, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Values of the options of a settings class that were given, by field.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    wanted = settings_of(kind) if names is None else names
+    given = {name: value for name in wanted if (value := getattr(options, name, None)) is not None}
+    for name, value in given.items():
+        check_value(kind, name, value)
+    return given
 
 
-def add_adapter(parser, folder):
+def option_of(name: str, kind: type = R3MemConfig) -> str:
+    """The option of a field, as it is written."""
+    return f"--{settings_of(kind)[name][1].option}"
+
+
+def _type_of(name, field, about):
+    if name == "core":
+        return core
+    if about.choices is not None:
+        return str
+    return int if is_whole(field) else float
+
+
+def _lowered(text):
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def add_adapter(parser: argparse.ArgumentParser, folder: str):
+    """Add the argument FOLDER, an adapter, and the option of its base model. `folder` says what adapter."""
     parser.add_argument("folder", metavar="FOLDER", help=f"{folder}; or its hub id")
     parser.add_argument("--model", help="its base model: a folder or hub id (where it was when the adapter was made)")
 
 
-def add_row_options(parser):
-    parser.add_argument("--level", choices=["document", "paragraph", "entity"], help="only rows of this level")
+def add_row_options(parser: argparse.ArgumentParser):
+    """Add options that choose rows of a memory."""
+    parser.add_argument("--level", choices=LEVELS, help="only rows of this level")
     parser.add_argument("--name", help="only the row of this name, see `r3mem inspect`")
 
 
-def add_run_options(parser):
+def add_run_options(parser: argparse.ArgumentParser):
+    """Add the options of commands that run an adapter."""
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument(
         "--dtype",
-        choices=["bfloat16", "float16", "float32"],
+        choices=_DTYPES,
         help="of the weights (the adapter's; the fastest that fits)",
     )
     add_machine_options(parser)
 
 
-def add_machine_options(parser):
+def add_machine_options(parser: argparse.ArgumentParser):
+    """Add options of what computes."""
     parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU; 1 on a busy machine (one a core)")
 
 
-def add_model_options(parser, dtype):
-    parser.add_argument(
-        "--dtype", default=dtype, choices=["bfloat16", "float16", "float32"], help="of the weights (%(default)s)"
-    )
+def add_model_options(parser: argparse.ArgumentParser, dtype: str):
+    """Add the options of commands that make a model reversible. `dtype` is their default dtype."""
+    parser.add_argument("--dtype", default=dtype, choices=_DTYPES, help="of the weights (%(default)s)")
     parser.add_argument("--bits", type=int, default=4, choices=[1, 2, 4, 8], help="side bits (%(default)s)")
     parser.add_argument(
         "--fraction-bits", type=fraction_bits, default=14, help="of the streams, a number or auto (%(default)s)"
@@ -77,14 +109,16 @@ def add_model_options(parser, dtype):
     add_machine_options(parser)
 
 
-def positive(text):
+def positive(text: str) -> int:
+    """A positive number, as a type of arguments."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
-def core(text):
+def core(text: str) -> str | tuple[int, int]:
+    """`all`, or FIRST,END as two numbers, as a type of arguments."""
     if text == "all":
         return text
     try:
@@ -94,5 +128,6 @@ def core(text):
     return first, end
 
 
-def fraction_bits(text):
+def fraction_bits(text: str) -> str | int:
+    """`auto`, or a number, as a type of arguments."""
     return text if text == "auto" else int(text)

@@ -2,14 +2,17 @@
 
 import json
 
+from ..config import R3MemConfig
+from ..training.settings import RememberSettings
 from .common import adapter_of, begin, device_of, pipeline_of, say, texts_of
 from .options import (
+    NEW_ADAPTER,
     OF_MEMORIES,
-    OF_NEW_ADAPTERS,
     add_adapter,
-    add_new_adapter_options,
     add_run_options,
-    core,
+    add_settings,
+    given_settings,
+    option_of,
     positive,
 )
 
@@ -20,14 +23,8 @@ def add_commands(commands):
     remember.add_argument("folder", metavar="FOLDER", help="of the adapter; made, or added to, or resumed")
     remember.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a document each")
     remember.add_argument("--model", help="base: a folder or hub id (smollm2-135m, or where FOLDER's was)")
-    remember.add_argument("--core", type=core, help="layers FIRST,END that are read backward, or all")
-    remember.add_argument("--backward", choices=["reversed", "inverse"], help="of a new adapter (reversed)")
-    add_new_adapter_options(remember, memory_tokens="none")
-    remember.add_argument("--max-steps", type=positive, default=2000, help="of training (%(default)s)")
-    remember.add_argument("--learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
-    seconds = "between checkpoints in FOLDER (%(default)s)"
-    remember.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="SECONDS", help=seconds)
-    remember.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    add_settings(remember, R3MemConfig, NEW_ADAPTER, defaults={"num_memory_tokens": "none"})
+    add_settings(remember, RememberSettings)
     remember.add_argument("--questions", metavar="MODEL", help="let this instruct model write the queries")
     add_run_options(remember)
 
@@ -57,27 +54,19 @@ def _remember_in(options):
     from ..manifest import is_adapter
 
     existing = is_adapter(options.folder)
-    given = {name: value for name in OF_NEW_ADAPTERS if (value := getattr(options, name)) is not None}
+    given = given_settings(options, R3MemConfig, NEW_ADAPTER)
+    settings = RememberSettings(**given_settings(options, RememberSettings))
     if existing and given:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for a new adapter; {options.folder} has one")
-    if not given.get("memory_tokens") and (useless := [name for name in OF_MEMORIES if name in given]):
-        raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with --memory-tokens")
+        raise ValueError(f"{option_of(next(iter(given)))} is for a new adapter; {options.folder} has one")
+    if not given.get("num_memory_tokens") and (useless := [name for name in OF_MEMORIES if name in given]):
+        raise ValueError(f"{option_of(useless[0])} is for adapters with --memory-tokens")
     texts = texts_of(options)
     model = options.folder if existing else options.model or "smollm2-135m"
     begin(options, f"Loading {model}")
-    from .. import R3MemConfig, RememberSettings
-
-    settings = RememberSettings(
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        checkpoint_seconds=options.checkpoint_seconds,
-        seed=options.seed,
-    )
     if existing:
         pipeline = pipeline_of(options, model, base=options.model)
     else:
-        config = R3MemConfig(**{OF_NEW_ADAPTERS[name]: value for name, value in given.items()})
-        pipeline = pipeline_of(options, model, config=config, seed=options.seed)
+        pipeline = pipeline_of(options, model, config=R3MemConfig(**given), seed=settings.seed)
     report = pipeline.remember(
         texts,
         folder=options.folder,

@@ -3,8 +3,22 @@
 import dataclasses
 import json
 
+from ..config import R3MemConfig
+from ..training.settings import TrainSettings
 from .common import begin, pipeline_of
-from .options import OF_MEMORIES, OF_NEW_ADAPTERS, OF_TRAINING, add_new_adapter_options, add_run_options, positive
+from .options import (
+    NEW_ADAPTER,
+    OF_MEMORIES,
+    OF_TRAINING,
+    add_run_options,
+    add_settings,
+    given_settings,
+    option_of,
+)
+
+# The backward direction is not what it trains.
+_NEW_ADAPTER = tuple(name for name in NEW_ADAPTER if name not in ("core", "backward"))
+_MEMORY_TOKENS = 16
 
 
 def add_commands(commands):
@@ -16,22 +30,11 @@ def add_commands(commands):
     train.add_argument("--model", help="a folder or hub id, or the folder of an adapter (smollm2-135m)")
     train.add_argument("--base", help="of an adapter that is trained on: its base model (where it was)")
     train.add_argument("--column", default="text", help="of the texts in a .jsonl file or folder (%(default)s)")
-    add_new_adapter_options(train, memory_tokens=16)
-    train.add_argument("--distillation", type=float, help="weight of the base model with full context, 0 to 1 (0)")
-    train.add_argument("--memory-dropout", type=float, help="share of segments read without their memory (0)")
-    train.add_argument("--bptt-segments", type=int, help="through which gradients pass at most (all)")
-    train.add_argument("--kept-segments", choices=["none", "device", "host"], help="until the backward pass (none)")
-    train.add_argument("--segments", type=positive, default=3, help="of a window (%(default)s)")
-    steps = "of training (%(default)s: an hour or two on two CPU cores for the embedded model)"
-    train.add_argument("--steps", type=positive, default=1000, help=steps)
-    train.add_argument("--batch-size", type=positive, default=1, help="windows a pass (%(default)s)")
-    train.add_argument("--accumulate", type=positive, default=1, help="passes a step (%(default)s)")
-    train.add_argument("--learning-rate", type=float, default=1e-3, help="(%(default)s)")
-    train.add_argument("--hold-out", type=float, default=0.0, help="share at the end of each text (%(default)s)")
+    add_settings(train, R3MemConfig, _NEW_ADAPTER, defaults={"num_memory_tokens": _MEMORY_TOKENS})
+    add_settings(train, R3MemConfig, OF_TRAINING)
+    add_settings(train, TrainSettings)
     dtypes = ["bfloat16", "float32"]
     train.add_argument("--adapter-dtype", choices=dtypes, help="of the adapter's files (as trained, float32)")
-    train.add_argument("--checkpoint-steps", type=positive, default=50, help="(%(default)s)")
-    train.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     add_run_options(train)
 
 
@@ -44,37 +47,31 @@ def _train(options):
 
 
 def _train_in(options):
+    settings = TrainSettings(**given_settings(options, TrainSettings))
+    of_adapter = given_settings(options, R3MemConfig, _NEW_ADAPTER)
+    of_training = given_settings(options, R3MemConfig, OF_TRAINING)
     model = options.model or "smollm2-135m"
     begin(options, f"Loading {model}")
     import torch
 
-    from .. import R3MemConfig, TrainSettings, adapter_folder
+    from .. import adapter_folder
     from ..data.corpus import read_texts
 
     texts = [text for path in options.texts for text in read_texts(path, options.column)]
-    settings = TrainSettings(
-        steps=options.steps,
-        segments=options.segments,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        learning_rate=options.learning_rate,
-        held_out=options.hold_out,
-        checkpoint_steps=options.checkpoint_steps,
-        seed=options.seed,
-    )
-    named = {**OF_NEW_ADAPTERS, **OF_TRAINING}
-    given = {named[name]: value for name in named if (value := getattr(options, name, None)) is not None}
     if adapter_folder.adapter_named(model) is not None:
-        if fixed := [name for name in OF_NEW_ADAPTERS if getattr(options, name, None) is not None]:
-            raise ValueError(f"{model} is an adapter, in which --{fixed[0].replace('_', '-')} is fixed already")
+        if of_adapter:
+            raise ValueError(f"{model} is an adapter, in which {option_of(next(iter(of_adapter)))} is fixed already")
         pipeline = pipeline_of(options, model, base=options.base)
         network = pipeline.model
-        network.r3mem_config = dataclasses.replace(network.r3mem_config, **given)
+        network.r3mem_config = dataclasses.replace(network.r3mem_config, **of_training)
     else:
-        if options.memory_tokens == 0 and (useless := [n for n in (*OF_MEMORIES, *OF_TRAINING) if named[n] in given]):
-            raise ValueError(f"--{useless[0].replace('_', '-')} is for adapters with memory tokens")
-        config = R3MemConfig(**{"num_memory_tokens": 16, **given})
-        pipeline = pipeline_of(options, model, base=options.base, config=config, seed=options.seed)
+        given = {**of_adapter, **of_training}
+        if given.get("num_memory_tokens") == 0 and (
+            useless := [n for n in (*OF_MEMORIES, *OF_TRAINING) if n in given]
+        ):
+            raise ValueError(f"{option_of(useless[0])} is for adapters with memory tokens")
+        config = R3MemConfig(**{"num_memory_tokens": _MEMORY_TOKENS, **given})
+        pipeline = pipeline_of(options, model, base=options.base, config=config, seed=settings.seed)
     dtype = None if options.adapter_dtype is None else getattr(torch, options.adapter_dtype)
     report = pipeline.train(
         texts, folder=options.output, settings=settings, adapter_dtype=dtype, progress=not options.json

@@ -1,1 +1,1 @@
-"""What comes from outside: models and tokenizers, adapters on the hub, texts."""
+"""Loads what comes from outside: models and tokenizers, adapters on the hub, texts."""

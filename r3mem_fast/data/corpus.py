@@ -1,18 +1,29 @@
-"""Texts to train on: text files, JSON lines, and folders of the `datasets` library."""
+"""Reads texts to train on: text files, JSON lines, and folders of the `datasets` library."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .text import read_text
 
 
-def read_texts(path, column: str = "text") -> list[str]:
-    """The texts of a file or folder, one for each row of a table.
+def read_texts(path: str | os.PathLike[str], column: str = "text") -> list[str]:
+    """Read the texts of a file or folder.
 
-    path: a `.jsonl` file, of which each line is an object; a folder that `datasets` wrote (`save_to_disk`), with all
-    of its splits; or else a UTF-8 text file, which is one text. column: of the texts, in the first two.
-    Raises OSError if it cannot be read, ValueError if it is no such file, has no such column, or holds no text;
-    ImportError for a folder without the package `datasets`.
+    Args:
+        path: A `.jsonl` file, each line of which is an object; a folder that `datasets` wrote (`save_to_disk`), all
+            splits of which are read; or else a UTF-8 text file, which is one text.
+        column: Name of the column (the object's key) that holds the text, in the first two.
+
+    Returns:
+        The texts that are not blank, one for each row of the table.
+
+    Raises:
+        ImportError: The path is a folder, and the package `datasets` is not installed.
+        OSError: The path cannot be read.
+        ValueError: It is no such file or folder, has no such column, or holds no text.
     """
     path = Path(path)
     if path.is_dir():
@@ -34,7 +45,8 @@ def read_texts(path, column: str = "text") -> list[str]:
     return texts
 
 
-def _rows_of_lines(path):
+def _rows_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield `(where it stands, row)` of a file of JSON lines."""
     with open(path, encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -46,7 +58,8 @@ def _rows_of_lines(path):
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 
 
-def _rows_of_dataset(path, column):
+def _rows_of_dataset(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """Yield `(where it stands, row)` of a folder that `datasets` wrote."""
     try:
         import datasets
     except ImportError:
@@ -59,7 +72,7 @@ def _rows_of_dataset(path, column):
         raise ValueError(f"{path} is no folder that `datasets` wrote with save_to_disk") from None
     splits = found.items() if isinstance(found, datasets.DatasetDict) else [("", found)]
     for name, split in splits:
-        if column in split.column_names:  # others may be pictures, which would be decoded
+        if column in split.column_names:  # the other columns may hold pictures, which would be decoded
             split = split.select_columns([column])
         for number, row in enumerate(split):
             yield f"row {number} {name}".strip(), row

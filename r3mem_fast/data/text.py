@@ -1,14 +1,28 @@
-"""Text for checks and demonstrations, as token ids."""
+"""Reads text for checks and demonstrations, and cuts it into windows of token ids or into pages."""
 
+import os
 import pydoc_data.topics
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
-def read_text(path=None) -> str:
-    """A UTF-8 text file, or, without one, the topics of Python's own help: real English that every machine has.
+def read_text(path: str | os.PathLike[str] | None = None) -> str:
+    """Read a text.
 
-    Raises OSError if the file cannot be read, ValueError if it is not UTF-8 or holds no text.
+    Args:
+        path: A UTF-8 text file; None: the topics of Python's own help, real English that every machine has.
+
+    Returns:
+        The text.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not UTF-8, or holds no text.
     """
     if path is None:
         return "\n".join(pydoc_data.topics.topics.values())
@@ -21,13 +35,25 @@ def read_text(path=None) -> str:
     return text
 
 
-def token_windows(tokenizer, text, *, tokens, count=None):
-    """`text` as windows of `tokens` token ids: int64 `[count, tokens]`, as many as fit if `count` is None.
+def token_windows(
+    tokenizer: "PreTrainedTokenizerBase", text: str, *, tokens: int, count: int | None = None
+) -> "torch.Tensor":
+    """Cut a text into windows of token ids, one after the other.
 
-    Raises ValueError if the text is too short.
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        tokens: Tokens of a window.
+        count: Number of windows; None: as many as the text has.
+
+    Returns:
+        int64 `[count, tokens]`.
+
+    Raises:
+        ValueError: The text is too short.
     """
     if count is not None:
-        # No token is longer than this in real text, and tokenising all of it could take seconds.
+        # No token of real text is longer than 64 characters, and tokenising all of the text could take seconds.
         text = text[: 64 * count * tokens + 1024]
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     found = len(ids) // tokens
@@ -37,13 +63,28 @@ def token_windows(tokenizer, text, *, tokens, count=None):
     return ids[: count * tokens].view(count, tokens)
 
 
-def pages_of(text, tokenizer, count, *, tokens=200, offset=0):
-    """`count` pages of whole paragraphs, by name, of `tokens` to 1.2 times as many tokens, after the first `offset`.
+def pages_of(
+    text: str, tokenizer: "PreTrainedTokenizerBase", count: int, *, tokens: int = 200, offset: int = 0
+) -> dict[str, str]:
+    """Cut a text into pages of whole paragraphs, whose lines are joined.
 
-    Lines of a paragraph are joined. Raises ValueError if the text has fewer.
+    Args:
+        text: The text, with blank lines between paragraphs.
+        tokenizer: Counts the tokens.
+        count: Number of pages.
+        tokens: Fewest tokens of a page; the most are 1.2 times as many.
+        offset: Number of pages to skip at the beginning.
+
+    Returns:
+        The pages by name, `page {offset}` and so on.
+
+    Raises:
+        ValueError: The text has fewer pages.
     """
     paragraphs = [re.sub(r"\s+", " ", block).strip() for block in re.split(r"\n\s*\n", text)]
-    pages, page, size = [], [], 0
+    pages: list[str] = []
+    page: list[str] = []
+    size = 0
     for paragraph in (p for p in paragraphs if len(p.split()) > 8):
         page.append(paragraph)
         size += len(tokenizer(paragraph, add_special_tokens=False).input_ids) + 1
@@ -52,5 +93,5 @@ def pages_of(text, tokenizer, count, *, tokens=200, offset=0):
                 pages.append("\n\n".join(page))
             page, size = [], 0
         if len(pages) == offset + count:
-            return {f"page {offset + n}": page for n, page in enumerate(pages[offset:])}
+            return {f"page {offset + n}": found for n, found in enumerate(pages[offset:])}
     raise ValueError(f"the text has {len(pages)} pages of {tokens} tokens; {offset + count} are needed")

@@ -1,4 +1,4 @@
-"""Documents as a hierarchy, and the context–query pairs that are remembered of them."""
+"""Splits documents into a hierarchy, and makes the context–query pairs that a model is to remember."""
 
 from .builders import ExtractiveBuilder, InstructBuilder
 from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder

@@ -1,13 +1,13 @@
-"""Context–query pairs of a hierarchy (R3Mem, section 3): document, paragraph, entity.
+"""Makes context–query pairs of a hierarchy (R3Mem, section 3): document, paragraph, entity.
 
-A builder proposes queries; what a query must be is checked here, alike for all builders.
+A builder proposes queries; whether a query is fit is decided here, alike for all builders.
 """
 
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -16,14 +16,22 @@ from .entities import EntityFinder, default_entity_finder
 from .passage import MAX_QUERY_SHARE, MAX_SHARED_RUN, Passage, QueryBuilder
 from .split import Document, split_document
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LEVELS = ("document", "paragraph", "entity")
 
 
 class Pair(NamedTuple):
     """A context and the query that retrieves it.
 
-    level: "document", "paragraph" or "entity". document: its name. context: its text, verbatim. entities: those that
-    the context mentions. builder: which builder wrote the query.
+    Attributes:
+        level: "document", "paragraph" or "entity".
+        document: Name of the document that holds the context.
+        query: The query.
+        context: Text of the context, verbatim.
+        entities: Entities that the context mentions.
+        builder: Name of the builder that wrote the query.
     """
 
     level: str
@@ -36,24 +44,38 @@ class Pair(NamedTuple):
 
 def build_pairs(
     documents: dict[str, str],
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     builder: QueryBuilder | None = None,
     *,
     entity_finder: EntityFinder | None = None,
-    levels=LEVELS,
-    language="en",
-    taken=(),
-    progress=False,
+    levels: Collection[str] = LEVELS,
+    language: str = "en",
+    taken: Iterable[str] = (),
+    progress: bool = False,
 ) -> list[Pair]:
-    """The context–query pairs of named documents, document by document, level by level.
+    """Make the context–query pairs of documents.
 
     A query has at most 15 % of its context's tokens (but always room for one word), no run of more than 8 tokens that
     its context also has (a list of entities excepted), and no other pair has the same one. Where the builder proposes
     nothing that is fit, the extractive builder does, and the pair says so.
-    tokenizer: of the model that is to remember. builder: the extractive one by default. entity_finder: spaCy's where
-    it is installed, else a heuristic. levels: some of "document", "paragraph", "entity". language: of the sentences.
-    taken: queries of other pairs. progress: show a bar, in characters of the documents.
-    Raises ValueError for an empty text, a text that the tokenizer does not give back, or levels that are none.
+
+    Args:
+        documents: Texts by name.
+        tokenizer: Tokenizer of the model that is to remember the pairs.
+        builder: What writes the queries; None: an `ExtractiveBuilder`.
+        entity_finder: What finds the entities; None: spaCy where it is installed, else a heuristic.
+        levels: Some of "document", "paragraph", "entity".
+        language: Language of the sentences, as pysbd names it.
+        taken: Queries of other pairs, which are not used again.
+        progress: Show a progress bar, in characters of the documents.
+
+    Returns:
+        The pairs, document by document and level by level.
+
+    Raises:
+        TypeError: A document is no string.
+        ValueError: A text is empty, the tokenizer does not give it back, it leaves no query of its own for a context,
+            or a level is unknown.
     """
     extractive = ExtractiveBuilder()
     builder = extractive if builder is None else builder
@@ -61,13 +83,14 @@ def build_pairs(
     if not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must be some of {LEVELS}, got {levels!r}")
 
-    def ids_of(text):
+    def ids_of(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    def count_tokens(text):
+    def count_tokens(text: str) -> int:
         return len(ids_of(text))
 
-    pairs, taken = [], set(taken)
+    pairs: list[Pair] = []
+    taken = set(taken)
     total = sum(len(text) for text in documents.values() if isinstance(text, str))
     bar = tqdm(total=total, desc="Writing queries", unit="char", unit_scale=True, disable=not progress, leave=False)
     for name, text in documents.items():
@@ -76,14 +99,15 @@ def build_pairs(
         names = entity_finder(document.span.text)
         passages = list(_passages(document, names, levels, count_tokens))
         for passage in passages:
-            query, wrote = _choose(passage, (builder, extractive), taken, ids_of)
-            if query is None and passage.text in {pair.context for pair in pairs if pair.document == name}:
-                continue  # too short for two queries
-            if query is None:
+            chosen = _choose(passage, (builder, extractive), taken, ids_of)
+            if chosen is None and passage.text in {pair.context for pair in pairs if pair.document == name}:
+                continue  # another level has this context already, and the text is too short for two queries
+            if chosen is None:
                 raise ValueError(
                     f"document {name!r}: no query of its own is left for the {passage.level} {passage.text[:60]!r}; "
                     "is a text given twice, or does it repeat itself? Leave it out, or pass other levels"
                 )
+            query, wrote = chosen
             taken.add(query)
             pairs.append(Pair(passage.level, name, query, passage.text, tuple(passage.entities), wrote.name))
             bar.update(len(text) / len(passages))
@@ -91,31 +115,61 @@ def build_pairs(
     return pairs
 
 
-def mentioned(names, text) -> list[str]:
-    """Those of `names` that `text` mentions, as whole words, in the order of their first mention."""
-    places = {name: re.search(rf"(?<!\w){re.escape(name)}(?!\w)", re.sub(r"\s", " ", text)) for name in names}
-    return sorted((name for name in names if places[name]), key=lambda name: places[name].start())
+def mentioned(names: Iterable[str], text: str) -> list[str]:
+    """Return the names that a text mentions as whole words.
+
+    Args:
+        names: Names to look for.
+        text: The text; any white space in it counts as a space.
+
+    Returns:
+        The names found, in the order of their first mention.
+    """
+    text = re.sub(r"\s", " ", text)
+    found = ((name, re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)) for name in names)
+    places = [(name, match.start()) for name, match in found if match]
+    return [name for name, _ in sorted(places, key=lambda place: place[1])]
 
 
 class Runs:
-    """All runs of `length` items of a sequence, to ask which other sequences have one of them. Linear in both."""
+    """All runs of a given length in a sequence, to find out whether other sequences have one of them.
 
-    def __init__(self, items: Sequence, length: int):
+    Building and asking take time linear in the length of the sequence.
+    """
+
+    def __init__(self, items: Sequence, length: int) -> None:
+        """Note the runs of a sequence.
+
+        Args:
+            items: The sequence, of hashable items.
+            length: Number of items of a run.
+        """
         self._length = length
         self._runs = set(self._of(items))
 
     def are_in(self, items: Sequence) -> bool:
-        """Whether another sequence has one of the runs."""
+        """Whether another sequence has one of the runs.
+
+        Args:
+            items: The other sequence.
+        """
         return any(run in self._runs for run in self._of(items))
 
-    def _of(self, items):
+    def _of(self, items: Sequence) -> Iterator[tuple]:
         return (tuple(items[start : start + self._length]) for start in range(len(items) - self._length + 1))
 
 
 def contexts_of(document: Document) -> dict[str, list[tuple[str, list[str]]]]:
-    """Contexts by level, in order, each with its parts: a document's paragraphs, a paragraph's sentences.
+    """Return the contexts of a document by level.
 
     A paragraph that is the whole document is left out.
+
+    Args:
+        document: The document.
+
+    Returns:
+        For each level its contexts, in order, each with its parts: the paragraphs of a document, the sentences of a
+        paragraph, and for the level "entity" the passage itself.
     """
     paragraphs = document.paragraphs
     return {
@@ -127,21 +181,26 @@ def contexts_of(document: Document) -> dict[str, list[tuple[str, list[str]]]]:
     }
 
 
-def _passages(document: Document, names, levels, count_tokens):
-    """The contexts of a document, level by level."""
+def _passages(
+    document: Document, names: list[str], levels: Collection[str], count_tokens: Callable[[str], int]
+) -> Iterator[Passage]:
+    """Yield the contexts of a document, level by level."""
     by_level = contexts_of(document)
     for level in LEVELS:
         if level not in levels:
             continue
         found = [mentioned(names, text) for text, _ in by_level[level]]
-        counts = Counter(itertools.chain(*found))
+        counts = Counter(itertools.chain(*found))  # in how many contexts of this level a name is mentioned
         for (text, parts), mine in zip(by_level[level], found, strict=True):
             entities = sorted(mine, key=lambda name: counts[name] > 1)
             tokens = int(MAX_QUERY_SHARE * count_tokens(text))
             yield Passage(level, text, parts, entities, tokens, count_tokens)
 
 
-def _choose(passage, builders, taken, ids_of):
+def _choose(
+    passage: Passage, builders: Sequence[QueryBuilder], taken: set[str], ids_of: Callable[[str], list[int]]
+) -> tuple[str, QueryBuilder] | None:
+    """Return the first fit query and the builder that proposed it; None if there is none."""
     too_long = None if passage.level == "entity" else Runs(ids_of(passage.text), MAX_SHARED_RUN + 1)
     for builder in builders:
         for candidate in builder.queries(passage):
@@ -149,19 +208,20 @@ def _choose(passage, builders, taken, ids_of):
             if not re.search(r"\w", query) or query in taken:
                 continue
             ids = ids_of(query)
-            # One word is always allowed: a context of a few tokens would else have no query at all.
+            # One word is always allowed, or a context of a few tokens would have no query at all.
             if len(ids) > passage.tokens and (re.search(r"\W", query) or len(ids) > MAX_SHARED_RUN):
                 continue
-            # Tokens depend on what stands before a word, so the query is looked for as it stands inside a text too.
+            # A word's tokens depend on what stands before it, so look for the query as it stands inside a text too.
             if too_long is not None and (too_long.are_in(ids) or too_long.are_in(ids_of(" " + query))):
                 continue
             return query, builder
-    return None, None
+    return None
 
 
-def _check_lossless(name, text, tokenizer, ids_of):
+def _check_lossless(name: str, text: object, tokenizer: Any, ids_of: Callable[[str], list[int]]) -> None:
+    """Raise ValueError unless the tokenizer gives the text back from its token ids."""
     if not isinstance(text, str):
-        return  # which is refused where it is split
+        return  # `split_document` refuses it
     text = text.strip()
     try:
         text.encode()

@@ -1,18 +1,24 @@
-"""What a query is written for, and what writes it: the terms that builders and pairs have in common."""
+"""The types that query builders and `build_pairs` share: `Passage` and `QueryBuilder`."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
-# The most tokens that a query may have, as a share of its context's, and the longest run of tokens that the two share.
+# The most tokens that a query may have, as a share of its context's tokens.
 MAX_QUERY_SHARE = 0.15
+# The longest run of tokens that a query may have in common with its context.
 MAX_SHARED_RUN = 8
 
 
 class Passage(NamedTuple):
-    """What a builder is asked to write a query for.
+    """A context that a builder is asked to write a query for.
 
-    text: the context. parts: for a document its paragraphs, else its sentences. entities: those mentioned, the ones
-    that no other passage of this level mentions first. tokens: that the query may have. count_tokens: of a string.
+    Attributes:
+        level: "document", "paragraph" or "entity".
+        text: The context.
+        parts: The paragraphs of a document, the sentences of a paragraph; for the level "entity", the text alone.
+        entities: Entities that the text mentions; those that no other passage of this level mentions come first.
+        tokens: Number of tokens that the query may have.
+        count_tokens: Returns the number of tokens of a string.
     """
 
     level: str
@@ -24,9 +30,13 @@ class Passage(NamedTuple):
 
 
 class QueryBuilder(Protocol):
-    """Writes queries. `name` says how, for reports."""
+    """Writes queries.
+
+    Attributes:
+        name: How the queries are written, for reports.
+    """
 
     name: str
 
     def queries(self, passage: Passage) -> Iterable[str]:
-        """Candidates for one passage, best first; the first that is fit is taken."""
+        """Return candidates for one passage, best first; the first that is fit is taken."""

@@ -1,4 +1,4 @@
-"""Documents as a hierarchy: document → paragraph → passage of sentences, each a span of the text itself."""
+"""Splits a text into a hierarchy: document → paragraph → passage of sentences, each a span of the text itself."""
 
 import re
 import warnings
@@ -11,24 +11,31 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import pysbd
 
-# A query may take 15 % of its context's tokens; shorter contexts than these would leave it hardly a word.
+# Fewest and most tokens of a paragraph, and the fewest of a passage. A query may take 15 % of its context's tokens;
+# shorter contexts than these would leave it hardly a word.
 PARAGRAPH_TOKENS = (32, 128)
 PASSAGE_TOKENS = 27
 
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
-# Where a long text is cut, the best places first: before the heading of a chapter, at a blank line, at the end of a
-# line, after a sentence.
 _HEADING = re.compile(
-    # With nothing behind the number but punctuation: "part I played in it" is no heading.
+    # Only punctuation may stand behind the number: "part I played in it" is no heading.
     r"(?=^[ \t]*(?:#{1,3}[ \t]+\S|(?:chapter|book|part|volume|act|scene|canto|letter|section)[ \t]+"
     r"(?:\d+|[ivxlc]+)[ \t]*(?:[.:—–-]|$)))",
     re.IGNORECASE | re.MULTILINE,
 )
+# Where a long text is cut, best places first: before a chapter's heading, at a blank line, at the end of a line, after
+# a sentence.
 _BORDERS = (_HEADING, _BLANK_LINES, re.compile(r"\n"), re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+"))
 
 
 class Span(NamedTuple):
-    """A piece of a document: `text` is `document[start:end]`, without white space around it."""
+    """A piece of a document, without white space around it.
+
+    Attributes:
+        text: The piece, `document[start:end]`.
+        start: Index of its first character.
+        end: Index behind its last character.
+    """
 
     text: str
     start: int
@@ -36,7 +43,13 @@ class Span(NamedTuple):
 
 
 class Paragraph(NamedTuple):
-    """A paragraph, its sentences, and the passages (runs of whole sentences) that its entities are asked by."""
+    """A paragraph of a document.
+
+    Attributes:
+        span: The whole paragraph.
+        sentences: Its sentences, in order.
+        passages: Runs of whole sentences, which are the contexts of the level "entity".
+    """
 
     span: Span
     sentences: list[Span]
@@ -44,7 +57,13 @@ class Paragraph(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document and its paragraphs, in order."""
+    """A document and its paragraphs.
+
+    Attributes:
+        name: The document's name.
+        span: The whole text.
+        paragraphs: Its paragraphs, in order.
+    """
 
     name: str
     span: Span
@@ -56,8 +75,20 @@ def split_document(text: str, name: str, count_tokens: Callable[[str], int], lan
 
     Neighbouring paragraphs of fewer than 32 tokens (headings, lines of dialogue) are joined, and one of more than 128
     is cut between sentences; passages have at least 27 tokens where the paragraph allows it. A single sentence is
-    never cut. count_tokens: tokens of a string. language: of the sentences, as pysbd names it.
-    Raises ValueError for a text without a word, TypeError for something that is no string.
+    never cut.
+
+    Args:
+        text: The text.
+        name: The document's name.
+        count_tokens: Returns the number of tokens of a string.
+        language: Language of the sentences, as pysbd names it.
+
+    Returns:
+        The document, whose spans refer to `text`.
+
+    Raises:
+        TypeError: The text is no string.
+        ValueError: The text has no word.
     """
     if not isinstance(text, str):
         raise TypeError(f"document {name!r} must be a string, got {type(text).__name__}")
@@ -77,13 +108,23 @@ def split_document(text: str, name: str, count_tokens: Callable[[str], int], lan
 
 
 def cut_document(text: str, name: str, count_tokens: Callable[[str], int], most: int) -> dict[str, str]:
-    """A text as documents of at most `most` tokens, by name: itself, or its parts, `NAME, part 1` and so on.
+    """Cut a long text into documents of at most `most` tokens.
 
-    A text that is too long is cut before the headings of chapters, and what is too long still at paragraphs, lines or
-    sentences; neighbours stay together as far as they fit. Nothing is lost but white space, and parts without a word.
+    A text that is too long is cut before the headings of chapters; a part that is still too long, at paragraphs, lines
+    or sentences. Neighbours stay together as far as they fit. Nothing is lost but white space, and parts without a
+    word.
+
+    Args:
+        text: The text.
+        name: The text's name.
+        count_tokens: Returns the number of tokens of a string.
+        most: The most tokens that a document may have.
+
+    Returns:
+        Documents by name: the text itself under its name, or its parts under `NAME, part 1` and so on.
 
     Raises:
-        ValueError: It has a sentence of more tokens, which has no place to cut it.
+        ValueError: A sentence has more tokens, and offers no place to cut it.
     """
     parts = [span.text for span in _cut(text, _span(text, 0, len(text)), name, count_tokens, most, _BORDERS)]
     parts = [part for part in parts if re.search(r"\w", part)]
@@ -92,7 +133,15 @@ def cut_document(text: str, name: str, count_tokens: Callable[[str], int], most:
     return {f"{name}, part {number}": part for number, part in enumerate(parts, 1)}
 
 
-def _cut(text, whole, name, count_tokens, most, borders):
+def _cut(
+    text: str,
+    whole: Span,
+    name: str,
+    count_tokens: Callable[[str], int],
+    most: int,
+    borders: tuple[re.Pattern[str], ...],
+) -> list[Span]:
+    """Cut the span `whole` of a text at the first of the borders; parts that are too long, at the other ones."""
     if count_tokens(whole.text) <= most:
         return [whole]
     if not borders:
@@ -100,12 +149,14 @@ def _cut(text, whole, name, count_tokens, most, borders):
             f"document {name!r} has a passage of {count_tokens(whole.text)} tokens without the end of a sentence or a "
             f"line, and at most {most} fit the model's positions: break it into lines. It begins {whole.text[:60]!r}"
         )
-    parts, size = [], 0
+    parts: list[Span] = []
+    size = 0  # tokens of the last part
     for found in _split_at(whole.text, borders[0]):
         span = _span(text, whole.start + found.start, whole.start + found.end)
         if parts:
             both = _span(text, parts[-1].start, span.end)
-            # Added up, and counted anew only near the limit: pieces are counted with the white space before them.
+            # Adding up is quick but, as pieces are counted with the white space before them, not exact: count the
+            # whole anew near the limit.
             joined = size + count_tokens(text[parts[-1].end : span.end])
             joined = count_tokens(both.text) if joined > 0.9 * most else joined
         if parts and joined <= most:
@@ -116,33 +167,35 @@ def _cut(text, whole, name, count_tokens, most, borders):
     return parts
 
 
-def _split_at(text, separator):
+def _split_at(text: str, separator: re.Pattern[str]) -> list[Span]:
+    """Return what stands between the matches of a pattern, leaving out what is empty."""
     starts = [0, *(match.end() for match in separator.finditer(text))]
     ends = [*(match.start() for match in separator.finditer(text)), len(text)]
     spans = (_span(text, start, end) for start, end in zip(starts, ends, strict=True))
     return [span for span in spans if span.text]
 
 
-def _span(text, start, end):
-    """The span from `start` to `end`, less the white space around it."""
+def _span(text: str, start: int, end: int) -> Span:
+    """Return the span from `start` to `end`, less the white space around it."""
     piece = text[start:end]
     start += len(piece) - len(piece.lstrip())
     piece = piece.strip()
     return Span(piece, start, start + len(piece))
 
 
-def _sentences(segmenter, text, block):
-    """The sentences of a block; what has no word of its own belongs to the sentence before it."""
-    # A line break inside a paragraph ends no sentence.
+def _sentences(segmenter: pysbd.Segmenter, text: str, block: Span) -> list[Span]:
+    """Return the sentences of a block; a piece without a word belongs to the sentence before it."""
+    # White space becomes spaces, as a line break inside a paragraph ends no sentence.
     found = segmenter.segment(re.sub(r"\s", " ", block.text))
     starts = [block.start + sentence.start for sentence in found if re.search(r"\w", sentence.sent)]
     starts = [block.start, *(start for start in sorted(set(starts)) if start > block.start)]
     return [_span(text, start, end) for start, end in zip(starts, [*starts[1:], block.end], strict=True)]
 
 
-def _joined(spans, text, least, count_tokens):
-    """Neighbours joined until each has `least` tokens; a short rest goes to the one before it."""
-    joined, start = [], None
+def _joined(spans: list[Span], text: str, least: int, count_tokens: Callable[[str], int]) -> list[Span]:
+    """Join neighbours until each span has `least` tokens; a short rest goes to the span before it."""
+    joined: list[Span] = []
+    start = None
     for span in spans:
         start = span.start if start is None else start
         whole = _span(text, start, span.end)
@@ -155,10 +208,11 @@ def _joined(spans, text, least, count_tokens):
     return joined
 
 
-def _runs(sentences, parts, count_tokens):
-    """The sentences as at most `parts` runs of about equal length in tokens."""
+def _runs(sentences: list[Span], parts: int, count_tokens: Callable[[str], int]) -> list[list[Span]]:
+    """Group sentences into at most `parts` runs of about equal length in tokens."""
     lengths = [count_tokens(sentence.text) for sentence in sentences]
-    total, passed, runs = sum(lengths), 0, [[]]
+    total, passed = sum(lengths), 0
+    runs: list[list[Span]] = [[]]
     for sentence, length in zip(sentences, lengths, strict=True):
         # A sentence belongs to the part that its middle lies in.
         part = min(int((passed + length / 2) * parts / total), parts - 1)

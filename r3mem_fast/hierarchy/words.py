@@ -1,9 +1,9 @@
-"""Word lists: English function words, which say nothing about what a text is about, and names."""
+"""Word lists: English function words, which do not tell what a text is about, and names."""
 
 import re
 
 
-def _words(text):
+def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
@@ -22,7 +22,7 @@ STOP_WORDS = frozenset(
     """)
 )
 
-# Of people and places from everywhere, for queries that nothing is remembered for.
+# Names of people and places from everywhere, for decoys: queries that nothing is remembered for.
 NAMES = tuple(
     _words("""
     Abernathy Adelaide Amara Anatole Antwerp Aurora Bartholomew Beatrix Bergen Bogota Calcutta Cassandra Chandra

@@ -39,9 +39,10 @@ class Header:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """For each row, its `level` and `name` (None without a label), `segments`, `tokens` and `unfinished`.
+        """Rows of the memory, each a dictionary with `level`, `name`, `segments`, `tokens` and `unfinished`.
 
-        The last three are numbers: compressed segments, tokens seen, and tokens of the segment that is not finished.
+        `level` and `name` are None for a row without a label. The others are numbers: compressed segments, tokens
+        seen, and tokens of the segment that is not finished.
         """
         names = ("num_segments", "tokens_seen", "unfinished_lengths")
         columns = zip(self.metadata["labels"], *(self.integers[name] for name in names), strict=True)

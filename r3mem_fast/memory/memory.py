@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+from ..choices import PLACEMENTS
 from ..files import replacing
 from . import file as memory_file
 
-PLACEMENTS = ("every_layer", "input")
 # Of the states, by placement: the dimension of the batch, and that of the memory tokens.
 _BATCH = {"every_layer": 2, "input": 0}
 _SLOTS = {"every_layer": 4, "input": 1}

@@ -5,10 +5,9 @@ import math
 
 from r3mem_fast.kernels.coupling import SIDE_BITS
 
+from ..choices import FORMS
 from ..integrations.scoped import in_order, temporarily
 from .convert import reversible_layers, text_config
-
-FORMS = ("reversed", "inverse")
 
 
 def core_of(core, num_layers) -> range:

@@ -23,40 +23,9 @@ from ..manifest import TRAIN_CHECKPOINTS
 from ..model import R3MemModel
 from ..reversible import check_integrity
 from .machine import steps_at_most, warn_if_busy
+from .settings import TrainSettings
 
 _RUN = "run.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How a memory network is trained on texts.
-
-    steps: of AdamW (at most R3MEM_MAX_STEPS, an environment variable). segments: of a window, at most; a window is a
-    row of a batch. batch_size: windows a pass; accumulate: passes a step. learning_rate: after `warmup_steps`, then
-    down to 0 as a cosine. held_out: the share of each text, at its end, that is not trained on. checkpoint_steps:
-    between checkpoints. seed: of the order.
-    """
-
-    steps: int = 1000
-    segments: int = 3
-    batch_size: int = 1
-    accumulate: int = 1
-    learning_rate: float = 1e-3
-    warmup_steps: int = 20
-    held_out: float = 0.0
-    checkpoint_steps: int = 50
-    seed: int = 0
-
-    def __post_init__(self):
-        least = {"segments": 2, "warmup_steps": 0, "seed": 0}
-        for field in dataclasses.fields(self):
-            value, whole = getattr(self, field.name), field.type in (int, "int")
-            if whole and (type(value) is not int or value < least.get(field.name, 1)):
-                raise ValueError(f"{field.name} must be an integer of at least {least.get(field.name, 1)}: {value!r}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must be a share from 0 to below 1, got {self.held_out!r}")
 
 
 @dataclasses.dataclass(frozen=True)

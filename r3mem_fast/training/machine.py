@@ -1,4 +1,4 @@
-"""What a training run should know of its machine before it starts."""
+"""Looks at the machine before a training run starts: are its cores busy, and are steps to be cut short?"""
 
 import os
 import time
@@ -7,15 +7,23 @@ from pathlib import Path
 
 import torch
 
+# Seconds for which other programs are watched.
 _SECONDS = 0.25
-# Cores that others use before anything is said.
+# Fewer busy cores than this are not worth a word.
 _REALLY_BUSY = 0.5
 
 
 def steps_at_most(steps: int) -> int:
-    """`steps`, or fewer if the environment variable R3MEM_MAX_STEPS says so, to try commands out.
+    """Limit a number of steps by the environment variable R3MEM_MAX_STEPS, which serves to try commands out.
 
-    Raises ValueError if the variable is set and is no positive number.
+    Args:
+        steps: Number of steps that was asked for.
+
+    Returns:
+        The smaller of the two numbers; `steps` if the variable is not set.
+
+    Raises:
+        ValueError: The variable is set and is no positive number.
     """
     text = os.environ.get("R3MEM_MAX_STEPS", "")
     if not text:
@@ -26,10 +34,13 @@ def steps_at_most(steps: int) -> int:
 
 
 def busy_note() -> str | None:
-    """Why training will be slow on this machine as it is now, and what to do; None if nothing speaks for it.
+    """Say why training will be slow on this machine as it is now, and what to do.
 
     Threads of one operation wait for each other: with less than a free core for each, small operations take many
-    times as long. It looks for a quarter of a second at what other programs do, on systems that have /proc/stat.
+    times as long. This looks for a quarter of a second at what other programs do, on systems that have /proc/stat.
+
+    Returns:
+        A note for the user; None if nothing suggests that training will be slow.
     """
     threads, cores = torch.get_num_threads(), _cores()
     busy = _busy_cores(cores) if threads > 1 else None
@@ -43,21 +54,25 @@ def busy_note() -> str | None:
     )
 
 
-def warn_if_busy(device: torch.device):
-    """Warn of `busy_note` before a run that computes on the CPU."""
+def warn_if_busy(device: torch.device) -> None:
+    """Warn with `busy_note`, if there is one, before a run that computes on the CPU.
+
+    Args:
+        device: Where the run computes.
+    """
     if device.type == "cpu" and (note := busy_note()):
         warnings.warn(note, stacklevel=3)
 
 
-def _cores():
-    """Numbers of the cores that this process may use."""
+def _cores() -> set[int]:
+    """Return the numbers of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
-def _busy_cores(cores):
-    """How many of these cores are busy while this process waits; None where that cannot be told."""
+def _busy_cores(cores: set[int]) -> float | None:
+    """Return how many of these cores are busy while this process waits; None where that cannot be told."""
     before = _busy_and_all(cores)
     time.sleep(_SECONDS)
     after = _busy_and_all(cores)
@@ -66,8 +81,8 @@ def _busy_cores(cores):
     return len(cores) * (after[0] - before[0]) / (after[1] - before[1])
 
 
-def _busy_and_all(cores):
-    """Ticks that these cores were busy, and all ticks, since the system was started."""
+def _busy_and_all(cores: set[int]) -> tuple[int, int] | None:
+    """Return the ticks that these cores were busy, and all ticks, since the system was started; None if unknown."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
     except OSError:

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from r3mem_fast import Memory
-from r3mem_fast.memory.memory import PLACEMENTS, MemoryLayout, Origin, appended, empty_states
+from r3mem_fast.choices import PLACEMENTS
+from r3mem_fast.memory.memory import MemoryLayout, Origin, appended, empty_states
 
 ORIGIN = Origin("base", "adapter", "tokenizer")
 

@@ -134,8 +134,8 @@ def test_settings_and_models_that_are_refused(folder, tmp_path):
     for settings, message in (
         ({"steps": 0}, "steps must be an integer of at least 1"),
         ({"segments": 1}, "segments must be an integer of at least 2"),
-        ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
-        ({"held_out": 1.0}, "held_out must be a share"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number above 0"),
+        ({"held_out": 1.0}, "held_out must be a number of at least 0 and below 1"),
     ):
         with pytest.raises(ValueError, match=message):
             TrainSettings(**settings)

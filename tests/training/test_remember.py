@@ -17,8 +17,8 @@ from r3mem_fast import R3MemConfig, R3MemModel, RememberSettings, load_model
 from r3mem_fast.hierarchy import Pair
 from r3mem_fast.hierarchy.decoys import decoys
 from r3mem_fast.manifest import REMEMBER_CHECKPOINT
-from r3mem_fast.training import remember as module
 from r3mem_fast.training.remember import remember
+from r3mem_fast.training.remember import run as module
 
 PAIRS = [
     Pair("document", "a", "What fox?", "The quick brown fox jumps over the lazy dog.", ("Fox",), "test"),
@@ -66,7 +66,7 @@ def test_it_ends_when_new_decoys_are_refused(learned):
     for decoy in new:
         assert len(model.recall(tokenizer(decoy.query, return_tensors="pt").input_ids)[0]) == 0
 
-    run = module._Run(model, tokenizer, PAIRS, SETTINGS, None)
+    run = module.Run(model, tokenizer, PAIRS, SETTINGS, None)
     assert run._verified() and run.answered == []
     predicted = run._predicted
     run._predicted = lambda term, rows: [False] * len(rows) if not rows[0][0] else predicted(term, rows)
@@ -97,14 +97,14 @@ def test_the_forward_direction_stays_near_the_base_model(folder):
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(learned, folder, tmp_path, monkeypatch):
     expected, _, report = learned
-    train_on = module._Run._train_on
+    train_on = module.Run._train_on
 
     def interrupted(self, batch):
         train_on(self, batch)
         if self.step in (5, 11):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Run, "_train_on", interrupted)
+    monkeypatch.setattr(module.Run, "_train_on", interrupted)
     often = dataclasses.replace(SETTINGS, checkpoint_seconds=0)
     for seed in (0, 3):
         model, tokenizer = fresh(folder, seed)  # other adapters at the start: the checkpoint has them all
@@ -132,14 +132,14 @@ def test_memory_tokens_that_few_steps_reach(folder, tmp_path, monkeypatch, weigh
     often = dataclasses.replace(SETTINGS, checkpoint_seconds=0, compress_every=3, max_steps=8, divergence=None)
     expected, tokenizer = made()
     remember(expected, tokenizer, PAIRS, often, progress=False)
-    train_on = module._Run._train_on
+    train_on = module.Run._train_on
 
     def interrupted(self, batch):
         train_on(self, batch)
         if self.step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Run, "_train_on", interrupted)
+    monkeypatch.setattr(module.Run, "_train_on", interrupted)
     model, _ = made()
     with pytest.raises(KeyboardInterrupt):
         remember(model, tokenizer, PAIRS, often, folder=tmp_path, progress=False)
@@ -173,13 +173,13 @@ def test_checkpoints_that_are_refused(folder, tmp_path):
 def test_an_interruption_leaves_the_adapter_as_it_was(folder, monkeypatch):
     model, tokenizer = fresh(folder)
     before = weights(model)
-    train_on = module._Run._train_on
+    train_on = module.Run._train_on
 
     def interrupted(self, batch):
         train_on(self, batch)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Run, "_train_on", interrupted)
+    monkeypatch.setattr(module.Run, "_train_on", interrupted)
     with pytest.raises(KeyboardInterrupt):
         remember(model, tokenizer, PAIRS, SETTINGS, progress=False)
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
@@ -205,7 +205,7 @@ def test_bad_input(folder):
         {"divergence": -0.1},
         {"learning_rate": float("inf")},
     ):
-        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be at least"):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be an? "):
             RememberSettings(**settings)
 
 

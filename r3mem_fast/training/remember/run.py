@@ -1,144 +1,61 @@
-"""Fine-tuning context–query pairs into an adapter until every context comes back exactly."""
+"""Fine-tunes context–query pairs into an adapter until every context comes back exactly."""
 
-import dataclasses
-import hashlib
-import json
 import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..files import replacing
-from ..hierarchy import Pair
-from ..hierarchy.decoys import decoys
-from ..hierarchy.passage import MAX_QUERY_SHARE
-from ..integrations.scoped import evaluating, unchanged_on_failure
-from ..manifest import REMEMBER_CHECKPOINT
-from ..model import R3MemModel
-from ..reversible import check_integrity
-from .collate import collate_ids
-from .machine import steps_at_most, warn_if_busy
+from ...hierarchy import Pair
+from ...hierarchy.decoys import decoys
+from ...hierarchy.passage import MAX_QUERY_SHARE
+from ...integrations.scoped import evaluating, unchanged_on_failure
+from ...manifest import REMEMBER_CHECKPOINT
+from ...model import R3MemModel
+from ...reversible import check_integrity
+from ..collate import collate_ids
+from ..machine import steps_at_most, warn_if_busy
+from ..settings import RememberSettings
+from . import checkpoint
+from .batches import all_predicted, by_length, length, packed
+from .report import RememberReport
 
 # At most so many times as long as a context is it together with its query, by what a query may have of its tokens.
 MAX_QUERY_OF_CONTEXT = 1 + MAX_QUERY_SHARE
-_CHECKPOINT_VERSION = 4
-
-
-_AT_LEAST = {"max_steps": 1, "tokens_per_step": 1, "anchor_windows": 1, "anchor_tokens": 2, "decoys_every": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class RememberSettings:
-    """How pairs are learned.
-
-    max_steps: of AdamW, at most (and at most R3MEM_MAX_STEPS, an environment variable). learning_rate: while little is
-    learned; it falls with the loss.
-    tokens_per_step: of queries and contexts in one batch, padding included.
-    compress_every: every so many steps also the forward term of the objective; 0: never.
-    divergence: the Kullback-Leibler divergence from the base model, in nats a token, that the forward direction is
-        held to, on text that the base model wrote itself: this is what keeps the perplexity of other text. Learning
-        goes on until it is no larger. None: without. anchor_weight: its weight in the objective. anchor_windows,
-        anchor_tokens: of that text; one window a step.
-    decoys: queries that have no context, in every `decoys_every`-th step: without them any query would be answered
-        with what was learned. None: one for each six pairs, four at least; the more is learned, the more queries are
-        near to one that is known. Those that are answered all the same are asked again, until none is. 0: without.
-    margin: tokens predicted with a loss below it (nats) teach no more, so that nothing is learned further than needed.
-    checkpoint_seconds: between checkpoints. seed: of the order and the samples.
-    """
-
-    max_steps: int = 2000
-    learning_rate: float = 1.5e-3
-    tokens_per_step: int = 160
-    compress_every: int = 8
-    divergence: float | None = 0.04
-    anchor_weight: float = 20.0
-    anchor_windows: int = 24
-    anchor_tokens: int = 48
-    decoys: int | None = None
-    decoys_every: int = 4
-    margin: float = 0.03
-    checkpoint_seconds: float = 30.0
-    seed: int = 0
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name in ("divergence", "decoys"):
-                continue
-            least = _AT_LEAST.get(field.name, 0)
-            if not least <= value < float("inf"):
-                raise ValueError(f"{field.name} must be at least {least}, got {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RememberReport:
-    """What `remember` did.
-
-    pairs: what was to be remembered. exact: of each, whether its context came back, token for token, by greedy recall.
-    expanded: of each, whether its context came back from its memory alone; None where that was not learned (no memory
-    tokens, or no `cycle_weight`).
-    steps, seconds: of training, with those before an interruption. expand_loss, compress_loss, cycle_loss: nats a
-    token, the last measured; None of what never was. lost: queries of earlier contexts that the adapter did not know
-    any more when it was asked to remember others.
-    """
-
-    pairs: list[Pair]
-    exact: list[bool]
-    steps: int
-    seconds: float
-    expand_loss: float | None
-    compress_loss: float | None
-    lost: tuple[str, ...] = ()
-    expanded: list[bool] | None = None
-    cycle_loss: float | None = None
-
-    @property
-    def exact_match(self) -> float:
-        """Share of the pairs whose context came back exactly."""
-        return sum(self.exact) / len(self.exact)
-
-    def by_level(self) -> dict[str, tuple[int, int]]:
-        """Count by level the contexts that came back exactly, and all of them."""
-        counts = {}
-        for pair, exact in zip(self.pairs, self.exact, strict=True):
-            right, total = counts.get(pair.level, (0, 0))
-            counts[pair.level] = (right + exact, total + 1)
-        return counts
-
-    def __str__(self):
-        levels = ", ".join(f"{level} {right}/{total}" for level, (right, total) in self.by_level().items())
-        counted = f"{sum(self.exact)} of {len(self.exact)} contexts exact ({levels})"
-        lost = f"; {len(self.lost)} of those remembered before were lost" if self.lost else ""
-        expanded = "" if self.expanded is None else f", {sum(self.expanded)} from their memory alone"
-        return f"{counted}{expanded}, {self.steps} steps, {self.seconds:.0f} s{lost}"
 
 
 def remember(
     model: R3MemModel,
-    tokenizer,
+    tokenizer: Any,
     pairs: Sequence[Pair],
     settings: RememberSettings | None = None,
     *,
-    folder=None,
-    progress=True,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> RememberReport:
-    """Train the adapters of `model` until greedy recall gives every pair's context back, or `max_steps` are done.
+    """Train the adapters of a model until greedy recall gives every pair's context back, or `max_steps` are done.
 
     With memory tokens it goes on until each context comes back from its memory, too. A term of the objective that has
-    no weight in the model's config is not learned, and nothing waits for it.
+    no weight in the model's config is not learned, and nothing waits for it. If training is interrupted, or fails, the
+    adapter is as it was before.
 
-    folder: where a checkpoint is kept while it runs. A run of the same pairs and settings that was interrupted
-    (Ctrl-C, a killed process) goes on from there, with the same result as if it had not been. progress: show a bar.
-    If it is interrupted, or fails, the adapter is as it was before.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        pairs: What is learned.
+        settings: How; None: the defaults.
+        folder: Where a checkpoint is kept while it runs; None: nowhere. A run of the same pairs and settings that was
+            interrupted (Ctrl-C, a killed process) goes on from there, with the same result as if it had not been.
+        progress: Show a bar.
 
-    Raises ValueError for no pairs, a pair too long for the model's positions, or a folder that holds the checkpoint
-    of another run; IntegrityError if a pass could not be trusted.
+    Raises:
+        ValueError: There are no pairs, a pair is too long for the model's positions, or the folder holds the
+            checkpoint of another run.
+        IntegrityError: A pass could not be trusted.
     """
     settings = RememberSettings() if settings is None else settings
     if not pairs:
@@ -147,14 +64,14 @@ def remember(
         warn_if_busy(model.device)
     try:
         with unchanged_on_failure(model):  # what was learned is in the checkpoint
-            run = _Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
+            run = Run(model, tokenizer, list(pairs), settings, None if folder is None else Path(folder))
             model.train()
             return run.to_the_end(progress)
     finally:
         model.eval()
 
 
-class _Run:
+class Run:
     """One run: what it learns, and where it stands. All that is random is drawn from the seed and the step."""
 
     def __init__(self, model, tokenizer, pairs, settings, folder):
@@ -183,7 +100,7 @@ class _Run:
         self.bar = tqdm(disable=True)
         self.checkpoint = None if folder is None else folder / REMEMBER_CHECKPOINT
         if self.checkpoint is not None and self.checkpoint.exists():
-            self._resume()
+            checkpoint.read(self)
         self.wanted = {}  # log-probabilities of the base model, by window
         # Adapters that act on memory tokens alone leave the forward direction as it is.
         free = settings.divergence is None or config.adapter_rows == "memory"
@@ -210,7 +127,7 @@ class _Run:
                 self._show(bar)
                 self.seconds = time.monotonic() - started
                 if self.checkpoint is not None and time.monotonic() - saved > settings.checkpoint_seconds:
-                    self._save()
+                    checkpoint.write(self)
                     saved = time.monotonic()
             else:
                 self._recall_all()
@@ -274,7 +191,7 @@ class _Run:
         wanting = losses.detach() > self.settings.margin
         loss = (losses * wanting).sum() / wanting.sum().clamp_min(counted / 2)
         (self.weights[term] * loss).backward()
-        for index, right in zip(batch, _right(logits, targets), strict=True):
+        for index, right in zip(batch, all_predicted(logits, targets), strict=True):
             self.known[term][index] = right
         now, before = (losses.detach().sum() / counted).item(), self.losses[term]
         self.losses[term] = now if before is None else 0.7 * before + 0.3 * now
@@ -288,7 +205,7 @@ class _Run:
         # The few that are not known yet count, not the many that are.
         wanting = losses.detach() > self.settings.margin
         ((losses * wanting).sum() / wanting.sum().clamp_min(len(queries) / 4)).backward()
-        refused = _right(logits, targets)
+        refused = all_predicted(logits, targets)
         self.answered = [query for query, right in zip(queries, refused, strict=True) if not right] + later
 
     def _predictions(self, term, inputs):
@@ -329,10 +246,10 @@ class _Run:
         """Batches of like lengths: all pairs that are not known, and half of the others, lest they be forgotten."""
         generator = random.Random(f"{self.settings.seed}/epoch {self.epoch}")
         chosen = [i for i, known in enumerate(self._all_known()) if generator.random() < 0.5 or not known]
-        lengths = [_length(row) for row in self.rows]
+        lengths = [length(row) for row in self.rows]
         chosen.sort(key=lambda i: lengths[i] * generator.uniform(0.9, 1.1))
         chosen = chosen or list(range(len(self.pairs)))
-        self.queue = _packed(chosen, lengths, self.settings.tokens_per_step)
+        self.queue = packed(chosen, lengths, self.settings.tokens_per_step)
         generator.shuffle(self.queue)
         self.epoch += 1
 
@@ -352,10 +269,10 @@ class _Run:
         """Whether each token of a row's context is predicted from those before it, by row; cheaper than recall."""
         right = [False] * len(rows)
         self.model.eval()
-        for batch in _by_length([_length(row) for row in rows], 4 * self.settings.tokens_per_step):
+        for batch in by_length([length(row) for row in rows], 4 * self.settings.tokens_per_step):
             with torch.no_grad():
                 predictions = self._predictions(term, self._batch([rows[index] for index in batch]))
-            for index, known in zip(batch, _right(*predictions), strict=True):
+            for index, known in zip(batch, all_predicted(*predictions), strict=True):
                 right[index] = known
         self.model.train()
         return right
@@ -366,7 +283,7 @@ class _Run:
     def _recalled(self, term):
         """Whether greedy recall gives a pair's context, from its query or from its memory, by pair."""
         exact = [False] * len(self.pairs)
-        batches = _by_length([len(context) for context, _ in self.rows], 32 * 64)
+        batches = by_length([len(context) for context, _ in self.rows], 32 * 64)
         for number, batch in enumerate(batches, 1):
             self.bar.set_description_str(f"Recalling all, {number} of {len(batches)}")
             inputs = self._batch([self.rows[index] for index in batch])
@@ -409,102 +326,8 @@ class _Run:
                     "which every recall ends; take it out of the text"
                 )
             before = 0 if self.model.layout is None else self.model.layout.first_position
-            if limit is not None and _length(self.rows[index]) + before > limit:
+            if limit is not None and length(self.rows[index]) + before > limit:
                 raise ValueError(
                     f"document {pair.document!r}: a context of {len(self.rows[index][0])} tokens ({pair.level}) "
                     f"with its query does not fit the model's {limit} positions; split it into smaller documents"
                 )
-
-    def _save(self):
-        """The whole state of the run, in one file: adapters, moments of the optimizer, and where it stands."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"parameter.{name}"] = parameter.detach()
-            for moment in ("step", "exp_avg", "exp_avg_sq"):
-                if moment in self.optimizer.state[parameter]:
-                    tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
-        state = {
-            "version": _CHECKPOINT_VERSION,
-            "run": self._identity(),
-            **{name: getattr(self, name) for name in _STATE},
-        }
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.checkpoint) as path:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                path,
-                {"r3mem": json.dumps(state)},
-            )
-
-    def _resume(self):
-        try:
-            with safe_open(self.checkpoint, "pt") as file:
-                state = json.loads((file.metadata() or {})["r3mem"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            version, run = state["version"], state["run"]
-        except (SafetensorError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.checkpoint} is damaged; delete it to start again") from None
-        if version != _CHECKPOINT_VERSION or run != self._identity():
-            raise ValueError(
-                f"{self.checkpoint} belongs to an unfinished run with other documents, settings or another model. "
-                "Finish that run, delete the file, or choose another folder"
-            )
-        for name in _STATE:
-            setattr(self, name, state[name])
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"parameter.{name}"])
-                # What no term has reached has none; and what is reached now and then has made fewer steps.
-                if f"step.{name}" in tensors:
-                    self.optimizer.state[parameter] = {
-                        "step": tensors[f"step.{name}"],
-                        **{m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")},
-                    }
-
-    def _identity(self):
-        """What a checkpoint must agree in with the run that goes on from it."""
-        settings = dataclasses.asdict(self.settings)
-        for free in ("max_steps", "checkpoint_seconds"):
-            del settings[free]
-        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
-        model = [
-            self.model.r3mem_config.to_dict(),
-            self.model.base_fingerprint(),
-            str(self.model.peft_model.dtype),
-            shapes,
-        ]
-        described = json.dumps([self.rows, settings, model], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
-
-
-# Of a run, beside tensors.
-_STATE = ("step", "epoch", "seconds", "queue", "known", "losses", "answered", "compress_loss", "divergence")
-
-
-def _right(logits, targets):
-    """Whether every token of a row that counts is predicted, by row."""
-    return ((logits.argmax(-1) == targets) | (targets == -100)).all(1).tolist()
-
-
-def _length(row):
-    """Tokens of a row of a batch, with those that separate and end."""
-    context, query = row
-    return len(context) + len(query) + 3
-
-
-def _by_length(lengths, tokens):
-    """All indices in batches of at most so many tokens, padding included, those of like length together."""
-    return _packed(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, tokens)
-
-
-def _packed(indices, lengths, tokens):
-    """Neighbours in batches of at most so many tokens, padding included; a longer one is a batch of its own."""
-    batches, longest = [], 0
-    for index in indices:
-        longest = max(longest, lengths[index])
-        if batches and longest * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            longest = lengths[index]
-    return batches

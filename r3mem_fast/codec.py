@@ -1,0 +1,62 @@
+"""Texts as token ids, and back."""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .fingerprints import tokenizer_fingerprint
+
+
+class TextCodec:
+    """Encodes texts as a memory network reads them: without special tokens, whatever their length.
+
+    Args:
+        tokenizer: The model's.
+
+    Attributes:
+        tokenizer: The same.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the tokenizer."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        # Not verbose: a history may be longer than the model's positions.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return len(self.ids(text))
+
+    def queries(self, queries: str | Sequence[str]) -> list[list[int]]:
+        """Token ids of one query or several, each white space as a single space.
+
+        Raises:
+            ValueError: One is empty, or there is none.
+        """
+        queries = [queries] if isinstance(queries, str) else queries
+        rows = [self.ids(re.sub(r"\s+", " ", text).strip()) for text in queries]
+        if not rows or not all(rows):
+            raise ValueError("the query is empty")
+        return rows
+
+    def text(self, ids: torch.Tensor) -> str:
+        """The text of token ids, special tokens included."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def texts(self, rows: Iterable[torch.Tensor]) -> list[str]:
+        """The texts of rows of token ids, special tokens included."""
+        return [self.text(row) for row in rows]
+
+    def continuations(self, rows: torch.Tensor) -> list[str]:
+        """The texts of rows of token ids that end with special tokens, without these."""
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,165 @@
+"""Documents as a caller gives them: texts, files, several by name; and cut or taken apart as a model needs them."""
+
+import itertools
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+from .data.text import read_text
+from .hierarchy import LEVELS, contexts_of, cut_document, split_document
+
+# What the pipeline takes for documents: a text, several, or texts by name; a `Path` is a UTF-8 text file.
+Documents = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+
+
+def by_name(documents: Documents, taken: Collection[str] = ()) -> dict[str, str]:
+    """Read documents and name them: those without a name get that of their file, or a number.
+
+    Args:
+        documents: What a caller gave.
+        taken: Names that are in use.
+
+    Raises:
+        OSError: A file cannot be read.
+        TypeError: A name is no string.
+        ValueError: There is no document, or one is the name of a file, given as if it were a text.
+    """
+    if isinstance(documents, (str, Path)):
+        documents = [documents]
+    if not isinstance(documents, Mapping):
+        numbers = (n for n in itertools.count(1) if f"document {n}" not in taken)
+        documents = list(documents)
+        names = [str(text) if isinstance(text, Path) else f"document {next(numbers)}" for text in documents]
+        if len(set(names)) < len(names):
+            raise ValueError("a file is named twice")
+        documents = dict(zip(names, documents, strict=True))
+    if not documents:
+        raise ValueError("there is no document")
+    if wrong := [name for name in documents if not isinstance(name, str)]:
+        raise TypeError(f"a document's name must be a string, got {wrong[0]!r}")
+    return {name: _text_of(text) for name, text in documents.items()}
+
+
+def _text_of(text):
+    """A text, or what a file holds. Raises ValueError for a name of a file that is given as a text."""
+    if isinstance(text, Path):
+        return read_text(text)
+    # `os.path`, which is False for a string that cannot be a path, where `Path.is_file` raises.
+    if isinstance(text, str) and "\n" not in text and os.path.splitext(text)[1] and os.path.isfile(text):
+        raise ValueError(
+            f"{text!r} is a file here: pass Path({text!r}) for what it holds. (To take the words themselves as the "
+            "text, put a line break behind them.)"
+        )
+    return text
+
+
+def in_order(documents: Documents, labels: Sequence[tuple[str, str] | None]) -> list[str]:
+    """Read documents, one for each row of a memory.
+
+    Args:
+        documents: What a caller gave; by name, the names are those of the rows.
+        labels: Of the rows, `(level, name)` or None.
+
+    Raises:
+        ValueError: There are not as many, or they have other names.
+    """
+    if isinstance(documents, Mapping):
+        names = [None if label is None else label[1] for label in labels]
+        if sorted(documents, key=str) != sorted(names, key=str):
+            raise ValueError(f"the documents are {sorted(documents, key=str)}, the memory's rows {names}")
+        return [_text_of(documents[name]) for name in names]
+    texts = [documents] if isinstance(documents, (str, Path)) else list(documents)
+    texts = [_text_of(text) for text in texts]
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} documents and {len(labels)} rows of memory: one of each a row")
+    return texts
+
+
+def cut_to_length(
+    documents: Mapping[str, str], count: Callable[[str], int], most: int, taken: Collection[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Cut documents that are too long into several, at chapters or paragraphs.
+
+    Args:
+        documents: Texts by name.
+        count: Counts a text's tokens.
+        most: Tokens that a document may have.
+        taken: Names that parts must not have.
+
+    Returns:
+        The documents with parts in place of those that were cut, and by part the name of its whole.
+
+    Raises:
+        ValueError: A part would have the name of another document.
+    """
+    cut: dict[str, str] = {}
+    whole_of: dict[str, str] = {}
+    for name, text in documents.items():
+        # A token has a byte at least: most texts need not be counted.
+        short = not isinstance(text, str) or len(text.encode("utf-8", "surrogatepass")) <= most
+        parts = {name: text} if short else cut_document(text, name, count, most)
+        if len(parts) > 1:
+            if doubled := parts.keys() & (cut.keys() | documents.keys() | set(taken)):
+                raise ValueError(f"two documents would be called {min(doubled)!r}; give one of them another name")
+            whole_of |= dict.fromkeys(parts, name)
+        cut |= parts
+    return cut, whole_of
+
+
+def texts_and_labels(
+    documents: Documents,
+    levels: tuple[str, ...],
+    count: Callable[[str], int],
+    before: Sequence[tuple[str, str] | None] | None,
+) -> tuple[list[str], tuple[tuple[str, str] | None, ...]]:
+    """Texts that are to be compressed, and labels of the memory's rows.
+
+    Args:
+        documents: What a caller gave.
+        levels: Some of `hierarchy.LEVELS`.
+        count: Counts a text's tokens.
+        before: Labels of the memory that they go on from; None: they go on from none.
+
+    Raises:
+        ValueError: A text is empty, or does not go on from the memory.
+    """
+    if before is None:
+        named = by_level(by_name(documents), levels, count)
+        texts, labels = list(named.values()), tuple(named)
+    elif levels != ("document",):
+        raise ValueError("only documents go on from a memory: other levels are compressed at one time")
+    else:
+        texts, labels = in_order(documents, before), tuple(before)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError("a text to compress is empty" if text == "" else f"no text: {type(text).__name__}")
+    return texts, labels
+
+
+def by_level(
+    documents: Mapping[str, str], levels: Sequence[str], count: Callable[[str], int]
+) -> dict[tuple[str, str], str]:
+    """Take documents apart into texts by `(level, name)`.
+
+    Args:
+        documents: Texts by name.
+        levels: Some of `hierarchy.LEVELS`.
+        count: Counts a text's tokens.
+
+    Raises:
+        ValueError: A level is unknown, or there is no text of these levels.
+    """
+    if not levels or set(levels) - set(LEVELS):
+        raise ValueError(f"levels must be some of {LEVELS}, got {levels!r}")
+    texts: dict[tuple[str, str], str] = {}
+    for name, text in documents.items():
+        if "document" in levels:
+            texts["document", name] = text
+        if set(levels) - {"document"}:
+            contexts = contexts_of(split_document(text, name, count))
+            for level, kind in (("paragraph", "paragraph"), ("entity", "passage")):
+                for number, (context, _) in enumerate(contexts[level] if level in levels else (), 1):
+                    texts[level, f"{name}, {kind} {number}"] = context
+    if not texts:
+        raise ValueError(f"the documents have no {' or '.join(levels)} that is not the whole of one")
+    return texts

@@ -1,0 +1,82 @@
+"""What a pipeline is made from: a model by its name, an adapter with its base, or objects that are there already."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import adapter_folder
+from .config import R3MemConfig
+from .data.models import load_model
+from .devices import DTYPES, as_device, as_dtype, default_dtype
+from .manifest import interrupted_run, read_manifest
+from .model import R3MemModel
+from .remembered import Entry
+
+
+class Loaded(NamedTuple):
+    """A memory network with what belongs to it.
+
+    Attributes:
+        model: The network.
+        tokenizer: Its tokenizer.
+        remembered: What its adapter remembers.
+        folder: The folder of its adapter; None: it is in none.
+    """
+
+    model: R3MemModel
+    tokenizer: Any
+    remembered: list[Entry]
+    folder: Path | None
+
+
+def load(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    base: str | Path | None,
+    config: R3MemConfig | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    attn_implementation: str | None,
+    seed: int,
+    **settings,
+) -> Loaded:
+    """Load a memory network; arguments and errors are those of `R3MemPipeline`."""
+    dtype = None if dtype is None else as_dtype(dtype)
+    if device is not None:
+        as_device(device)
+    if isinstance(model, (str, Path)):
+        if tokenizer is not None:
+            raise TypeError("a model that is given by name brings its own tokenizer")
+        settings |= {"device": device, "attn_implementation": attn_implementation}
+        if folder := adapter_folder.adapter_named(model, **settings):
+            if config is not None:
+                raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
+            return _load_adapter(folder, base, dtype, settings)
+        if base is not None:
+            raise TypeError(f"base is of an adapter, and {model} is a model of its own")
+        if run := interrupted_run(model):
+            raise ValueError(f"{model} holds no adapter yet. {run}")
+        model, tokenizer = load_model(model, dtype=dtype or default_dtype(device or "cpu"), **settings)
+    elif tokenizer is None:
+        raise TypeError("a model object needs its tokenizer: R3MemPipeline(model, tokenizer)")
+    elif given := sorted([*settings, *(["base"] if base is not None else [])]):
+        raise TypeError(f"{given[0]} is for a model that is given by name")
+    if not isinstance(model, R3MemModel):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = R3MemModel(model, config)
+    elif config is not None:
+        raise TypeError("an R3MemModel has its config already")
+    return Loaded(model, tokenizer, [], None)
+
+
+def _load_adapter(folder, base, dtype, settings):
+    manifest = read_manifest(folder)
+    # What was learned to the last token in one arithmetic need not be known in another.
+    dtype = dtype or DTYPES.get(manifest.get("dtype"), torch.float32)
+    # A revision is of the adapter.
+    settings = {key: value for key, value in settings.items() if key != "revision"}
+    found, tokenizer = adapter_folder.load_base(folder, manifest, base, dtype=dtype, **settings)
+    return Loaded(R3MemModel.from_pretrained(folder, found), tokenizer, manifest.get("remembered", []), Path(folder))

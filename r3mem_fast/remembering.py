@@ -1,0 +1,81 @@
+"""Remembering documents: what is to be learned of them, learned along with what was remembered before."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .codec import TextCodec
+from .documents import cut_to_length
+from .hierarchy import Pair, build_pairs
+from .model import R3MemModel
+from .remembered import Entry, as_not_exact, entries_of, unchanged_pairs
+from .training.remember import MAX_QUERY_OF_CONTEXT, RememberReport, RememberSettings, remember
+
+# Queries that are asked at one time.
+_BATCH = 16
+
+
+def remember_documents(
+    model: R3MemModel,
+    codec: TextCodec,
+    documents: dict[str, str],
+    entries: Sequence[Entry],
+    recall: Callable[[list[str]], list[str]],
+    *,
+    folder: Path | None,
+    settings: RememberSettings | None,
+    progress: bool,
+    **hierarchy,
+) -> tuple[RememberReport, list[Entry]]:
+    """Fine-tune documents into an adapter, with what it remembers of others.
+
+    Args:
+        model: The memory network.
+        codec: Its texts.
+        documents: Texts by name. One that is too long is cut into several.
+        entries: What the adapter remembers; a document of the same name is replaced.
+        recall: Contexts of queries.
+        folder: Where a checkpoint is kept; None: nowhere.
+        settings: How pairs are learned; None: the defaults.
+        progress: Show bars.
+        hierarchy: More arguments of `hierarchy.build_pairs`.
+
+    Returns:
+        What came of it, and what the adapter remembers now.
+    """
+    earlier = [entry for entry in entries if not {entry["document"], entry.get("part_of")} & documents.keys()]
+    whole_of = {entry["document"]: entry["part_of"] for entry in earlier if entry.get("part_of")}
+    parts, wholes = _cut(model, codec, documents, taken={entry["document"] for entry in earlier})
+    whole_of |= wholes
+    pairs = build_pairs(
+        parts, codec.tokenizer, taken={entry["query"] for entry in earlier}, progress=progress, **hierarchy
+    )
+    rehearsed = rehearsed_pairs(earlier, recall)
+    report = remember(model, codec.tokenizer, [*rehearsed, *pairs], settings, folder=folder, progress=progress)
+    learned = {pair.query for pair in report.pairs}
+    lost = [entry for entry in earlier if entry["query"] not in learned]
+    report = dataclasses.replace(report, lost=tuple(entry["query"] for entry in lost))
+    return report, [*as_not_exact(lost), *entries_of(report, whole_of, codec.count)]
+
+
+def rehearsed_pairs(entries: Sequence[Entry], recall: Callable[[list[str]], list[str]]) -> list[Pair]:
+    """What an adapter remembers, as pairs: recalled, and taken if it is still what it was.
+
+    Args:
+        entries: What it remembers.
+        recall: Contexts of queries.
+    """
+    asked = sorted((entry for entry in entries if entry["exact"]), key=lambda entry: entry["tokens"])
+    contexts: list[str] = []
+    for start in range(0, len(asked), _BATCH):
+        contexts += recall([entry["query"] for entry in asked[start : start + _BATCH]])
+    return unchanged_pairs(asked, contexts)
+
+
+def _cut(model, codec, documents, taken):
+    """Documents, of which those beyond the model's positions are cut into several; and of each part its whole."""
+    if model.max_tokens is None:
+        return documents, {}
+    before = 0 if model.layout is None else model.layout.first_position
+    most = max(1, int((model.max_tokens - before) / MAX_QUERY_OF_CONTEXT) - 16)
+    return cut_to_length(documents, codec.count, most, taken)

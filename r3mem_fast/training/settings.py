@@ -1,0 +1,122 @@
+"""How adapters are trained: settings of `remember` and of `train`. Needs no torch."""
+
+import dataclasses
+
+from ..settings import check, described, setting
+
+RUN, OBJECTIVE, OTHER_TEXT, DECOYS = "run", "objective", "other text", "decoys"
+
+
+@described
+@dataclasses.dataclass(frozen=True)
+class RememberSettings:
+    """How context–query pairs are learned.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    max_steps: int = setting(
+        2000,
+        "Steps of training at most. The environment variable R3MEM_MAX_STEPS may ask for fewer.",
+        group=RUN,
+        option="max-steps",
+        least=1,
+    )
+    learning_rate: float = setting(
+        1.5e-3,
+        "Learning rate of AdamW while little is learned. It falls with the loss.",
+        group=RUN,
+        option="learning-rate",
+        least=0,
+    )
+    tokens_per_step: int = setting(
+        160, "Tokens of queries and contexts in one batch, padding included.", group=RUN, least=1
+    )
+    compress_every: int = setting(
+        8,
+        "Steps from one to the next with the forward term of the objective; 0: none has it.",
+        group=OBJECTIVE,
+        least=0,
+    )
+    divergence: float | None = setting(
+        0.04,
+        "Divergence from the base model that the forward direction is held to, in nats a token. It is measured on "
+        "text that the base model wrote itself, which keeps the perplexity of other text; learning goes on until it "
+        "is no larger.",
+        group=OTHER_TEXT,
+        least=0,
+        unset="it is let go",
+    )
+    anchor_weight: float = setting(20.0, "Weight of that divergence in the objective.", group=OTHER_TEXT, least=0)
+    anchor_windows: int = setting(24, "Windows of that text, one of them a step.", group=OTHER_TEXT, least=1)
+    anchor_tokens: int = setting(48, "Tokens of such a window.", group=OTHER_TEXT, least=2)
+    decoys: int | None = setting(
+        None,
+        "Queries without a context, learned in every `decoys_every`-th step; 0: none. Without them any query would be "
+        "answered with what was learned, and the more is learned, the more queries are near to one that is known. "
+        "Those that are answered all the same are asked again, until none is.",
+        group=DECOYS,
+        least=0,
+        unset="one for each six pairs, four at least",
+    )
+    decoys_every: int = setting(4, "Steps from one to the next with decoys.", group=DECOYS, least=1)
+    margin: float = setting(
+        0.03,
+        "Loss, in nats, below which a token that is predicted teaches no more. Nothing is learned further than "
+        "needed.",
+        group=OBJECTIVE,
+        least=0,
+    )
+    checkpoint_seconds: float = setting(
+        30.0,
+        "Seconds between checkpoints in FOLDER.",
+        group=RUN,
+        option="checkpoint-seconds",
+        metavar="SECONDS",
+        least=0,
+    )
+    seed: int = setting(0, "Seed of the order and the samples.", group=RUN, option="seed", least=0)
+
+    def __post_init__(self):
+        check(self)
+
+
+@described
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How a memory network is trained on texts.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    steps: int = setting(
+        1000,
+        "Steps of training: an hour or two on two CPU cores for the embedded model. The environment variable "
+        "R3MEM_MAX_STEPS may ask for fewer.",
+        group=RUN,
+        option="steps",
+        least=1,
+    )
+    segments: int = setting(
+        3, "Segments of a window, which is a row of a batch, at most.", group=RUN, option="segments", least=2
+    )
+    batch_size: int = setting(1, "Windows a pass.", group=RUN, option="batch-size", least=1)
+    accumulate: int = setting(1, "Passes a step.", group=RUN, option="accumulate", least=1)
+    learning_rate: float = setting(
+        1e-3,
+        "Learning rate of AdamW. It is reached after `warmup_steps`, and goes down to 0 as a cosine.",
+        group=RUN,
+        option="learning-rate",
+        above=0,
+    )
+    warmup_steps: int = setting(20, "Steps until the learning rate is reached.", group=RUN, least=0)
+    held_out: float = setting(
+        0.0, "Share of each text, at its end, that is not trained on.", group=RUN, option="hold-out", least=0, below=1
+    )
+    checkpoint_steps: int = setting(50, "Steps between checkpoints.", group=RUN, option="checkpoint-steps", least=1)
+    seed: int = setting(0, "Seed of the order.", group=RUN, option="seed", least=0)
+
+    def __post_init__(self):
+        check(self)
