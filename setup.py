@@ -26,6 +26,7 @@ dev = [
     "hypothesis>=6",
     "import-linter>=2.5,<3",
     'liger-kernel>=0.6; platform_system == "Linux"',
+    "mypy>=1.18,<3",
     "psutil>=5.9",
     "pytest>=8",
     "pytest-benchmark>=5",

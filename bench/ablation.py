@@ -99,7 +99,7 @@ def _learned(
         with torch.no_grad():
             output = pipeline.model(**batch, terms=["compress", "expand", "cycle"])
         memory = pipeline.model.compress(batch["input_ids"], finish=True)
-        asked = {"max_new_tokens": len(context) + 1}
+        asked: dict[str, Any] = {"max_new_tokens": len(context) + 1}
         recalled = pipeline.model.recall(batch["query_input_ids"], **asked)[0].tolist()
         expanded = pipeline.model.expand(memory, **asked)[0].tolist()
     return {

@@ -5,8 +5,8 @@
 One record an arm and limit (GB, 10**9 bytes, of PyTorch's allocator, weights included; the driver's own context comes
 on top):
 
-    tokens             the longest sequence of which a training step fitted, in steps of --granularity
-    fails_at           the shortest that was tried and did not; none but these two bound the truth
+    tokens             the longest sequence whose training step fitted, in steps of --granularity
+    fails_at           the shortest that was tried and did not fit; the truth lies between these two
     tokens_per_second  of training steps at `tokens`, the median of three
 """
 
@@ -15,6 +15,8 @@ import gc
 import math
 import statistics
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -26,14 +28,23 @@ DEFAULT_ARMS = ("checkpoint", "reversible-b4", "checkpoint-liger", "reversible-b
 _STEPS = 3
 
 
-def longest(fits, *, guess, granularity, tolerance=0.03):
-    """`(the largest multiple of granularity found to fit, the smallest found not to)`.
+def longest(
+    fits: Callable[[int], bool], *, guess: float, granularity: int, tolerance: float = 0.03
+) -> tuple[int, int]:
+    """Find the longest sequence that fits, by trials.
 
-    fits: whether a length fits; called as rarely as may be, since it trains. The two differ by `tolerance` of the
-    first at most, or by one step. The first is 0 if not even one step fits.
+    Args:
+        fits: Whether a sequence of so many tokens fits; called as rarely as possible, since it trains.
+        guess: Tokens that probably just fit.
+        granularity: Tokens of a step; only its multiples are tried.
+        tolerance: How close the two results must come, as a share of the first; they may always differ by one step.
+
+    Returns:
+        `(the largest multiple of granularity found to fit, the smallest found not to)`. The first is 0 if not even one
+        step fits.
     """
     length = max(granularity, _down(guess, granularity))
-    # Guesses are good: look closely around them first, then further and further.
+    # Guesses are good, so look closely around them first, then further and further away.
     stride = max(granularity, _down(length * tolerance, granularity))
     if fits(length):
         low, high = length, length + stride
@@ -51,12 +62,12 @@ def longest(fits, *, guess, granularity, tolerance=0.03):
     return low, high
 
 
-def _down(length, granularity):
+def _down(length: float, granularity: int) -> int:
     return math.floor(length / granularity) * granularity
 
 
-def measure(options, arm, limits):
-    """Yield records of one arm at every limit, smallest first."""
+def measure(options: argparse.Namespace, arm: str, limits: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """Yield records of one arm at every limit in GB, smallest first."""
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     loaded = "plain" + (training.LIGER if arm.endswith(training.LIGER) else "")
@@ -65,13 +76,13 @@ def measure(options, arm, limits):
     every_token = trained.input_ids
     training.set_up(trained.model.get_base_model(), arm)
 
-    def peak_of(tokens):
+    def peak_of(tokens: int) -> int:
         trained.input_ids = every_token[:, :tokens]
         torch.cuda.reset_peak_memory_stats(device)
         trained.step()
         return torch.cuda.max_memory_allocated(device)
 
-    def fits(tokens):
+    def fits(tokens: int) -> bool:
         if tokens > every_token.shape[1]:
             raise ValueError(f"--max-tokens {options.max_tokens} is too small for {arm}")
         try:
@@ -82,7 +93,7 @@ def measure(options, arm, limits):
             return False
         return True
 
-    peak_of(options.granularity)  # makes what stays: optimizer states, workspaces
+    peak_of(options.granularity)  # the first step makes what stays: optimizer states, workspaces
     short, long = 2 * options.granularity, 4 * options.granularity
     constant, slope = _line((short, peak_of(short)), (long, peak_of(long)))
     for limit in sorted(limits):
@@ -97,12 +108,14 @@ def measure(options, arm, limits):
     torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def _line(first, second):
+def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """Return constant and slope of the line through two points."""
     slope = (second[1] - first[1]) / (second[0] - first[0])
     return first[1] - slope * first[0], slope
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.context", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="llama-3.1-8b-shape", choices=SHAPES, help="random weights (%(default)s)")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(DEFAULT_ARMS))
@@ -116,8 +129,9 @@ def main(arguments=None):
         parser.error(f"unknown arm {unknown[0]!r}")
     if not torch.cuda.is_available():
         sys.exit(f"{parser.prog}: PyTorch sees no GPU here")
-    records, failed = [], False
-    # Liger's arms last: its kernels are not taken out again.
+    records: list[dict] = []
+    failed = False
+    # Liger's arms come last, because its kernels are not taken out again.
     for arm in sorted(options.arms, key=lambda arm: arm.endswith(training.LIGER)):
         try:
             for record in measure(options, arm, options.limits):

@@ -10,13 +10,15 @@ import contextlib
 import io
 import itertools
 import json
+from collections.abc import Sequence
 
 from r3mem_fast.cli import main as r3mem
 
 from .records import add_output_option, write_records
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.exactness", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
     parser.add_argument("--tokens", default="512", help="of the text (%(default)s)")

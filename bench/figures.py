@@ -1,6 +1,5 @@
-"""Figures of the documentation, drawn from the result files: `python -m bench.figures` writes them anew."""
+"""Draws the documentation's figures from the result files: `python -m bench.figures` writes them anew."""
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -19,8 +18,8 @@ _NAMES = {
 }
 
 
-def training(path: Path):
-    """Draw what the decoder layers keep for the backward pass, and what a step takes, by the way of training."""
+def training(path: Path) -> None:
+    """Draw what the decoder layers keep for the backward pass, and how long a step takes, for each way of training."""
     measured = {record["arm"]: record for record in records("training_smollm2_bf16")}
     found = [measured[arm] for arm in _NAMES]
     colours = ["#2a7f62" if record["arm"].startswith("reversible") else "#9aa5b1" for record in found]
@@ -45,11 +44,11 @@ def training(path: Path):
     pyplot.close(figure)
 
 
-def main():
+def main() -> None:
     """Write all figures."""
-    matplotlib.rcParams["svg.hashsalt"] = "r3mem_fast"  # the same file every time
+    matplotlib.rcParams["svg.hashsalt"] = "r3mem_fast"  # so that the file is the same every time
     training(ROOT / "docs" / "assets" / "training.svg")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

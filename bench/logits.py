@@ -6,10 +6,11 @@ A memory is made of the text's first 512 tokens with the embedded adapter; the n
 float32. One record a setting and implementation:
 
     max_from_eager      largest difference of a logit from eager's
-    max_from_float64    from eager's in float64: of `base` and `bypassed`, which can run in it
+    max_from_float64    the same from eager's in float64; only for `base` and `bypassed`, which can run in it
     same_tokens         share of positions whose most likely token is eager's
-    batch_from_one      of four rows of different lengths and memories, padded on the left: from each row alone
-    milliseconds        of the 256 tokens, the median of some rounds
+    batch_from_one      largest difference of a batch of four rows of different lengths and memories, padded on the
+                        left, from each row alone
+    milliseconds        for the 256 tokens, the median of some rounds
 
 Settings: `base`, the base model without a memory; `bypassed`, behind the memory with adapters and coupling off; and
 `14`, `16`: the reversible network, by fraction bits of its streams. 14 is the default.
@@ -19,10 +20,12 @@ import argparse
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from r3mem_fast import R3MemPipeline
+from r3mem_fast import Memory, R3MemPipeline
 from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.reversible.convert import stack_of
@@ -34,7 +37,8 @@ IMPLEMENTATIONS = ("eager", "sdpa", "r3mem")
 _MEMORY, _TOKENS, _ROWS = 512, 256, 4
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.logits", description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", default="smollm2-135m-memory", help="with memory tokens (%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text (Python's help topics)")
@@ -52,7 +56,7 @@ def main(arguments=None):
     ids = token_windows(pipeline.tokenizer, read_text(options.text), tokens=size, count=_ROWS).to(model.device)
     memory = model.compress(ids[:, :_MEMORY], finish=True)
     memory = dataclasses.replace(memory, recent=(ids.new_zeros(0).cpu(),) * _ROWS)
-    records = []
+    records: list[dict] = []
     for setting in options.settings:
         for record in _records_of(setting, model, memory, ids[:, _MEMORY:], options.rounds):
             add_record(record, records, options)
@@ -60,7 +64,8 @@ def main(arguments=None):
 
 
 @torch.no_grad()
-def _records_of(setting, model, memory, ids, rounds):
+def _records_of(setting: str, model: Any, memory: Memory, ids: torch.Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the record of each implementation."""
     found, exact = {}, None
     for implementation in IMPLEMENTATIONS:
         found[implementation] = _logits(setting, implementation, model, memory[:1], ids[:1])
@@ -101,11 +106,19 @@ def _records_of(setting, model, memory, ids, rounds):
         yield {**record, "milliseconds": round(statistics.median(times) * 1e3, 1)}
 
 
-def _difference(left, right):
+def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(f"{(left.double() - right.double()).abs().max().item():.2e}")
 
 
-def _logits(setting, implementation, model, memory, ids, mask=None):
+def _logits(
+    setting: str,
+    implementation: str,
+    model: Any,
+    memory: Memory,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the logits behind a memory, `[rows, tokens, vocabulary]`; of the base model without it."""
     base, stack = model.peft_model.get_base_model(), stack_of(model)
     base.set_attn_implementation(implementation)
     off = setting in ("base", "bypassed")

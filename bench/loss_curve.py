@@ -10,6 +10,7 @@ largest difference.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,17 +26,24 @@ from .records import add_output_option, write_records
 
 
 class Run:
-    """One training run. stored: keep activations, in place of reconstructing them."""
+    """One training run: a reversible model with adapters, and its optimizer.
 
-    def __init__(self, model_name, *, bits, stored):
-        model, self.tokenizer = load_model(model_name, dtype=torch.float32)
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model_name: str, *, bits: int, stored: bool) -> None:
+        """Load a model and make it reversible with so many side bits; `stored` keeps activations all the same."""
+        base, self.tokenizer = load_model(model_name, dtype=torch.float32)
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         self.model = make_reversible(model, MomentumCoupling(bits=bits)).train()
         stack_of(model).mode = Mode.STORED if stored else Mode.REVERSIBLE
         self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
-    def step(self, window):
+    def step(self, window: torch.Tensor) -> float:
+        """Make one training step on int64 `[1, tokens]`, and return its loss."""
         loss = self.model(input_ids=window, labels=window, use_cache=False).loss
         loss.backward()
         self._optimizer.step()
@@ -43,7 +51,8 @@ class Run:
         return loss.item()
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m bench.loss_curve", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="(%(default)s)")
@@ -56,7 +65,7 @@ def main(arguments=None):
 
     reversible, stored = (Run(options.model, bits=options.bits, stored=stored) for stored in (False, True))
     windows = token_windows(reversible.tokenizer, read_text(options.text), tokens=options.tokens, count=options.steps)
-    curves = {"reversible": [], "stored": []}
+    curves: dict[str, list[float]] = {"reversible": [], "stored": []}
     for window in tqdm(windows[:, None], desc="steps", file=sys.stderr):
         curves["reversible"].append(reversible.step(window))
         curves["stored"].append(stored.step(window))

@@ -6,7 +6,7 @@ The last tenth of each text, which `r3mem train --hold-out 0.1` did not see, is 
 is read in several ways, its first token not counted:
 
     none        alone
-    tail        behind the last tokens of the segment before it, as they are: the adapter's overlap
+    tail        behind the last tokens of the segment before it, as many as the adapter's overlap
     memory      behind these, and the memory of the segment before
     shuffled    behind these, and the memory of a segment of another text
     full        behind the whole segment before
@@ -21,6 +21,8 @@ its `none`, `tail` and `full`, the shares over its gap, and what the memory wins
 
 import argparse
 import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -35,7 +37,8 @@ CHAIN = 7
 _RESAMPLES = 10_000
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory_ppl", description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", required=True, help="folder of a trained adapter with memory tokens")
     parser.add_argument("--plain", help="folder of an adapter that was trained equally, without memory")
@@ -47,13 +50,14 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
-    records = []
+    records: list[dict] = []
     for record in _records(options):
         add_record(record, records, options)
     return 0
 
 
-def _records(options):
+def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the record of the adapter, one for each arm, and one for each share."""
     pipeline = R3MemPipeline(options.adapter)
     config = pipeline.model.r3mem_config
     places = _places(options, pipeline.tokenizer, config.segment_length)
@@ -91,14 +95,20 @@ def _records(options):
 
 @dataclasses.dataclass
 class _Place:
-    """A segment to be read, with the seven before it: int64 `[8, segment_length]`; of which text."""
+    """A segment to be read, with the seven before it.
+
+    Attributes:
+        text: Index of the text that it stands in.
+        segments: int64 `[8, segment_length]`.
+    """
 
     text: int
     segments: torch.Tensor
 
 
-def _places(options, tokenizer, length):
-    places = []
+def _places(options: argparse.Namespace, tokenizer: Any, length: int) -> list[_Place]:
+    """Cut the ends of the texts, which training did not see, into segments of `length` tokens."""
+    places: list[_Place] = []
     for index, path in enumerate(options.text):
         ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False).input_ids
         ids = torch.tensor(ids[len(ids) - int(len(ids) * options.held_out) :])
@@ -109,21 +119,32 @@ def _places(options, tokenizer, length):
     return _spread(places, options.segments)
 
 
-def _spread(places, count):
-    """So many of them, at most, from all texts."""
+def _spread(places: list[_Place], count: int) -> list[_Place]:
+    """Choose at most `count` of the places, at equal distances, so that they come from all texts."""
     step = max(1.0, len(places) / count)
     return [places[int(i * step)] for i in range(min(count, len(places)))]
 
 
 @torch.no_grad()
-def _losses(options, model, places, tail_length, chains=False):
-    """Nats a token by arm, `[segments]` each: those with memories only of a model that makes them.
+def _losses(
+    options: argparse.Namespace, model: Any, places: list[_Place], tail_length: int, chains: bool = False
+) -> dict[str, torch.Tensor]:
+    """Read segments in several ways.
 
-    chains: the arms that read behind seven segments, with those that they are compared with; else the others.
+    Args:
+        options: Options of the command.
+        model: An `R3MemModel`; without memory tokens it has only the arms that read no memory.
+        places: The segments.
+        tail_length: Tokens before a segment that most arms read as they are.
+        chains: Whether to read in the ways that need seven segments, and in those that they are compared with; else in
+            the others.
+
+    Returns:
+        Nats a token by arm, `[segments]` each.
     """
-    arms = {}
+    arms: dict[str, list[torch.Tensor]] = {}
 
-    def add(arm, logits, segments):
+    def add(arm: str, logits: torch.Tensor, segments: torch.Tensor) -> None:
         found = cross_entropy(logits[:, :-1].float().transpose(1, 2), segments[:, 1:], reduction="none").mean(1)
         arms.setdefault(arm, []).append(found)
 
@@ -142,10 +163,10 @@ def _losses(options, model, places, tail_length, chains=False):
         else:
             whole |= {"none": segment, "full": context[:, -2:].flatten(1)}
             behind |= {"shuffled": others[:, -2], "memory_of_third": context[:, -4]}
-        # As it was trained: adapters in bfloat16, too.
+        # Compute as in training, where adapters ran in bfloat16, too.
         with torch.autocast(device, torch.bfloat16, enabled=model.peft_model.dtype == torch.bfloat16):
             for arm, ids in whole.items():
-                # Of the segment alone: those of all tokens would take gigabytes.
+                # Keep the logits of the segment alone: those of all tokens would take gigabytes.
                 add(arm, model(ids, logits_to_keep=length).logits, segment)
             for arm, before in behind.items() if model.layout is not None else ():
                 memory: Memory = model.compress(before, finish=True)
@@ -154,8 +175,11 @@ def _losses(options, model, places, tail_length, chains=False):
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
 
-def _foreign(places):
-    """For each of them one of another text, half-way through all of them or next after it; of one text, half-way."""
+def _foreign(places: list[_Place]) -> list[_Place]:
+    """Choose for each place one from another text: the first from half-way round the list on.
+
+    If there is only one text, it is the place half-way round.
+    """
     found = []
     for index, place in enumerate(places):
         others = [places[(index + len(places) // 2 + i) % len(places)] for i in range(len(places))]
@@ -163,8 +187,8 @@ def _foreign(places):
     return found
 
 
-def _shares(losses, gap, of):
-    """Shares of the gap between `tail` and `full` that memories close."""
+def _shares(losses: dict[str, torch.Tensor], gap: dict[str, torch.Tensor], of: str) -> Iterator[dict[str, Any]]:
+    """Yield the shares that memories close of the gap between `tail` and `full`, which is that of the model `of`."""
     for name, arm in (
         ("closed", "memory"),
         ("closed by a foreign memory", "shuffled"),
@@ -174,7 +198,8 @@ def _shares(losses, gap, of):
         yield {"share": name, "gap_of": of, **_interval(won, wanted)}
 
 
-def _chain_shares(losses):
+def _chain_shares(losses: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+    """Yield what a memory of seven segments closes, and what it wins over that of one."""
     won, wanted = losses["tail"] - losses["memory_of_7"], losses["tail"] - losses["full_of_7"]
     yield {"share": "closed by the memory of seven segments, of all seven", **_interval(won, wanted)}
     more = losses["memory"] - losses["memory_of_7"]
@@ -182,8 +207,8 @@ def _chain_shares(losses):
     yield {"difference": name, **_interval(more, torch.ones_like(more))}
 
 
-def _interval(won, wanted, seed=0):
-    """Mean of `won` over that of `wanted`, with the bootstrapped interval that holds it with 95 %."""
+def _interval(won: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -> dict[str, float]:
+    """Return the mean of `won` over that of `wanted`, with the bootstrapped interval that holds it with 95 %."""
     picks = torch.randint(len(won), (_RESAMPLES, len(won)), generator=torch.Generator().manual_seed(seed))
     ratios = won[picks].mean(1) / wanted[picks].mean(1)
     low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()

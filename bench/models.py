@@ -1,6 +1,7 @@
-"""The models that benchmarks train: real ones by name, and random weights of real shapes for GPUs far from any hub."""
+"""Loads the models that benchmarks train: real ones by name, and random weights of real shapes, which need no hub."""
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -11,7 +12,7 @@ from r3mem_fast import load_model
 from r3mem_fast.data.text import read_text, token_windows
 
 # Published shapes; the weights are random.
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b-shape": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -38,11 +39,23 @@ SHAPES = {
 _LOSS_CHUNK = 2048
 
 
-def load(name, *, dtype, device, tokens, batch, text):
-    """`(model, input_ids [batch, tokens])` on `device`: of `SHAPES` with random tokens, else real, with real text.
+def load(
+    name: str, *, dtype: torch.dtype, device: torch.device | str, tokens: int, batch: int, text: str | None
+) -> tuple[Any, torch.Tensor]:
+    """Load a model and a batch to train it on.
 
-    text: a file, None for the topics of Python's help; random weights ignore it.
+    Args:
+        name: A key of `SHAPES`, for random weights and random tokens; else the name of a real model.
+        dtype: dtype of the weights.
+        device: Where both are put.
+        tokens: Tokens of a sequence.
+        batch: Number of sequences.
+        text: A text file for a real model; None: the topics of Python's help.
+
+    Returns:
+        `(model, input_ids)`, where `input_ids` are int64 `[batch, tokens]`.
     """
+    model: Any
     if name not in SHAPES:
         model, tokenizer = load_model(name, dtype=dtype)
         ids = token_windows(tokenizer, read_text(text), tokens=tokens, count=batch)
@@ -59,21 +72,31 @@ def load(name, *, dtype, device, tokens, batch, text):
     return model.eval(), torch.randint(config.vocab_size, (batch, tokens), device=device)
 
 
-def has_liger():
+def has_liger() -> bool:
+    """Whether the package liger-kernel is installed."""
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def apply_liger(model):
-    """Liger's RMSNorm, SwiGLU and rotary embedding in a Llama; not to be undone in this process."""
+def apply_liger(model: torch.nn.Module) -> None:
+    """Put Liger's RMSNorm, SwiGLU and rotary embedding into a Llama; cannot be undone in this process."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False)
 
 
-def fused_linear_cross_entropy(hidden, weight, ids):
-    """Next-token loss without the whole logits: hidden `[batch, tokens, width]`, weight `[vocabulary, width]`.
+def fused_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Compute the next-token loss without ever holding the whole logits.
 
-    Liger's on a GPU where it is installed, else by chunks whose logits are computed again in the backward pass.
+    It is Liger's on a GPU where that is installed; else it is computed by chunks, whose logits are computed again in
+    the backward pass.
+
+    Args:
+        hidden: Last hidden states, `[batch, tokens, width]`.
+        weight: Weight of the head, `[vocabulary, width]`.
+        ids: Token ids, int64 `[batch, tokens]`.
+
+    Returns:
+        The mean cross-entropy in nats, a scalar.
     """
     hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     if hidden.is_cuda and has_liger():
@@ -81,7 +104,7 @@ def fused_linear_cross_entropy(hidden, weight, ids):
 
         return LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets)
 
-    def loss_of(hidden, targets):
+    def loss_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(functional.linear(hidden, weight).float(), targets, reduction="sum")
 
     chunks = zip(hidden.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True)

@@ -10,7 +10,9 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +25,14 @@ from .records import add_output_option, write_records
 SETTINGS = [(8, 14), (4, 14), (2, 14), (1, 14), (4, 16), (4, 12), (4, 10)]
 
 
-def perplexity(model, windows):
+def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """Return a model's perplexity on int64 `[windows, tokens]`."""
     with torch.no_grad():
         return math.exp(statistics.fmean(model(input_ids=w[None], labels=w[None]).loss.item() for w in windows))
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="in a window (%(default)s)")
@@ -41,15 +45,20 @@ def main(arguments=None):
     model, tokenizer = load_model(options.model, dtype=torch.float32)
     windows = token_windows(tokenizer, read_text(options.text), tokens=options.tokens, count=options.windows)
     text = "pydoc_data.topics" if options.text is None else Path(options.text).name
-    common = {"model": Path(options.model).name, "dtype": "float32", "text": text, "tokens": windows.numel()}
+    common: dict[str, Any] = {
+        "model": Path(options.model).name,
+        "dtype": "float32",
+        "text": text,
+        "tokens": windows.numel(),
+    }
     plain = perplexity(model, windows)
     records = [{**common, "bits": None, "fraction_bits": None, "perplexity": plain, "ratio": 1.0}]
     for bits, fraction_bits in SETTINGS:
         make_reversible(model, MomentumCoupling(bits=bits, fraction_bits=fraction_bits))
         value = perplexity(model, windows)
         restore(model)
-        setting = {"bits": bits, "fraction_bits": fraction_bits, "perplexity": value, "ratio": value / plain}
-        records.append({**common, **setting})
+        found = {"bits": bits, "fraction_bits": fraction_bits, "perplexity": value, "ratio": value / plain}
+        records.append({**common, **found})
     for r in records:
         if options.json:
             print(json.dumps(r))

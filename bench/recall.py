@@ -122,7 +122,8 @@ class _Bench:
                 pipeline = self._pipeline(seed, config)
                 pages = self._pages(pipeline, self.options.arm_pages, 100 + seed)
                 report = self._remember(pipeline, pages, seed, max_steps=self.options.arm_steps)
-                self._add("arms", name, seed, report, pipeline, core=list(pipeline.model.r3mem_config.core))
+                core: Any = pipeline.model.r3mem_config.core
+                self._add("arms", name, seed, report, pipeline, core=list(core))
 
     def adapters(self) -> None:
         """Compare one adapter with two of half the rank: one learns only to expand, the other only to compress."""

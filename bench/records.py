@@ -1,37 +1,42 @@
-"""Result files: records as JSON lines, below what they were measured on. They name no path and no host."""
+"""Writes result files: records as JSON lines, below what they were measured on. They name no path and no host."""
 
 import argparse
 import datetime
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import r3mem_fast.environment
 from r3mem_fast.files import replacing
 
 
-def add_output_option(parser):
-    """Give `parser` the option --output, for `write_records`: refused before minutes of measuring, not after."""
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the option --output; an impossible path is refused before minutes of measuring, not after."""
     text = "also write environment and records to this file, one JSON line each"
     parser.add_argument("--output", type=_file_in_a_folder, help=text)
 
 
-def _file_in_a_folder(path):
+def _file_in_a_folder(path: str) -> str:
     if not Path(path).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {Path(path).parent}")
     return path
 
 
-def write_records(path, records):
+def write_records(path: str | os.PathLike[str], records: Iterable[dict]) -> None:
     """Write the environment and the records, one JSON line each: the whole file, or nothing."""
     write_lines(path, [{"environment": environment()}, *records])
 
 
-def add_record(record, records, options):
+def add_record(record: dict[str, Any], records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Add a record to those of a run that takes long: print it, and write all of them, at once.
 
-    options: with `json` (print JSON) and `output` (a path, or None), see `add_output_option`.
+    Args:
+        record: The new record.
+        records: Those before it; the new one is appended.
+        options: Has `json` (whether to print JSON) and `output` (a path, or None), see `add_output_option`.
     """
     records.append(record)
     print(json.dumps(record) if options.json else record, flush=True)
@@ -39,27 +44,27 @@ def add_record(record, records, options):
         write_records(options.output, records)
 
 
-def write_lines(path, lines):
+def write_lines(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
     """Write one JSON line each: the whole file, or nothing."""
     with replacing(path) as unfinished:
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def environment() -> dict:
-    """Time (UTC), commit, machine and versions, as plain values for JSON; None stands for what is not known."""
+def environment() -> dict[str, Any]:
+    """Return time (UTC), commit, machine and versions, as plain values for JSON; None means unknown."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         **r3mem_fast.environment.environment(),
-        # By which timings on a busy machine can be told.
+        # Tells timings on a busy machine from others.
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
 
 
-def _commit():
-    """The checked-out commit, with `+changes` where tracked files differ from it; None outside a checkout."""
+def _commit() -> str | None:
+    """Return the checked-out commit, with `+changes` where tracked files differ from it; None outside a checkout."""
 
-    def git(*arguments):
+    def git(*arguments: str) -> str:
         root = Path(__file__).parent
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -5,13 +5,23 @@ python -m bench.report FILE --output bench/results/coupling_gpu.jsonl
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .records import write_lines
 
 
-def read(path) -> tuple[dict, list[dict]]:
-    """`(environment, records)` of a file of pytest-benchmark. Raises ValueError if it is none."""
+def read(path: str | os.PathLike[str]) -> tuple[dict, list[dict]]:
+    """Read a result file of pytest-benchmark.
+
+    Returns:
+        `(environment, records)`.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no result of pytest-benchmark.
+    """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         environment, benchmarks = result["machine_info"], result["benchmarks"]
@@ -25,7 +35,8 @@ def read(path) -> tuple[dict, list[dict]]:
     return environment, records
 
 
-def table(records) -> str:
+def table(records: list[dict]) -> str:
+    """Format records as text."""
     lines = [f"{'what':52} {'implementation':14} {'ms':>9} {'GB/s':>8} {'of copy':>8}"]
     for record in records:
         milliseconds = record.get("milliseconds", record["call_seconds"] * 1e3)
@@ -35,7 +46,8 @@ def table(records) -> str:
     return "\n".join(lines)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the table, and the JSON lines if asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("file", help="of pytest --benchmark-json")
     parser.add_argument("--output", help="write environment and records to this file, one JSON line each")

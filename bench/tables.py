@@ -1,4 +1,4 @@
-"""Result tables of the documentation, made from the result files.
+"""Makes the documentation's result tables from the result files.
 
 A table stands in a page between `<!-- table: NAME -->` and `<!-- end -->`. `python -m bench.tables` writes each of
 them anew from `bench/results/`, so that no figure is copied by hand; a test asserts that this changes nothing.
@@ -8,9 +8,14 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from r3mem_fast.cli import parser
+from r3mem_fast.config import R3MemConfig
+from r3mem_fast.settings import default_text, settings_of
+from r3mem_fast.training.settings import RememberSettings, TrainSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -27,22 +32,23 @@ _ARMS = {
 
 
 def pages() -> list[Path]:
-    """Every page of the project that may have tables."""
+    """Return every page of the project that may have tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "kernels").rglob("*.md"))]
 
 
 def generated(text: str) -> str:
-    """A page with its tables written anew. Raises KeyError for the name of a table that there is none of."""
+    """Return a page with its tables written anew; raise KeyError if it names a table that does not exist."""
     return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
 def records(name: str) -> list[dict]:
-    """The records of a result file, without the first, which says what they were measured on."""
+    """Return the records of a result file, without the first line, which says what they were measured on."""
     lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     return lines[1:]
 
 
-def training():
+def training() -> str:
+    """Tabulate what arms of training keep, and how long their steps take."""
     head = ("", "kept by the layers", "of checkpointing", "step, s", "of checkpointing (quartiles)",
             "loss before training")  # fmt: skip
     rows = []
@@ -56,7 +62,8 @@ def training():
     return _table(head, rows)
 
 
-def recall_arms():
+def recall_arms() -> str:
+    """Tabulate recall by direction and core."""
     head = ("direction, core of 30 layers", "exact", "loss, nats a token", "perplexity of another book, of base")
     rows = [
         (
@@ -73,14 +80,16 @@ def recall_arms():
 _ORDER = ("reversed", "inverse", "reversed, the inverse's core", "forward", "reversed, all layers")
 
 
-def recall_controls():
+def recall_controls() -> str:
+    """Tabulate what comes back when contexts are asked for wrongly."""
     head = ("what is asked", "exact", "nothing", "half of it like")
     controls = records("recall_pages_smollm2")[1:]
     rows = [(r["control"], *(str(r[count]) for count in ("exact", "empty", "similar_0.5"))) for r in controls]
     return _table(head, rows)
 
 
-def expand():
+def expand() -> str:
+    """Tabulate what comes back from memories."""
     head = ("documents, placement", "read from", "exact", "edit distance", "more than from its own (95 % CI)")
     rows = []
     for name in ("seen", "unseen"):
@@ -95,7 +104,8 @@ def expand():
     return _table(head, rows)
 
 
-def history():
+def history() -> str:
+    """Tabulate memory and time of training through long histories."""
     head = ("segments", "tokens", "peak, MB", "seconds a token", "of the rival's")
     rows = []
     for record in records("history_smollm2"):
@@ -111,7 +121,8 @@ def history():
     return _table(head, rows)
 
 
-def memory_worth():
+def memory_worth() -> str:
+    """Tabulate what a memory is worth to a language model."""
     head = ("a segment is read behind", "nats a token", "share of the gap that is closed (95 % CI)")
     measured = records("memory_ppl_smollm2")
     nats, shares = _nats(measured), _shares(measured)
@@ -134,7 +145,8 @@ def memory_worth():
     return _table(head, rows)
 
 
-def memory_adapters():
+def memory_adapters() -> str:
+    """Tabulate what memories of several adapters are worth."""
     head = ("memory", "nats a token behind it", "closed", "closed by a foreign memory",
             "nats won over the tail of that adapter")  # fmt: skip
     files = {
@@ -153,7 +165,8 @@ def memory_adapters():
     return _table(head, rows)
 
 
-def ablation():
+def ablation() -> str:
+    """Tabulate what each part of the method is worth."""
     head = ("instead of the default", "page from its query", "page from its memory", "query from the memory")
     rows = [
         (record["arm"], *(_interval(record[name]) for name in ("expand_nats", "cycle_nats", "compress_nats")))
@@ -163,7 +176,8 @@ def ablation():
     return _table(head, rows)
 
 
-def coupling_kernels():
+def coupling_kernels() -> str:
+    """Tabulate traffic and resources of the coupling kernels."""
     head = ("kernel / variant", "side bits", "least", "moved", "eager", "registers", "shared, bytes")
     gate = {(r["kernel"], r["bits"], r["target"]): r for r in records("compile_gate") if r["dtype"] == "bfloat16"}
     rows = []
@@ -180,11 +194,12 @@ def coupling_kernels():
     return _table(head, rows)
 
 
-def attention_kernels():
+def attention_kernels() -> str:
+    """Tabulate traffic and resources of the attention kernels."""
     head = ("kernel / variant", "head_dim", "moved over least", "of once", "registers", "shared, KiB",
             "matrix products")  # fmt: skip
     traffic = {(r["kernel"], r["head_dim"]): r for r in records("traffic_attention")}
-    variants = {}
+    variants: dict[tuple[str, int], dict[str, dict]] = {}
     for record in _compiled_attention():
         if record["dtype"] == "bfloat16":
             variants.setdefault((record["kernel"], record["head_dim"]), {})[record["target"]] = record
@@ -201,14 +216,16 @@ def attention_kernels():
     return _table(head, rows)
 
 
-def _place(item):
+def _place(item: tuple[tuple[str, int], dict]) -> tuple[int, int, int]:
+    """Return the sorting key of a kernel: operation, variant, head_dim."""
     (kernel, head_dim), _ = item
     name, _, variant = kernel.removeprefix("attention_").partition("/")
     names = ("forward", "query", "key", "memory", "delta", "decode", "combine")
     return names.index(name), ("plain", "many", "all", "packed", "alone").index(variant), head_dim
 
 
-def attention_spills():
+def attention_spills() -> str:
+    """Tabulate the attention kernels that spill registers."""
     head = ("kernel", "head_dim", "dtype", "target", "spills")
     rows = [
         (f"`{r['kernel'].removeprefix('attention_')}`", str(r["head_dim"]), r["dtype"], r["target"], str(r["spills"]))
@@ -218,9 +235,10 @@ def attention_spills():
     return _table(head, rows)
 
 
-def attention_cpu():
+def attention_cpu() -> str:
+    """Tabulate attention's times on a CPU."""
     head = ("case", "ours, ms", "reference", "sdpa with copy", "copy")
-    cases = {}
+    cases: dict[tuple, dict[str, dict]] = {}
     for record in records("attention_cpu"):
         cases.setdefault((record["passed"], record["tokens"], record["memory"]), {})[record["arm"]] = record
     rows = []
@@ -231,7 +249,8 @@ def attention_cpu():
     return _table(head, rows)
 
 
-def attention_logits():
+def attention_logits() -> str:
+    """Tabulate how far logits are from eager's and from float64's."""
     head = ("setting", "attention", "from eager", "from float64", "batch of 4 from batches of one")
     rows = [
         (
@@ -246,8 +265,9 @@ def attention_logits():
     return _table(head, rows)
 
 
-def cli():
-    """The options of every command, from its parser; not its own text, which versions of Python lay out apart."""
+def cli() -> str:
+    """Tabulate the options of every command, read from its parser; versions of Python lay out its own text apart."""
+    commands: Any
     (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     helps = {action.dest: action.help for action in commands._choices_actions}
     parts = []
@@ -264,20 +284,35 @@ def cli():
     return "\n\n".join(parts)
 
 
-def _option(action):
-    names = ", ".join(action.option_strings) or action.metavar or action.dest
+def _option(action: argparse.Action) -> str:
+    """Return an option as it is written on the command line."""
+    names = ", ".join(action.option_strings) or str(action.metavar or action.dest)
     if action.nargs == 0 or not action.option_strings:
         return names
     choices = "/".join(map(str, action.choices)) if action.choices else action.dest.upper()
     return f"{names} {action.metavar or choices}"
 
 
-def _sentence(text):
+def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
+
+
+def _settings(kind: type) -> str:
+    """Return the settings of a class, by group, with their defaults and options."""
+    rows = []
+    for name, (field, about) in settings_of(kind).items():
+        option = "" if about.option is None else f"`--{about.option}`"
+        choices = "" if about.choices is None else f" ({', '.join(map(str, about.choices))})"
+        cells = (about.group, f"`{name}`", f"{default_text(field, about)}{choices}", option, about.help)
+        rows.append(tuple(cell.replace("|", "\\|") for cell in cells))
+    return _table(("group", "setting", "default", "option", "what it does"), rows)
 
 
 TABLES = {
     "cli": cli,
+    "r3mem_config": lambda: _settings(R3MemConfig),
+    "remember_settings": lambda: _settings(RememberSettings),
+    "train_settings": lambda: _settings(TrainSettings),
     "training": training,
     "recall_arms": recall_arms,
     "recall_controls": recall_controls,
@@ -294,36 +329,39 @@ TABLES = {
 }
 
 
-def _compiled_attention():
+def _compiled_attention() -> list[dict]:
     return [*records("compile_gate_attention"), *records("compile_gate_attention_layouts")]
 
 
-def _values(measured):
+def _values(measured: list[dict]) -> dict[str, float]:
+    """Return nats a token by arm."""
     return {r["arm"]: r["nats_per_token"] for r in measured if "arm" in r and "of_chains" not in r}
 
 
-def _nats(measured):
+def _nats(measured: list[dict]) -> dict[str, str]:
     return {arm: f"{value:.4f}" for arm, value in _values(measured).items()}
 
 
-def _shares(measured):
+def _shares(measured: list[dict]) -> dict[str, str]:
+    """Return the shares of the gap that memories close, by their names."""
     return {r["share"]: _interval(r) for r in measured if r.get("gap_of") == "the same model"}
 
 
-def _interval(record):
+def _interval(record: dict[str, float]) -> str:
     return f"{record['mean']:.3f} ({record['low']:.3f} to {record['high']:.3f})"
 
 
-def _or_dash(value):
+def _or_dash(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _table(head, rows):
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("|  |", "| |")
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write all tables anew; with --check only say which pages would change, and return 1 if one would."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")

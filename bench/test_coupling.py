@@ -1,4 +1,4 @@
-"""The coupling kernels' speed: Triton against eager PyTorch and `torch.compile`.
+"""Times the coupling kernels: Triton against eager PyTorch and `torch.compile`.
 
     pytest bench --benchmark-only                                # on a GPU: sizes of a stream 1 MiB to 1 GiB
     pytest bench --benchmark-only --benchmark-autosave && pytest-benchmark compare
@@ -12,6 +12,8 @@ they are the figures.
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,18 +45,21 @@ _SETS_OF_BUFFERS = 3
 _MS_OF_WARMUP, _MS_OF_REPEATS = 10, 60
 
 
-def parameters():
+def parameters() -> Iterator[Any]:
+    """Yield cases, sizes in MiB and implementations: the first cases at every size, the others at one."""
     for index, case in enumerate(CASES):
         for mib, implementation in itertools.product(MIB, IMPLEMENTATIONS):
             if index < 3 or (implementation == "triton" and mib == 256):
                 yield pytest.param(case, mib, implementation, id=f"{title(case)} {mib} MiB {implementation}")
 
 
-def title(case):
+def title(case: Case) -> str:
+    """Return the name of a case, with its side bits and dtype."""
     return f"{case.name} b={case.bits} {str(case.dtype).removeprefix('torch.')}"
 
 
-def function_of(case, implementation):
+def function_of(case: Case, implementation: str) -> Callable:
+    """Return a function of tensors and settings that runs a case by an implementation."""
     if implementation == "triton":
         from r3mem_fast.kernels.coupling import triton
 
@@ -66,7 +71,8 @@ def function_of(case, implementation):
 
 
 @functools.cache
-def copy_gigabytes_per_second():
+def copy_gigabytes_per_second() -> float:
+    """Return the speed of copying 1 GiB on the device, reading and writing counted."""
     from triton.testing import do_bench
 
     source = torch.ones(1 << 28, dtype=torch.int32, device=DEVICE)
@@ -77,6 +83,7 @@ def copy_gigabytes_per_second():
 
 @pytest.mark.parametrize(("case", "mib", "implementation"), parameters())
 def test_coupling(benchmark, case, mib, implementation):
+    """Time a case."""
     numel = mib * 2**20 // 4
     function = function_of(case, implementation)
     sets = itertools.cycle([case.inputs(numel, DEVICE) for _ in range(_SETS_OF_BUFFERS if mib <= 64 else 2)])

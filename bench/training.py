@@ -22,219 +22,68 @@ with Liger's kernels, which cannot be taken out again, have a second process. On
                               `step_ratio_quartiles`
     note              what a reader must know about the arm; alone, why it did not run (out of memory)
 
+With several --depth there is one more record an arm, with `bytes_per_layer`: live_bytes' slope between neighbouring
+depths.
+
 The loss is the model's own, or with --loss fused (the default on a GPU) one that never holds the whole logits, the
 same in every arm.
 
-and with several --depth, one more an arm: `bytes_per_layer`, live_bytes' slope between neighbouring depths.
+The arms are in `training_arms`, ratios and tables in `training_report`; here are the processes that measure, and the
+command.
 """
 
 import argparse
 import contextlib
-import gc
-import inspect
-import itertools
 import json
 import multiprocessing
-import statistics
 import sys
-import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
-from r3mem_fast import MomentumCoupling, make_reversible, restore
 from r3mem_fast.kernels.coupling import kept_bytes, side_bits_size
-from r3mem_fast.measure import forward_memory, peak_rss, reset_peak_rss
-from r3mem_fast.reversible.convert import find_decoder_layers
+from r3mem_fast.measure import ForwardMemory, peak_rss, reset_peak_rss
 
 from .coupling_cases import DTYPES
-from .models import SHAPES, apply_liger, fused_linear_cross_entropy, has_liger, load
+from .models import SHAPES, apply_liger, has_liger, load
 from .records import add_output_option, write_records
+from .training_arms import ARMS, LIGER, LIGER_ARMS, Task, TrainingArm, Unavailable, recover, set_up, truncate
+from .training_report import completed, slope_table, slopes, table
 
-BASELINE = "checkpoint"
-ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
-LIGER = "-liger"  # an arm's name with this runs on Liger's kernels
-LIGER_ARMS = tuple(arm + LIGER for arm in (BASELINE, "checkpoint-offload", "reversible-b4"))
+__all__ = [
+    "ARMS",
+    "LIGER",
+    "LIGER_ARMS",
+    "Task",
+    "TrainingArm",
+    "Unavailable",
+    "load_arm",
+    "main",
+    "measure",
+    "recover",
+    "set_up",
+    "slope_table",
+    "slopes",
+    "table",
+    "truncate",
+]
+
+# Steps over which peak memory is measured.
 _STEPS_FOR_PEAK = 2
-_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@dataclass(frozen=True)
-class Task:
-    """What every arm does.
+def load_arm(task: Task, arm: str) -> TrainingArm:
+    """Load the model of a task, and set it up for an arm.
 
-    Attributes:
-        depth: Decoder layers kept, None for all.
-        threads: Number of PyTorch's threads.
-        text: A file, None for the topics of Python's help.
-        loss: `model` or `fused`.
+    Raises:
+        Unavailable: The arm cannot run here.
+        ValueError: The text is too short, or the model not as deep as asked.
     """
-
-    model: str = "smollm2-135m"
-    dtype: str = "bfloat16"
-    tokens: int = 512
-    batch: int = 1
-    depth: int | None = None
-    lora_rank: int = 16
-    text: str | None = None
-    threads: int = 1
-    device: str = "cpu"
-    loss: str = "model"
-
-
-class Unavailable(Exception):
-    """An arm cannot run here; the message says why."""
-
-
-class TrainingArm:
-    """A model set up for one arm, its optimizer and its batch.
-
-    model: a causal language model with Llama's names of linear layers, changed in place. input_ids: `[batch, tokens]`.
-    note: what a reader must know about how the arm runs, or None. Raises Unavailable, ValueError for an unknown arm.
-    """
-
-    def __init__(self, arm, model, input_ids, *, lora_rank, loss="model"):
-        torch.manual_seed(0)
-        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=_LINEAR_LAYERS, lora_dropout=0.0)
-        # On a GPU the adapters have the model's dtype: in float32, PEFT's default, they would be run without tensor
-        # cores and cast every activation up.
-        widen = not input_ids.is_cuda
-        self.model = get_peft_model(model, config, autocast_adapter_dtype=widen).train()
-        # After the adapters: on a model with checkpointing, peft would make the embeddings' output want a gradient.
-        self.note = set_up(model, arm)
-        self.input_ids, self.loss = input_ids, loss
-        self.layers = find_decoder_layers(model)[1]
-        self._optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-
-    def forward(self):
-        if self.loss == "fused":
-            base = self.model.get_base_model()
-            hidden = base.model(input_ids=self.input_ids, use_cache=False).last_hidden_state
-            return fused_linear_cross_entropy(hidden, base.lm_head.weight, self.input_ids)
-        return self.model(input_ids=self.input_ids, labels=self.input_ids, use_cache=False).loss
-
-    def step(self):
-        """One training step; returns its loss."""
-        loss = self.forward()
-        loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss.item()
-
-    def time_as(self, arm):
-        """Seconds of one training step of a plain arm's model, set up for `arm` and afterwards plain again."""
-        base = self.model.get_base_model()
-        set_up(base, arm)
-        seconds = self.timed_step()
-        tear_down(base, arm)
-        return seconds
-
-    def timed_step(self):
-        """Seconds of one training step, on a GPU until it is done."""
-        self._synchronize()
-        start = time.perf_counter()
-        self.step()
-        self._synchronize()
-        return time.perf_counter() - start
-
-    def measure_as(self, arm):
-        """`(note, loss, ForwardMemory, peak)` of a plain arm's model set up for `arm`, and afterwards plain again.
-
-        peak: `torch.cuda.max_memory_allocated` over some training steps.
-        """
-        base = self.model.get_base_model()
-        note = set_up(base, arm)
-        try:
-            loss = self.step()
-            torch.cuda.reset_peak_memory_stats(self.input_ids.device)
-            memory = self.live()
-            self.step()
-            return note, loss, memory, torch.cuda.max_memory_allocated(self.input_ids.device)
-        finally:
-            self._optimizer.zero_grad()
-            tear_down(base, arm)
-
-    def _synchronize(self):
-        if self.input_ids.is_cuda:
-            torch.cuda.synchronize(self.input_ids.device)
-
-    def live(self):
-        """`ForwardMemory` of a forward pass, which is then run backward without a step."""
-        loss, memory = forward_memory(self.forward, self.layers[-1])
-        loss.backward()
-        self._optimizer.zero_grad()
-        return memory
-
-
-def set_up(model, arm):
-    """Checkpointing or reversibility for `model`, by the arm's name; returns a note or None.
-
-    Liger's kernels are put in where the model is loaded.
-    """
-    arm = arm.removesuffix(LIGER)
-    if arm == "plain":
-        return None
-    if arm.startswith("reversible-b"):
-        make_reversible(model, MomentumCoupling(bits=int(arm.removeprefix("reversible-b"))))
-        return None
-    if arm == "checkpoint-every-4":
-        return _enable_checkpointing(model, every_n_layers=4)
-    if arm == "checkpoint-offload":
-        if not torch.accelerator.is_available():
-            note = "no accelerator: transformers' own offload needs one to pin memory; save_on_cpu(pin_memory=False) "
-            note += "copies to the same memory, which is counted"
-        else:
-            try:
-                return _enable_checkpointing(model, offload=True)
-            except Unavailable as reason:
-                note = f"{reason}; save_on_cpu(pin_memory=True) in its place"
-        _enable_checkpointing(model)
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = _checkpoint_on_host
-        return note
-    if arm == BASELINE:
-        return _enable_checkpointing(model)
-    raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
-
-
-def tear_down(model, arm):
-    """Undo `set_up`."""
-    if arm.startswith("reversible"):
-        restore(model)
-    elif arm.startswith(BASELINE):
-        # The name since transformers 5.23.
-        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-        disable()
-
-
-def _enable_checkpointing(model, **options):
-    kwargs = {"use_reentrant": False}
-    # The name since transformers 5.23; versions before it may lack an option.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(activation_checkpointing_kwargs=kwargs, **options)
-    else:
-        if missing := options.keys() - inspect.signature(model.gradient_checkpointing_enable).parameters.keys():
-            raise Unavailable(f"this version of transformers has no {', '.join(missing)} for checkpointing")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **options)
-    # A gradient for the embeddings' output, which only reentrant checkpointing needs and no other arm computes.
-    model.disable_input_require_grads()
-
-
-def _checkpoint_on_host(function, *args):
-    with save_on_cpu(pin_memory=torch.accelerator.is_available()):
-        return checkpoint(function, *args, use_reentrant=False)
-
-
-def load_arm(task, arm):
-    """The `TrainingArm` for a task. Raises ValueError if the text is too short or the model not as deep as asked."""
     torch.set_num_threads(task.threads)
     model, input_ids = load(
         task.model,
@@ -252,59 +101,51 @@ def load_arm(task, arm):
     return TrainingArm(arm, model, input_ids, lora_rank=task.lora_rank, loss=task.loss)
 
 
-def truncate(model, depth):
-    """Keep the first `depth` decoder layers, in place; None keeps all."""
-    if depth is None:
-        return
-    decoder, layers = find_decoder_layers(model)
-    if not 1 <= depth <= len(layers):
-        raise ValueError(f"depth must lie in 1..{len(layers)}, got {depth}")
-    decoder.layers = decoder.layers[:depth]
-    model.config.num_hidden_layers = depth
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:depth]
+def measure(
+    task: Task,
+    arms: Sequence[str],
+    *,
+    runs: int,
+    progress: Callable[[str], None] = lambda line: None,
+    save: Callable[[list[dict]], None] = lambda records: None,
+) -> list[dict[str, Any]]:
+    """Measure arms.
 
+    Args:
+        task: What every arm does.
+        arms: Names of the arms.
+        runs: Rounds of one timed step an arm.
+        progress: Called with a line of text now and then.
+        save: On a GPU, called with the records so far whenever there is more to them.
 
-def measure(task, arms, *, runs, progress=lambda line: None, save=lambda records: None) -> list[dict]:
-    """Measure `arms`; one record each, in their order.
+    Returns:
+        One record an arm, in the order of `arms`.
 
-    runs: rounds of one timed step an arm. progress: called with a line of text now and then. save: on a GPU, called
-    with the records so far whenever there is more to them.
-    Raises RuntimeError if a process fails.
+    Raises:
+        RuntimeError: A process failed.
     """
+    arms = list(arms)
     if task.device == "cpu":
         records, seconds = _measure_on_cpu(task, arms, runs, progress)
-        return _completed(records, seconds, arms)
+        return completed(records, seconds, arms)
     records, seconds = {}, {}
 
-    def more(line):
+    def more(line: str) -> None:
         progress(line)
-        save(_completed(records, seconds, arms))
+        save(completed(records, seconds, arms))
 
     for ending in ("", LIGER):
         group = [arm for arm in arms if arm.endswith(LIGER) == bool(ending)]
         if group:
             _measure_on_gpu(task, group, "plain" + ending, runs, more, records, seconds)
-    return _completed(records, seconds, arms)
+    return completed(records, seconds, arms)
 
 
-def _completed(records, seconds, arms):
-    """The records of `arms` so far, in order, with times and ratios from the rounds that all arms have run."""
-    for arm, taken in seconds.items():
-        if not taken:
-            continue
-        record = records[arm]
-        record["runs"] = len(taken)
-        record["step_seconds"], record["step_seconds_quartiles"] = _median(taken)
-        if seconds.get(BASELINE):
-            record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
-            ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=False)]
-            record["step_ratio"], record["step_ratio_quartiles"] = _median(ratios)
-    return [records[arm] for arm in arms if arm in records]
-
-
-def _measure_on_cpu(task, arms, runs, progress):
-    records = {}
+def _measure_on_cpu(
+    task: Task, arms: list[str], runs: int, progress: Callable[[str], None]
+) -> tuple[dict[str, dict], dict[str, list[float]]]:
+    """Return records and seconds by arm."""
+    records: dict[str, dict] = {}
     for arm in arms:
         progress(f"{arm}: loading, first step, live bytes, peak memory")
         with _Worker(task, arm) as worker:
@@ -314,15 +155,24 @@ def _measure_on_cpu(task, arms, runs, progress):
                 for _ in range(_STEPS_FOR_PEAK):
                     worker.ask("step")
                 records[arm]["peak_rss"] = worker.ask("peak")
-    seconds = {arm: [] for arm in arms if "live_bytes" in records[arm]}
-    # In one process, which changes from arm to arm: two processes differ in their memory's layout, and so in speed.
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms if "live_bytes" in records[arm]}
+    # Time all arms in one process, which changes from arm to arm: two processes differ in their memory's layout, and
+    # so in speed.
     with _Worker(task, "plain") as worker:
         worker.ask("first")
         _time(worker, seconds, runs, progress)
     return records, seconds
 
 
-def _measure_on_gpu(task, arms, loaded, runs, progress, records, seconds):
+def _measure_on_gpu(
+    task: Task,
+    arms: list[str],
+    loaded: str,
+    runs: int,
+    progress: Callable[[str], None],
+    records: dict[str, dict],
+    seconds: dict[str, list[float]],
+) -> None:
     """Fill `records` and `seconds` for arms of one process, which loads the arm `loaded`."""
     progress(f"{', '.join(arms)}: loading")
     with _Worker(task, loaded) as worker:
@@ -335,53 +185,18 @@ def _measure_on_gpu(task, arms, loaded, runs, progress, records, seconds):
         _time(worker, {arm: seconds[arm] for arm in timed}, runs, progress)
 
 
-def _time(worker, seconds, runs, progress):
+def _time(worker: "_Worker", seconds: dict[str, list[float]], runs: int, progress: Callable[[str], None]) -> None:
     """Append `runs` timed steps to the list of every arm in `seconds`."""
     for index in range(runs if seconds else 0):
-        # There and back: what drifts during a round favours no arm.
+        # Every other round goes backward, so that a drift during a round favours no arm.
         for arm in list(seconds) if index % 2 == 0 else list(reversed(seconds)):
             seconds[arm].append(worker.ask(f"time {arm}"))
         taken = ", ".join(f"{arm} {values[-1]:.2f} s" for arm, values in seconds.items())
         progress(f"round {index + 1} of {runs}: {taken}")
 
 
-def slopes(records) -> list[dict]:
-    """One record an arm from records of several depths.
-
-    It has `bytes_per_layer`, the slope of live_bytes between neighbouring depths, and for reversible arms what it
-    should be the sum of.
-    """
-    found = []
-    for arm in dict.fromkeys(record["arm"] for record in records):
-        points = sorted((r["layers"], r["live_bytes"]) for r in records if r["arm"] == arm and "live_bytes" in r)
-        pairs = list(itertools.pairwise(points))
-        if not pairs:
-            continue
-        first = next(r for r in records if r["arm"] == arm and "live_bytes" in r)
-        record = {
-            "arm": arm,
-            "depths": [layers for layers, _ in points],
-            "bytes_per_layer": [_exact((b1 - b0) / (l1 - l0)) for (l0, b0), (l1, b1) in pairs],
-        }
-        for part in ("side_bytes_per_layer", "checksum_bytes_per_layer"):
-            if part in first:
-                record[part] = first[part]
-        found.append(record)
-    return found
-
-
-def _exact(number):
-    return int(number) if number == int(number) else number
-
-
-def _median(values):
-    if len(values) < 2:
-        return values[0], [values[0], values[0]]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, [low, high]
-
-
-def _settings(task):
+def _settings(task: Task) -> dict[str, Any]:
+    """Return what every record says of the task."""
     return {
         "model": Path(task.model).name,
         "dtype": task.dtype,
@@ -394,7 +209,7 @@ def _settings(task):
     }
 
 
-def _text(task):
+def _text(task: Task) -> str:
     if task.model in SHAPES:
         return "random tokens"
     return "pydoc_data.topics" if task.text is None else Path(task.text).name
@@ -403,25 +218,26 @@ def _text(task):
 class _Worker:
     """A process that holds one arm and works when asked."""
 
-    def __init__(self, task, arm):
+    def __init__(self, task: Task, arm: str) -> None:
         self._arm = arm
-        # Spawned, not forked: its memory is its own, and PyTorch's threads do not survive a fork.
+        # Spawned, not forked, so that its memory is its own; and PyTorch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(task, arm, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "_Worker":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self._connection.close()
         if exception[0] is not None:
             self._process.terminate()
         self._process.join()
 
-    def ask(self, what):
+    def ask(self, what: str) -> Any:
+        """Have the process do one of the things that `_work` knows, and return its answer."""
         try:
             self._connection.send(what)
             error, answer = self._connection.recv()
@@ -432,11 +248,13 @@ class _Worker:
         return answer
 
 
-def _work(task, arm, connection):
-    # Progress bars of loading, and a deprecation that peft meets inside transformers.
+def _work(task: Task, arm: str, connection: Connection) -> None:
+    """Answer what a `_Worker` asks until it hangs up; each answer is `(error or None, result)`."""
+    # Hide the progress bars of loading, and a deprecation that peft meets inside transformers.
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    training = None
+    training: Any = None
+    answer: Any
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             what = connection.recv()
@@ -464,20 +282,14 @@ def _work(task, arm, connection):
                 connection.send((None, answer))
 
 
-def _first(training, arm):
-    # The step first: it makes what stays for good (gradients' buffers, tables, caches), which is not the pass's own.
+def _first(training: TrainingArm, arm: str) -> dict[str, Any]:
+    # Step before counting: the first step makes what stays for good (gradients' buffers, tables, caches), which is not
+    # what a pass keeps.
     loss = training.step()
     return _record(training, arm, loss, training.live(), training.note)
 
 
-def recover(error):
-    """Let go of what a step held that ran out of memory: the error's traceback has its tensors."""
-    error.__traceback__ = None
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _measured(training, arm):
+def _measured(training: TrainingArm, arm: str) -> dict[str, Any]:
     try:
         note, loss, memory, peak = training.measure_as(arm)
     except Unavailable as reason:
@@ -488,8 +300,8 @@ def _measured(training, arm):
     return {**_record(training, arm, loss, memory, note), "max_memory_bytes": peak}
 
 
-def _record(training, arm, loss, memory, note):
-    record = {"layers": len(training.layers), "loss": loss}
+def _record(training: TrainingArm, arm: str, loss: float, memory: ForwardMemory, note: str | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"layers": len(training.layers), "loss": loss}
     device = training.input_ids.device.type
     record["live_bytes"], record["live_bytes_total"] = memory.on(device).layers, memory.on(device).total
     if device != "cpu":
@@ -504,52 +316,8 @@ def _record(training, arm, loss, memory, note):
     return record
 
 
-def table(records) -> str:
-    """The records as text, with ratios over checkpointing; notes below."""
-    heads = ("arm", "layers", "live MB", "ratio", "with head", "peak MB", "step s", "ratio", "quartiles", "loss")
-    rows = [heads]
-    for record in records:
-        if "live_bytes" not in record:
-            rows.append((record["arm"], *["-"] * (len(heads) - 1)))
-            continue
-        peak, quartiles = record.get("max_memory_bytes", record.get("peak_rss")), record.get("step_ratio_quartiles")
-        rows.append(
-            (
-                record["arm"],
-                str(record["layers"]),
-                f"{record['live_bytes'] / 1e6:.2f}",
-                f"{record['live_ratio']:.3f}" if "live_ratio" in record else "-",
-                f"{record['live_bytes_total'] / 1e6:.2f}",
-                f"{peak / 1e6:.0f}" if peak is not None else "-",
-                f"{record['step_seconds']:.3f}",
-                f"{record['step_ratio']:.3f}" if "step_ratio" in record else "-",
-                f"{quartiles[0]:.3f}–{quartiles[1]:.3f}" if quartiles is not None else "-",
-                f"{record['loss']:.4f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        row[0].ljust(widths[0])
-        + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    notes = dict.fromkeys(f"{record['arm']}: {record['note']}" for record in records if "note" in record)
-    return "\n".join([*lines, *notes])
-
-
-def slope_table(records) -> str:
-    return "\n".join(
-        f"{r['arm']}: {', '.join(f'{slope:,}' for slope in r['bytes_per_layer'])} bytes a layer"
-        + (
-            f" (side bits {r['side_bytes_per_layer']:,}, checksums {r['checksum_bytes_per_layer']:,})"
-            if "side_bytes_per_layer" in r
-            else ""
-        )
-        for r in records
-    )
-
-
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure as the command line says; print the records or a table."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model",
@@ -577,12 +345,12 @@ def main(arguments=None):
     if unknown := [arm for arm in arms if arm not in ARMS + LIGER_ARMS]:
         parser.error(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
 
-    def progress(line):
+    def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    records = []
+    records: list[dict] = []
 
-    def save(more):
+    def save(more: list[dict]) -> None:
         if options.output:
             write_records(options.output, [*records, *more])
 
@@ -616,14 +384,14 @@ def main(arguments=None):
         write_records(options.output, [*records, *lines])
 
 
-def _positive(text):
+def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
-def _positive_list(text):
+def _positive_list(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 

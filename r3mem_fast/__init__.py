@@ -19,9 +19,9 @@ _EXPORTS = {
     "R3MemModel": "model",
     "R3MemPipeline": "pipeline",
     "RememberReport": "training.remember",
-    "RememberSettings": "training.remember",
+    "RememberSettings": "training.settings",
     "TrainReport": "training.history",
-    "TrainSettings": "training.history",
+    "TrainSettings": "training.settings",
     "build_pairs": "hierarchy",
     "check_gradients": "reversible",
     "check_integrity": "reversible",
@@ -57,8 +57,9 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
     )
     from .reversible.past import MemoryNotReadError
     from .training.collate import PairCollator
-    from .training.history import TrainReport, TrainSettings
-    from .training.remember import RememberReport, RememberSettings
+    from .training.history import TrainReport
+    from .training.remember import RememberReport
+    from .training.settings import RememberSettings, TrainSettings
 
 __all__ = [
     "GradientReport",

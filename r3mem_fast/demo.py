@@ -74,10 +74,11 @@ def run_demo(
         raise OSError(f"the demo needs {', '.join(missing)}: run `{' && '.join(missing.values())}`")
     text = read_text(text)
 
+    base: Any
     base, tokenizer = load_model(model_name, dtype=getattr(torch, dtype))
     positions = getattr(text_config(base.config), "max_position_embeddings", None) or 1024
     page = next(iter(pages_of(text, tokenizer, 1, tokens=min(200, positions // 2)).values()))
-    base.to(device)  # type: ignore[arg-type]  # transformers declares `to` without its `self`
+    base.to(device)
     windows = token_windows(tokenizer, text, tokens=tokens).to(device)
     if len(windows) < _HELD_OUT + 1:
         raise ValueError(f"the text has {len(windows)} windows of {tokens} tokens; {_HELD_OUT + 1} are needed")
@@ -141,6 +142,7 @@ def _read_behind_memories(adapter: str, text: str, device: torch.device | str, c
     """Print what memories of an adapter that was trained for them are worth on a text, in nats a token."""
     pipeline = R3MemPipeline(adapter, device=device)
     model, layout = pipeline.model, pipeline.model.layout
+    assert layout is not None, "the adapter has no memory tokens"
     length, overlap, slots = layout.segment_length, layout.segment_overlap, layout.num_memory_tokens
     windows = token_windows(pipeline.tokenizer, text, tokens=2 * length, count=count).to(device)
     losses: dict[str, list[float]] = {name: [] for name in ("tail", "memory", "full")}

@@ -64,12 +64,12 @@ def in_order(documents: Documents, labels: Sequence[tuple[str, str] | None]) -> 
         ValueError: There are not as many, or they have other names.
     """
     if isinstance(documents, Mapping):
-        names = [None if label is None else label[1] for label in labels]
+        names = ["" if label is None else label[1] for label in labels]
         if sorted(documents, key=str) != sorted(names, key=str):
             raise ValueError(f"the documents are {sorted(documents, key=str)}, the memory's rows {names}")
         return [_text_of(documents[name]) for name in names]
-    texts = [documents] if isinstance(documents, (str, Path)) else list(documents)
-    texts = [_text_of(text) for text in texts]
+    given = [documents] if isinstance(documents, (str, Path)) else list(documents)
+    texts = [_text_of(text) for text in given]
     if len(texts) != len(labels):
         raise ValueError(f"{len(texts)} documents and {len(labels)} rows of memory: one of each a row")
     return texts

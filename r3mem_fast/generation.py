@@ -79,7 +79,7 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if network.max_tokens is not None:
-        before = 0 if memory is None else network.layout.first_position
+        before = 0 if memory is None else network.reader.layout.first_position
         max_new_tokens = min(max_new_tokens, network.max_tokens - before - ids.shape[1])
     # Made before the layers change places: its own layers are made by the configuration's order.
     cache = DynamicCache(config=text_config(network.config)) if memory is None else network.reader.new_cache()

@@ -41,7 +41,6 @@ class Network(nn.Module):
         peft_model: The base model with its adapters.
         r3mem_config: The settings, with a core that fits the depth.
         layout: What its memories have in common; None without memory tokens.
-        reader: Reads memories; None without memory tokens.
         memory_embeddings: `[num_memory_tokens, width]`, learned; None without memory tokens.
         stack: The reversible layers' stack.
         start_token_id: Stands before and after a prompt of the backward direction.
@@ -73,11 +72,12 @@ class Network(nn.Module):
         )
         self.stack, self.layers = reversible_layers(self.peft_model)
         self.slices_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
-        self.reader, self.memory_embeddings = None, None
+        self._reader: MemoryReader | None = None
+        self.memory_embeddings: nn.Parameter | None = None
         if self.layout is not None:
             vocabulary = plain.get_input_embeddings().weight
             self.memory_embeddings = new_memory_embeddings(vocabulary, self.layout.num_memory_tokens)
-            self.reader = MemoryReader(self.peft_model, self.stack, self.decoder, self.layout)
+            self._reader = MemoryReader(self.peft_model, self.stack, self.decoder, self.layout)
         if self.r3mem_config.adapter_rows == "memory":
             let_adapters_choose_tokens(self.layers)
         self._fingerprints = FingerprintCache()
@@ -111,6 +111,12 @@ class Network(nn.Module):
     def max_tokens(self) -> int | None:
         """The base model's positions, None if it names no limit."""
         return _positions_of(self.peft_model)
+
+    @property
+    def reader(self) -> MemoryReader:
+        """Reads memories. Raises ValueError for a model without memory tokens."""
+        self.check_memories()
+        return self._reader  # type: ignore[return-value]  # that is what was checked
 
     @property
     def adapts_tokens(self) -> bool:
@@ -164,7 +170,8 @@ class Network(nn.Module):
         idle = [self.memory_embeddings]
         if not self.adapts_tokens and dist.is_initialized():
             idle = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return value + 0 * sum(parameter.sum() for parameter in idle).to(value.dtype)
+        total = sum((parameter.sum() for parameter in idle[1:]), start=idle[0].sum())
+        return value + 0 * total.to(value.dtype)
 
     def head(self, hidden: torch.Tensor, **inputs) -> ModelOutput:
         """The base model's output, by its own head and loss, where its decoder's last hidden states are known.
@@ -207,7 +214,7 @@ class Network(nn.Module):
 
     def check_length(self, tokens: int, *, behind_memory: bool):
         """Raise ValueError if the model's positions end before so many tokens."""
-        before = self.layout.first_position if behind_memory else 0
+        before = self.reader.layout.first_position if behind_memory else 0
         if self.max_tokens is not None and before + tokens > self.max_tokens:
             behind = f", behind a memory of {before}" if before else ""
             raise ValueError(
@@ -242,7 +249,8 @@ class Network(nn.Module):
 
     def new_memory(self, rows: int, origin: Origin | None) -> Memory:
         """The memory of nothing, of so many rows."""
-        states = empty_states(self.layout, rows, self.reader.state_sizes(), dtype=self.dtype, device=self.device)
+        layout = self.reader.layout
+        states = empty_states(layout, rows, self.reader.state_sizes(), dtype=self.dtype, device=self.device)
         return Memory(
             states=states,
             num_segments=torch.zeros(rows, dtype=torch.int64),
@@ -250,7 +258,7 @@ class Network(nn.Module):
             unfinished=(torch.zeros(0, dtype=torch.int64),) * rows,
             recent=(torch.zeros(0, dtype=torch.int64),) * rows,
             labels=(None,) * rows,
-            layout=self.layout,
+            layout=layout,
             origin=origin,
         )
 

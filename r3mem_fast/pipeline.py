@@ -21,8 +21,9 @@ from .manifest import REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS
 from .memory.memory import Memory
 from .remembering import remember_documents
 from .training.collate import padded
-from .training.history import TrainReport, TrainSettings, discard_checkpoints, train
-from .training.remember import RememberReport, RememberSettings, discard_checkpoint
+from .training.history import TrainReport, discard_checkpoints, train
+from .training.remember import RememberReport, discard_checkpoint
+from .training.settings import RememberSettings, TrainSettings
 
 _BATCH = 16  # rows at one time
 _NEW_TOKENS = 64
@@ -381,7 +382,7 @@ class R3MemPipeline:
         dtype = str(self.model.peft_model.dtype).removeprefix("torch.")
         return {"dtype": dtype, "remembered": self.remembered}
 
-    def _memory(self, memory):
+    def _memory(self, memory: Memory | str | Path) -> Memory:
         """A memory, or the file of one. Raises ValueError if it is another model's or tokenizer's."""
         if not isinstance(memory, Memory):
             memory = Memory.load(memory, device=self.model.device)

@@ -40,7 +40,7 @@ def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = 
         ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + IGNORED])
     segments = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length)
     for segment in segments:
-        written = network.layout.num_memory_tokens if segment.writes else 0
+        written = network.reader.layout.num_memory_tokens if segment.writes else 0
         network.check_length(segment.ids.shape[1] + written, behind_memory=True)
     return segments
 
@@ -128,7 +128,7 @@ def compress_rows(
         ValueError: There are more segments than `max_memory_segments=None` can keep, or processes of FSDP2 have
             different numbers of them.
     """
-    layout = network.layout
+    layout = network.reader.layout
     segments = cut_segments(memory, rows, finish=finish, writes_all=True)
     if largest_of_ranks(network, len(segments)) + largest_of_ranks(network, -len(segments)):
         raise ValueError(
@@ -148,7 +148,7 @@ def compress_rows(
 
 def placed(rows: Rows, segments: Sequence[Segment], found: Sequence[torch.Tensor]) -> torch.Tensor:
     """Put values of segments, `[A, n, C]` each, where the rows' own tokens stand: `[B, T, C]`, zeros in padding."""
-    pieces = [[] for _ in rows.ids]
+    pieces: list[list[torch.Tensor]] = [[] for _ in rows.ids]
     for segment, values_of_rows in zip(segments, found, strict=True):
         for row, (start, end), values in zip(segment.rows, segment.own, values_of_rows, strict=True):
             pieces[row].append(values[len(values) - (end - start) :])

@@ -51,10 +51,12 @@ def unchanged_pairs(entries: Sequence[Entry], contexts: Sequence[str]) -> list[P
     """
     return [
         Pair(
-            *(entry[name] for name in ("level", "document", "query")),
-            context,
-            tuple(entry["entities"]),
-            entry["builder"],
+            level=entry["level"],
+            document=entry["document"],
+            query=entry["query"],
+            context=context,
+            entities=tuple(entry["entities"]),
+            builder=entry["builder"],
         )
         for entry, context in zip(entries, contexts, strict=True)
         if _sha256(context) == entry["sha256"]

@@ -226,7 +226,7 @@ def test_config():
         ({"fraction_bits": "auto"}, "must be a number here"),
         ({"backward": "up"}, "backward must be one of"),
         ({"backward_momentum": 0.3}, "backward_momentum must be one of"),
-        ({"lora_r": 0}, "lora_r must be a positive integer"),
+        ({"lora_r": 0}, "lora_r must be an integer of at least 1"),
         ({"expand_weight": -1.0}, "expand_weight must be a number that is not negative"),
         ({"bits": 3}, "bits must be one of"),
     ):

@@ -104,7 +104,8 @@ def test_a_folder_that_cannot_be_written_to_is_found_out_first(folder, tmp_path,
     text = tmp_path / "text.txt"
     text.write_text("Ahab. " * 20)
     pipeline = R3MemPipeline(str(folder), config=MEMORIES)
-    monkeypatch.setattr(f"r3mem_fast.pipeline.{verb}", lambda *args, **settings: 1 / 0)
+    work = {"remember": "remember_documents", "train": "train"}[verb]
+    monkeypatch.setattr(f"r3mem_fast.pipeline.{work}", lambda *args, **settings: 1 / 0)
     with pytest.raises(OSError, match="cannot make the folder /proc/r3mem"):
         getattr(pipeline, verb)(text, folder="/proc/r3mem")
     arguments = ["remember", "/proc/r3mem", str(text)] if verb == "remember" else ["train", str(text), "-o", "/proc/r"]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..devices import as_device, as_dtype
 from ..files import locked
 from ..integrations import attention  # noqa: F401  (registers attn_implementation="r3mem")
-from ..integrations.compat import gguf_options
+from ..integrations.compat import bars_of_gguf_on_terminals_only, gguf_options
 from ..manifest import EMBEDDED_ADAPTERS, is_adapter
 from . import hub
 
@@ -185,7 +185,8 @@ def _convert(folder: Path) -> None:
     assert package is not None and package.submodule_search_locations, "see missing_packages"
     source = package.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **gguf_options())
+    with bars_of_gguf_on_terminals_only():
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **gguf_options())
     # Some versions of transformers leave this setting behind, and then refuse to save the dequantised weights.
     vars(model.config).pop("quantization_config", None)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

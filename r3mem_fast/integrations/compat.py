@@ -3,7 +3,9 @@
 The supported versions are those that setup.py allows; `.ci/versions` runs the tests at both ends of that range.
 """
 
+import contextlib
 import functools
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -11,8 +13,11 @@ from typing import Any
 
 import torch
 import transformers
+from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
+
+from .scoped import temporarily
 
 # Names of the parameter by which layers, decoders and models take a key-value cache, newest first: `cache` since 5.24,
 # `past_key_values` before it, and in some layers one of the others.
@@ -87,6 +92,13 @@ def gguf_options() -> dict[str, Any]:
     # Before 5.17 there was no such setting: weights were always dequantised.
     kind = getattr(transformers, "GgufConfig", None)
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def bars_of_gguf_on_terminals_only() -> contextlib.AbstractContextManager:
+    """Let transformers show its bar of a GGUF file's tensors on terminals only, while this lasts; a log would drown."""
+    # The bar is not one of those that transformers' logging settings turn off.
+    module = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    return temporarily(module, tqdm=functools.partial(tqdm, disable=None))
 
 
 def checkpointing_switches(model: torch.nn.Module) -> tuple[Callable, Callable]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def units_of(model: nn.Module) -> list[nn.Module]:
+def units_of(model: nn.Module) -> list[Any]:
     """Modules of a model that FSDP2 shards, each for itself; the model too, if it is one."""
     if not dist.is_initialized():
         return []
@@ -33,7 +34,7 @@ def gathered(layer: nn.Module):
 
 
 @contextlib.contextmanager
-def freed_after_forward(units: Iterable[nn.Module]):
+def freed_after_forward(units: Iterable[Any]):
     """Free what units gathered once they have run, while this lasts, as FSDP2 does outside of a backward pass."""
     hooks = [unit.register_forward_hook(lambda unit, args, output: unit.reshard()) for unit in units]
     try:
@@ -43,7 +44,7 @@ def freed_after_forward(units: Iterable[nn.Module]):
             hook.remove()
 
 
-def forget_backward(units: Iterable[nn.Module]):
+def forget_backward(units: Iterable[Any]):
     """Let units that were run backward run forward again, in the same backward pass, as if for the first time.
 
     FSDP2 would take such a forward pass for the recomputation of activation checkpointing: it would not reduce its

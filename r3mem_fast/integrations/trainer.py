@@ -1,6 +1,7 @@
 """What trainers look for on a model beside its forward pass: a backbone and a head, tags, checkpoints."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -8,11 +9,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .peft import own_parameters
 
 
-class TrainerInterface:
+class TrainerInterface(torch.nn.Module):
     """A mixin of `R3MemModel`: what transformers' Trainer and TRL's trainers ask of a PreTrainedModel.
 
     The model it is mixed into has `peft_model`, and `hidden_states(input_ids, attention_mask)`.
     """
+
+    if TYPE_CHECKING:  # of the network that it is mixed into
+        peft_model: Any
+        plain_model: Any
 
     # Trainer reads it when a checkpoint lacks something.
     _keys_to_ignore_on_save = None
@@ -21,7 +26,8 @@ class TrainerInterface:
         self.register_state_dict_post_hook(_leave_frozen_base_out)
         self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
 
-    def to(self, *args, **settings):
+    def to(self, *args, **settings) -> "TrainerInterface":
+        """Move or cast it, as `torch.nn.Module.to` does. Raises ValueError for the meta device."""
         if any(str(value) == "meta" for value in (*args, *settings.values())):
             raise ValueError(
                 "an R3MemModel cannot wait on the meta device: its state_dict, from which accelerate would bring it "
@@ -40,30 +46,36 @@ class TrainerInterface:
         return Backbone(self)
 
     @property
-    def generation_config(self):
+    def generation_config(self) -> Any:
+        """The base model's generation config."""
         return self.plain_model.generation_config
 
     def get_input_embeddings(self) -> torch.nn.Module:
+        """The base model's."""
         return self.plain_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> torch.nn.Module:
+        """The base model's."""
         return self.plain_model.get_output_embeddings()
 
-    def add_model_tags(self, tags):
+    def add_model_tags(self, tags: list[str] | str):
+        """Add tags to the base model's card."""
         self.plain_model.add_model_tags(tags)
 
     def activation_checkpointing_enable(self, *args, **settings):
-        """Warns once that there are no activations to save (as on any reversible model), and turns nothing on."""
+        """Warn once that there are no activations to save (as on any reversible model), and turn nothing on."""
         self.plain_model.activation_checkpointing_enable(*args, **settings)
 
     def activation_checkpointing_disable(self):
+        """Turn off what is not on."""
         self.plain_model.activation_checkpointing_disable()
 
     def gradient_checkpointing_enable(self, *args, **settings):
-        """`activation_checkpointing_enable` by its former name, which transformers up to 5.2x calls."""
+        """Do what `activation_checkpointing_enable` does; transformers up to 5.2x calls it by this name."""
         self.plain_model.gradient_checkpointing_enable(*args, **settings)
 
     def gradient_checkpointing_disable(self):
+        """Turn off what is not on."""
         self.plain_model.gradient_checkpointing_disable()
 
     def _refuse_adapters(self, peft_config):
@@ -78,15 +90,31 @@ class TrainerInterface:
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A model without its head, for trainers that apply the head themselves (TRL's, in tiles over the vocabulary)."""
+    """A model without its head, for trainers that apply the head themselves (TRL's, in tiles over the vocabulary).
 
-    model: torch.nn.Module
+    Attributes:
+        model: The `R3MemModel`.
+    """
 
-    def __call__(self, input_ids, attention_mask=None, use_cache=False, **inputs) -> BaseModelOutputWithPast:
-        """`last_hidden_state` `[B, T, hidden_size]`, in the model's or autocast's dtype; see `hidden_states`.
+    model: Any
 
-        input_ids, attention_mask: int64 `[B, T]`. Raises ValueError for other inputs (a trainer's packed rows, say),
-        and in training with a `distillation_weight`, whose teacher needs the logits.
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, use_cache: bool = False, **inputs
+    ) -> BaseModelOutputWithPast:
+        """The hidden states before the head, as `R3MemModel.hidden_states` has them.
+
+        Args:
+            input_ids: int64 `[B, T]`.
+            attention_mask: `[B, T]`, 0 for padding.
+            use_cache: Must be False.
+            inputs: There must be none.
+
+        Returns:
+            `last_hidden_state` `[B, T, hidden_size]`, in the model's or autocast's dtype.
+
+        Raises:
+            ValueError: There are other inputs (of packed rows, say), or it is trained with a `distillation_weight`,
+                whose teacher needs the logits.
         """
         if "position_ids" in inputs:
             raise ValueError(

@@ -1,12 +1,14 @@
 """`PrefixCache`: a key-value cache with a memory before its tokens."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
 
 from ..integrations import attention
-from ..reversible.past import MemoryNotReadError, PassCache
+from ..reversible.past import MemoryNotReadError, PassCache, States
 from .rotary import Rotation
 
 
@@ -20,31 +22,53 @@ class PrefixCache(PassCache):
     values, and `end_pass` raises if one has not: a memory is never dropped in silence, whatever a version of
     transformers does with the arguments of its layers.
 
-    config: of the model, with its layers in order. first_position: of the tokens; the memory lies right before it.
-    keep: whether the tokens' own keys and values are kept, for decoding. capture: of the last so many tokens they are
-    kept without their positions, for `captured`. adapted_tokens: of these many last tokens alone the adapters change
-    anything; None: of all. decoder: whose layers' memory it is, if another one is to be refused.
+    Args:
+        config: The model's configuration, with its layers in order.
+        first_position: Position of the tokens; the memory lies right before it.
+        keep: Whether the tokens' own keys and values are kept, for decoding.
+        capture: Number of trailing tokens of a pass whose keys and values are kept without their positions, for
+            `captured`.
+        adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
+        decoder: The decoder whose layers' memory it is; another one is refused. None: any may read it.
     """
 
-    def __init__(self, config, *, first_position, keep=True, capture=0, adapted_tokens=None, decoder=None):
+    def __init__(
+        self,
+        config: Any,
+        *,
+        first_position: int,
+        keep: bool = True,
+        capture: int = 0,
+        adapted_tokens: int | None = None,
+        decoder: Any = None,
+    ):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
         self._decoder = decoder
         self.adapted_tokens = adapted_tokens
-        self._prefix, self._visible, self._placed = None, None, {}
+        self._prefix: torch.Tensor | None = None
+        self._visible: torch.Tensor | None = None
         self._all_visible = True
-        self._written, self._rotation, self._positions = {}, None, None
-        self._widened = {}
-        self._apart, self._lengths = False, None
+        self._placed: dict[int, States] = {}  # the memory by layer, at its positions
+        self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
+        self._rotation: Any = None
+        self._positions: torch.Tensor | None = None  # of the captured tokens
+        self._widened: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # masks of this pass
+        self._apart = False  # whether masks carry the memory
+        self._lengths: torch.Tensor | None = None
         # Layers that must take part in the pass that is running (None: none is), and those that have.
-        self._expected, self._extended, self._attended = None, set(), set()
+        self._expected: set[int] | None = None
+        self._extended: set[int] = set()
+        self._attended: set[int] = set()
         self.passes = 0
 
-    def read(self, prefix, visible, all_visible):
-        """Set the memory: `[layers, 2, B, kv_heads, N, head_dim]`, keys without positions, and bool `[B, N]`.
+    def read(self, prefix: torch.Tensor, visible: torch.Tensor, all_visible: bool) -> "PrefixCache":
+        """Set the memory; returns the cache.
 
-        visible: of each row, the last ones. all_visible: whether all of `visible` is true; to ask its device would
-        synchronise.
+        Args:
+            prefix: Keys without positions, and values, `[layers, 2, B, kv_heads, N, head_dim]`.
+            visible: Which of them each row has, the last ones, bool `[B, N]`.
+            all_visible: Whether all of `visible` is true; to ask its device would synchronise.
         """
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed = prefix, visible, {}
@@ -53,12 +77,26 @@ class PrefixCache(PassCache):
 
     @property
     def prefix_length(self) -> int:
+        """Tokens of the memory."""
         return 0 if self._visible is None else self._visible.shape[-1]
 
-    def begin_pass(self, decoder, layers, order, args, kwargs):
-        """Arguments of a decoder's call, with the positions of its tokens moved behind the memory.
+    def begin_pass(
+        self, decoder: Any, layers: Sequence[Any], order: Sequence[int], args: tuple, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Move the positions of a pass's tokens behind the memory.
 
-        Raises ValueError for an attention implementation that cannot be given the memory, or another batch size.
+        Args:
+            decoder: The module whose loop calls the layers.
+            layers: Its layers, as they stand in it now.
+            order: Their indices, in the order in which they run.
+            args: Positional arguments of its call.
+            kwargs: Keyword arguments of its call.
+
+        Returns:
+            The arguments that it is to be called with, all by name.
+
+        Raises:
+            ValueError: The attention cannot be given the memory, or the batch is of another size.
         """
         config = decoder.config
         if self._decoder not in (None, decoder):
@@ -102,14 +140,17 @@ class PrefixCache(PassCache):
         return arguments
 
     def end_pass(self):
-        """Raise MemoryNotReadError unless each layer of the decoder's call has read the memory and written its own.
+        """Check that each layer of the decoder's call has read the memory, and written its own keys and values.
 
         It looks at what the layers did in Python, and asks the device nothing.
+
+        Raises:
+            MemoryNotReadError: One has not.
         """
         expected, self._expected = self._expected, None
-        missing = expected - self._extended
+        missing = (expected or set()) - self._extended
         if self._apart and self._placed:  # and read out of the masks
-            missing |= expected - self._attended
+            missing |= (expected or set()) - self._attended
         if missing:
             raise MemoryNotReadError(
                 f"layers {sorted(missing)} did not take part in reading and writing the memory, so this output does "
@@ -123,8 +164,8 @@ class PrefixCache(PassCache):
         """Forget a decoder's call that failed."""
         self._expected = None
 
-    def past(self, layer_idx):
-        """The keys and values before those of this pass: () or a pair. The memory's too, unless masks carry it."""
+    def past(self, layer_idx: int) -> States:
+        """Keys and values before those of this pass: () or a pair. With the memory's, unless masks carry it."""
         own = self.layers[layer_idx]
         parts = [self._placed[layer_idx]] if self._placed and not self._apart else []
         parts += [(own.keys, own.values)] if self.keep and own.get_seq_length() else []
@@ -132,8 +173,12 @@ class PrefixCache(PassCache):
             return parts[0] if parts else ()
         return tuple(torch.cat(pair, dim=-2) for pair in zip(*parts, strict=True))
 
-    def extend(self, key_states, value_states, layer_idx):
-        """`update` of a layer that knows of the memory: returns memory (as `past`), cache and new states."""
+    def extend(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> States:
+        """Take over a layer's new keys and values; returns those of memory (as `past` does), cache and this pass.
+
+        Raises:
+            MemoryNotReadError: The layer's decoder was called without this cache.
+        """
         if self._expected is None and not self.passes:  # after one, activation checkpointing runs layers again
             raise MemoryNotReadError(
                 "a layer was given a memory's cache of which its decoder did not know, and would have read no memory. "
@@ -149,7 +194,7 @@ class PrefixCache(PassCache):
             return states
         return tuple(torch.cat(pair, dim=-2) for pair in zip(self._placed[layer_idx], states, strict=True))
 
-    def captured(self):
+    def captured(self) -> torch.Tensor:
         """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
         some = self._written[0][0]
         tables = self._rotation.tables(self._positions, some)
@@ -158,10 +203,15 @@ class PrefixCache(PassCache):
             [torch.stack([self._rotation.unrotated(k, tables(i)), v]) for i, (k, v) in enumerate(layers)]
         )
 
-    def widened(self, mask, hidden, layer_idx, implementation):
-        """A layer's attention mask with the memory's columns before it. mask: `[B, 1, T, K]`, or None where causal.
+    def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
+        """A layer's attention mask, which lets the memory in.
 
-        Of a `SegmentMask`, one that carries the layer's memory.
+        Args:
+            mask: `[B, 1, T, K]`, or None where it is causal: columns for the memory are put before it. Or a
+                `SegmentMask`: it is to carry the layer's memory.
+            hidden: The layer's input.
+            layer_idx: The layer's index in the cache.
+            implementation: Name of the model's attention.
         """
         if self._apart:
             if not (self._placed and isinstance(mask, attention.SegmentMask)):
@@ -194,26 +244,30 @@ class PrefixCache(PassCache):
         return widened
 
     def update(self, *args, **kwargs):
+        """Raise RuntimeError: called by a model that does not know of the memory."""
         raise RuntimeError(
             "a memory's cache was passed to a model that does not know how to read it, and would ignore it; pass "
             "it to the R3MemModel, or the reversible model, that it was made for"
         )
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.Tensor):
+        """Reorder its rows, as `Cache.reorder_cache` does, with the memory's."""
         super().reorder_cache(beam_idx)
         self._each(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int):
+        """Repeat each of its rows, with the memory's."""
         super().batch_repeat_interleave(repeats)
         self._each(lambda tensor, dim: tensor.repeat_interleave(repeats, dim=dim))
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor):
+        """Keep these of its rows, with the memory's."""
         super().batch_select_indices(indices)
         self._each(lambda tensor, dim: tensor.index_select(dim, indices.to(tensor.device)))
 
     def _each(self, change):
-        """Change the rows of the memory."""
-        if self._visible is not None:
+        """Change the rows of the memory, by a function of a tensor and the dimension of its rows."""
+        if self._visible is not None and self._prefix is not None:
             self._visible, self._prefix = change(self._visible, 0), change(self._prefix, 2)
             self._placed = {i: tuple(change(t, 0) for t in pair) for i, pair in self._placed.items()}
 

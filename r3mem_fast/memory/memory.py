@@ -1,9 +1,10 @@
-"""`Memory`: what a model keeps of the histories that it has compressed, and the file that holds it."""
+"""`Memory`: what a model keeps of the histories that it has compressed, and its memory file."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,19 +14,22 @@ from ..choices import PLACEMENTS
 from ..files import replacing
 from . import file as memory_file
 
-# Of the states, by placement: the dimension of the batch, and that of the memory tokens.
+# Dimensions of the states by placement: `_BATCH` counts the rows, `_SLOTS` the memory tokens.
 _BATCH = {"every_layer": 2, "input": 0}
 _SLOTS = {"every_layer": 4, "input": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryLayout:
-    """What memories must have in common to be read by one model.
+    """Sizes and settings that memories must share to be read by one model.
 
-    num_memory_tokens: written after each segment. segment_length: in tokens, without those that are read again.
-    readable_segments: of how many segments, the last ones, the memory is kept. keeps_all: whether more of them are an
-    error, not forgotten. placement: "every_layer" or "input", see `R3MemConfig.memory_placement`. segment_overlap: so
-    many tokens before a segment, the last, are read again with it.
+    Attributes:
+        num_memory_tokens: Memory tokens that are written after each segment.
+        segment_length: Tokens of a segment, without those that are read again.
+        readable_segments: Number of segments whose memory is kept; the last ones are.
+        keeps_all: Whether one segment more is an error. If not, the oldest one is forgotten.
+        placement: "every_layer" or "input", see `R3MemConfig.memory_placement`.
+        segment_overlap: Number of tokens, directly before a segment, that are read again with it.
     """
 
     num_memory_tokens: int
@@ -43,7 +47,13 @@ class MemoryLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a memory was made with, as fingerprints; the tokenizer's is None if it was made from token ids."""
+    """Fingerprints of what a memory was made with.
+
+    Attributes:
+        base: Fingerprint of the base model.
+        adapter: Fingerprint of the adapters, the memory tokens and the settings.
+        tokenizer: Fingerprint of the tokenizer; None for a memory that was made from token ids.
+    """
 
     base: str
     adapter: str
@@ -54,13 +64,19 @@ class Origin:
 class Memory:
     """The memory of a batch of histories; made by `R3MemModel.compress`. No operation changes it in place.
 
-    states: of placement "every_layer" `[layers, 2, B, kv_heads, N, head_dim]`, keys (without positions) and values of
-        the memory tokens that each layer reads; of placement "input" `[B, N, hidden_size]`, what stands in their place
-        before the first layer. N is the same for all rows: a row with fewer has its own last, zeros before.
-    num_segments, tokens_seen: int64 `[B]`, on the CPU: compressed segments, and tokens, those that are unfinished too.
-    unfinished: of each row, the ids of a segment that is not full yet, int64 `[n]`, on the CPU.
-    recent: of each row, the last ids before these, at most `segment_overlap`, which are read with it again.
-    labels: of each row, `(level, name)` as ("document", "chapter 1"), or None.
+    Attributes:
+        states: What a model reads, on any device. With placement "every_layer": keys (without positions) and values
+            of the memory tokens in each layer, `[layers, 2, B, kv_heads, N, head_dim]`. With placement "input":
+            hidden states that stand before the first layer, `[B, N, hidden_size]`. N is the same for all rows: a row
+            with fewer memory tokens has zeros before them.
+        num_segments: Compressed segments of each row, int64 `[B]`, on the CPU.
+        tokens_seen: Tokens of each row, the unfinished ones included, int64 `[B]`, on the CPU.
+        unfinished: Token ids of each row's last segment, if it is not full yet: int64 `[n]`, on the CPU.
+        recent: Token ids that come before the unfinished ones and are read again with them: at most
+            `segment_overlap` for each row, int64 `[n]`, on the CPU.
+        labels: Label of each row, `(level, name)` such as ("document", "chapter 1"), or None.
+        layout: Sizes and settings that it was made with.
+        origin: Fingerprints of what it was made with.
     """
 
     states: torch.Tensor
@@ -72,10 +88,10 @@ class Memory:
     layout: MemoryLayout
     origin: Origin
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.num_segments)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         placement, dtype = self.layout.placement, str(self.states.dtype).removeprefix("torch.")
         return (
             f"Memory(rows={len(self)}, segments={self.num_segments.tolist()}, tokens={self.tokens_seen.tolist()}, "
@@ -83,7 +99,8 @@ class Memory:
         )
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
+        """Device of the states."""
         return self.states.device
 
     @property
@@ -92,10 +109,12 @@ class Memory:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a file holds, by name.
+        """Tensors of its file, by name.
 
-        `states`, `num_segments`, `tokens_seen`, `unfinished` (rows one after the other) and `unfinished_lengths`; with
-        a segment overlap also `recent` and `recent_lengths`.
+        Returns:
+            `states`, `num_segments`, `tokens_seen`, `unfinished` (the ids of all rows, joined) and
+            `unfinished_lengths` (their number in each row, int64 `[B]`); with a segment overlap also `recent` and
+            `recent_lengths`.
         """
         ragged = {"unfinished": self.unfinished}
         if self.layout.segment_overlap:
@@ -107,39 +126,63 @@ class Memory:
         return found
 
     def visible(self) -> torch.Tensor:
-        """Which of its memory tokens each row has: bool `[B, N]`, on the memory's device."""
+        """Mask of the memory tokens that each row has: bool `[B, N]`, on the memory's device."""
         return self.visible_on_host().to(self.device)
 
     def visible_on_host(self) -> torch.Tensor:
-        """The same, on the CPU."""
+        """Mask of the memory tokens that each row has: bool `[B, N]`, on the CPU."""
         slots = self.states.shape[_SLOTS[self.layout.placement]]
         kept = self.num_segments.clamp_max(self.layout.readable_segments) * self.layout.num_memory_tokens
         return torch.arange(slots) >= slots - kept[:, None]
 
-    def to(self, *args, **kwargs) -> "Memory":
-        """With its states on another device or in another dtype, as `Tensor.to` has it."""
+    def to(self, *args: Any, **kwargs: Any) -> "Memory":
+        """Copy of it with the states on another device or in another dtype.
+
+        Args:
+            args: Arguments of `Tensor.to`.
+            kwargs: Keyword arguments of `Tensor.to`.
+        """
         return dataclasses.replace(self, states=self.states.to(*args, **kwargs))
 
     def detach(self) -> "Memory":
+        """Copy of it with states that carry no gradient."""
         return dataclasses.replace(self, states=self.states.detach())
 
-    def to_cache(self, model):
+    def to_cache(self, model: Any) -> Any:
         """A cache to be passed to the base model of `model`, or to its `generate`.
 
         The argument is called `cache`, and `past_key_values` where transformers is older than 5.24. Unfinished tokens
         are not in it: `R3MemModel.generate` reads them before the prompt.
+
+        Args:
+            model: The `R3MemModel` that the memory was made with.
         """
         return model.cache_of(self)
 
     def labelled(self, labels: Sequence[tuple[str, str] | None]) -> "Memory":
-        """With a `(level, name)` or None for each row. Raises ValueError for another number of them, or other ones."""
+        """Copy of it with other labels.
+
+        Args:
+            labels: A `(level, name)` or None for each row.
+
+        Raises:
+            ValueError: There is not one label for each row, or one is neither None nor two strings.
+        """
         labels = tuple(labels)
         if len(labels) != len(self) or not all(map(_is_label, labels)):
             raise ValueError(f"{len(self)} rows need as many labels, each (level, name) or None, got {labels!r}")
-        return dataclasses.replace(self, labels=tuple(label and tuple(label) for label in labels))
+        return dataclasses.replace(self, labels=tuple(label and (label[0], label[1]) for label in labels))
 
     def select(self, level: str | None = None, name: str | None = None) -> "Memory":
-        """The rows of a level, of a name, or of both. Raises KeyError if there is none."""
+        """Rows with a label.
+
+        Args:
+            level: Level that they have; None: any.
+            name: Name that they have; None: any.
+
+        Raises:
+            KeyError: No row has such a label.
+        """
         found = [
             row
             for row, label in enumerate(self.labels)
@@ -150,22 +193,26 @@ class Memory:
         return self.rows(found)
 
     def rows(self, indices: Sequence[int]) -> "Memory":
-        """These rows, in this order; one may come more than once."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        states = self.states.index_select(_BATCH[self.layout.placement], indices.to(self.device))
-        pick = indices.tolist()
+        """Some of its rows, in the order that is asked for.
+
+        Args:
+            indices: Indices of the rows; one may come more than once.
+        """
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        states = self.states.index_select(_BATCH[self.layout.placement], chosen.to(self.device))
+        pick = chosen.tolist()
         return dataclasses.replace(
             self,
             states=states,
-            num_segments=self.num_segments[indices],
-            tokens_seen=self.tokens_seen[indices],
+            num_segments=self.num_segments[chosen],
+            tokens_seen=self.tokens_seen[chosen],
             unfinished=tuple(self.unfinished[i] for i in pick),
             recent=tuple(self.recent[i] for i in pick),
             labels=tuple(self.labels[i] for i in pick),
         )
 
-    def __getitem__(self, row) -> "Memory":
-        """One row by its index, several by a slice, or those of a `(level, name)`."""
+    def __getitem__(self, row: int | slice | tuple[str | None, str | None]) -> "Memory":
+        """One row by its index, several by a slice, or those with a label `(level, name)`."""
         if isinstance(row, tuple):
             return self.select(*row)
         if isinstance(row, slice):
@@ -173,12 +220,19 @@ class Memory:
         return self.rows([range(len(self))[row]])
 
     def split(self) -> list["Memory"]:
-        """A memory for each row."""
+        """One memory for each row."""
         return [self[row] for row in range(len(self))]
 
     @staticmethod
     def cat(memories: Sequence["Memory"]) -> "Memory":
-        """One batch of several. Raises ValueError if they are not of one model, layout, dtype and device."""
+        """Join the rows of several memories into one.
+
+        Args:
+            memories: The memories, one at least.
+
+        Raises:
+            ValueError: There is none, or they differ in model, tokenizer, layout, dtype or device.
+        """
         if not memories:
             raise ValueError("there is no memory to put together")
         first = memories[0]
@@ -203,8 +257,12 @@ class Memory:
             labels=sum((m.labels for m in memories), ()),
         )
 
-    def save(self, path):
-        """Write it to a safetensors file, whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Write it to a safetensors file, whole or not at all.
+
+        Args:
+            path: The file, replaced if it is there. Folders above it are made.
+        """
         metadata = {
             "kind": memory_file.KIND,
             "format_version": memory_file.FORMAT_VERSION,
@@ -223,10 +281,17 @@ class Memory:
             unfinished.write_bytes(content)
 
     @classmethod
-    def load(cls, path, model=None, *, device="cpu") -> "Memory":
-        """Read what `save` wrote. model: an `R3MemModel`; the memory must have been made with it.
+    def load(cls, path: str | Path, model: Any = None, *, device: str | torch.device = "cpu") -> "Memory":
+        """Read a file that `save` wrote.
 
-        Raises OSError if the file cannot be read, ValueError if it is damaged, of another format, or of another model.
+        Args:
+            path: The file.
+            model: The `R3MemModel` that the memory must have been made with; None: this is not checked.
+            device: Where its states go.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is damaged, of another format, or of another model.
         """
         metadata = memory_file.read_header(path).metadata
         try:
@@ -245,18 +310,40 @@ def _is_label(label):
     )
 
 
-def empty_states(layout, batch, sizes, *, dtype, device):
-    """States of no segment. sizes: `(layers, kv_heads, head_dim)`, or `(hidden_size,)` of placement "input"."""
+def empty_states(
+    layout: MemoryLayout, batch: int, sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """States of memories without a segment.
+
+    Args:
+        layout: Layout of the memories.
+        batch: Number of rows.
+        sizes: `(layers, kv_heads, head_dim)`; with placement "input" `(hidden_size,)`.
+        dtype: Their dtype.
+        device: Their device.
+
+    Returns:
+        States as in `Memory`, with N = 0.
+    """
     if layout.placement == "input":
         return torch.zeros(batch, 0, *sizes, dtype=dtype, device=device)
     layers, heads, width = sizes
     return torch.zeros(layers, 2, batch, heads, 0, width, dtype=dtype, device=device)
 
 
-def appended(states, written, rows, layout):
-    """States with what some rows wrote after a segment; of the oldest segment as much falls out at the other end.
+def appended(states: torch.Tensor, written: torch.Tensor, rows: Sequence[int], layout: MemoryLayout) -> torch.Tensor:
+    """Append the memory of one more segment to some rows; differentiable.
 
-    written: as `states`, of `rows` alone, with `num_memory_tokens`. Differentiable.
+    Where there is no room left, the memory of the oldest segment is dropped.
+
+    Args:
+        states: States of all rows, as in `Memory`.
+        written: States of the new segment for `rows` alone, with N = `num_memory_tokens`.
+        rows: Indices of the rows that have the new segment.
+        layout: Layout of the memories.
+
+    Returns:
+        New states of all rows.
     """
     batch, slots = _BATCH[layout.placement], _SLOTS[layout.placement]
     width = min(states.shape[slots] + layout.num_memory_tokens, layout.first_position)
@@ -268,8 +355,14 @@ def appended(states, written, rows, layout):
     return widened(states, width, layout.placement).index_copy(batch, indices, moved)
 
 
-def widened(states, slots, placement):
-    """States with zeros before them up to so many slots."""
+def widened(states: torch.Tensor, slots: int, placement: str) -> torch.Tensor:
+    """Put zeros before states until they have a given number of memory tokens.
+
+    Args:
+        states: States as in `Memory`.
+        slots: Memory tokens that the result has, N at least.
+        placement: "every_layer" or "input".
+    """
     dim = _SLOTS[placement]
     shape = list(states.shape)
     shape[dim] = slots - shape[dim]
@@ -277,7 +370,11 @@ def widened(states, slots, placement):
 
 
 def _from_tensors(cls, metadata, tensors):
-    """Raises ValueError, or an error of a value of another type, if it does not fit together."""
+    """Make a memory of a file's contents.
+
+    Raises:
+        ValueError: They do not fit together. Values of a wrong type may raise KeyError, TypeError or AttributeError.
+    """
     layout, origin = MemoryLayout(**metadata["layout"]), Origin(**metadata["origin"])
     numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments, layout.segment_overlap + 1)
     if layout.placement not in PLACEMENTS or not all(type(number) is int and number > 0 for number in numbers):
@@ -315,7 +412,7 @@ def _from_tensors(cls, metadata, tensors):
 
 
 def _ragged(tensors, name, rows, longest=None):
-    """Rows of token ids, which stand one after the other. Raises ValueError if they are not what their lengths say."""
+    """Cut joined token ids into rows by their lengths. Raises ValueError if they do not fit together."""
     ids, lengths = tensors[name].cpu(), tensors[f"{name}_lengths"].cpu()
     fits = lengths.shape == (rows,) and lengths.dtype == torch.int64 and (lengths >= 0).all()
     fits = fits and (longest is None or not rows or lengths.max() <= longest)

@@ -1,7 +1,8 @@
-"""A batch of token rows, cut into the segments that are read one after the other (R3Mem, section 3)."""
+"""Cuts a batch of token ids into the segments that are read one after the other (R3Mem, section 3)."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,13 +13,21 @@ IGNORED = -100
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """What is read in one pass: a piece of some rows of a batch. All tensors are on the CPU.
+    """Tokens that are read in one pass, from some of the B rows of a batch. All tensors are on the CPU.
 
-    rows: of the batch, those that it is a piece of, A of them. ids, mask, targets: int64 `[A, n]`, padded on the left;
-    a target is what follows its token, -100 where that does not count. own: of each row `(start, end)`, its tokens
-    that no segment before had, counted from the first after those that the memory carries. places: int64 `[A, n]`, of
-    its tokens, counted from the first that the memory carries. writes: whether a memory is written after it.
-    num_segments: int64 `[B]`, of the memory before it.
+    A memory may carry tokens that come before a row's new ones: recent ones, which are read again, and unfinished
+    ones. Both are read with the row.
+
+    Attributes:
+        rows: Indices of the rows that have tokens in this segment, A of them.
+        ids: Token ids, int64 `[A, n]`, padded on the left.
+        mask: 1 for a token, 0 for padding, int64 `[A, n]`.
+        targets: Token that follows each token, int64 `[A, n]`; -100 where it does not count.
+        own: Range `(start, end)` of each row's new tokens that this segment is the first to have. Position 0 is the
+            row's first token that the memory does not carry.
+        places: Position of each token, int64 `[A, n]`. Position 0 is the first token that the memory carries.
+        writes: Whether a memory is written after it.
+        num_segments: Segments of the memory before it, int64 `[B]`.
     """
 
     rows: tuple[int, ...]
@@ -35,11 +44,18 @@ def cut_segments(
     memory: Memory, rows: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None, *, finish: bool,
     writes_all: bool, length: int | None = None,
 ) -> list[Segment]:  # fmt: skip
-    """The segments of rows of token ids that follow a memory, with what it carries before them.
+    """Cut rows that follow a memory into segments, with the tokens that the memory carries before them.
 
-    rows: int64 `[n]` each, on the CPU. labels: of the same lengths, -100 where one does not count; None: the ids.
-    finish: whether what does not fill a segment is one too, a shorter one. writes_all: whether a memory is written
-    after each; else only where more of some row follows. length: of a segment, if not the layout's.
+    Args:
+        memory: The memory that the rows follow; it has as many rows.
+        rows: Token ids of each row, int64 `[n]`, on the CPU.
+        labels: Labels of each row, as long as its ids, -100 where one does not count; None: the ids.
+        finish: Whether tokens that do not fill a segment make a last, shorter one.
+        writes_all: Whether a memory is written after every segment; if not, only where more of some row follows.
+        length: Tokens of a segment; None: the layout's `segment_length`.
+
+    Returns:
+        The segments, in the order in which they are read.
     """
     layout = memory.layout
     length, overlap = length or layout.segment_length, layout.segment_overlap
@@ -51,7 +67,8 @@ def cut_segments(
         wholes.append(whole)
         targets.append(wanted[1:])
         starts.append(len(recent))
-    segments, index = [], 0
+    segments: list[Segment] = []
+    index = 0
     while True:
         reach = [start + index * length for start in starts]
         left = [len(whole) - start for whole, start in zip(wholes, reach, strict=True)]
@@ -68,7 +85,8 @@ def cut_segments(
             ids[place, here], mask[place, here] = wholes[row][start:end], 1
             places[place, here] = torch.arange(start, end)
             following[place, here] = targets[row][start:end]
-            # What the memory carries is followed by the first of the row; later repetitions have been counted.
+            # The last carried token predicts the row's first one, so it counts in the first segment. In later ones
+            # the overlap has been counted before.
             if index:
                 following[place, : here.start + reach[row] - start] = IGNORED
             carried = starts[row] + len(memory.unfinished[row])
@@ -88,8 +106,17 @@ def cut_segments(
         index += 1
 
 
-def advance(memory: Memory, rows: Sequence[torch.Tensor], segments: Sequence[Segment]) -> dict:
-    """What a memory carries after segments of `cut_segments` with `writes_all`: all its fields but the states."""
+def advance(memory: Memory, rows: Sequence[torch.Tensor], segments: Sequence[Segment]) -> dict[str, Any]:
+    """New values of a memory's fields, all but its states, for when segments have been read.
+
+    Args:
+        memory: The memory before the segments.
+        rows: Token ids of each row, int64 `[n]`, on the CPU.
+        segments: The segments, made by `cut_segments` with `writes_all=True`.
+
+    Returns:
+        `num_segments`, `tokens_seen`, `unfinished` and `recent`, as in `Memory`.
+    """
     layout, written = memory.layout, torch.zeros(len(rows), dtype=torch.int64)
     for segment in segments:
         written[list(segment.rows)] += 1

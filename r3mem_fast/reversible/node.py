@@ -33,7 +33,7 @@ class LayerNode(torch.autograd.Function):
                 lambda: integrity.report(streams.flags, streams.fraction_bits)
             )
         hidden = streams.input_of(index)
-        step = streams.passed[index].step
+        step = streams.layer(index).step
         branch, new_states, leaves = step.evaluate_again(hidden)
         if grad_output is None:  # only the keys and values have a part in the loss
             grad_output = torch.zeros_like(hidden)

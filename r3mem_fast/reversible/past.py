@@ -1,8 +1,14 @@
 """Keys and values from before a pass, as the two evaluations of a branch and plain inference see them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+# Keys and values, `[batch, kv_heads, tokens, head_dim]` each, or ().
+States = tuple[torch.Tensor, ...]
 # Exactly these: a subclass may keep its states quantised, or elsewhere.
 _SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -18,16 +24,21 @@ class PassCache(DynamicCache):
     both evaluations of a branch.
 
     Attributes:
-        prefix_length: Tokens that every layer reads before the cache's own.
         adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
         passes: Passes that have ended as they should.
     """
 
-    prefix_length: int
     adapted_tokens: int | None
     passes: int
 
-    def begin_pass(self, decoder, layers, order, args, kwargs) -> dict:
+    @property
+    def prefix_length(self) -> int:
+        """Tokens that every layer reads before the cache's own."""
+        raise NotImplementedError
+
+    def begin_pass(
+        self, decoder: Any, layers: Sequence[Any], order: Sequence[int], args: tuple, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Keyword arguments for a decoder's call with these arguments. May raise ValueError, to refuse it."""
         raise NotImplementedError
 
@@ -39,15 +50,15 @@ class PassCache(DynamicCache):
         """Forget a decoder's call that failed."""
         raise NotImplementedError
 
-    def widened(self, mask, hidden, layer_idx, implementation):
+    def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
         """A layer's attention mask, with columns for what is read before the cache's own tokens."""
         raise NotImplementedError
 
-    def past(self, layer_idx) -> tuple:
+    def past(self, layer_idx: int) -> States:
         """Keys and values before those of this pass, as `past_of` returns them."""
         raise NotImplementedError
 
-    def extend(self, key_states, value_states, layer_idx) -> tuple:
+    def extend(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> States:
         """Take over a layer's new keys and values; returns all that its attention is to see."""
         raise NotImplementedError
 
@@ -55,10 +66,11 @@ class PassCache(DynamicCache):
 class PassView:
     """What a layer's attention is given in place of a `PassCache` while no gradient is wanted."""
 
-    def __init__(self, cache):
+    def __init__(self, cache: PassCache):
         self._cache = cache
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> States:
+        """Take over a layer's new keys and values; returns all that its attention is to see."""
         return self._cache.extend(key_states, value_states, layer_idx)
 
     def __getattr__(self, name):
@@ -68,15 +80,21 @@ class PassView:
 class PastKeysValues:
     """What one layer's attention sees of a cache: the keys and values before this forward pass, read only.
 
-    It stands in for the cache in both evaluations of a branch. `update` returns past and new states as the cache
-    would, and leaves the new ones in `new`, for the caller to write into the real cache once.
-    past: (), or (keys, values), each `[batch, kv_heads, tokens, head_dim]`.
+    It stands in for the cache in both evaluations of a branch.
+
+    Args:
+        past: (), or (keys, values), each `[batch, kv_heads, tokens, head_dim]`.
+
+    Attributes:
+        new: Keys and values of this pass, for the caller to write into the real cache once.
     """
 
-    def __init__(self, past):
-        self.past, self.new = past, ()
+    def __init__(self, past: States):
+        self.past = past
+        self.new: States = ()
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> States:
+        """Past and new states, as the cache would return them; leaves the new ones in `new`."""
         self.new = (key_states, value_states)
         if not self.past:
             return self.new
@@ -88,10 +106,11 @@ class PastKeysValues:
         )
 
 
-def past_of(cache, layer_idx) -> tuple:
-    """Keys and values that `cache` holds for a layer: () or a pair, `[batch, kv_heads, tokens, head_dim]` each.
+def past_of(cache: Any, layer_idx: int) -> States:
+    """Keys and values that a cache holds for a layer: () or a pair, `[batch, kv_heads, tokens, head_dim]` each.
 
-    Raises TypeError for a cache whose states cannot simply be concatenated.
+    Raises:
+        TypeError: The cache's states cannot simply be concatenated.
     """
     if isinstance(cache, PassCache):
         return cache.past(layer_idx)
@@ -106,25 +125,29 @@ def past_of(cache, layer_idx) -> tuple:
     return layers[layer_idx].keys, layers[layer_idx].values
 
 
-def layer_index(layer):
-    """The index by which a layer's attention addresses its cache."""
+def layer_index(layer: nn.Module) -> int:
+    """The index by which a layer's attention addresses its cache.
+
+    Raises:
+        TypeError: The layer does not say it.
+    """
     for module in layer.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             return module.layer_idx
     raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
 
 
-def memory_cache(kwargs):
+def memory_cache(kwargs: dict[str, Any]) -> "PassCache | None":
     """The `PassCache` among a layer's or decoder's arguments, None if there is none."""
     return next((value for value in kwargs.values() if isinstance(value, PassCache)), None)
 
 
-def viewed(kwargs):
+def viewed(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A layer's arguments, with a `PassCache` among them as its attention is to see it."""
     return {name: PassView(value) if isinstance(value, PassCache) else value for name, value in kwargs.items()}
 
 
-def append_to(cache, keys, values, layer_idx):
+def append_to(cache: Any, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> States:
     """Write a layer's new keys and values into a cache; returns all that it holds for the layer."""
     if isinstance(cache, PassCache):
         return cache.extend(keys, values, layer_idx)

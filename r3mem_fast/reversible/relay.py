@@ -1,6 +1,7 @@
 """How the streams get from one layer to the next through the model's own loop, which knows only hidden states."""
 
 import threading
+from typing import Any
 
 import torch
 
@@ -17,7 +18,9 @@ class Relay(threading.local):
     def drop(self):
         """Forget the streams; returns them, None if there were none."""
         streams = getattr(self, "_streams", None)
-        self._streams = self._carrier = self._version = None
+        self._streams: Any = None
+        self._carrier: Any = None
+        self._version: int | None = None
         return streams
 
     def hand_on(self, streams, hidden: torch.Tensor):

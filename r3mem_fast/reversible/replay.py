@@ -7,6 +7,7 @@ last to first, runs each once more, and hands the gradient of its state to the o
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -86,8 +87,10 @@ class _Run:
             (name, p, p._version) for name, p in model.named_parameters() if not (self.sharded or p.is_inference())
         ]
         self.output_structures = []
+        self.structure: Any = None  # of a state
+        self.first_requires_grad: list[bool] = []  # of the leaves of the first
         self._states, self._surroundings, self._digests = [], [], []
-        self._kept = None  # the last segment's state and tensors, with its graph
+        self._kept: Any = None  # the last segment's state and tensors, with its graph
 
     def first(self, leaves):
         """Every segment once: the tensors of all outputs and of the last state, without a graph."""

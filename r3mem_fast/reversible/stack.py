@@ -196,7 +196,8 @@ class ReversibleStack:
         """
         if self.mode is Mode.OBSERVED:
             output = plain_output(layer, hidden, kwargs)
-            self._observer.see(hidden, output)
+            if self._observer is not None:
+                self._observer.see(hidden, output)
             return output
         kwargs = _with_memory_in_mask(layer, hidden, kwargs)
         if self.mode is Mode.PLAIN:

@@ -1,7 +1,7 @@
 """A layer's branch in one pass: evaluated a first time, and again in the backward pass, on the same arguments."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -101,7 +101,7 @@ class Step:
             return substitutes[-1]
 
         arguments = [leaf_of(argument) for argument in self._leaves]
-        past = tuple(leaf_of(tensor) for tensor in self._past)
+        past = tuple(map(leaf_of, self._past))
         with self._surroundings.restored(), torch.enable_grad():
             branch, new_states = self._call(hidden.requires_grad_(), arguments, past)
         return branch, new_states, [hidden, *substitutes, *self._trainable]
@@ -112,10 +112,11 @@ class Step:
             branch, _, _ = self.evaluate_again(hidden)
         return branch.detach()
 
-    def write_cache(self, new_states):
+    def write_cache(self, new_states: Sequence[torch.Tensor]):
         """Append the new keys and values, outputs of this layer's node, to the cache that the caller passed."""
         if new_states:
-            append_to(self._cache, *new_states, self._cache_index)
+            keys, values = new_states
+            append_to(self._cache, keys, values, self._cache_index)
 
     def _call(self, hidden, leaves, past):
         kwargs = tree_unflatten(leaves, self._structure)

@@ -87,17 +87,22 @@ class Streams:
     def __init__(self, hidden: torch.Tensor, fraction_bits: int, recording=None, side_bits_on_host: bool = False):
         self.fraction_bits, self.dtype = fraction_bits, hidden.dtype
         self.flags = coupling.new_flags(hidden.device)
+        self.position: Any
         self.position, velocity, self._entered = coupling.momentum_enter(
             hidden, fraction_bits=fraction_bits, flags=self.flags
         )
-        self.velocities = {"momentum": velocity}
-        self.level, self.start = 0, None
+        self.velocities: Any = {"momentum": velocity}
+        self.surrogates: Any = None  # of `Mode.STORED`
+        self.level = 0
+        self.start: int | None = None
         self.passed: list[Passed | None] = []
-        self._form = None  # of the layer below, while running forward
+        self._form: str | None = None  # of the layer below, while running forward
         self._grad_velocities: dict[str, torch.Tensor] = {}
         self._bits_above: dict[str, int | None] = {}
-        self._graph_task = None
-        self._hidden = None  # while running backward: the dequantised position, one layer below the velocity
+        self._graph_task: int | None = None
+        self._hidden: torch.Tensor | None = (
+            None  # while running backward: the dequantised position, one layer below the velocity
+        )
         self._side_bits_on_host = side_bits_on_host
         self._recording = recording
         if recording is not None:
@@ -168,19 +173,27 @@ class Streams:
             self.velocities = {form: velocity.back() for form, velocity in self.velocities.items()}
         while self.level > index + 1:  # layers above whose output has no part in the loss
             above = self.level - 1
-            passed = self.passed[above]
-            if passed is None:
-                raise RuntimeError(
-                    f"layer {above} ran without gradients after layers that had them; what it added cannot be undone"
-                )
-            self.finish(above, passed.step.value_again(self.input_of(above)), None, None)
+            self.finish(above, self.layer(above).step.value_again(self.input_of(above)), None, None)
         if self._hidden is None:
-            form = self.passed[index].update.form
+            form = self.layer(index).update.form
             self._hidden = _OPERATIONS[form].rewind(
                 self.position, self.velocities[form], fraction_bits=self.fraction_bits, dtype=self.dtype
             )
         hidden, self._hidden = self._hidden, None
         return hidden
+
+    def layer(self, index: int) -> Passed:
+        """A layer that the streams can be run back through.
+
+        Raises:
+            RuntimeError: It ran without gradients.
+        """
+        passed = self.passed[index]
+        if passed is None:
+            raise RuntimeError(
+                f"layer {index} ran without gradients after layers that had them; what it added cannot be undone"
+            )
+        return passed
 
     def begin_backward(self) -> bool:
         """Whether this is the first node of its call of backward(), which starts with no gradient of its own."""
@@ -195,7 +208,7 @@ class Streams:
 
         NaN and a flag where `branch`, the second evaluation, is not what the first one was.
         """
-        passed = self.passed[index]
+        passed = self.layer(index)
         form, bits = passed.update
         gradient, self._grad_velocities[form] = _OPERATIONS[form].gradient(
             grad_output,
@@ -210,12 +223,18 @@ class Streams:
         self._bits_above[form] = bits
         return gradient
 
-    def finish(self, index: int, branch: torch.Tensor, grad_output, grad_branch):
+    def finish(
+        self,
+        index: int,
+        branch: torch.Tensor,
+        grad_output: torch.Tensor | None,
+        grad_branch: torch.Tensor | None,
+    ) -> torch.Tensor | None:
         """Undo layer `index`, whose input is known; returns the gradient of its input.
 
         Where the layer opens, the streams are compared with what they were there in the forward pass.
         """
-        passed, self.passed[index] = self.passed[index], None
+        passed, self.passed[index] = self.layer(index), None
         form, bits = passed.update
         self._hidden, gradient = _OPERATIONS[form].backward(
             self.position,
@@ -235,4 +254,5 @@ class Streams:
 
     def release(self):
         """Let the streams go."""
-        self.position = self.velocities = self._grad_velocities = None
+        self.position = self.velocities = None
+        self._grad_velocities = {}

@@ -39,7 +39,7 @@ class RememberReport:
 
     def by_level(self) -> dict[str, tuple[int, int]]:
         """Count by level the contexts that came back exactly, and all of them."""
-        counts = {}
+        counts: dict[str, tuple[int, int]] = {}
         for pair, exact in zip(self.pairs, self.exact, strict=True):
             right, total = counts.get(pair.level, (0, 0))
             counts[pair.level] = (right + exact, total + 1)

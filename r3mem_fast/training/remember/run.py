@@ -104,7 +104,7 @@ class Run:
         self.wanted = {}  # log-probabilities of the base model, by window
         # Adapters that act on memory tokens alone leave the forward direction as it is.
         free = settings.divergence is None or config.adapter_rows == "memory"
-        self.anchor = None if free else self._anchor()
+        self.anchor: Any = None if free else self._anchor()
 
     def to_the_end(self, progress):
         settings = self.settings
