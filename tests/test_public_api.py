@@ -22,10 +22,20 @@ def public_functions(tree):
             yield node, False
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             graph = any(getattr(base, "attr", None) == "Function" for base in node.bases)  # of autograd
-            for inner in node.body:
-                if isinstance(inner, ast.FunctionDef) and not graph:
-                    if not inner.name.startswith("_") or inner.name in ("__init__", "__call__"):
-                        yield inner, True
+            for inner in () if graph else node.body:
+                named = isinstance(inner, ast.FunctionDef) and inner.name
+                if named and (not named.startswith("_") or named in ("__init__", "__call__")):
+                    yield inner, True
+
+
+def own_nodes(function):
+    """The nodes of a function, without those of functions inside of it."""
+    waiting = list(function.body)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -36,16 +46,9 @@ def test_public_functions_are_typed(path):
         given = given[1:] if method and "staticmethod" not in names else given
         untyped = [argument.arg for argument in given if argument.annotation is None]
         assert not untyped, f"{function.name} in line {function.lineno}: {untyped}"
-        returns = any(
-            isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant)
-            for node in ast.walk(function)
-        )
-        described = (
-            function.returns is not None
-            or not returns
-            or any("contextmanager" in ast.dump(d) for d in function.decorator_list)
-        )
-        assert described or any(isinstance(node, ast.FunctionDef) for node in function.body), (
+        returns = any(isinstance(node, ast.Return) and node.value is not None for node in own_nodes(function))
+        managed = any("contextmanager" in ast.dump(decorator) for decorator in function.decorator_list)
+        assert function.returns is not None or managed or not returns, (
             f"{function.name} in line {function.lineno} does not say what it returns"
         )
 

@@ -95,7 +95,7 @@ def gguf_options() -> dict[str, Any]:
 
 
 def bars_of_gguf_on_terminals_only() -> contextlib.AbstractContextManager:
-    """Let transformers show its bar of a GGUF file's tensors on terminals only, while this lasts; a log would drown."""
+    """Let transformers show its bar of a GGUF file on terminals only, while this lasts: a log would drown in it."""
     # The bar is not one of those that transformers' logging settings turn off.
     module = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     return temporarily(module, tqdm=functools.partial(tqdm, disable=None))
