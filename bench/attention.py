@@ -33,6 +33,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from r3mem_fast.kernels.attention import dispatch, memory_attention, memory_decode
+from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 
 from .records import add_output_option, add_record
 
@@ -189,11 +190,10 @@ def records_of(case, device, rounds):
         for name, step in steps.items():
             times[name].append(_milliseconds(step, device))
     common = dataclasses.asdict(case)
-    query, key, _, memory_key, _ = case.tensors(device)
-    settings = {"window": None, "softcap": None, "query_offset": 0}
-    chosen = dispatch.choose(query, key, memory_key, None, None, None, **settings)
+    inputs = AttentionInputs(*case.tensors(device))
+    chosen = dispatch.choose(inputs, AttentionSettings(case.head_dim**-0.5))
     if case.passed == "decode":
-        chosen = dispatch.choose_for_decoding(query)
+        chosen = dispatch.choose_for_decoding(inputs.query)
     for name, found in times.items():
         ratios = [a / b for a, b in zip(found, times["r3mem"], strict=True)]
         low, _, high = statistics.quantiles(found, n=4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from r3mem_fast.kernels.attention import MAX_DECODED
+from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 
 KERNELS = ("forward", "query", "key", "memory", "delta", "decode", "combine")
 # Variants by where tensors lie.
@@ -73,27 +74,28 @@ class AttentionCase:
         of_memory = [values(rows, shared, memory, self.head_dim) for _ in range(2)]
         lengths, starts = (integers(memory // 2), integers(tokens // 4)) if everything else (None, None)
         sinks = values(heads, dtype=torch.float32) if everything else None
-        settings = {
-            "scale": self.head_dim**-0.5,
-            "window": tokens // 2 if everything else None,
-            "softcap": 30.0 if everything else None,
-            "target": target,
-        }
-        tensors = (query, *own, *of_memory, lengths)
+        settings = AttentionSettings(
+            scale=self.head_dim**-0.5,
+            window=tokens // 2 if everything else None,
+            softcap=30.0 if everything else None,
+        )
         if decodes:
-            launches, _ = kernels.plan_memory_decode(*tensors, integers(tokens), starts, sinks, **settings)
+            inputs = AttentionInputs(query, *own, *of_memory, lengths, starts, sinks=sinks)
+            launches, _ = kernels.plan_memory_decode(inputs, integers(tokens), settings, target=target)
             return launches[0 if self.kernel == "decode" else 1]
         ends = None
         if self.variant == "packed":
             ends = torch.arange(0, (rows + 1) * tokens, tokens, dtype=torch.int32, device=device)
             query, *own = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, *own))
-            tensors = (query, *own, *of_memory, lengths)
-        tensors, settings["offsets"] = (*tensors, starts, ends, sinks), 0 if ends is None else tokens
+            settings = settings._replace(max_seqlen=tokens)
+        inputs = AttentionInputs(query, *own, *of_memory, lengths, starts, ends, sinks)
         if self.kernel == "forward":
-            return kernels.plan_memory_attention(*tensors, **settings)[0]
+            return kernels.plan_memory_attention(inputs, settings, target=target)[0]
         lse = values(*((heads, rows * tokens) if ends is not None else (rows, heads, tokens)), dtype=torch.float32)
         grad_lse = lse if everything else None
-        launches, _ = kernels.plan_memory_attention_backward(query, grad_lse, *tensors, query, lse, **settings)
+        launches, _ = kernels.plan_memory_attention_backward(
+            query, grad_lse, inputs, query, lse, settings, target=target
+        )
         return next(found for found in launches if found.kernel.__name__ == f"attention_{self.kernel}_kernel")
 
     def least_bytes(self, launch, shape):

@@ -1,26 +1,14 @@
 """Memory-token attention: a segment's queries see a memory that is held elsewhere, and causally their own segment.
 
-`reference.py` is the specification, formulas and sources stand there; `triton/` implements the same for GPUs. The
-functions below validate and call the operators `torch.ops.r3mem.*`, which run one of the two
-(`kernels/common/dispatch.py`), under autograd and `torch.compile`. Nothing is concatenated, no mask is made, and no
-kernel is compiled anew when batch, tokens or memory change.
+`reference.py` is the specification, where formulas and their sources stand; `triton/` implements it for GPUs, and
+`vendor.py` by PyTorch's own attention. The functions below validate their arguments and call the operators
+`torch.ops.r3mem.*`, which run one of these (`dispatch.py`), under autograd and `torch.compile`. Nothing is
+concatenated, no mask is made, and no kernel is compiled anew when batch, tokens or memory change.
 
-Everywhere: query `[B, Hq, T, D]`, key and value `[B, Hkv, S, D]`, memory_key and memory_value `[B, Hkv, M, D]`, or
-`[1, Hkv, M, D]` for one memory that all rows read; all of one dtype (bfloat16, float16, float32, float64) and device;
-`Hq` a multiple of `Hkv`; D up to 256. Keys carry their positions (rotary embeddings) already. M may be 0, and the
-memory be left out.
-
-    memory_lengths   int32 `[B]`: of each row the *last* so many memory keys are read (it is filled from its end)
-    segment_starts   int32 `[B]`: keys of the segment before these are padding, and are not read
-    sinks            `[Hq]`: logits that take part in the softmax and have no value (attention sinks); float32, or the
-                     dtype of the query
-    scale            of q · k; None: `D ** -0.5`
-    window           a query sees the last so many keys of its segment, its own included; the memory always
-    softcap          c of `c * tanh(scale * q · k / c)`
-    return_lse       also return the logarithm of the softmax's denominator, sinks included: float32 `[B, Hq, T]`
-
-A row that sees no key at all gives zeros, and -inf. All raise TypeError for dtypes and ValueError for shapes, devices
-or settings that do not fit.
+Shapes: B is the number of rows (batch items), Hq and Hkv the numbers of query and key heads (Hq a multiple of Hkv), T,
+S and M the numbers of queries, keys of the segment and memory tokens, and D the head_dim, up to `MAX_HEAD_DIM`. Keys
+already carry their positions (rotary embeddings). A query that sees no key at all gives an output of zeros, and a
+log-sum-exp of -inf.
 """
 
 import torch
@@ -32,30 +20,59 @@ __all__ = ["MAX_HEAD_DIM", "memory_attention", "memory_attention_varlen", "memor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
-MAX_DECODED = 64  # queries of a key head
+MAX_DECODED = 64  # queries that share a key head
 
 
 def memory_attention(
-    query,
-    key,
-    value,
-    memory_key=None,
-    memory_value=None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory_key: torch.Tensor | None = None,
+    memory_value: torch.Tensor | None = None,
     *,
-    memory_lengths=None,
-    segment_starts=None,
-    sinks=None,
-    scale=None,
-    window=None,
-    softcap=None,
-    query_offset=0,
-    return_lse=False,
-):
-    """Attention of a segment's queries to a memory and, causally, to the segment: `[B, Hq, T, D]`.
+    memory_lengths: torch.Tensor | None = None,
+    segment_starts: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    query_offset: int = 0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend from a segment's queries to a memory and, causally, to the segment.
 
-    query_offset: keys of the segment before the first query, so that `S = query_offset + T`: query i sees the keys up
-    to `query_offset + i`. Arguments otherwise, and errors, as in the module's text. Differentiable once in all float
-    tensors, the returned lse included; gradients are deterministic.
+    Differentiable once in all float tensors, the returned log-sum-exps included. Gradients are deterministic. The
+    formula is in `reference.py`.
+
+    Args:
+        query: `[B, Hq, T, D]` in bfloat16, float16, float32 or float64.
+        key: Keys of the segment, `[B, Hkv, S, D]`, in the dtype and on the device of the query; so are all tensors
+            whose description says nothing else.
+        value: Values of the segment, `[B, Hkv, S, D]`.
+        memory_key: `[B, Hkv, M, D]`, or `[1, Hkv, M, D]` for one memory that all rows read. M may be 0. None for no
+            memory.
+        memory_value: Of the shape of `memory_key`; None for no memory.
+        memory_lengths: int32 or int64 `[B]`, numbers of memory tokens that the rows read. These are the *last* ones,
+            because a memory is filled from its end. None for all of them.
+        segment_starts: int32 or int64 `[B]`. Keys of the segment before these positions are padding, and are not
+            read. None for no padding.
+        sinks: Attention sinks, `[Hq]`: logits that take part in the softmax and have no value; float32, or in the
+            dtype of the query.
+        scale: Factor of `q · k`; None for `D ** -0.5`.
+        window: Number of keys of the segment that a query sees, counted back from its own, which is included; None
+            for all of them. The memory is always seen.
+        softcap: c of `c * tanh(scale * q · k / c)`; None for no cap.
+        query_offset: Number of keys of the segment before the first query, so that `S = query_offset + T`: query i
+            sees the keys up to position `query_offset + i`.
+        return_lse: Also return the log-sum-exps: logarithms of the softmax's denominators, sinks included.
+
+    Returns:
+        The output, `[B, Hq, T, D]` in the dtype of the query. With `return_lse` a tuple of it and the log-sum-exps,
+        `[B, Hq, T]` in float32 (float64 for float64).
+
+    Raises:
+        TypeError: If a dtype is not supported, or dtypes differ.
+        ValueError: If a shape, a device or a setting does not fit.
     """
     _check_tensors(query, key, value, memory_key, memory_value)
     if type(query_offset) is not int or query_offset < 0:
@@ -75,27 +92,50 @@ def memory_attention(
 
 
 def memory_attention_varlen(
-    query,
-    key,
-    value,
-    cu_seqlens,
-    max_seqlen,
-    memory_key=None,
-    memory_value=None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    memory_key: torch.Tensor | None = None,
+    memory_value: torch.Tensor | None = None,
     *,
-    memory_lengths=None,
-    sinks=None,
-    scale=None,
-    window=None,
-    softcap=None,
-    return_lse=False,
-):
-    """`memory_attention` of N segments of different lengths, one after the other: `[total, Hq, D]`.
+    memory_lengths: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend as `memory_attention` does, for N segments of different lengths that lie one after the other.
 
-    query `[total, Hq, D]`, key and value `[total, Hkv, D]`; cu_seqlens: int32 `[N + 1]`, where each segment starts,
-    and the total; max_seqlen: the longest, an int (a larger one costs time, a smaller one leaves tokens out: it is not
-    compared with cu_seqlens, which would synchronise). memory_key, memory_value `[N or 1, Hkv, M, D]`,
-    memory_lengths `[N]`. lse: `[Hq, total]`. Otherwise as `memory_attention`.
+    Args:
+        query: `[total, Hq, D]` in bfloat16, float16, float32 or float64.
+        key: `[total, Hkv, D]`, in the dtype and on the device of the query; so are all tensors whose description says
+            nothing else.
+        value: `[total, Hkv, D]`.
+        cu_seqlens: int32 `[N + 1]`, where each segment starts, and the total.
+        max_seqlen: Length of the longest segment, in tokens. A larger number costs time, a smaller one leaves tokens
+            out. It is not compared with `cu_seqlens`, which would synchronise with the GPU.
+        memory_key: `[N, Hkv, M, D]`, or `[1, Hkv, M, D]` for one memory that all segments read. M may be 0. None for
+            no memory.
+        memory_value: Of the shape of `memory_key`; None for no memory.
+        memory_lengths: int32 or int64 `[N]`, numbers of memory tokens, the last ones, that the segments read; None
+            for all of them.
+        sinks: Attention sinks, `[Hq]`: logits that take part in the softmax and have no value; float32, or in the
+            dtype of the query.
+        scale: Factor of `q · k`; None for `D ** -0.5`.
+        window: Number of keys of the segment that a query sees, its own included; None for all of them.
+        softcap: c of `c * tanh(scale * q · k / c)`; None for no cap.
+        return_lse: Also return the log-sum-exps.
+
+    Returns:
+        The output, `[total, Hq, D]` in the dtype of the query. With `return_lse` a tuple of it and the log-sum-exps,
+        `[Hq, total]` in float32 (float64 for float64).
+
+    Raises:
+        TypeError: If a dtype is not supported, or dtypes differ.
+        ValueError: If a shape, a device or a setting does not fit.
     """
     if query.dim() != 3:
         raise ValueError(f"query must be [total, Hq, D], got {list(query.shape)}")
@@ -105,50 +145,69 @@ def memory_attention_varlen(
         raise ValueError(f"cu_seqlens on {cu_seqlens.device} and query on {query.device} must be on one device")
     if type(max_seqlen) is not int or max_seqlen < 1:
         raise ValueError(f"max_seqlen must be an integer of at least 1, got {max_seqlen!r}")
-    rows = len(cu_seqlens) - 1
-    _check_tensors(query, key, value, memory_key, memory_value, rows=rows)
+    segments = len(cu_seqlens) - 1
+    _check_tensors(query, key, value, memory_key, memory_value, segments=segments)
     if len(key) != len(query):
         raise ValueError(f"key has {len(key)} tokens and query {len(query)}: as many of both")
-    lengths = _checked_lengths("memory_lengths", memory_lengths, query, rows, needs=memory_key)
+    lengths = _checked_lengths("memory_lengths", memory_lengths, query, segments, needs=memory_key)
     settings = _checked_settings(query, sinks, scale, window, softcap)
+    ends = cu_seqlens.contiguous()
     output, lse = ops.memory_attention(
-        query,
-        key,
-        value,
-        memory_key,
-        memory_value,
-        lengths,
-        None,
-        cu_seqlens.contiguous(),
-        sinks,
-        *settings,
-        max_seqlen,
+        query, key, value, memory_key, memory_value, lengths, None, ends, sinks, *settings, max_seqlen
     )
     return (output, lse) if return_lse else output
 
 
 def memory_decode(
-    query,
-    key,
-    value,
-    memory_key=None,
-    memory_value=None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory_key: torch.Tensor | None = None,
+    memory_value: torch.Tensor | None = None,
     *,
-    lengths=None,
-    memory_lengths=None,
-    segment_starts=None,
-    sinks=None,
-    scale=None,
-    window=None,
-    softcap=None,
-    return_lse=False,
-):
-    """`memory_attention` for one query or a few, split over the keys: for decoding behind a memory and a cache.
+    lengths: torch.Tensor | None = None,
+    memory_lengths: torch.Tensor | None = None,
+    segment_starts: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attend as `memory_attention` does, from one query or a few to a memory and a cache, split over the keys.
 
-    lengths: int32 `[B]`, keys of each row's cache that are filled, the queries' own included; None: all S. The T
-    queries are the last of these, so that every row may have another length, and none of it is known on the host: it
-    can be captured in a CUDA graph. `Hq / Hkv * T` may be 64 at most. Not differentiable: raises RuntimeError
-    for tensors that require a gradient while gradients are on. Otherwise as `memory_attention`.
+    The T queries are the last of the filled keys. Every row may have another length, and none of the lengths is known
+    on the host, so the call can be captured in a CUDA graph. Not differentiable.
+
+    Args:
+        query: `[B, Hq, T, D]` in bfloat16, float16, float32 or float64; `Hq / Hkv * T` may be 64 at most.
+        key: Keys of the cache, `[B, Hkv, S, D]`, those of the queries included; in the dtype and on the device of the
+            query, as are all tensors whose description says nothing else.
+        value: Values of the cache, `[B, Hkv, S, D]`.
+        memory_key: `[B, Hkv, M, D]`, or `[1, Hkv, M, D]` for one memory that all rows read. M may be 0. None for no
+            memory.
+        memory_value: Of the shape of `memory_key`; None for no memory.
+        lengths: int32 or int64 `[B]`, numbers of keys of the cache that are filled, those of the queries included;
+            None for all S.
+        memory_lengths: int32 or int64 `[B]`, numbers of memory tokens, the last ones, that the rows read; None for
+            all of them.
+        segment_starts: int32 or int64 `[B]`. Keys of the cache before these positions are padding, and are not read.
+            None for no padding.
+        sinks: Attention sinks, `[Hq]`: logits that take part in the softmax and have no value; float32, or in the
+            dtype of the query.
+        scale: Factor of `q · k`; None for `D ** -0.5`.
+        window: Number of keys of the cache that a query sees, its own included; None for all of them.
+        softcap: c of `c * tanh(scale * q · k / c)`; None for no cap.
+        return_lse: Also return the log-sum-exps.
+
+    Returns:
+        The output, `[B, Hq, T, D]` in the dtype of the query. With `return_lse` a tuple of it and the log-sum-exps,
+        `[B, Hq, T]` in float32 (float64 for float64).
+
+    Raises:
+        TypeError: If a dtype is not supported, or dtypes differ.
+        ValueError: If a shape, a device or a setting does not fit, or there are too many queries.
+        RuntimeError: If gradients are on and a tensor requires one.
     """
     _check_tensors(query, key, value, memory_key, memory_value)
     tokens = query.shape[2]
@@ -162,28 +221,44 @@ def memory_decode(
     tensors = [t for t in (query, key, value, memory_key, memory_value, sinks) if t is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError("memory_decode has no gradient; use memory_attention, or torch.no_grad()")
-    of_memory = _checked_lengths("memory_lengths", memory_lengths, query, len(query), needs=memory_key)
-    of_cache = _checked_lengths("lengths", lengths, query, len(query))
+    checked_memory_lengths = _checked_lengths("memory_lengths", memory_lengths, query, len(query), needs=memory_key)
+    cache_lengths = _checked_lengths("lengths", lengths, query, len(query))
     starts = _checked_lengths("segment_starts", segment_starts, query, len(query))
     settings = _checked_settings(query, sinks, scale, window, softcap)
     output, lse = ops.memory_decode(
-        query, key, value, memory_key, memory_value, of_memory, of_cache, starts, sinks, *settings
+        query, key, value, memory_key, memory_value, checked_memory_lengths, cache_lengths, starts, sinks, *settings
     )
     return (output, lse) if return_lse else output
 
 
-def _describe(tensor):
+def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
-def _check_tensors(query, key, value, memory_key, memory_value, rows=None):
-    """rows: of a memory, where there are other tensors than one a row."""
+def _check_tensors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory_key: torch.Tensor | None,
+    memory_value: torch.Tensor | None,
+    segments: int | None = None,
+) -> None:
+    """Raise where dtypes, devices or shapes do not fit.
+
+    Args:
+        query: As the calling function takes it; so are the other tensors.
+        key: See `query`.
+        value: See `query`.
+        memory_key: See `query`.
+        memory_value: See `query`.
+        segments: Number of segments that lie one after the other; None where tensors have rows.
+    """
     if (memory_key is None) != (memory_value is None):
         raise ValueError("memory_key and memory_value must both be given, or neither")
     if query.dtype not in DTYPES:
         raise TypeError(f"query must be bfloat16, float16, float32 or float64, got {query.dtype}")
-    packed = rows is not None
-    dims, rows = (3, rows) if packed else (4, len(query))
+    packed = segments is not None
+    dims, rows = (4, len(query)) if segments is None else (3, segments)
     tensors = {"query": query, "key": key, "value": value, "memory_key": memory_key, "memory_value": memory_value}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -203,20 +278,22 @@ def _check_tensors(query, key, value, memory_key, memory_value, rows=None):
         raise ValueError(f"key {list(key.shape)} and value {list(value.shape)} must agree")
     if not packed and len(key) != rows:
         raise ValueError(f"key has {len(key)} rows and query {rows}")
-    heads, shared = query.shape[1], key.shape[1]
-    if shared == 0 or heads == 0 or heads % shared:
-        raise ValueError(f"{heads} query heads must be a multiple of the {shared} key heads")
-    if memory_key is not None:
+    heads, key_heads = query.shape[1], key.shape[1]
+    if key_heads == 0 or heads == 0 or heads % key_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of the {key_heads} key heads")
+    if memory_key is not None and memory_value is not None:
         if memory_key.shape != memory_value.shape:
             raise ValueError(
                 f"memory_key {list(memory_key.shape)} and memory_value {list(memory_value.shape)} must agree"
             )
-        if memory_key.shape[0] not in (1, rows) or memory_key.shape[1] != shared:
-            raise ValueError(f"memory_key must be [{rows} or 1, {shared}, M, D], got {list(memory_key.shape)}")
+        if memory_key.shape[0] not in (1, rows) or memory_key.shape[1] != key_heads:
+            raise ValueError(f"memory_key must be [{rows} or 1, {key_heads}, M, D], got {list(memory_key.shape)}")
 
 
-def _checked_lengths(name, lengths, query, rows, needs=True):
-    """An int32 tensor `[rows]` for a kernel, or None."""
+def _checked_lengths(
+    name: str, lengths: torch.Tensor | None, query: torch.Tensor, rows: int, needs: object = True
+) -> torch.Tensor | None:
+    """Return lengths as a kernel takes them, int32 `[rows]`; None where there are none, or `needs` is None."""
     if lengths is None or needs is None:
         return None
     if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (rows,) or lengths.device != query.device:
@@ -224,8 +301,10 @@ def _checked_lengths(name, lengths, query, rows, needs=True):
     return lengths.to(torch.int32).contiguous()
 
 
-def _checked_settings(query, sinks, scale, window, softcap):
-    """`(scale, window, softcap)` as the operators take them."""
+def _checked_settings(
+    query: torch.Tensor, sinks: torch.Tensor | None, scale: float | None, window: int | None, softcap: float | None
+) -> tuple[float, int, float]:
+    """Check sinks and settings; return `(scale, window, softcap)` as the operators take them."""
     if sinks is not None:
         if sinks.dtype not in (torch.float32, query.dtype):
             raise TypeError(f"sinks must be float32 or {query.dtype}, got {sinks.dtype}")

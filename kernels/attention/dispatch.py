@@ -1,10 +1,12 @@
 """Which implementation of memory-token attention runs, and why.
 
-On the CPU the vendor's attention where it can take the segment (`vendor.py`), the reference elsewhere; measured, the
-first is several times as fast (`bench/results/attention_cpu.jsonl`, table in README.md). On a GPU Triton, for
-everything: no measurement there has shown yet where the vendor's is faster. float64 takes no Triton. The environment
-variable R3MEM_ATTENTION, `reference`, `triton` or `vendor`, forces one, and where it is unset R3MEM_KERNELS does; a
-forced one that cannot run raises.
+On a CPU the vendor's attention runs where it can take the segment (`vendor.py`), and the reference elsewhere. The
+vendor's is several times as fast, as measured (`bench/results/attention_cpu.jsonl`, table in README.md). On a GPU
+Triton runs everything: no measurement there has shown yet where the vendor's is faster. float64 is left to the
+reference, because the Triton kernels compute in float32.
+
+The environment variable R3MEM_ATTENTION (`reference`, `triton` or `vendor`) forces an implementation; where it is
+unset, R3MEM_KERNELS does. A forced implementation that cannot run raises.
 """
 
 import os
@@ -14,34 +16,34 @@ import torch
 from ..common import dispatch
 from ..common.dispatch import Choice
 from . import vendor
+from .arguments import AttentionInputs, AttentionSettings
 
 VARIABLE = "R3MEM_ATTENTION"
 IMPLEMENTATIONS = (*dispatch.IMPLEMENTATIONS, "vendor")
 
 
-def choose(query, key, memory_key, segment_starts, cu_seqlens, sinks, *, window, softcap, query_offset) -> Choice:
-    """The implementation for these tensors (None where there are none).
+def choose(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
+    """Choose the implementation of `memory_attention` and of its backward pass.
 
-    Raises ValueError for a variable that names none, RuntimeError if the one that it names cannot run.
+    Args:
+        inputs: Tensors of the attention.
+        settings: Its settings; `query_offset` must be an int.
+
+    Returns:
+        The implementation and the reason for it.
+
+    Raises:
+        ValueError: If the environment variable names no implementation.
+        RuntimeError: If the implementation that it names cannot run.
     """
     forced = os.environ.get(VARIABLE, "")
     if forced and forced not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE} must be {', '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
     if forced in dispatch.IMPLEMENTATIONS:
-        return _without_vendor(query, forced)
-    if not forced and (query.device.type != "cpu" or os.environ.get(dispatch.VARIABLE)):
-        return _without_vendor(query, forced)
-    reason = vendor.why_not(
-        query,
-        key,
-        memory_key,
-        segment_starts,
-        cu_seqlens,
-        sinks,
-        window=window,
-        softcap=softcap,
-        query_offset=query_offset,
-    )
+        return _choose_without_vendor(inputs.query, forced)
+    if not forced and (inputs.query.device.type != "cpu" or os.environ.get(dispatch.VARIABLE)):
+        return _choose_without_vendor(inputs.query, forced)
+    reason = vendor.why_not(inputs, settings)
     if reason is None:
         return Choice("vendor", f"{VARIABLE}=vendor" if forced else "the fastest on a CPU")
     if forced:
@@ -49,16 +51,27 @@ def choose(query, key, memory_key, segment_starts, cu_seqlens, sinks, *, window,
     return Choice("reference", reason)
 
 
-def choose_for_decoding(query) -> Choice:
-    """The implementation of `memory_decode`, of which no vendor has one."""
+def choose_for_decoding(query: torch.Tensor) -> Choice:
+    """Choose the implementation of `memory_decode`, which no vendor has.
+
+    Args:
+        query: `[B, Hq, T, D]`; only its dtype and device matter.
+
+    Returns:
+        The implementation and the reason for it.
+
+    Raises:
+        ValueError: If the environment variable names no implementation.
+        RuntimeError: If the implementation that it names cannot run.
+    """
     forced = os.environ.get(VARIABLE, "")
     if forced == "vendor":
         return Choice("reference", "no vendor's kernel decodes")
-    return _without_vendor(query, forced)
+    return _choose_without_vendor(query, forced)
 
 
-def _without_vendor(query, forced):
-    """The reference or Triton: whichever is forced, or by the device."""
+def _choose_without_vendor(query: torch.Tensor, forced: str) -> Choice:
+    """Choose between the reference and Triton: the one that is forced, else by device and dtype."""
     if query.dtype == torch.float64 and not forced and not os.environ.get(dispatch.VARIABLE):
         return Choice("reference", "float64")
     return dispatch.choose(query.device, (query.dtype,), VARIABLE if forced else dispatch.VARIABLE)

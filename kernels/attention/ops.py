@@ -1,18 +1,24 @@
 """Memory-token attention as `torch.library` operators `torch.ops.r3mem.*`, differentiable, with fake implementations.
 
-An operator returns tensors only: what is absent is an empty tensor there. `window` is 0 and `softcap` 0.0 where the
-API says None. With cu_seqlens, tensors are `[total, H, D]`, and query_offset is the length of the longest sequence.
+An operator takes and returns plain values: `window` is 0 and `softcap` 0.0 where the functions of `__init__.py` take
+None, and a gradient that does not exist is an empty tensor. With `cu_seqlens`, `query_offset` is the length of the
+longest sequence.
 """
 
 import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import dispatch, reference, vendor
+from .arguments import AttentionInputs, AttentionSettings
 from .outputs import new_lse, new_output
 
 _library = torch.library.Library("r3mem", "FRAGMENT")
 
+# The fields of AttentionInputs, in their order.
 _INPUTS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? memory_key, Tensor? memory_value, Tensor? memory_lengths, "
     "Tensor? segment_starts, Tensor? cu_seqlens, Tensor? sinks"
@@ -20,69 +26,59 @@ _INPUTS = (
 _SETTINGS = "float scale, SymInt window, float softcap, SymInt query_offset"
 
 
-def _implements(name):
-    """The operator's implementation on every device; autocast does not reach into it."""
+def _implements(name: str) -> Callable[[Callable], None]:
+    """Register the decorated function as the operator's implementation on every device, out of autocast's reach."""
 
-    def define(function):
+    def register(function: Callable) -> None:
         @functools.wraps(function)
-        def run(first, *others):
+        def run(first: torch.Tensor, *others: Any) -> Any:
             with torch.autocast(first.device.type, enabled=False):
                 return function(first, *others)
 
         _library.impl(name, run, "CompositeExplicitAutograd")
 
-    return define
+    return register
 
 
-def _triton():
+def _triton() -> ModuleType:
+    """Import the Triton kernels, which a machine without Triton must not do."""
     from . import triton
 
     return triton
 
 
-def _settings(scale, window, softcap):
-    return {"scale": scale, "window": window or None, "softcap": softcap or None}
+def _bundle(arguments: Any) -> tuple[AttentionInputs, AttentionSettings]:
+    """Bundle the arguments that `_INPUTS` and `_SETTINGS` list, in their order."""
+    *tensors, scale, window, softcap, query_offset = arguments
+    inputs = AttentionInputs(*tensors)
+    if inputs.cu_seqlens is None:
+        return inputs, AttentionSettings(scale, window or None, softcap or None, query_offset)
+    return inputs, AttentionSettings(scale, window or None, softcap or None, max_seqlen=query_offset)
 
 
 _library.define(f"memory_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @_implements("memory_attention")
-def _(
-    query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens, sinks,
-    scale, window, softcap, query_offset,
-):  # fmt: skip
-    settings = _settings(scale, window, softcap)
-    tensors = (query, key, value, memory_key, memory_value, memory_lengths)
-    chosen = dispatch.choose(
-        query, key, memory_key, segment_starts, cu_seqlens, sinks, window=settings["window"],
-        softcap=settings["softcap"], query_offset=query_offset,
-    ).implementation  # fmt: skip
+def _run_memory_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, settings = _bundle(arguments)
+    chosen = dispatch.choose(inputs, settings).implementation
     if chosen == "triton":
-        return _triton().memory_attention(
-            *tensors, segment_starts, cu_seqlens, sinks, offsets=query_offset, **settings
-        )
-    if chosen == "vendor":
-        output, lse = vendor.memory_attention(*tensors, sinks, scale=scale)
-    elif cu_seqlens is None:
-        output, lse = reference.memory_attention(*tensors, segment_starts, sinks, offsets=query_offset, **settings)
-    else:
-        rows = (reference.padded(tensor, cu_seqlens, query_offset) for tensor in (query, key, value))
-        output, lse = reference.memory_attention(*rows, *tensors[3:], None, sinks, offsets=0, **settings)
-        output, lse = (reference.packed(t, cu_seqlens, len(query)) for t in (output, lse))
-        lse = lse.transpose(0, 1)
-    return new_output(query).copy_(output), lse.contiguous()
+        return _triton().memory_attention(inputs, settings)
+    implementation = vendor if chosen == "vendor" else reference
+    output, lse = implementation.memory_attention(inputs, settings)
+    return new_output(inputs.query).copy_(output), lse.contiguous()
 
 
 @torch.library.register_fake("r3mem::memory_attention", lib=_library)
-def _(query, *others):
+def _fake_memory_attention(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return new_output(query), new_lse(query)
 
 
-def _with_gradient(query, key, value, memory_key, memory_value, sinks, frozen_memory):
-    """The inputs that have one, None where there is none."""
-    memory = (None, None) if frozen_memory else (memory_key, memory_value)
-    return query, key, value, *memory, sinks
+def _inputs_with_gradient(inputs: AttentionInputs, frozen_memory: bool) -> tuple[torch.Tensor | None, ...]:
+    """List the inputs in the order of their gradients, with None where there is no gradient."""
+    memory = (None, None) if frozen_memory else (inputs.memory_key, inputs.memory_value)
+    return inputs.query, inputs.key, inputs.value, *memory, inputs.sinks
 
 
 _library.define(
@@ -93,98 +89,78 @@ _library.define(
 
 
 @_implements("memory_attention_backward")
-def _(
-    grad_output, grad_lse, query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens,
-    sinks, output, lse, scale, window, softcap, query_offset, frozen_memory,
-):  # fmt: skip
-    settings = _settings(scale, window, softcap)
-    memory = (memory_key, memory_value, memory_lengths)
-    tensors = (grad_output, grad_lse, query, key, value, *memory)
-    chosen = dispatch.choose(
-        query, key, memory_key, segment_starts, cu_seqlens, sinks, window=settings["window"],
-        softcap=settings["softcap"], query_offset=query_offset,
-    ).implementation  # fmt: skip
-    if chosen == "vendor" and grad_lse is not None:  # which the vendors' kernels do not take
+def _run_memory_attention_backward(
+    grad_output: torch.Tensor, grad_lse: torch.Tensor | None, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    *tensors, output, lse, scale, window, softcap, query_offset, frozen_memory = arguments
+    inputs, settings = _bundle((*tensors, scale, window, softcap, query_offset))
+    query = inputs.query
+    chosen = dispatch.choose(inputs, settings).implementation
+    if chosen == "vendor" and grad_lse is not None:  # the vendors' kernels take no gradient of lse
         chosen = "triton" if query.device.type == "cuda" else "reference"
     if chosen == "triton":
         grads = _triton().memory_attention_backward(
-            *tensors, segment_starts, cu_seqlens, sinks, output, lse, offsets=query_offset,
-            frozen_memory=frozen_memory, **settings,
-        )  # fmt: skip
+            grad_output, grad_lse, inputs, output, lse, settings, frozen_memory=frozen_memory
+        )
     elif chosen == "vendor":
         grads = vendor.memory_attention_backward(
-            grad_output, *tensors[2:], sinks, output, lse, scale=scale, frozen_memory=frozen_memory
-        )
-    elif cu_seqlens is None:
-        grads = reference.memory_attention_backward(
-            *tensors, segment_starts, sinks, output, lse, offsets=query_offset, **settings
+            grad_output, inputs, output, lse, settings, frozen_memory=frozen_memory
         )
     else:
-
-        def rows(tensor):
-            return reference.padded(tensor, cu_seqlens, query_offset)
-
-        def turned(tensor):
-            return None if tensor is None else rows(tensor.transpose(0, 1))
-
-        grads = reference.memory_attention_backward(
-            rows(grad_output), turned(grad_lse), rows(query), rows(key), rows(value), *memory, None, sinks,
-            rows(output), turned(lse), offsets=0, **settings,
-        )  # fmt: skip
-        own = (reference.packed(grad, cu_seqlens, len(query)) for grad in grads[:3])
-        grads = (*own, *grads[3:])
-    inputs = _with_gradient(query, key, value, memory_key, memory_value, sinks, frozen_memory)
-    # What is absent is empty; the others are laid out as the fake implementation says.
+        grads = reference.memory_attention_backward(grad_output, grad_lse, inputs, output, lse, settings)
+    # Laid out as the fake implementation says.
     return tuple(
-        query.new_empty(0) if like is None else grad.contiguous() for grad, like in zip(grads, inputs, strict=True)
+        query.new_empty(0) if tensor is None else grad.contiguous()
+        for grad, tensor in zip(grads, _inputs_with_gradient(inputs, frozen_memory), strict=True)
     )
 
 
 @torch.library.register_fake("r3mem::memory_attention_backward", lib=_library)
-def _(
-    grad_output, grad_lse, query, key, value, memory_key, memory_value, memory_lengths, segment_starts, cu_seqlens,
-    sinks, output, lse, scale, window, softcap, query_offset, frozen_memory,
-):  # fmt: skip
-    inputs = _with_gradient(query, key, value, memory_key, memory_value, sinks, frozen_memory)
+def _fake_memory_attention_backward(
+    grad_output: torch.Tensor, grad_lse: torch.Tensor | None, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    inputs = AttentionInputs(*arguments[: len(AttentionInputs._fields)])
+    frozen_memory = arguments[-1]
     return tuple(
-        query.new_empty(0) if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
-        for like in inputs
+        inputs.query.new_empty(0)
+        if tensor is None
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in _inputs_with_gradient(inputs, frozen_memory)
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, scale, window, softcap, query_offset = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.settings = (scale, window, softcap, query_offset)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, grad_lse):
-    saved = ctx.saved_tensors
-    tensors, (output, lse) = saved[:-2], saved[-2:]
+def _backward(ctx: Any, grad_output: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple:
+    *tensors, output, lse = ctx.saved_tensors
     if grad_output is None and grad_lse is None:
         return (None,) * (len(tensors) + len(ctx.settings))
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    frozen_memory = not any(ctx.needs_input_grad[3:5])
+    wanted = AttentionInputs(*ctx.needs_input_grad[: len(tensors)])
+    frozen_memory = not (wanted.memory_key or wanted.memory_value)
     grads = torch.ops.r3mem.memory_attention_backward(
         grad_output, grad_lse, *tensors, output, lse, *ctx.settings, frozen_memory
     )
-    # Of tensors, in their order: lengths, starts and ends have none.
     query, key, value, memory_key, memory_value, sinks = (
-        grad if wanted else None
-        for grad, wanted in zip(grads, (*ctx.needs_input_grad[:5], ctx.needs_input_grad[8]), strict=True)
+        grad if is_wanted else None for grad, is_wanted in zip(grads, (*wanted[:5], wanted.sinks), strict=True)
     )
+    # In the order of the inputs: lengths, starts and ends have no gradient.
     return (query, key, value, memory_key, memory_value, None, None, None, sinks, *(None,) * len(ctx.settings))
 
 
 torch.library.register_autograd("r3mem::memory_attention", _backward, setup_context=_setup_context, lib=_library)
 
 
-def _refuse_gradients(name, what):
-    """Make an operator's derivative an error: it would be there or missing by implementation."""
+def _refuse_gradients(name: str, what: str) -> None:
+    """Make an operator's derivative an error; without this, it would exist for some implementations only."""
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{what} has no derivative")
 
     torch.library.register_autograd(f"r3mem::{name}", backward, lib=_library)
@@ -202,22 +178,20 @@ _library.define(
 
 
 @_implements("memory_decode")
-def _(
-    query, key, value, memory_key, memory_value, memory_lengths, lengths, segment_starts, sinks, scale, window, softcap
-):
-    settings = _settings(scale, window, softcap)
-    tensors = (query, key, value, memory_key, memory_value, memory_lengths)
+def _run_memory_decode(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, memory_key, memory_value, memory_lengths, lengths, segment_starts, sinks, *numbers = arguments
+    inputs = AttentionInputs(query, key, value, memory_key, memory_value, memory_lengths, segment_starts, None, sinks)
+    scale, window, softcap = numbers
+    settings = AttentionSettings(scale, window or None, softcap or None)
     if dispatch.choose_for_decoding(query).implementation == "triton":
-        return _triton().memory_decode(*tensors, lengths, segment_starts, sinks, **settings)
+        return _triton().memory_decode(inputs, lengths, settings)
     lengths = key.shape[2] if lengths is None else lengths
-    output, lse = reference.memory_attention(
-        *tensors, segment_starts, sinks, offsets=lengths - query.shape[2], **settings
-    )
+    output, lse = reference.memory_attention(inputs, settings._replace(query_offset=lengths - query.shape[2]))
     return new_output(query).copy_(output), lse
 
 
 @torch.library.register_fake("r3mem::memory_decode", lib=_library)
-def _(query, *others):
+def _fake_memory_decode(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return new_output(query), new_lse(query)
 
 

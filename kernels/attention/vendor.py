@@ -1,71 +1,95 @@
-"""The third implementation: the vendor's attention over the segment, a pass over the memory alone, and their merge.
+"""Attention by the vendor's kernel: its pass over the segment, a pass over the memory alone, and their merge.
 
-The segment's part is plain causal attention, for which PyTorch brings its vendors' best kernels; the softmax over the
-memory is merged into it (`reference.merge`). Backward, the vendor's kernel is handed the merged output and lse in
-place of its own, which makes its gradients those of the common softmax: `p_ij = exp(z_ij - lse_i)` and
-`delta_i = g^o_i · o_i` are all that it takes from them.
+The segment's part is plain causal attention, for which PyTorch brings its vendors' best kernels. The softmax over the
+memory is merged into it (`reference.merge`). Backward, the vendor's kernel is given the merged output and lse in place
+of its own. All that it takes from them is `p_ij = exp(z_ij - lse_i)` and `delta_i = g^o_i · o_i`, so its gradients
+become those of the common softmax.
 """
+
+from types import ModuleType
 
 import torch
 
 from . import reference
+from .arguments import AttentionInputs, AttentionSettings
 
 _aten = torch.ops.aten
 
 
-def why_not(query, key, memory_key, segment_starts, cu_seqlens, sinks, *, window, softcap, query_offset) -> str | None:
-    """Why the vendor's kernel cannot take a segment; None if it can."""
+def why_not(inputs: AttentionInputs, settings: AttentionSettings) -> str | None:
+    """Say why the vendor's kernel cannot take a segment.
+
+    Args:
+        inputs: Tensors of the attention.
+        settings: Its settings; `query_offset` must be an int.
+
+    Returns:
+        The reason in a few words, or None if the kernel can take it.
+    """
+    query, key = inputs.query, inputs.key
     if query.device.type not in ("cpu", "cuda"):
         return f"no vendor's kernel is called on the device type {query.device.type!r}"
     if query.device.type == "cuda" and (query.dtype.itemsize != 2 or query.shape[-1] % 8):
         return "flash attention takes bfloat16 and float16, and a head_dim that 8 divides"
     reasons = {
         "a memory alone": key is None,
-        "sequences of different lengths": cu_seqlens is not None,
-        "queries behind others": query_offset != 0,
-        "left padding": segment_starts is not None,
-        "a window": window is not None and key is not None and window < key.shape[2],
-        "a softcap": softcap is not None,
-        "sinks without a memory": sinks is not None and _is_empty(memory_key),
+        "sequences of different lengths": inputs.cu_seqlens is not None,
+        "queries behind others": settings.query_offset != 0,
+        "left padding": inputs.segment_starts is not None,
+        "a window": settings.window is not None and key is not None and settings.window < key.shape[2],
+        "a softcap": settings.softcap is not None,
+        "sinks without a memory": inputs.sinks is not None and _is_empty(inputs.memory_key),
         "nothing": query.numel() == 0,
     }
     return next((f"not for {name}" for name, found in reasons.items() if found), None)
 
 
-def memory_attention(
-    query, key, value, memory_key, memory_value, memory_lengths, sinks, *, scale
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(o, lse)`, as of `reference.memory_attention`, of what `why_not` has nothing against."""
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+def memory_attention(inputs: AttentionInputs, settings: AttentionSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `(o, lse)` as `reference.memory_attention` does.
+
+    Args:
+        inputs: Tensors of the attention.
+        settings: Its settings, for which `why_not` must return None.
+
+    Returns:
+        The output, `[B, Hq, T, D]`, and the log-sum-exps, `[B, Hq, T]`.
+    """
+    query, key, value = _with_unit_strides(inputs)
+    scale = settings.scale
     if query.device.type == "cpu":
         output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
     else:
         output, lse, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
-    if _is_empty(memory_key):
+    if _is_empty(inputs.memory_key):
         return output, lse
-    tensors = (query, None, None, memory_key, memory_value, memory_lengths)
-    return reference.merge(output, lse, *_over_memory("memory_attention", tensors, (sinks,), scale))
+    memory_alone = _memory_alone(inputs._replace(query=query))
+    of_memory = _implementation_for_memory(query).memory_attention(memory_alone, AttentionSettings(scale))
+    return reference.merge(output, lse, *of_memory)
 
 
 def memory_attention_backward(
-    grad_output,
-    query,
-    key,
-    value,
-    memory_key,
-    memory_value,
-    memory_lengths,
-    sinks,
-    output,
-    lse,
+    grad_output: torch.Tensor,
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    settings: AttentionSettings,
     *,
-    scale,
-    frozen_memory=False,
-):
-    """Gradients in the order of `reference.memory_attention_backward`; that of lse cannot be given.
+    frozen_memory: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Compute the gradients of `memory_attention`. A gradient of lse cannot be given.
 
-    frozen_memory: leave out the memory's gradients, where Triton runs.
+    Args:
+        grad_output: Gradient of the output, `[B, Hq, T, D]`.
+        inputs: Tensors of the attention.
+        output: What `memory_attention` returned, `[B, Hq, T, D]`.
+        lse: What `memory_attention` returned, `[B, Hq, T]`.
+        settings: Settings of the attention, for which `why_not` must return None.
+        frozen_memory: Leave out the memory's gradients, where Triton runs the pass over the memory.
+
+    Returns:
+        Gradients in the order of `reference.memory_attention_backward`.
     """
+    query, key, value, scale = inputs.query, inputs.key, inputs.value, settings.scale
     arguments = (grad_output, query, key, value, output, lse)
     if query.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*arguments, 0.0, True, scale=scale)
@@ -75,24 +99,38 @@ def memory_attention_backward(
         grads = _aten._scaled_dot_product_flash_attention_backward(
             *arguments, None, None, tokens, tokens, 0.0, True, unused, unused, scale=scale
         )
-    if _is_empty(memory_key):
-        # Gradients of an empty memory are as empty.
-        return (*grads, *(None if t is None else torch.zeros_like(t) for t in (memory_key, memory_value)), None)
-    tensors = (grad_output, None, query, None, None, memory_key, memory_value, memory_lengths)
-    others, only = (sinks, output, lse), {"frozen_memory": frozen_memory}
-    of_query, _, _, *of_memory = _over_memory("memory_attention_backward", tensors, others, scale, only)
-    return (grads[0] + of_query, *grads[1:], *of_memory)
+    memory = (inputs.memory_key, inputs.memory_value)
+    if _is_empty(inputs.memory_key):
+        # The gradients of an empty memory are just as empty.
+        return (*grads, *(None if tensor is None else torch.zeros_like(tensor) for tensor in memory), None)
+    implementation = _implementation_for_memory(query)
+    # Only Triton's function can leave out the memory's gradients.
+    only_triton = {} if implementation is reference else {"frozen_memory": frozen_memory}
+    grad_query, _, _, *others = implementation.memory_attention_backward(
+        grad_output, None, _memory_alone(inputs), output, lse, AttentionSettings(scale), **only_triton
+    )
+    return (grads[0] + grad_query, *grads[1:], *others)
 
 
-def _is_empty(memory):
+def _with_unit_strides(inputs: AttentionInputs) -> list[torch.Tensor]:
+    """Return query, key and value with contiguous head_dim, as the vendors' kernels need them."""
+    own = (inputs.query, inputs.key, inputs.value)
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in own if tensor is not None]
+
+
+def _is_empty(memory: torch.Tensor | None) -> bool:
     return memory is None or not memory.shape[2]
 
 
-def _over_memory(name, tensors, others, scale, only_triton=()):
-    """An operation with the memory's keys alone."""
-    settings = {"scale": scale, "window": None, "softcap": None, "offsets": 0}
-    if tensors[0].device.type == "cpu":
-        return getattr(reference, name)(*tensors, None, *others, **settings)
+def _memory_alone(inputs: AttentionInputs) -> AttentionInputs:
+    """Leave out the segment: queries that read the memory alone."""
+    return inputs._replace(key=None, value=None, segment_starts=None)
+
+
+def _implementation_for_memory(query: torch.Tensor) -> ModuleType:
+    """Return the module that runs the pass over the memory: the reference on a CPU, Triton elsewhere."""
+    if query.device.type == "cpu":
+        return reference
     from . import triton
 
-    return getattr(triton, name)(*tensors, None, None, *others, **settings, **dict(only_triton))
+    return triton

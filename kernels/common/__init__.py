@@ -1,1 +1,1 @@
-"""What all operations share: version guards, and which implementation of an operation runs."""
+"""What all operations share: version guards, the choice of an implementation, and launches of Triton kernels."""

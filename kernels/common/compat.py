@@ -1,4 +1,4 @@
-"""Every question about versions and about what this machine can run, asked here and nowhere else."""
+"""Answers to all questions about versions and about what this machine can run; they are asked nowhere else."""
 
 import functools
 import importlib.util
@@ -11,7 +11,11 @@ MIN_CUDA_CAPABILITY = (8, 0)
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Why Triton kernels cannot be compiled here, whatever the device; None if they can."""
+    """Say why Triton kernels cannot be compiled here, whatever the device.
+
+    Returns:
+        The reason in a few words, or None if they can.
+    """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     import triton
@@ -24,9 +28,16 @@ def why_no_triton() -> str | None:
 
 
 def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
-    """Why Triton kernels cannot run on tensors of `device` and `dtypes`; None if they can.
+    """Say why Triton kernels cannot run on tensors of this device and these dtypes.
 
-    On a CPU they can in the interpreter.
+    On a CPU they run in Triton's interpreter only.
+
+    Args:
+        device: Device of the tensors.
+        dtypes: Dtypes of the tensors.
+
+    Returns:
+        The reason in a few words, or None if they can.
     """
     if reason := why_no_triton():
         return reason
@@ -46,7 +57,7 @@ def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ())
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter, which runs kernels on the CPU in NumPy, stands in for its compiler."""
+    """Return whether Triton's interpreter, which runs kernels on the CPU in NumPy, stands in for its compiler."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -54,15 +65,21 @@ def interpreting() -> bool:
 
 @functools.cache
 def threads_per_warp() -> int:
-    """Threads of a warp of the GPU in this process: 32 on NVIDIA's, 64 on AMD's that these kernels support."""
+    """Return the number of threads of a warp: 32 on NVIDIA's GPUs, 64 on AMD's that these kernels support."""
     return 32 if torch.version.hip is None else 64
 
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """A GPU as the compiler's targets are named: cuda:90, hip:gfx942.
+    """Name a GPU as the compiler's targets are named: cuda:90, hip:gfx942.
 
-    cuda:89 stands for all with 99 KiB of shared memory a program (compute capability 8.6, 8.9, 12.x).
+    cuda:89 stands for all GPUs with 99 KiB of shared memory a program (compute capability 8.6, 8.9, 12.x).
+
+    Args:
+        device: The GPU; without an index, the current one.
+
+    Returns:
+        The target's name.
     """
     index = device.index if device.index is not None else torch.cuda.current_device()
     if torch.version.hip is not None:
@@ -74,12 +91,13 @@ def target_of(device: torch.device) -> str:
 
 
 @functools.cache
-def _sees_gpu():
+def _sees_gpu() -> bool:
     return torch.cuda.is_available()
 
 
 @functools.cache
-def _why_not_capable(index):
+def _why_not_capable(index: int) -> str | None:
+    """Say why a GPU's compute capability does not suffice; None if it does."""
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CUDA_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (capability, MIN_CUDA_CAPABILITY))
@@ -87,5 +105,6 @@ def _why_not_capable(index):
     return None
 
 
-def _release(version):
+def _release(version: str) -> tuple[int, ...]:
+    """Return major and minor version, without a local part."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])

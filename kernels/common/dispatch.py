@@ -1,7 +1,8 @@
 """Which implementation of an operation runs, and why.
 
-Triton on CUDA and HIP, the reference elsewhere. The environment variable R3MEM_KERNELS, `reference` or `triton`,
-forces one. A forced choice that cannot run raises; an automatic one falls back to the reference and says so once.
+Triton runs on CUDA and HIP, the reference elsewhere. The environment variable R3MEM_KERNELS (`reference` or `triton`)
+forces an implementation. A forced one that cannot run raises; an automatic choice falls back to the reference, and
+warns of it once.
 """
 
 import functools
@@ -18,16 +19,31 @@ IMPLEMENTATIONS = ("reference", "triton")
 
 
 class Choice(NamedTuple):
-    """implementation: one of `IMPLEMENTATIONS`. why: in a few words."""
+    """An implementation, and why it was chosen.
+
+    Attributes:
+        implementation: Its name, `reference` or `triton`; an operation may have more.
+        why: The reason, in a few words.
+    """
 
     implementation: str
     why: str
 
 
 def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = (), variable: str = VARIABLE) -> Choice:
-    """The implementation for tensors of `device` and `dtypes`. variable: that may force one.
+    """Choose the implementation for tensors of this device and these dtypes.
 
-    Raises ValueError if the variable names none, RuntimeError if the one that it names cannot run.
+    Args:
+        device: Device of the tensors.
+        dtypes: Dtypes of the tensors.
+        variable: Environment variable that may force an implementation.
+
+    Returns:
+        The implementation and the reason for it.
+
+    Raises:
+        ValueError: If the variable names no implementation.
+        RuntimeError: If the implementation that it names cannot run.
     """
     forced = os.environ.get(variable, "")
     if not forced:
@@ -43,7 +59,8 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = (), variable:
     return Choice(forced, f"{variable}={forced}")
 
 
-def _automatic(device, dtypes):
+def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Choice:
+    """Choose Triton on a GPU, if it can run there, else the reference."""
     if device.type == "cuda":
         reason = why_no_triton_on(device, dtypes)
         if reason is None:
@@ -54,5 +71,6 @@ def _automatic(device, dtypes):
 
 
 @functools.cache
-def _say_once(message):
+def _say_once(message: str) -> None:
+    """Warn, once for each message."""
     warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -22,9 +22,15 @@ _TYPES = {
 class Launch(NamedTuple):
     """A kernel with all that it is launched with.
 
-    grid: programs. arguments: tensors (or None) and integers, by parameter. constexprs: compile-time parameters.
-    threads: of a program. options: of the compiler. unspecialised: integers of whose values the compiler knows nothing
-    (`do_not_specialize`), so that one variant serves all of them.
+    Attributes:
+        kernel: Function decorated with `triton.jit`.
+        grid: Number of programs.
+        arguments: Tensors (or None), integers and named tuples of integers, by parameter.
+        constexprs: Values of the compile-time parameters.
+        threads: Threads of a program.
+        options: Options of the compiler.
+        unspecialised: Parameters whose integers the compiler knows nothing of (`do_not_specialize`), so that one
+            variant of the kernel serves all their values.
     """
 
     kernel: Any
@@ -35,8 +41,8 @@ class Launch(NamedTuple):
     options: dict[str, Any]
     unspecialised: tuple[str, ...] = ()
 
-    def run(self):
-        """Launch on the current stream of the tensors' device; an empty grid is nothing to do."""
+    def run(self) -> None:
+        """Launch on the current stream of the tensors' device; do nothing for an empty grid."""
         if not self.grid:
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
@@ -46,43 +52,62 @@ class Launch(NamedTuple):
             with torch.cuda.device(device):
                 self._run()
 
-    def _run(self):
+    def _run(self) -> None:
         warps = self.threads // threads_per_warp()
         self.kernel[(self.grid,)](**self.arguments, **self.constexprs, num_warps=warps, **self.options)
 
 
 class Specialisation(NamedTuple):
-    """What Triton compiles for a launch: the arguments of `triton.compiler.ASTSource`, and compiler options."""
+    """What Triton compiles for a launch: the arguments of `triton.compiler.ASTSource`, and compiler options.
 
-    signature: dict[str, str]
-    constexprs: dict[tuple[int], Any]
-    attrs: dict[tuple[int], list]
+    Attributes:
+        signature: Triton's types, by parameter; a named tuple of types for a named tuple.
+        constexprs: Compile-time constants, by the parameter's position; with the position within it for a tuple.
+        attrs: What is known of the other values, by the same.
+        options: Options of the compiler.
+    """
+
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list]
     options: dict[str, Any]
 
 
 def specialise(launch: Launch, threads_per_warp: int) -> Specialisation:
-    """The variant of its kernel that `launch` would compile, by the rules of Triton's just-in-time compiler.
+    """Determine the variant of its kernel that a launch would compile, by the rules of Triton's just-in-time compiler.
 
-    Tensors may be on the device `meta`: their address counts as aligned. threads_per_warp: of the target.
+    Args:
+        launch: The launch. Its tensors may be on the device `meta`: their addresses count as aligned.
+        threads_per_warp: Threads of a warp of the target.
+
+    Returns:
+        The variant.
     """
-    signature, constexprs, attrs = {}, {}, {}
-    for position, name in enumerate(launch.kernel.arg_names):
-        if name in launch.constexprs or launch.arguments[name] is None:
-            signature[name] = "constexpr"
-            constexprs[(position,)] = launch.constexprs.get(name)
-            continue
-        value = launch.arguments[name]
+    found = Specialisation({}, {}, {}, {**launch.options, "num_warps": launch.threads // threads_per_warp})
+
+    def describe(path: tuple[int, ...], value: Any, specialised: bool) -> Any:
+        """Return the value's type; note down at its path what else is known of it."""
+        if isinstance(value, tuple):
+            parts = (describe((*path, index), part, specialised) for index, part in enumerate(value))
+            return type(value)(*parts)
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
+            kind = "*" + _TYPES[value.dtype]
             divisible = value.device.type == "meta" or value.data_ptr() % DIVISIBILITY == 0
-        elif value == 1 and name not in launch.unspecialised:  # a constant to Triton
-            signature[name] = "constexpr"
-            constexprs[(position,)] = 1
-            continue
+        elif value is None or (value == 1 and specialised):  # constants to Triton
+            found.constexprs[path] = value
+            return "constexpr"
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % DIVISIBILITY == 0 and name not in launch.unspecialised
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % DIVISIBILITY == 0 and specialised
         if divisible:
-            attrs[(position,)] = [["tt.divisibility", DIVISIBILITY]]
-    options = {**launch.options, "num_warps": launch.threads // threads_per_warp}
-    return Specialisation(signature, constexprs, attrs, options)
+            found.attrs[path] = [["tt.divisibility", DIVISIBILITY]]
+        return kind
+
+    for position, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constexprs:
+            found.signature[name] = "constexpr"
+            found.constexprs[(position,)] = launch.constexprs[name]
+        else:
+            specialised = name not in launch.unspecialised
+            found.signature[name] = describe((position,), launch.arguments[name], specialised)
+    return found

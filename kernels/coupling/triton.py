@@ -13,28 +13,20 @@ Between `momentum_gradient` and `momentum_backward` of a layer stands that layer
 with the first of the layer below would save 2 of these 40 bytes; it would be wrong wherever something else than that
 layer uses the hidden state, whose gradient autograd adds in between.
 
-`enable_fp_fusion=False` in all of them: a fused multiply-add could quantise another value than the reference, and
-another one forward than backward.
+All are compiled with `enable_fp_fusion=False`: a fused multiply-add could quantise another value than the reference,
+and another one forward than backward.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..common.launch import Launch
-from .reference import (
-    CHECKSUM_MISMATCH,
-    NON_FINITE,
-    OUT_OF_RANGE,
-    POSITION_WEIGHT,
-    QUANTIZED_MAX,
-    TILE,
-    VELOCITY_WEIGHT,
-    momentum_of,
-    num_tiles,
-    side_bits_plane,
-    side_bits_size,
-)
+from .fixed_point import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, QUANTIZED_MAX, momentum_of
+from .tiles import POSITION_WEIGHT, TILE, VELOCITY_WEIGHT, num_tiles, side_bits_plane, side_bits_size
 
 # Elements that a program takes at a time, four a thread: 16 bytes of a stream in one access, the same layout for every
 # dtype, so that nothing is shuffled. It divides the smallest plane, TILE / 8.
@@ -52,7 +44,7 @@ _CHECKSUM_MISMATCH = tl.constexpr(CHECKSUM_MISMATCH)
 
 @triton.jit
 def _quantize(value, SCALE: tl.constexpr):
-    """(Q, not finite, clamped), elementwise; SCALE is gain * 2**fraction_bits."""
+    """Compute `(Q, not finite, clamped)`, elementwise; SCALE is gain * 2**fraction_bits."""
     scaled = value.to(tl.float32) * SCALE
     size = tl.abs(scaled)
     # Half-even: at 2**23 the spacing of float32 is 1, so that the addition rounds to an integer. From there on every
@@ -66,24 +58,26 @@ def _quantize(value, SCALE: tl.constexpr):
 
 @triton.jit
 def _overflows(left, right, total):
+    """Return whether a wrapping sum left the range: both summands differ in sign from it."""
     return ((left ^ total) & (right ^ total)) < 0
 
 
 @triton.jit
 def _events(not_finite, out_of_range):
-    """Both conditions in one integer, so that a loop carries one register for them."""
+    """Put both conditions into one integer, so that a loop carries one register for them."""
     return not_finite.to(tl.int32) | (out_of_range.to(tl.int32) << 1)
 
 
 @triton.jit
 def _set_flags(flags, events):
-    """Plain stores: programs that set a flag all store the same."""
+    """Set the flags of events, by plain stores: programs that set a flag all store the same."""
     tl.store(flags + _NON_FINITE, 1, mask=tl.max(events & 1, axis=0) != 0)
     tl.store(flags + _OUT_OF_RANGE, 1, mask=tl.max(events, axis=0) > 1)
 
 
 @triton.jit
 def _bit_pattern(value):
+    """Return the bits of floats as signed integers of their width, in int32."""
     if value.dtype.primitive_bitwidth == 16:
         return value.to(tl.int16, bitcast=True).to(tl.int32)
     else:
@@ -92,13 +86,13 @@ def _bit_pattern(value):
 
 @triton.jit
 def _wrapping_sum(value):
-    """Modulo 2**32. Through int64, because the interpreter raises where an int32 sum wraps."""
+    """Sum modulo 2**32, through int64 because the interpreter raises where an int32 sum wraps."""
     return tl.sum(value.to(tl.int64), axis=0).to(tl.int32)
 
 
 @triton.jit
-def _mixed(position, velocity, index):
-    """The summands of `stream_sums`; index: of the elements in their tile."""
+def _weighted_streams(position, velocity, index):
+    """Compute the summands of `stream_sums`; `index` counts the elements of their tile from 0."""
     odd = 2 * index + 1
     weighted = (odd * _POSITION_WEIGHT).to(tl.int64) * position.to(tl.int64)
     return weighted + (odd * _VELOCITY_WEIGHT).to(tl.int64) * velocity.to(tl.int64)
@@ -117,6 +111,7 @@ def momentum_enter_kernel(
     TILE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """Quantise a tile of the hidden state to the position, and clear the velocity."""
     start = tl.program_id(0).to(tl.int64) * TILE
     events = tl.zeros([LANES], tl.int32)
     for chunk in range(TILE // LANES):
@@ -141,7 +136,7 @@ def momentum_forward_kernel(
     stream_sums,  # None: not taken here
     flags,
     numel,
-    last_plane,  # bytes of side bits of a short last tile
+    last_plane,  # bytes that the side bits of a short last tile take
     SCALE: tl.constexpr,
     INVERSE: tl.constexpr,
     BITS: tl.constexpr,  # 0: the first layer
@@ -149,6 +144,7 @@ def momentum_forward_kernel(
     TILE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """Run one layer forward on a tile."""
     PLANE: tl.constexpr = TILE // PLANES
     program = tl.program_id(0).to(tl.int64)
     start = program * TILE
@@ -171,7 +167,7 @@ def momentum_forward_kernel(
             if BITS > 0 or stream_sums is not None:
                 v = tl.load(velocity + first + lane, mask=mask, other=0)
             if stream_sums is not None:
-                mixed += _mixed(x, v, plane * stride + lane)
+                mixed += _weighted_streams(x, v, plane * stride + lane)
             increment, not_finite, too_large = _quantize(f, SCALE)
             if BITS == 0:
                 new_v = increment
@@ -201,6 +197,7 @@ def momentum_forward_kernel(
 def momentum_rewind_kernel(
     position, velocity, hidden, numel, INVERSE: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr
 ):
+    """Compute `x = x' - v'` for a tile."""
     start = tl.program_id(0).to(tl.int64) * TILE
     for chunk in range(TILE // LANES):
         lane = chunk * LANES + tl.arange(0, LANES)
@@ -225,6 +222,7 @@ def momentum_gradient_kernel(
     TILE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """Compute the gradient of a tile of the branch, and compare the tile's checksum."""
     program = tl.program_id(0).to(tl.int64)
     start = program * TILE
     sums = tl.zeros([LANES], tl.int32)
@@ -265,6 +263,7 @@ def momentum_backward_kernel(
     TILE: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """Cross one layer boundary backward on a tile."""
     PLANE: tl.constexpr = TILE // PLANES
     program = tl.program_id(0).to(tl.int64)
     start = program * TILE
@@ -287,7 +286,7 @@ def momentum_backward_kernel(
                 v = (v << BITS) | ((packed >> (plane * BITS)) & ((1 << BITS) - 1))
             tl.store(velocity + first + lane, v, mask=mask)
             if entry_sums is not None:
-                mixed += tl.where(mask, _mixed(x, v, plane * stride + lane), 0)
+                mixed += tl.where(mask, _weighted_streams(x, v, plane * stride + lane), 0)
             else:
                 below = x - v
                 tl.store(position + first + lane, below, mask=mask)
@@ -301,19 +300,55 @@ def momentum_backward_kernel(
         tl.store(flags + _CHECKSUM_MISMATCH, 1, mask=tl.sum(mixed, axis=0) != tl.load(entry_sums + program))
 
 
-def plan_momentum_enter(hidden, *, fraction_bits, flags):
-    """The launch of `momentum_enter`, and its outputs, as yet unwritten. So for every plan below."""
+def plan_momentum_enter(
+    hidden: torch.Tensor, *, fraction_bits: int, flags: torch.Tensor
+) -> tuple[Launch, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Plan the launch of `momentum_enter`, and make its outputs.
+
+    Args:
+        hidden: Hidden state that enters the first layer.
+        fraction_bits: Bits behind the binary point, 0 to 24.
+        flags: int32 `[3]`.
+
+    Returns:
+        The launch, and `(position, velocity, hidden')`, which it will write.
+    """
     hidden = hidden.contiguous()
     position = torch.empty_like(hidden, dtype=torch.int32)
     velocity, output = torch.empty_like(position), torch.empty_like(hidden)
     arguments = {"hidden": hidden, "position": position, "velocity": velocity, "output": output, "flags": flags}
-    launch = _launch(momentum_enter_kernel, hidden.numel(), arguments, _scale(fraction_bits, 1.0))
+    launch = _launch(momentum_enter_kernel, hidden.numel(), arguments, _scale_constexprs(fraction_bits, 1.0))
     return launch, (position, velocity, output)
 
 
 def plan_momentum_forward(
-    position, velocity, branch, *, bits, fraction_bits, flags, dtype, keep=True, sum_streams=False
-):
+    position: torch.Tensor,
+    velocity: torch.Tensor,
+    branch: torch.Tensor,
+    *,
+    bits: int | None,
+    fraction_bits: int,
+    flags: torch.Tensor,
+    dtype: torch.dtype,
+    keep: bool = True,
+    sum_streams: bool = False,
+) -> tuple[Launch, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+    """Plan the launch of `momentum_forward`, and make its outputs.
+
+    Args:
+        position: x, int32; becomes x'.
+        velocity: v, int32; becomes v'.
+        branch: f(x).
+        bits: Side bits of an element; None for the first layer (m = 0).
+        fraction_bits: Bits behind the binary point, 0 to 24.
+        flags: int32 `[3]`.
+        dtype: Dtype of the hidden state.
+        keep: Whether the layer will be run backward.
+        sum_streams: Whether to take the streams' checksums on entry.
+
+    Returns:
+        The launch, and `(hidden, side, branch sums, stream sums)`, which it will write.
+    """
     numel, device = position.numel(), position.device
     hidden = torch.empty_like(position, dtype=dtype)
     side = sums = entry_sums = None
@@ -332,23 +367,61 @@ def plan_momentum_forward(
         "branch_sums": sums,
         "stream_sums": entry_sums,
         "flags": flags,
-        "last_plane": 0 if side is None else side_bits_plane(numel, bits),
+        "last_plane": 0 if side is None or bits is None else side_bits_plane(numel, bits),
     }
-    constexprs = _of_bits(bits, fraction_bits, packed=side is not None)
+    constexprs = _bit_constexprs(bits, fraction_bits, packed=side is not None)
     return _launch(momentum_forward_kernel, numel, arguments, constexprs), (hidden, side, sums, entry_sums)
 
 
-def plan_momentum_rewind(position, velocity, *, fraction_bits, dtype):
+def plan_momentum_rewind(
+    position: torch.Tensor, velocity: torch.Tensor, *, fraction_bits: int, dtype: torch.dtype
+) -> tuple[Launch, torch.Tensor]:
+    """Plan the launch of `momentum_rewind`, and make its output.
+
+    Args:
+        position: x', int32; becomes x.
+        velocity: v', int32.
+        fraction_bits: Bits behind the binary point, 0 to 24.
+        dtype: Dtype of the hidden state.
+
+    Returns:
+        The launch, and the hidden state, which it will write.
+    """
     hidden = torch.empty_like(position, dtype=dtype)
     arguments = {"position": position, "velocity": velocity, "hidden": hidden}
     constexprs = {"INVERSE": 2.0**-fraction_bits}
     return _launch(momentum_rewind_kernel, position.numel(), arguments, constexprs), hidden
 
 
-def plan_momentum_gradient(grad_output, grad_velocity, branch, sums, *, bits, bits_above, flags, dtype):
+def plan_momentum_gradient(
+    grad_output: torch.Tensor,
+    grad_velocity: torch.Tensor | None,
+    branch: torch.Tensor,
+    sums: torch.Tensor,
+    *,
+    bits: int | None,
+    bits_above: int | None,
+    flags: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[Launch, tuple[torch.Tensor, torch.Tensor]]:
+    """Plan the launch of `momentum_gradient`, and make its outputs.
+
+    Args:
+        grad_output: `g_x'`.
+        grad_velocity: `g_v'` of the layer above, float32; becomes that of this layer. None at the top.
+        branch: f(x), recomputed.
+        sums: `branch_sums` of the forward pass.
+        bits: Side bits of this layer; None for m = 0.
+        bits_above: Side bits of the layer above; None for m = 0.
+        flags: int32 `[3]`.
+        dtype: Dtype of the branch's gradient.
+
+    Returns:
+        The launch, and `(g_f, g_v')`, which it will write.
+    """
     top = grad_velocity is None
     grad_output = grad_output.contiguous()
-    if top:
+    if grad_velocity is None:
         grad_velocity = torch.empty_like(grad_output, dtype=torch.float32)
     gradient = torch.empty_like(grad_velocity, dtype=dtype)
     arguments = {
@@ -366,12 +439,43 @@ def plan_momentum_gradient(grad_output, grad_velocity, branch, sums, *, bits, bi
 
 
 def plan_momentum_backward(
-    position, velocity, branch, side, entry_sums, grad_output, grad_branch, *, bits, fraction_bits, flags, dtype, last
-):
+    position: torch.Tensor,
+    velocity: torch.Tensor,
+    branch: torch.Tensor,
+    side: torch.Tensor | None,
+    entry_sums: torch.Tensor | None,
+    grad_output: torch.Tensor | None,
+    grad_branch: torch.Tensor | None,
+    *,
+    bits: int | None,
+    fraction_bits: int,
+    flags: torch.Tensor,
+    dtype: torch.dtype,
+    last: bool,
+) -> tuple[Launch, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Plan the launch of `momentum_backward`, and make its outputs.
+
+    Args:
+        position: x of this layer, int32; becomes that of the layer below, and stays with `last`.
+        velocity: v' of this layer, int32; becomes v.
+        branch: f(x), recomputed.
+        side: Packed side bits of the forward pass; None if `bits` is.
+        entry_sums: `stream_sums` of the forward pass; read with `last` only.
+        grad_output: `g_x'`; None where no gradient is wanted.
+        grad_branch: `J_f^T g_f`; None where `grad_output` is.
+        bits: Side bits of this layer; None for m = 0.
+        fraction_bits: Bits behind the binary point, 0 to 24.
+        flags: int32 `[3]`.
+        dtype: Dtype of the hidden state.
+        last: Whether there is no layer below.
+
+    Returns:
+        The launch, and `(hidden, g_x)`, which it will write; None where there is none.
+    """
     numel = position.numel()
     hidden = None if last else torch.empty_like(position, dtype=dtype)
     grad = None
-    if grad_branch is not None:
+    if grad_output is not None and grad_branch is not None:
         grad_output, grad_branch = grad_output.contiguous(), grad_branch.contiguous()
         grad = torch.empty_like(grad_output, dtype=torch.result_type(grad_output, grad_branch))
     arguments = {
@@ -387,22 +491,23 @@ def plan_momentum_backward(
         "flags": flags,
         "last_plane": 0 if bits is None else side_bits_plane(numel, bits),
     }
-    constexprs = _of_bits(bits, fraction_bits, packed=bits is not None)
+    constexprs = _bit_constexprs(bits, fraction_bits, packed=bits is not None)
     return _launch(momentum_backward_kernel, numel, arguments, constexprs), (hidden, grad)
 
 
-def _of_bits(bits, fraction_bits, *, packed):
-    """packed: whether the kernel reads or writes side bits."""
-    planes = 8 // bits if packed else 1
-    return {**_scale(fraction_bits, 1.0 - momentum_of(bits)), "BITS": bits or 0, "PLANES": planes}
+def _bit_constexprs(bits: int | None, fraction_bits: int, *, packed: bool) -> dict[str, Any]:
+    """Return the constexprs that depend on the side bits, which the kernel reads or writes if they are `packed`."""
+    planes = 8 // bits if packed and bits is not None else 1
+    return {**_scale_constexprs(fraction_bits, 1.0 - momentum_of(bits)), "BITS": bits or 0, "PLANES": planes}
 
 
-def _scale(fraction_bits, gain):
+def _scale_constexprs(fraction_bits: int, gain: float) -> dict[str, Any]:
+    """Return the factors of quantising and of dequantising."""
     return {"SCALE": gain * 2.0**fraction_bits, "INVERSE": 2.0**-fraction_bits}
 
 
-def _launch(kernel, numel, arguments, constexprs):
-    """One program a tile."""
+def _launch(kernel: Any, numel: int, arguments: dict[str, Any], constexprs: dict[str, Any]) -> Launch:
+    """Make a launch of one program a tile."""
     return Launch(
         kernel,
         grid=num_tiles(numel),
@@ -413,10 +518,10 @@ def _launch(kernel, numel, arguments, constexprs):
     )
 
 
-def _launched(plan):
-    """A function that runs what `plan` describes: arguments and results are those of the reference's."""
+def _launched(plan: Callable[..., tuple[Launch, Any]]) -> Callable[..., Any]:
+    """Make a function that launches what `plan` plans; it takes and returns what the reference's function does."""
 
-    def run(*tensors, **settings):
+    def run(*tensors: Any, **settings: Any) -> Any:
         launch, outputs = plan(*tensors, **settings)
         launch.run()
         return outputs
@@ -424,6 +529,7 @@ def _launched(plan):
     return run
 
 
+# What the functions of these names in `reference.py` do.
 momentum_enter = _launched(plan_momentum_enter)
 momentum_forward = _launched(plan_momentum_forward)
 momentum_rewind = _launched(plan_momentum_rewind)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from r3mem_fast.kernels.attention import reference
+from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 
 NAMES = ("query", "key", "value", "memory_key", "memory_value")
 
@@ -71,8 +72,8 @@ class Case:
     @property
     def settings(self):
         """As the implementations take them."""
-        offsets = self.tokens if self.varlen else self.offset
-        return {"scale": self.head_dim**-0.5, "window": self.window, "softcap": self.softcap, "offsets": offsets}
+        lengths = {"max_seqlen": self.tokens} if self.varlen else {"query_offset": self.offset}
+        return AttentionSettings(self.head_dim**-0.5, self.window, self.softcap, **lengths)
 
 
 def cases(dtypes, most_tokens=40, **fixed):
@@ -107,49 +108,43 @@ def rows_of(tensors, case):
     """varlen tensors as padded rows, as the reference takes them."""
     if tensors["cu_seqlens"] is None:
         return tensors
-    own = {n: reference.padded(tensors[n], tensors["cu_seqlens"], case.tokens) for n in NAMES[:3]}
-    return {**tensors, **own}
+    own = {n: reference.pad_sequences(tensors[n], tensors["cu_seqlens"], case.tokens) for n in NAMES[:3]}
+    return {**tensors, **own, "cu_seqlens": None}
 
 
 def expected(tensors, case, eager=False):
     """`(o, lse)` by the reference; eager: as models compute it, each product in the tensors' dtype."""
     given = rows_of(tensors, case)
-    settings = {**case.settings, "offsets": 0 if case.varlen else case.offset}
-    if eager:
-        output, lse = eager_attention(given, **settings)
-    else:
-        inputs = [given[n] for n in (*NAMES, "memory_lengths", "segment_starts", "sinks")]
-        output, lse = reference.memory_attention(*inputs, **settings)
+    attention = eager_attention if eager else reference.memory_attention
+    output, lse = attention(AttentionInputs(**given), case.settings)
     if case.varlen:
         total = len(tensors["query"])
-        output, lse = (reference.packed(t, tensors["cu_seqlens"], total) for t in (output, lse))
+        output, lse = (reference.pack_sequences(t, tensors["cu_seqlens"], total) for t in (output, lse))
         lse = lse.transpose(0, 1)
     return output, lse
 
 
-def eager_attention(tensors, *, scale, window, softcap, offsets):
+def eager_attention(inputs, settings):
     """Concatenated keys, a mask tensor, and a softmax in float32 whose result is rounded: `eager` of transformers."""
-    query = tensors["query"]
+    query, softcap = inputs.query, settings.softcap
     keys, values = (
         torch.cat(
             [
                 part.repeat_interleave(query.shape[1] // part.shape[1], 1).expand(len(query), -1, -1, -1)
-                for part in (tensors[f"memory_{name}"], tensors[name])
+                for part in parts
                 if part is not None
             ],
             2,
         )
-        for name in ("key", "value")
+        for parts in ((inputs.memory_key, inputs.key), (inputs.memory_value, inputs.value))
     )
-    logits = scale * (query @ keys.transpose(-1, -2))
+    logits = settings.scale * (query @ keys.transpose(-1, -2))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    inputs = [tensors[n] for n in ("query", "key", "memory_key", "memory_lengths", "segment_starts")]
-    visible = reference._visible(*inputs, window=window, offsets=offsets)
+    visible = reference.visible_keys(inputs, settings)
     logits = logits.float().masked_fill(~visible, -torch.inf)
-    sinks = tensors["sinks"]
-    if sinks is not None:
-        column = sinks[None, :, None, None].expand(*logits.shape[:-1], 1).to(logits.dtype)
+    if inputs.sinks is not None:
+        column = inputs.sinks[None, :, None, None].expand(*logits.shape[:-1], 1).to(logits.dtype)
         logits = torch.cat([logits, column], -1)
     weights = logits.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
     return weights.to(query.dtype) @ values, logits.logsumexp(-1)

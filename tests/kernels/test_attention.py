@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from r3mem_fast.kernels import attention
 from r3mem_fast.kernels.attention import dispatch, memory_attention, memory_attention_varlen, memory_decode, merge
 from r3mem_fast.kernels.attention import vendor as vendor_module
+from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 from r3mem_fast.kernels.common import dispatch as common_dispatch
 
 from .attention import NAMES, Case, assert_within_budget, cases, eager_attention, expected, wide
@@ -42,8 +43,8 @@ def test_it_is_softmax_over_the_visible_keys(case):
     assert_within_budget(output, exact[0], eager[0], "output")
     assert_within_budget(lse, exact[1], eager[1], "lse")
     if not case.varlen:
-        given = {name: tensor for name, tensor in wide(tensors).items() if name != "cu_seqlens"}
-        torch.testing.assert_close(exact[0], eager_attention(given, **case.settings)[0], atol=1e-5, rtol=1e-5)
+        other = eager_attention(AttentionInputs(**wide(tensors)), case.settings)
+        torch.testing.assert_close(exact[0], other[0], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_see_nothing_give_zeros():
@@ -95,10 +96,9 @@ def test_gradients(case, implementation, monkeypatch):
 @example(Case(tokens=70, memory=20, head_dim=128, dtype=torch.float16, one_memory=True, sinks=True))
 def test_the_vendor_s_attention_merged_with_the_memory(case):
     tensors = case.tensors()
-    query, key, _, memory_key = (tensors[n] for n in NAMES[:4])
-    settings = {"window": None, "softcap": None, "query_offset": 0}
-    why = vendor_module.why_not(query, key, memory_key, None, None, tensors["sinks"], **settings)
-    chosen = dispatch.choose(query, key, memory_key, None, None, tensors["sinks"], **settings)
+    inputs = AttentionInputs(**tensors)
+    why = vendor_module.why_not(inputs, case.settings)
+    chosen = dispatch.choose(inputs, case.settings)
     if case.sinks and not case.memory:
         assert why == "not for sinks without a memory" and chosen.implementation == "reference"
         return
@@ -127,10 +127,8 @@ def test_two_parts_merge_into_one(case):
     whole = memory_attention(query, key, value, *memory, memory_lengths=tensors["memory_lengths"], return_lse=True)
     own = memory_attention(query, key, value, return_lse=True)
     nothing = key[:, :, :0], value[:, :, :0]
-    settings = {**case.settings, "offsets": 0}
-    of_memory = attention.reference.memory_attention(
-        query, *nothing, *memory, tensors["memory_lengths"], None, None, **settings
-    )
+    inputs = AttentionInputs(query, *nothing, *memory, tensors["memory_lengths"])
+    of_memory = attention.reference.memory_attention(inputs, case.settings)
     for left, right in zip(merge(*own, *of_memory), whole, strict=True):
         torch.testing.assert_close(left, right)
     for left, right in zip(merge(*of_memory, *own), whole, strict=True):
@@ -190,7 +188,8 @@ def test_operators(varlen, frozen):
         else tensor
         for name, tensor in tensors.items()
     ]
-    torch.library.opcheck(torch.ops.r3mem.memory_attention.default, (*inputs, 0.25, 3, 5.0, case.settings["offsets"]))
+    offset = case.tokens if varlen else case.offset
+    torch.library.opcheck(torch.ops.r3mem.memory_attention.default, (*inputs, 0.25, 3, 5.0, offset))
     if not varlen:
         names = ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")
         arguments = [None if tensors[n] is None else tensors[n].detach() for n in names]
@@ -237,11 +236,10 @@ def test_the_gpu_s_vendor_is_called_as_its_operators_want():
     with FakeTensorMode():
         query = torch.empty(2, 8, 32, 64, dtype=torch.bfloat16, device="cuda")
         key = torch.empty(2, 2, 32, 64, dtype=torch.bfloat16, device="cuda")
-        output, lse = vendor_module.memory_attention(query, key, key, None, None, None, None, scale=0.125)
+        inputs, scale = AttentionInputs(query, key, key), AttentionSettings(0.125)
+        output, lse = vendor_module.memory_attention(inputs, scale)
         assert output.shape == query.shape and lse.shape == (2, 8, 32)
-        found = vendor_module.memory_attention_backward(
-            output, query, key, key, None, None, None, None, output, lse, scale=0.125
-        )
+        found = vendor_module.memory_attention_backward(output, inputs, output, lse, scale)
         assert [grad.shape for grad in found[:3]] == [query.shape, key.shape, key.shape]
 
 
@@ -249,8 +247,8 @@ def test_who_runs(monkeypatch):
     query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8)
 
     def chosen(key=key, starts=None, **settings):
-        settings = {"window": None, "softcap": None, "query_offset": 0, **settings}
-        return dispatch.choose(query, key, None, starts, None, None, **settings)
+        inputs = AttentionInputs(query, key, segment_starts=starts)
+        return dispatch.choose(inputs, AttentionSettings(1.0, **settings))
 
     assert chosen() == ("vendor", "the fastest on a CPU")
     assert chosen(window=4).implementation == "vendor" and chosen(window=3) == ("reference", "not for a window")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from r3mem_fast.kernels.attention import reference
 from r3mem_fast.kernels.attention import triton as kernels
+from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 from r3mem_fast.kernels.common.launch import specialise
 
 from .attention import NAMES, Case, assert_within_budget, cases, eager_attention, expected, wide
@@ -35,7 +36,7 @@ def poisoned_empty():
 @given(cases(DTYPES))
 def test_forward(case):
     tensors = case.tensors(DEVICE)
-    output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
+    output, lse = kernels.memory_attention(AttentionInputs(**tensors), case.settings)
     exact, eager = expected(wide(tensors), case), expected(tensors, case, eager=True)
     assert output.dtype == case.dtype and lse.dtype == torch.float32
     assert_within_budget(output, exact[0], eager[0], "output")
@@ -52,8 +53,9 @@ def test_backward(case, with_lse):
     grad_output = torch.randn(output.shape, generator=draw).to(case.dtype).to(DEVICE)
     # No gradient of what is infinite.
     grad_lse = torch.randn(lse.shape, generator=draw).to(DEVICE) if with_lse and lse.isfinite().all() else None
-    arguments = [*tensors.values(), output, lse.contiguous()]
-    found = kernels.memory_attention_backward(grad_output, grad_lse, *arguments, **case.settings)
+    found = kernels.memory_attention_backward(
+        grad_output, grad_lse, AttentionInputs(**tensors), output, lse.contiguous(), case.settings
+    )
     exact = gradients(wide(tensors), case, grad_output.double(), grad_lse)
     eager = gradients(tensors, case, grad_output, grad_lse, eager=True)
     for name, ours, one, other in zip((*NAMES, "sinks"), found, exact, eager, strict=True):
@@ -104,14 +106,11 @@ def test_decode(case, more, ragged):
     if ragged:
         lengths = torch.randint(case.tokens, case.tokens + more + 1, (case.rows,), generator=draw, dtype=torch.int32)
         lengths = lengths.to(DEVICE)
-    given = [tensors["query"], key, value, *(tensors[n] for n in ("memory_key", "memory_value", "memory_lengths"))]
-    settings = {name: value for name, value in case.settings.items() if name != "offsets"}
-    others = tensors["segment_starts"], tensors["sinks"]
-    output, lse = kernels.memory_decode(*given, lengths, *others, **settings)
-    settings["offsets"] = (case.tokens + more if lengths is None else lengths) - case.tokens
-    all_of = dict(zip((*NAMES, "memory_lengths", "segment_starts", "sinks"), [*given, *others], strict=True))
-    exact = reference.memory_attention(*wide(all_of).values(), **settings)
-    eager = eager_attention(all_of, **settings)
+    tensors |= {"key": key, "value": value}
+    output, lse = kernels.memory_decode(AttentionInputs(**tensors), lengths, case.settings)
+    settings = case.settings._replace(query_offset=(key.shape[2] if lengths is None else lengths) - case.tokens)
+    exact = reference.memory_attention(AttentionInputs(**wide(tensors)), settings)
+    eager = eager_attention(AttentionInputs(**tensors), settings)
     assert_within_budget(output, exact[0], eager[0], "output")
     assert_within_budget(lse, exact[1], eager[1], "lse")
 
@@ -120,10 +119,10 @@ def test_decode(case, more, ragged):
 def test_head_dims(head_dim):
     case = Case(head_dim=head_dim, group=2, tokens=19, memory=18, dtype=torch.float16, segment_starts=True)
     tensors = case.tensors(DEVICE)
-    output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
+    output, lse = kernels.memory_attention(AttentionInputs(**tensors), case.settings)
     exact, eager = expected(wide(tensors), case), expected(tensors, case, eager=True)
     assert_within_budget(output, exact[0], eager[0], "output")
-    found = kernels.memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    found = kernels.memory_attention_backward(output, None, AttentionInputs(**tensors), output, lse, case.settings)
     one = gradients(wide(tensors), case, output.double(), None)
     other = gradients(tensors, case, output, None, eager=True)
     for name, *results in zip(NAMES, found[:5], one, other, strict=False):
@@ -136,10 +135,12 @@ def test_the_memory_s_gradient_in_several_parts():
     case = Case(rows=2, group=2, tokens=2000 if GPU else 200, memory=20, one_memory=True, sinks=True)
     tensors = case.tensors(DEVICE)
     output, lse = expected(tensors, case)
-    launches, _ = kernels.plan_memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    launches, _ = kernels.plan_memory_attention_backward(
+        output, None, AttentionInputs(**tensors), output, lse, case.settings
+    )
     assert launches[-1].arguments["splits"] > 1
-    found = kernels.memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
-    again = kernels.memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    found = kernels.memory_attention_backward(output, None, AttentionInputs(**tensors), output, lse, case.settings)
+    again = kernels.memory_attention_backward(output, None, AttentionInputs(**tensors), output, lse, case.settings)
     assert all(torch.equal(left, right) for left, right in zip(found, again, strict=True))
     one = gradients(wide(tensors), case, output.double(), None)
     other = gradients(tensors, case, output, None, eager=True)
@@ -152,22 +153,22 @@ def test_a_frozen_memory_costs_no_gradient():
     case = Case(rows=2, group=2, memory=20, one_memory=True, sinks=True)
     tensors = case.tensors(DEVICE)
     output, lse = expected(tensors, case)
-    arguments = (output, None, *tensors.values(), output, lse)
-    frozen, _ = kernels.plan_memory_attention_backward(*arguments, frozen_memory=True, **case.settings)
-    launches, _ = kernels.plan_memory_attention_backward(*arguments, **case.settings)
+    arguments = (output, None, AttentionInputs(**tensors), output, lse, case.settings)
+    frozen, _ = kernels.plan_memory_attention_backward(*arguments, frozen_memory=True)
+    launches, _ = kernels.plan_memory_attention_backward(*arguments)
     kept = [launched.kernel for launched in launches if launched.kernel.__name__ != "attention_memory_kernel"]
     assert [launched.kernel for launched in frozen] == kept and len(kept) == len(launches) - 1
-    found = kernels.memory_attention_backward(*arguments, frozen_memory=True, **case.settings)
-    of_all = kernels.memory_attention_backward(*arguments, **case.settings)
+    found = kernels.memory_attention_backward(*arguments, frozen_memory=True)
+    of_all = kernels.memory_attention_backward(*arguments)
     assert found[3] is None and found[4] is None
     assert all(torch.equal(found[i], of_all[i]) for i in (0, 1, 2, 5))
 
 
 def assert_as_the_reference(case, tensors):
-    output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
+    output, lse = kernels.memory_attention(AttentionInputs(**tensors), case.settings)
     for left, right in zip((output, lse), expected(tensors, case), strict=True):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
-    found = kernels.memory_attention_backward(output, None, *tensors.values(), output, lse, **case.settings)
+    found = kernels.memory_attention_backward(output, None, AttentionInputs(**tensors), output, lse, case.settings)
     exact = gradients(tensors, case, output, None)
     for left, right in zip(found, exact, strict=True):
         if left is not None:
@@ -183,7 +184,7 @@ def test_keys_that_no_query_sees():
     poisoned = torch.full((1, 1, 68), torch.nan, device=DEVICE)
     poisoned[..., 64:] = lse
     found = kernels.memory_attention_backward(
-        output, None, *tensors.values(), output, poisoned[..., 64:], **case.settings
+        output, None, AttentionInputs(**tensors), output, poisoned[..., 64:], case.settings
     )
     assert all(grad.isfinite().all() for grad in found if grad is not None)
 
@@ -193,17 +194,13 @@ def test_what_is_not_seen_may_be_anything():
     case = Case(rows=1, tokens=9, memory=20)
     tensors = case.tensors(DEVICE)
     tensors |= {name: torch.tensor([n], dtype=torch.int32, device=DEVICE) for name, n in LENGTHS.items()}
-    right = [*kernels.memory_attention(*tensors.values(), **case.settings)]
+    right = [*kernels.memory_attention(AttentionInputs(**tensors), case.settings)]
     for name in NAMES[1:]:
         tensors[name][:, :, : 3 if name.startswith("memory") else 2] = torch.nan
-    output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
+    output, lse = kernels.memory_attention(AttentionInputs(**tensors), case.settings)
     assert torch.equal(output, right[0]) and torch.equal(lse, right[1])
     assert_as_the_reference(case, tensors)
-    names = ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")
-    settings = {name: value for name, value in case.settings.items() if name != "offsets"}
-    decoded, _ = kernels.memory_decode(
-        *(tensors[name] for name in names), None, tensors["segment_starts"], None, **settings
-    )
+    decoded, _ = kernels.memory_decode(AttentionInputs(**tensors), None, case.settings)
     torch.testing.assert_close(decoded, output, atol=1e-5, rtol=1e-5)
 
 
@@ -218,7 +215,7 @@ def test_sinks_of_any_layout_and_of_no_weight():
     # Rows that see nothing but a sink of no weight.
     tensors |= {"memory_key": None, "memory_value": None}
     tensors["segment_starts"] = torch.tensor([3], dtype=torch.int32, device=DEVICE)
-    output, lse = kernels.memory_attention(*tensors.values(), **case.settings)
+    output, lse = kernels.memory_attention(AttentionInputs(**tensors), case.settings)
     assert (output[:, 2, :3] == 0).all() and (lse[:, 2, :3] == -torch.inf).all() and output.isfinite().all()
 
 
@@ -228,13 +225,14 @@ def test_tokens_of_no_sequence():
     tensors = case.tensors(DEVICE)
     total = len(tensors["query"])
     longer = {name: torch.cat([tensors[name], tensors[name][:2]]) for name in NAMES[:3]}
-    output, lse = kernels.memory_attention(*(tensors | longer).values(), **case.settings)
+    output, lse = kernels.memory_attention(AttentionInputs(**(tensors | longer)), case.settings)
     assert (output[total:] == 0).all() and (lse[:, total:] == 0).all()
     found = kernels.memory_attention_backward(
-        torch.ones_like(output), None, *(tensors | longer).values(), output, lse, **case.settings
+        torch.ones_like(output), None, AttentionInputs(**(tensors | longer)), output, lse, case.settings
     )
+    inputs = AttentionInputs(**tensors)
     shorter = kernels.memory_attention_backward(
-        torch.ones_like(output)[:total], None, *tensors.values(), output[:total], lse[:, :total], **case.settings
+        torch.ones_like(output)[:total], None, inputs, output[:total], lse[:, :total], case.settings
     )
     for left, right, cut in zip(found, shorter, [True] * 3 + [False] * 3, strict=True):
         torch.testing.assert_close(left[:total] if cut else left, right)
@@ -244,13 +242,8 @@ def test_tokens_of_no_sequence():
 def test_decoding_of_as_many_queries_as_it_takes():
     case = Case(rows=1, shared=1, group=4, tokens=16, offset=20, memory=20, head_dim=64)
     tensors = case.tensors(DEVICE)
-    names = ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")
-    settings = {name: value for name, value in case.settings.items() if name != "offsets"}
-    for left, right in zip(
-        kernels.memory_decode(*(tensors[name] for name in names), None, None, None, **settings),
-        expected(tensors, case),
-        strict=True,
-    ):
+    found = kernels.memory_decode(AttentionInputs(**tensors), None, case.settings)
+    for left, right in zip(found, expected(tensors, case), strict=True):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
 
 
@@ -262,18 +255,15 @@ def test_no_kernel_is_compiled_anew_for_other_lengths():
         tensors["query"] = torch.empty(rows, 4, tokens, 80, device="meta")
         tensors["key"] = tensors["value"] = torch.empty(rows, 2, tokens, 80, device="meta")
         tensors["memory_key"] = tensors["memory_value"] = torch.empty(rows, 2, memory, 80, device="meta")
-        chosen = {"scale": 1.0, "softcap": None, "target": "cuda:90"}
+        inputs, settings, target = AttentionInputs(**tensors), AttentionSettings(1.0), "cuda:90"
         lse = torch.empty(rows, 4, tokens, device="meta")
-        forward, _ = kernels.plan_memory_attention(*tensors.values(), window=tokens, offsets=0, **chosen)
+        forward, _ = kernels.plan_memory_attention(inputs, settings._replace(window=tokens), target=target)
         backward, _ = kernels.plan_memory_attention_backward(
-            tensors["query"], None, *tensors.values(), tensors["query"], lse, window=3, offsets=0, **chosen
+            inputs.query, None, inputs, inputs.query, lse, settings._replace(window=3), target=target
         )
-        names = ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")
-        tensors["query"] = torch.empty(rows, 4, 1, 80, device="meta")
+        inputs = inputs._replace(query=torch.empty(rows, 4, 1, 80, device="meta"))
         lengths = torch.empty(rows, dtype=torch.int32, device="meta")
-        decode, _ = kernels.plan_memory_decode(
-            *(tensors[name] for name in names), lengths, None, None, window=None, **chosen
-        )
+        decode, _ = kernels.plan_memory_decode(inputs, lengths, settings, target=target)
         for launch in (forward, *backward, *decode):
             assert set(launch.unspecialised) & set(launch.kernel.arg_names)
             variants.setdefault(launch.kernel.__name__, set()).add(str(specialise(launch, 32)))
@@ -287,13 +277,12 @@ def test_decoding_in_a_cuda_graph():
     """With other lengths at each replay."""
     case = Case(rows=2, shared=2, group=4, tokens=1, offset=63, head_dim=64, dtype=torch.bfloat16, memory_lengths=True)
     tensors = case.tensors(DEVICE)
-    given = [tensors[n] for n in ("query", "key", "value", "memory_key", "memory_value", "memory_lengths")]
-    settings = {"scale": 0.125, "window": None, "softcap": None}
+    inputs, settings = AttentionInputs(**tensors), AttentionSettings(0.125)
     lengths = torch.tensor([64, 10], dtype=torch.int32, device=DEVICE)
-    kernels.memory_decode(*given, lengths, None, None, **settings)
+    kernels.memory_decode(inputs, lengths, settings)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output, _ = kernels.memory_decode(*given, lengths, None, None, **settings)
+        output, _ = kernels.memory_decode(inputs, lengths, settings)
     lengths.copy_(torch.tensor([5, 33]))
     graph.replay()
-    assert torch.equal(output, kernels.memory_decode(*given, lengths, None, None, **settings)[0])
+    assert torch.equal(output, kernels.memory_decode(inputs, lengths, settings)[0])

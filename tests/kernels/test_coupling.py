@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3mem_fast.kernels import coupling
-from r3mem_fast.kernels.coupling import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, reference
+from r3mem_fast.kernels.coupling import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, fixed_point, reference, tiles
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 BITS = st.sampled_from([None, 1, 2, 4, 8])
@@ -85,7 +85,7 @@ def test_overflow_of_an_addition_is_reported_exactly(stream, addend, size):
     addends = torch.zeros(size, dtype=torch.int32)
     streams[-1], addends[-1] = stream, addend
     flags = coupling.new_flags("cpu")
-    reference._add_checked_(streams, addends, flags)
+    fixed_point.add_checked_(streams, addends, flags)
     assert flags.tolist() == [0, int(not -(2**31) <= stream + addend < 2**31), 0]
     assert (streams[-1].item() - stream - addend) % 2**32 == 0
 
@@ -128,20 +128,20 @@ def test_stream_checksums_see_any_one_changed_element(size, data):
 
 def test_stream_checksums_formula_and_chunks():
     """The formula that other implementations follow, in Python's integers, over more than one chunk."""
-    size = reference._TILES_AT_ONCE * coupling.TILE + coupling.TILE + 3
+    size = tiles._TILES_AT_ONCE * coupling.TILE + coupling.TILE + 3
     position, velocity = random_stream(size, 3), random_stream(size, 4)
     sums = reference.stream_sums(position, velocity).tolist()
-    assert len(sums) == reference._TILES_AT_ONCE + 2
+    assert len(sums) == tiles._TILES_AT_ONCE + 2
 
     def signed(value, bits):
         return (value + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
 
-    for tile in (0, reference._TILES_AT_ONCE, reference._TILES_AT_ONCE + 1):
+    for tile in (0, tiles._TILES_AT_ONCE, tiles._TILES_AT_ONCE + 1):
         of_tile = slice(tile * coupling.TILE, (tile + 1) * coupling.TILE)
         expected = 0
         for i, (x, v) in enumerate(zip(position[of_tile].tolist(), velocity[of_tile].tolist(), strict=True)):
-            expected += signed((2 * i + 1) * reference.POSITION_WEIGHT, 32) * x
-            expected += signed((2 * i + 1) * reference.VELOCITY_WEIGHT, 32) * v
+            expected += signed((2 * i + 1) * tiles.POSITION_WEIGHT, 32) * x
+            expected += signed((2 * i + 1) * tiles.VELOCITY_WEIGHT, 32) * v
         assert sums[tile] == signed(expected, 64)
     assert reference.stream_sums(velocity, position).tolist() != sums
 

@@ -1,40 +1,46 @@
 """The backward pass, without atomics: every gradient is summed by one program, in one order.
 
-attention_delta_kernel      g^o · o - g^lse, a number a query
-attention_query_kernel      g^q: one program a block of queries, over the keys, as forward
-attention_key_kernel        g^k, g^v: one program a block of the segment's keys, over the queries of all heads that
-                            share it
-attention_memory_kernel     the same for the memory's keys, which all queries see: over a part of the queries of a
-                            row, in float32; `_sum` adds the parts up, and the rows where they share a memory
+attention_delta_kernel      g^o · o - g^lse, a number for each query
+attention_query_kernel      g^q: one program for each block of queries, over the keys, as forward
+attention_key_kernel        g^k, g^v: one program for each block of the segment's keys, over the queries of all heads
+                            that share it
+attention_memory_kernel     the same for the memory's keys, which all queries see: over a part of the queries of a row,
+                            in float32; `_sum_parts` adds the parts up, and the rows where they share a memory
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import Launch
+from ..arguments import AttentionInputs, AttentionSettings
 from ..reference import grad_of_sinks
 from .common import (
     LENGTHS,
     LOG2_E,
+    Keys,
+    advance,
     base_2_logits,
-    configuration,
+    extent_of,
     first_in_memory,
     first_in_segment,
-    in_segment,
-    key_blocks,
+    launch_planner,
     load_tile,
-    planner,
-    rows_first,
-    segment_range,
-    sequence,
+    locate_sequence,
+    resolve_target,
+    segment_visible,
+    select_configuration,
+    split_key_blocks,
     store_tile,
-    target_for,
-    with_unit_stride,
+    visible_range,
 )
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
-# As in forward.py: BLOCK_M of queries, BLOCK_N of keys, threads, stages.
+# As in forward.py.
 _QUERY_CONFIGURATIONS = {
     "cuda:80": {2: {64: (128, 64, 256, 2), 128: (128, 32, 256, 2), 256: (64, 64, 256, 2)},
                4: {64: (32, 32, 128, 2), 128: (16, 32, 256, 2), 256: (16, 16, 256, 2)}},
@@ -57,24 +63,60 @@ _KEY_CONFIGURATIONS = {
     "hip:gfx942": {2: {64: (64, 64, 256, 1), 128: (32, 64, 256, 1), 256: (16, 32, 256, 1)},
                   4: {64: (32, 32, 256, 1), 128: (16, 32, 256, 1), 256: (16, 16, 256, 1)}},
 }  # fmt: skip
-# Programs that the memory's gradient is split into, about: some for each multiprocessor of a large GPU. A constant, so
-# that the order of additions, and with it the result, does not depend on how many the GPU has.
+# About how many programs the memory's gradient is split into: some for each multiprocessor of a large GPU. A constant,
+# so that the order of additions, and with it the result, does not depend on how many the GPU has.
 _PROGRAMS = 264
 _DELTA_QUERIES = 32
+
+
+class QueryTile(NamedTuple):
+    """A block of queries with what the backward pass needs of them, loaded.
+
+    Attributes:
+        query: `[BLOCK_M, BLOCK_D]`.
+        grad_output: `[BLOCK_M, BLOCK_D]`.
+        lse: To base 2, float32 `[BLOCK_M]`.
+        delta: float32 `[BLOCK_M]`.
+    """
+
+    query: Any
+    grad_output: Any
+    lse: Any
+    delta: Any
+
+
+class Queries(NamedTuple):
+    """The queries of one head with what the backward pass needs of them, as pointers.
+
+    Attributes:
+        query: Pointer to the first query.
+        grad_output: Pointer to the gradient of the first output.
+        lse: Pointer to the log-sum-exps of all heads.
+        delta: Pointer to the deltas of all heads.
+        offset: Position of this head's first log-sum-exp and delta among those of all heads.
+        query_token: Distance from a query to the next, in elements.
+        grad_output_token: Distance from a gradient to the next, in elements.
+        count: Number of queries.
+    """
+
+    query: Any
+    grad_output: Any
+    lse: Any
+    delta: Any
+    offset: Any
+    query_token: Any
+    grad_output_token: Any
+    count: Any
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_delta_kernel(
     grad_output,
     output,
-    grad_lse,
+    grad_lse,  # None: zeros
     delta,
-    grad_output_row,
-    grad_output_head,
-    grad_output_token,
-    output_row,
-    output_head,
-    output_token,
+    grad_output_strides,
+    output_strides,
     tokens,
     blocks,
     heads,
@@ -82,17 +124,17 @@ def attention_delta_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    """Compute delta of a block of queries of one head."""
     program = tl.program_id(0)
     block = program % blocks
     head = (program // blocks % heads).to(tl.int64)
     row = (program // blocks // heads).to(tl.int64)
     lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    of_grad = grad_output + row * grad_output_row + head * grad_output_head
-    grads = load_tile(of_grad, lines, grad_output_token, 0, tokens, True, D, BLOCK_D).to(tl.float32)
-    of_output = output + row * output_row + head * output_head
-    found = tl.sum(
-        grads * load_tile(of_output, lines, output_token, 0, tokens, True, D, BLOCK_D).to(tl.float32), axis=1
-    )
+    of_grad = advance(grad_output, grad_output_strides, row, head, 0)
+    grads = load_tile(of_grad, lines, grad_output_strides.token, 0, tokens, True, D, BLOCK_D).to(tl.float32)
+    of_output = advance(output, output_strides, row, head, 0)
+    outputs = load_tile(of_output, lines, output_strides.token, 0, tokens, True, D, BLOCK_D).to(tl.float32)
+    found = tl.sum(grads * outputs, axis=1)
     at = (row * heads + head) * tokens + lines
     if grad_lse is not None:
         found -= tl.load(grad_lse + at, mask=lines < tokens, other=0.0)
@@ -107,42 +149,33 @@ def base_2_lse(lse, lines, count):
 
 
 @triton.jit
-def query_step(
-    acc,
-    query,
-    grads,
-    lse,
-    delta,
-    key,
-    value,
-    columns,
-    low,
-    count,
-    key_token,
-    value_token,
-    visible,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
+def add_query_gradient(
+    acc, tile, keys, columns, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    keys = load_tile(key, columns, key_token, low, count, MASKED, D, BLOCK_D)
-    logits, slope = base_2_logits(tl.dot(query, tl.trans(keys), input_precision="ieee"), SCALE, SOFTCAP)
+):  # fmt: skip
+    """Add what one block of keys contributes to the gradient of a block of queries, all but the factor SCALE.
+
+    acc: float32 `[BLOCK_M, BLOCK_D]`. tile: a `QueryTile`. keys: a `Keys`. columns: int32 `[BLOCK_N]`, positions of
+    the block. visible: bool `[BLOCK_M, BLOCK_N]`, or `[1, BLOCK_N]`; None: all are seen. Returns the new acc.
+    """
+    MASKED: tl.constexpr = visible is not None
+    key = load_tile(keys.key, columns, keys.key_token, keys.first, keys.end, MASKED, D, BLOCK_D)
+    logits, slope = base_2_logits(tl.dot(tile.query, tl.trans(key), input_precision="ieee"), SCALE, SOFTCAP)
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
-    weights = tl.exp2(logits - lse[:, None])
-    values = load_tile(value, columns, value_token, low, count, MASKED, D, BLOCK_D)
-    grad_logits = weights * (tl.dot(grads, tl.trans(values), input_precision="ieee") - delta[:, None]) * slope
-    return tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision="ieee")
+    weights = tl.exp2(logits - tile.lse[:, None])
+    value = load_tile(keys.value, columns, keys.value_token, keys.first, keys.end, MASKED, D, BLOCK_D)
+    grad_weights = tl.dot(tile.grad_output, tl.trans(value), input_precision="ieee")
+    grad_logits = weights * (grad_weights - tile.delta[:, None]) * slope
+    return tl.dot(grad_logits.to(key.dtype), key, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_query_kernel(
     query,
-    key,
+    key,  # None: the memory alone
     value,
-    memory_key,
+    memory_key,  # None: no memory
     memory_value,
     memory_lengths,
     segment_starts,
@@ -151,34 +184,20 @@ def attention_query_kernel(
     lse,
     delta,
     grad_query,
-    query_row,
-    query_head,
-    query_token,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    memory_key_row,
-    memory_key_head,
-    memory_key_token,
-    memory_value_row,
-    memory_value_head,
-    memory_value_token,
-    grad_output_row,
-    grad_output_head,
-    grad_output_token,
-    grad_query_row,
-    grad_query_head,
-    grad_query_token,
-    tokens,
+    query_strides,
+    key_strides,
+    value_strides,
+    memory_key_strides,
+    memory_value_strides,
+    grad_output_strides,
+    grad_query_strides,
+    tokens,  # of a row, or of all sequences
     offset,
     memory_tokens,
     window,
     blocks,
     heads,
-    group,
+    group,  # query heads that share a key head
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -187,100 +206,86 @@ def attention_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Compute g^q of a block of queries of one head."""
     program = tl.program_id(0)
+    # Those that read most first, so that the last ones to end are short.
     block = blocks - 1 - program % blocks
     head = (program // blocks % heads).to(tl.int64)
     row = (program // blocks // heads).to(tl.int64)
     shared = head // group
-    stored, first, count = sequence(cu_seqlens, row, tokens)
+    stored, first, count = locate_sequence(cu_seqlens, row, tokens)
     if block * BLOCK_M < count:
         lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        own = query + stored * query_row + head * query_head + first * query_token
-        queries = load_tile(own, lines, query_token, 0, count, True, D, BLOCK_D)
-        own = grad_output + stored * grad_output_row + head * grad_output_head + first * grad_output_token
-        grads = load_tile(own, lines, grad_output_token, 0, count, True, D, BLOCK_D)
+        own = advance(query, query_strides, stored, head, first)
+        queries = load_tile(own, lines, query_strides.token, 0, count, True, D, BLOCK_D)
+        own = advance(grad_output, grad_output_strides, stored, head, first)
+        grads = load_tile(own, lines, grad_output_strides.token, 0, count, True, D, BLOCK_D)
         of_head = (stored * heads + head) * tokens + first
         lse_2 = base_2_lse(lse + of_head, lines, count)
         deltas = tl.load(delta + of_head + lines, mask=lines < count, other=0.0)
+        tile = QueryTile(queries, grads, lse_2, deltas)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if memory_key is not None:
-            keys = memory_key + row * memory_key_row + shared * memory_key_head
-            values = memory_value + row * memory_value_row + shared * memory_value_head
+            keys = advance(memory_key, memory_key_strides, row, shared, 0)
+            values = advance(memory_value, memory_value_strides, row, shared, 0)
             low = first_in_memory(memory_lengths, row, memory_tokens)
-            left, begin, full_begin, full, full_end, right = key_blocks(
+            memory = Keys(keys, values, memory_key_strides.token, memory_value_strides.token, low, memory_tokens)
+            left, begin, full_begin, full, full_end, right = split_key_blocks(
                 low, low, memory_tokens, memory_tokens, BLOCK_N
             )
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
-                acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, memory_tokens, memory_key_token,
-                    memory_value_token, None, SCALE, SOFTCAP, False, D, BLOCK_D,
-                )  # fmt: skip
+                acc = add_query_gradient(acc, tile, memory, columns, None, SCALE, SOFTCAP, D, BLOCK_D)
             for index in range(left + right):
                 at = tl.where(index < left, begin + index * BLOCK_N, full_end + (index - left) * BLOCK_N)
                 columns = at + tl.arange(0, BLOCK_N)
                 visible = ((columns >= low) & (columns < memory_tokens))[None, :]
-                acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, memory_tokens, memory_key_token,
-                    memory_value_token, visible, SCALE, SOFTCAP, True, D, BLOCK_D,
-                )  # fmt: skip
+                acc = add_query_gradient(acc, tile, memory, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
         if key is not None:
-            keys = key + stored * key_row + shared * key_head + first * key_token
-            values = value + stored * value_row + shared * value_head + first * value_token
+            keys = advance(key, key_strides, stored, shared, first)
+            values = advance(value, value_strides, stored, shared, first)
             start = first_in_segment(segment_starts, row)
-            low, low_full, high_full, high = segment_range(block, count, offset, start, window, BLOCK_M, WINDOWED)
-            left, begin, full_begin, full, full_end, right = key_blocks(low, low_full, high_full, high, BLOCK_N)
+            low, low_full, high_full, high = visible_range(block, count, offset, start, window, BLOCK_M, WINDOWED)
+            segment = Keys(keys, values, key_strides.token, value_strides.token, low, high)
+            left, begin, full_begin, full, full_end, right = split_key_blocks(low, low_full, high_full, high, BLOCK_N)
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
-                acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, high, key_token, value_token, None,
-                    SCALE, SOFTCAP, False, D, BLOCK_D,
-                )  # fmt: skip
+                acc = add_query_gradient(acc, tile, segment, columns, None, SCALE, SOFTCAP, D, BLOCK_D)
             for index in range(left + right):
                 at = tl.where(index < left, begin + index * BLOCK_N, full_end + (index - left) * BLOCK_N)
                 columns = at + tl.arange(0, BLOCK_N)
-                visible = in_segment((offset + lines)[:, None], columns[None, :], start, window, high, WINDOWED)
-                acc = query_step(
-                    acc, queries, grads, lse_2, deltas, keys, values, columns, low, high, key_token, value_token,
-                    visible, SCALE, SOFTCAP, True, D, BLOCK_D,
-                )  # fmt: skip
-        to = grad_query + stored * grad_query_row + head * grad_query_head + first * grad_query_token
-        store_tile(to, lines, grad_query_token, count, acc * SCALE, D, BLOCK_D)
+                positions = (offset + lines)[:, None]
+                visible = segment_visible(positions, columns[None, :], start, window, high, WINDOWED)
+                acc = add_query_gradient(acc, tile, segment, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
+        to = advance(grad_query, grad_query_strides, stored, head, first)
+        store_tile(to, lines, grad_query_strides.token, count, acc * SCALE, D, BLOCK_D)
 
 
 @triton.jit
-def key_step(
-    grad_keys,
-    grad_values,
-    keys,
-    values,
-    query,
-    grad_output,
-    lse,
-    delta,
-    lines,
-    count,
-    query_token,
-    grad_output_token,
-    visible,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
+def add_key_gradients(
+    grads, key, value, queries, lines, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """What one block of queries adds to the gradients of a block of keys. visible: `[BLOCK_N, BLOCK_M]`."""
-    queries = load_tile(query, lines, query_token, 0, count, True, D, BLOCK_D)
-    logits, slope = base_2_logits(tl.dot(keys, tl.trans(queries), input_precision="ieee"), SCALE, SOFTCAP)
-    if MASKED:
+):  # fmt: skip
+    """Add what one block of queries contributes to the gradients of a block of keys, g^k all but the factor SCALE.
+
+    grads: `(g^k, g^v)`, float32 `[BLOCK_N, BLOCK_D]`. key, value: `[BLOCK_N, BLOCK_D]`. queries: a `Queries`. lines:
+    int32 `[BLOCK_M]`, positions of the block. visible: bool `[BLOCK_N, BLOCK_M]`; None: all are seen. Returns the new
+    grads.
+    """
+    grad_key, grad_value = grads
+    lse, delta = queries.lse + queries.offset, queries.delta + queries.offset
+    query = load_tile(queries.query, lines, queries.query_token, 0, queries.count, True, D, BLOCK_D)
+    logits, slope = base_2_logits(tl.dot(key, tl.trans(query), input_precision="ieee"), SCALE, SOFTCAP)
+    if visible is not None:
         logits = tl.where(visible, logits, float("-inf"))
-    weights = tl.exp2(logits - base_2_lse(lse, lines, count)[None, :])
-    grads = load_tile(grad_output, lines, grad_output_token, 0, count, True, D, BLOCK_D)
-    grad_values = tl.dot(weights.to(grads.dtype), grads, grad_values, input_precision="ieee")
-    deltas = tl.load(delta + lines, mask=(lines >= 0) & (lines < count), other=0.0)
-    grad_logits = weights * (tl.dot(values, tl.trans(grads), input_precision="ieee") - deltas[None, :]) * slope
-    grad_keys = tl.dot(grad_logits.to(queries.dtype), queries, grad_keys, input_precision="ieee")
-    return grad_keys, grad_values
+    weights = tl.exp2(logits - base_2_lse(lse, lines, queries.count)[None, :])
+    grad_output = load_tile(queries.grad_output, lines, queries.grad_output_token, 0, queries.count, True, D, BLOCK_D)
+    grad_value = tl.dot(weights.to(grad_output.dtype), grad_output, grad_value, input_precision="ieee")
+    deltas = tl.load(delta + lines, mask=(lines >= 0) & (lines < queries.count), other=0.0)
+    grad_weights = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
+    grad_logits = weights * (grad_weights - deltas[None, :]) * slope
+    grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
+    return grad_key, grad_value
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -295,30 +300,18 @@ def attention_key_kernel(
     delta,
     grad_key,
     grad_value,
-    query_row,
-    query_head,
-    query_token,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    grad_output_row,
-    grad_output_head,
-    grad_output_token,
-    grad_key_row,
-    grad_key_head,
-    grad_key_token,
-    grad_value_row,
-    grad_value_head,
-    grad_value_token,
-    tokens,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_output_strides,
+    grad_key_strides,
+    grad_value_strides,
+    tokens,  # of a row, or of all sequences
     offset,
     window,
     blocks,  # of keys
     heads,
-    group,
+    group,  # query heads that share a key head
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -327,22 +320,22 @@ def attention_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Compute g^k and g^v of a block of the segment's keys of one key head."""
     program = tl.program_id(0)
     # In this order those that are seen by most come first.
     block = program % blocks
     shared = (program // blocks % (heads // group)).to(tl.int64)
     row = (program // blocks // (heads // group)).to(tl.int64)
-    stored, first, count = sequence(cu_seqlens, row, tokens)
+    stored, first, count = locate_sequence(cu_seqlens, row, tokens)
     last = offset + count
     if block * BLOCK_N < last:
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         start = first_in_segment(segment_starts, row)
-        own = key + stored * key_row + shared * key_head + first * key_token
-        keys = load_tile(own, columns, key_token, start, last, True, D, BLOCK_D)
-        own = value + stored * value_row + shared * value_head + first * value_token
-        values = load_tile(own, columns, value_token, start, last, True, D, BLOCK_D)
-        grad_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        grad_values = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        own = advance(key, key_strides, stored, shared, first)
+        keys = load_tile(own, columns, key_strides.token, start, last, True, D, BLOCK_D)
+        own = advance(value, value_strides, stored, shared, first)
+        values = load_tile(own, columns, value_strides.token, start, last, True, D, BLOCK_D)
+        grads = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
         # Queries that see some of these keys, and those that see all of them.
         low = tl.maximum(block * BLOCK_N - offset, 0)
         low_full = tl.maximum((block + 1) * BLOCK_N - 1 - offset, 0)
@@ -353,30 +346,29 @@ def attention_key_kernel(
         if segment_starts is not None:
             high = tl.where((block + 1) * BLOCK_N <= start, low, high)
             high_full = tl.where(block * BLOCK_N < start, low, high_full)
-        left, begin, full_begin, full, full_end, right = key_blocks(low, low_full, high_full, high, BLOCK_M)
+        left, begin, full_begin, full, full_end, right = split_key_blocks(low, low_full, high_full, high, BLOCK_M)
         for index in range(group):
             head = shared * group + index
-            queries = query + stored * query_row + head * query_head + first * query_token
-            grads = grad_output + stored * grad_output_row + head * grad_output_head + first * grad_output_token
+            of_query = advance(query, query_strides, stored, head, first)
+            of_grad = advance(grad_output, grad_output_strides, stored, head, first)
             of_head = (stored * heads + head) * tokens + first
+            queries = Queries(
+                of_query, of_grad, lse, delta, of_head, query_strides.token, grad_output_strides.token, count
+            )
             for step in range(left + right):
                 at = tl.where(step < left, begin + step * BLOCK_M, full_end + (step - left) * BLOCK_M)
                 lines = at + tl.arange(0, BLOCK_M)
-                visible = in_segment((offset + lines)[None, :], columns[:, None], start, window, last, WINDOWED)
-                grad_keys, grad_values = key_step(
-                    grad_keys, grad_values, keys, values, queries, grads, lse + of_head, delta + of_head, lines, count,
-                    query_token, grad_output_token, visible, SCALE, SOFTCAP, True, D, BLOCK_D,
-                )  # fmt: skip
+                positions = (offset + lines)[None, :]
+                visible = segment_visible(positions, columns[:, None], start, window, last, WINDOWED)
+                grads = add_key_gradients(grads, keys, values, queries, lines, visible, SCALE, SOFTCAP, D, BLOCK_D)
             for step in range(full):
                 lines = full_begin + step * BLOCK_M + tl.arange(0, BLOCK_M)
-                grad_keys, grad_values = key_step(
-                    grad_keys, grad_values, keys, values, queries, grads, lse + of_head, delta + of_head, lines, count,
-                    query_token, grad_output_token, None, SCALE, SOFTCAP, False, D, BLOCK_D,
-                )  # fmt: skip
-        to = grad_key + stored * grad_key_row + shared * grad_key_head + first * grad_key_token
-        store_tile(to, columns, grad_key_token, last, grad_keys * SCALE, D, BLOCK_D)
-        to = grad_value + stored * grad_value_row + shared * grad_value_head + first * grad_value_token
-        store_tile(to, columns, grad_value_token, last, grad_values, D, BLOCK_D)
+                grads = add_key_gradients(grads, keys, values, queries, lines, None, SCALE, SOFTCAP, D, BLOCK_D)
+        grad_keys, grad_values = grads
+        to = advance(grad_key, grad_key_strides, stored, shared, first)
+        store_tile(to, columns, grad_key_strides.token, last, grad_keys * SCALE, D, BLOCK_D)
+        to = advance(grad_value, grad_value_strides, stored, shared, first)
+        store_tile(to, columns, grad_value_strides.token, last, grad_values, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -389,25 +381,17 @@ def attention_memory_kernel(
     grad_output,
     lse,
     delta,
-    grad_key,  # float32 [splits, rows, shared, memory_tokens, D], contiguous
+    grad_key,  # float32 [splits, rows, key heads, memory_tokens, D], contiguous
     grad_value,
-    query_row,
-    query_head,
-    query_token,
-    memory_key_row,
-    memory_key_head,
-    memory_key_token,
-    memory_value_row,
-    memory_value_head,
-    memory_value_token,
-    grad_output_row,
-    grad_output_head,
-    grad_output_token,
-    tokens,
+    query_strides,
+    memory_key_strides,
+    memory_value_strides,
+    grad_output_strides,
+    tokens,  # of a row, or of all sequences
     memory_tokens,
     blocks,  # of memory keys
     heads,
-    group,
+    group,  # query heads that share a key head
     rows,
     splits,
     SCALE: tl.constexpr,
@@ -417,33 +401,34 @@ def attention_memory_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Compute g^k and g^v of a block of a row's memory keys of one key head, over one part of the queries."""
     program = tl.program_id(0)
     block = program % blocks
     shared = (program // blocks % (heads // group)).to(tl.int64)
     row = (program // blocks // (heads // group) % rows).to(tl.int64)
     split = program // blocks // (heads // group) // rows
-    stored, first, count = sequence(cu_seqlens, row, tokens)
+    stored, first, count = locate_sequence(cu_seqlens, row, tokens)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = memory_key + row * memory_key_row + shared * memory_key_head
-    keys = load_tile(at, columns, memory_key_token, 0, memory_tokens, True, D, BLOCK_D)
-    at = memory_value + row * memory_value_row + shared * memory_value_head
-    values = load_tile(at, columns, memory_value_token, 0, memory_tokens, True, D, BLOCK_D)
-    grad_keys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    grad_values = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    at = advance(memory_key, memory_key_strides, row, shared, 0)
+    keys = load_tile(at, columns, memory_key_strides.token, 0, memory_tokens, True, D, BLOCK_D)
+    at = advance(memory_value, memory_value_strides, row, shared, 0)
+    values = load_tile(at, columns, memory_value_strides.token, 0, memory_tokens, True, D, BLOCK_D)
+    grads = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
     steps = (count + BLOCK_M - 1) // BLOCK_M
     each = (steps + splits - 1) // splits
     for index in range(group):
         head = shared * group + index
-        queries = query + stored * query_row + head * query_head + first * query_token
-        grads = grad_output + stored * grad_output_row + head * grad_output_head + first * grad_output_token
+        of_query = advance(query, query_strides, stored, head, first)
+        of_grad = advance(grad_output, grad_output_strides, stored, head, first)
         of_head = (stored * heads + head) * tokens + first
+        queries = Queries(
+            of_query, of_grad, lse, delta, of_head, query_strides.token, grad_output_strides.token, count
+        )
         for step in range(split * each, tl.minimum((split + 1) * each, steps)):
             lines = step * BLOCK_M + tl.arange(0, BLOCK_M)
-            grad_keys, grad_values = key_step(
-                grad_keys, grad_values, keys, values, queries, grads, lse + of_head, delta + of_head, lines, count,
-                query_token, grad_output_token, None, SCALE, SOFTCAP, False, D, BLOCK_D,
-            )  # fmt: skip
-    # No mask above: a key that is not visible has only its own row of these.
+            grads = add_key_gradients(grads, keys, values, queries, lines, None, SCALE, SOFTCAP, D, BLOCK_D)
+    grad_keys, grad_values = grads
+    # No mask above: a key that is not visible affects only its own line of these.
     seen = (columns >= first_in_memory(memory_lengths, row, memory_tokens))[:, None]
     base = ((split * rows + row) * (heads // group) + shared) * memory_tokens * D
     store_tile(grad_key + base, columns, D, memory_tokens, tl.where(seen, grad_keys * SCALE, 0.0), D, BLOCK_D)
@@ -451,115 +436,119 @@ def attention_memory_kernel(
 
 
 def plan_memory_attention_backward(
-    grad_output,
-    grad_lse,
-    query,
-    key,
-    value,
-    memory_key,
-    memory_value,
-    memory_lengths,
-    segment_starts,
-    cu_seqlens,
-    sinks,
-    output,
-    lse,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    settings: AttentionSettings,
     *,
-    scale,
-    window,
-    softcap,
-    offsets,
-    frozen_memory=False,
-    target=None,
-):
-    """Launches of `memory_attention_backward`, in their order, and a function that makes gradients of their output.
+    frozen_memory: bool = False,
+    target: str | None = None,
+) -> tuple[list[Launch], Callable[[], tuple[torch.Tensor | None, ...]]]:
+    """Plan the launches of `memory_attention_backward`.
 
-    Arguments are those of `plan_memory_attention`, with lse contiguous. frozen_memory: leave out the memory's
-    gradients, which are None.
+    Args:
+        grad_output: Gradient of the output, of its shape.
+        grad_lse: Gradient of lse, of its shape; None for zeros.
+        inputs: Tensors of the attention.
+        output: What `memory_attention` returned.
+        lse: What `memory_attention` returned.
+        settings: Settings of the attention; `query_offset` must be an int.
+        frozen_memory: Leave out the memory's gradients, which are then None.
+        target: GPU to compile for, as the compile gate names it (cuda:90, hip:gfx942); None for the tensors' device.
+
+    Returns:
+        The launches in their order, and a function that makes the gradients of what they have written.
     """
+    query, key, value, memory_key = inputs[:4]
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     grads = {
-        "grad_query": torch.empty_like(query, memory_format=torch.contiguous_format),
-        "grad_key": None if key is None else torch.empty_like(key, memory_format=torch.contiguous_format),
-        "grad_value": None if value is None else torch.empty_like(value, memory_format=torch.contiguous_format),
+        "grad_query": _empty_contiguous(query),
+        "grad_key": _empty_contiguous(key),
+        "grad_value": _empty_contiguous(value),
     }
-    if cu_seqlens is not None:  # there may be tokens that are of no sequence
+    if inputs.cu_seqlens is not None:  # there may be tokens that belong to no sequence
         for grad in grads.values():
-            grad.zero_()
-    given = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "memory_key": memory_key,
-        "memory_value": memory_value,
-        "grad_output": grad_output,
-        "output": output,
-    }
-    tensors = {name: with_unit_stride(rows_first(tensor)) for name, tensor in given.items()}
-    tensors |= {name: rows_first(tensor) for name, tensor in grads.items()}
-    query = tensors["query"]
-    stored, heads, tokens, head_dim = query.shape
-    rows, longest, offset = stored, tokens, offsets
-    if cu_seqlens is not None:
-        rows, longest, offset = len(cu_seqlens) - 1, offsets, 0
-    shared = (key if key is not None else memory_key).shape[1]
-    target = target_for(query, target)
-    of_query = configuration(_QUERY_CONFIGURATIONS, head_dim, query.dtype, target)
-    of_key = configuration(_KEY_CONFIGURATIONS, head_dim, query.dtype, target)
-    others = {
-        "memory_lengths": memory_lengths,
-        "segment_starts": segment_starts,
-        "cu_seqlens": cu_seqlens,
-        "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
-        "lse": lse,
-        "delta": delta,
-        "tokens": tokens,
-        "offset": offset,
-        "memory_tokens": 0 if memory_key is None else memory_key.shape[2],
-        "heads": heads,
-        "group": heads // shared,
-        "rows": rows,
-    }
-    plan = planner(tensors, others, scale=scale, window=window, softcap=softcap)
-    blocks = triton.cdiv(tokens, _DELTA_QUERIES)
-    launches = [
-        plan(attention_delta_kernel, blocks * heads * stored, (_DELTA_QUERIES, 0, of_query[2], 1), blocks=blocks)
-    ]
-    blocks = triton.cdiv(longest, of_query[0])
-    launches.append(plan(attention_query_kernel, blocks * heads * rows, of_query, blocks=blocks))
+            if grad is not None:
+                grad.zero_()
+    extent = extent_of(inputs, settings.query_offset, settings.max_seqlen)
+    stored, rows, key_heads, longest = extent.stored, extent.rows, extent.key_heads, extent.longest
+    head_dim, target = query.shape[-1], resolve_target(query, target)
+    for_queries = select_configuration(_QUERY_CONFIGURATIONS, head_dim, query.dtype, target)
+    for_keys = select_configuration(_KEY_CONFIGURATIONS, head_dim, query.dtype, target)
+    tensors = {"grad_output": grad_output, "output": output, **grads}
+    others = {"grad_lse": None if grad_lse is None else grad_lse.contiguous(), "lse": lse, "delta": delta}
+    plan = launch_planner(inputs, settings, extent, tensors, others)
+    blocks = triton.cdiv(extent.tokens, _DELTA_QUERIES)
+    for_delta = (_DELTA_QUERIES, 0, for_queries[2], 1)
+    launches = [plan(attention_delta_kernel, blocks * extent.heads * stored, for_delta, blocks=blocks)]
+    blocks = triton.cdiv(longest, for_queries[0])
+    launches.append(plan(attention_query_kernel, blocks * extent.heads * rows, for_queries, blocks=blocks))
     if key is not None:
-        blocks = triton.cdiv(longest + offset, of_key[1])
-        launches.append(plan(attention_key_kernel, blocks * shared * rows, of_key, blocks=blocks))
-    parts = ()
+        blocks = triton.cdiv(longest + extent.offset, for_keys[1])
+        launches.append(plan(attention_key_kernel, blocks * key_heads * rows, for_keys, blocks=blocks))
+    parts: tuple[torch.Tensor, ...] = ()
     if memory_key is not None and not frozen_memory:
-        blocks = triton.cdiv(memory_key.shape[2], of_key[1])
-        splits = max(1, min(_PROGRAMS // max(1, blocks * shared * rows), longest // (4 * of_key[0])))
-        shape = (splits, rows, shared, memory_key.shape[2], head_dim)
+        blocks = triton.cdiv(extent.memory_tokens, for_keys[1])
+        splits = max(1, min(_PROGRAMS // max(1, blocks * key_heads * rows), longest // (4 * for_keys[0])))
+        shape = (splits, rows, key_heads, extent.memory_tokens, head_dim)
         parts = tuple(query.new_empty(shape, dtype=torch.float32) for _ in range(2))
         own = {"grad_key": parts[0], "grad_value": parts[1], "blocks": blocks, "splits": splits}
-        launches.append(plan(attention_memory_kernel, blocks * shared * rows * splits, of_key, **own))
+        launches.append(plan(attention_memory_kernel, blocks * key_heads * rows * splits, for_keys, **own))
 
-    def gradients():
-        memory = tuple(_sum(part, memory_key) for part in parts) or (None, None)
-        of_sinks = (
-            None
-            if sinks is None
-            else grad_of_sinks(sinks, lse.view(stored, heads, tokens), delta.view(stored, heads, tokens))
-        )
-        return (*grads.values(), *memory, of_sinks)
+    def gradients() -> tuple[torch.Tensor | None, ...]:
+        memory: tuple[torch.Tensor | None, ...] = (None, None)
+        if memory_key is not None and not frozen_memory:
+            memory = tuple(_sum_parts(part, memory_key) for part in parts)
+        grad_sinks = None
+        if inputs.sinks is not None:
+            by_row = (stored, extent.heads, extent.tokens)
+            grad_sinks = grad_of_sinks(inputs.sinks, lse.view(by_row), delta.view(by_row))
+        return (*grads.values(), *memory, grad_sinks)
 
     return launches, gradients
 
 
-def _sum(parts, memory):
-    """Sum parts `[splits, rows, shared, memory_tokens, D]`, in the memory's shape and dtype."""
+def _empty_contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Make an unwritten, contiguous tensor of the same shape and dtype; None for None."""
+    return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _sum_parts(parts: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Sum parts `[splits, rows, key heads, memory_tokens, D]` to the shape and dtype of the memory."""
     dims = (0,) if len(memory) == parts.shape[1] else (0, 1)
     return parts.sum(dims).view(memory.shape).to(memory.dtype)
 
 
-def memory_attention_backward(*tensors, **settings):
-    launches, gradients = plan_memory_attention_backward(*tensors, **settings)
-    for launched in launches:
-        launched.run()
+def memory_attention_backward(
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    settings: AttentionSettings,
+    *,
+    frozen_memory: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Compute the gradients as `reference.memory_attention_backward` does.
+
+    Args:
+        grad_output: Gradient of the output, of its shape.
+        grad_lse: Gradient of lse, of its shape; None for zeros.
+        inputs: Tensors of the attention.
+        output: What `memory_attention` returned.
+        lse: What `memory_attention` returned.
+        settings: Settings of the attention; `query_offset` must be an int.
+        frozen_memory: Leave out the memory's gradients, which are then None.
+
+    Returns:
+        `(g^q, g^k, g^v, g^(k^M), g^(v^M), g^sink)`, each of the shape and dtype of its tensor, or None.
+    """
+    launches, gradients = plan_memory_attention_backward(
+        grad_output, grad_lse, inputs, output, lse, settings, frozen_memory=frozen_memory
+    )
+    for launch in launches:
+        launch.run()
     return gradients()

@@ -1,30 +1,35 @@
 """Decoding: a few queries against many keys, split over the keys, and the parts merged.
 
-A program takes the queries of all heads that share a key head, and a share of the key blocks of memory and cache, by
-the lengths that a row really has, which are read on the device.
+A program takes the queries of all heads that share a key head, and a share of the key blocks of memory and cache. It
+splits them by the lengths that a row really has, which are read on the device.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import Launch
+from ..arguments import AttentionInputs, AttentionSettings
 from ..outputs import new_lse, new_output
 from .common import (
     LENGTHS,
     LOG2_E,
-    configuration,
+    Keys,
+    advance,
+    extent_of,
     first_in_memory,
     first_in_segment,
-    in_segment,
-    planner,
-    target_for,
-    with_unit_stride,
+    launch_planner,
+    resolve_target,
+    segment_visible,
+    select_configuration,
 )
 from .forward import attend
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
-# As in forward.py, for up to 16 queries a key head; for more, BLOCK_M is made to fit them, and BLOCK_N smaller.
+# As in forward.py, for up to 16 queries that share a key head; for more, BLOCK_M is made to fit them, and BLOCK_N
+# smaller.
 _CONFIGURATIONS = {
     "cuda:80": {2: {64: (16, 128, 128, 3), 128: (16, 128, 128, 3), 256: (16, 128, 128, 2)},
                4: {64: (16, 64, 128, 2), 128: (16, 16, 128, 2), 256: (16, 16, 128, 2)}},
@@ -37,10 +42,10 @@ _CONFIGURATIONS = {
     "hip:gfx942": {2: {64: (16, 64, 256, 1), 128: (16, 64, 256, 1), 256: (16, 32, 256, 1)},
                   4: {64: (16, 32, 256, 1), 128: (16, 32, 256, 1), 256: (16, 16, 256, 1)}},
 }  # fmt: skip
-# Programs that the keys are split into, about, so that a large GPU is busy with one row of one key head.
+# About how many programs the keys are split into, so that a large GPU is busy with one row of one key head.
 _PROGRAMS = 264
 _MOST_SPLITS = 64
-_LANES = 8  # of them added up at a time
+_LANES = 8  # parts that are added up at a time
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -48,34 +53,24 @@ def attention_decode_kernel(
     query,
     key,
     value,
-    memory_key,
+    memory_key,  # None: no memory
     memory_value,
     memory_lengths,
     lengths,
     segment_starts,
     part,  # float32 [splits, rows, heads, tokens, D], contiguous
-    part_lse,  # of base 2, float32 [splits, rows, heads, tokens]
-    query_row,
-    query_head,
-    query_token,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    memory_key_row,
-    memory_key_head,
-    memory_key_token,
-    memory_value_row,
-    memory_value_head,
-    memory_value_token,
+    part_lse,  # to base 2, float32 [splits, rows, heads, tokens]
+    query_strides,
+    key_strides,
+    value_strides,
+    memory_key_strides,
+    memory_value_strides,
     tokens,  # queries
     offset,  # keys of the cache
     memory_tokens,
     window,
     heads,
-    group,
+    group,  # query heads that share a key head
     rows,
     splits,
     SCALE: tl.constexpr,
@@ -86,6 +81,7 @@ def attention_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Compute o and lse, to base 2, of the queries that share a key head, over one part of the keys."""
     program = tl.program_id(0)
     shared = (program % (heads // group)).to(tl.int64)
     row = (program // (heads // group) % rows).to(tl.int64)
@@ -94,16 +90,18 @@ def attention_decode_kernel(
     head, token = shared * group + lines // tokens, lines % tokens
     inside = lines < group * tokens
     dims = tl.arange(0, BLOCK_D)
-    pointers = query + row * query_row + (head * query_head + token * query_token)[:, None] + dims[None, :]
+    own = query + row * query_strides.row
+    pointers = own + (head * query_strides.head + token * query_strides.token)[:, None] + dims[None, :]
     queries = tl.load(pointers, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    softmax = (acc, total, largest)
 
     count = offset
     if lengths is not None:
         count = tl.minimum(tl.load(lengths + row), offset)
-    places = count - tokens + token
+    positions = count - tokens + token
     low = first_in_segment(segment_starts, row)
     if WINDOWED:
         low = tl.maximum(low, count - tokens - window + 1)
@@ -117,24 +115,21 @@ def attention_decode_kernel(
     each = (of_memory + of_cache + splits - 1) // splits
     begin, end = split * each, (split + 1) * each
     if memory_key is not None:
-        keys = memory_key + row * memory_key_row + shared * memory_key_head
-        values = memory_value + row * memory_value_row + shared * memory_value_head
+        keys = advance(memory_key, memory_key_strides, row, shared, 0)
+        values = advance(memory_value, memory_value_strides, row, shared, 0)
+        memory = Keys(keys, values, memory_key_strides.token, memory_value_strides.token, hidden, memory_tokens)
         for index in range(begin, tl.minimum(end, of_memory)):
             columns = (in_memory + index) * BLOCK_N + tl.arange(0, BLOCK_N)
             visible = ((columns >= hidden) & (columns < memory_tokens))[None, :]
-            acc, total, largest = attend(
-                acc, total, largest, queries, keys, values, columns, hidden, memory_tokens, memory_key_token,
-                memory_value_token, visible, SCALE, SOFTCAP, True, D, BLOCK_D,
-            )  # fmt: skip
-    keys = key + row * key_row + shared * key_head
-    values = value + row * value_row + shared * value_head
+            softmax = attend(softmax, queries, memory, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
+    keys = advance(key, key_strides, row, shared, 0)
+    values = advance(value, value_strides, row, shared, 0)
+    cache = Keys(keys, values, key_strides.token, value_strides.token, low, count)
     for index in range(tl.maximum(begin, of_memory) - of_memory, tl.minimum(end - of_memory, of_cache)):
         columns = (in_cache + index) * BLOCK_N + tl.arange(0, BLOCK_N)
-        visible = in_segment(places[:, None], columns[None, :], low, window, count, WINDOWED)
-        acc, total, largest = attend(
-            acc, total, largest, queries, keys, values, columns, low, count, key_token, value_token, visible, SCALE,
-            SOFTCAP, True, D, BLOCK_D,
-        )  # fmt: skip
+        visible = segment_visible(positions[:, None], columns[None, :], low, window, count, WINDOWED)
+        softmax = attend(softmax, queries, cache, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
+    acc, total, largest = softmax
     at = ((split * rows + row) * heads + head) * tokens + token
     tl.store(part_lse + at, largest + tl.log2(total), mask=inside)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -142,7 +137,8 @@ def attention_decode_kernel(
 
 
 @triton.jit
-def part_found(part_lse, parts, rows, row, heads, head, tokens, token, splits):
+def load_part_lse(part_lse, parts, rows, row, heads, head, tokens, token, splits):
+    """Load the log-sum-exps, to base 2, that these parts have for a query; -inf for parts that do not exist."""
     at = ((parts * rows + row) * heads + head) * tokens + token
     return tl.load(part_lse + at, mask=parts < splits, other=float("-inf"))
 
@@ -154,9 +150,7 @@ def attention_combine_kernel(
     sinks,
     output,
     lse,
-    output_row,
-    output_head,
-    output_token,
+    output_strides,
     tokens,
     heads,
     rows,
@@ -166,12 +160,13 @@ def attention_combine_kernel(
     MOST_SPLITS: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    """Merge the parts of one query, by the formula of `merge` in `../reference.py`, and the sink."""
     program = tl.program_id(0)
     token = (program % tokens).to(tl.int64)
     head = (program // tokens % heads).to(tl.int64)
     row = (program // tokens // heads).to(tl.int64)
     dims, lanes = tl.arange(0, BLOCK_D), tl.arange(0, LANES)
-    found = part_found(part_lse, tl.arange(0, MOST_SPLITS), rows, row, heads, head, tokens, token, splits)
+    found = load_part_lse(part_lse, tl.arange(0, MOST_SPLITS), rows, row, heads, head, tokens, token, splits)
     largest = tl.max(found, axis=0)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
@@ -183,81 +178,71 @@ def attention_combine_kernel(
     mixed = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, splits, LANES):
         parts = first + lanes
-        weights = tl.exp2(part_found(part_lse, parts, rows, row, heads, head, tokens, token, splits) - base)
+        weights = tl.exp2(load_part_lse(part_lse, parts, rows, row, heads, head, tokens, token, splits) - base)
         at = ((parts * rows + row) * heads + head) * tokens + token
         mask = (parts < splits)[:, None] & (dims < D)[None, :]
         values = tl.load(part + at[:, None] * D + dims[None, :], mask=mask, other=0.0)
         mixed += tl.sum(values * weights[:, None], axis=0)
     mixed = mixed / tl.where(total == 0.0, 1.0, total)
-    to = output + row * output_row + head * output_head + token * output_token
+    to = advance(output, output_strides, row, head, token)
     tl.store(to + dims, mixed.to(output.dtype.element_ty), mask=dims < D)
     tl.store(lse + (row * heads + head) * tokens + token, (largest + tl.log2(total)) / _LOG2_E)
 
 
 def plan_memory_decode(
-    query,
-    key,
-    value,
-    memory_key,
-    memory_value,
-    memory_lengths,
-    lengths,
-    segment_starts,
-    sinks,
+    inputs: AttentionInputs,
+    lengths: torch.Tensor | None,
+    settings: AttentionSettings,
     *,
-    scale,
-    window,
-    softcap,
-    target=None,
-):
-    """The launches of `memory_decode`, in their order, and its outputs `(output, lse)`, as yet unwritten."""
+    target: str | None = None,
+) -> tuple[tuple[Launch, Launch], tuple[torch.Tensor, torch.Tensor]]:
+    """Plan the launches of `memory_decode`, and make its outputs.
+
+    Args:
+        inputs: Tensors of the attention, without `cu_seqlens`; key and value are the cache.
+        lengths: int32 `[B]`, numbers of keys of the cache that are filled; None for all of them.
+        settings: Settings of the attention, without `query_offset`: the queries are the last of the filled keys.
+        target: GPU to compile for, as the compile gate names it (cuda:90, hip:gfx942); None for the tensors' device.
+
+    Returns:
+        The launches in their order, and `(output, lse)`, which they will write.
+    """
+    query, key = inputs.query, inputs.key
+    assert key is not None
     output, lse = new_output(query), new_lse(query)
-    tensors = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "memory_key": memory_key,
-        "memory_value": memory_value,
-        "output": output,
-    }
-    tensors = {name: with_unit_stride(tensor) for name, tensor in tensors.items()}
+    extent = extent_of(inputs, key.shape[2])
     rows, heads, tokens, head_dim = query.shape
-    shared, cached = key.shape[1:3]
-    memory_tokens = 0 if memory_key is None else memory_key.shape[2]
-    group = heads // shared
-    _, block_n, threads, stages = configuration(_CONFIGURATIONS, head_dim, query.dtype, target_for(query, target))
-    block_m = max(16, triton.next_power_of_2(group * tokens))
+    target = resolve_target(query, target)
+    _, block_n, threads, stages = select_configuration(_CONFIGURATIONS, head_dim, query.dtype, target)
+    block_m = max(16, triton.next_power_of_2(extent.group * tokens))
     if block_m > 16 and block_n > 16:  # so that logits and sums still fit into registers, queries into shared memory
         block_n, threads, stages = max(16, block_n * 16 // block_m), 256, min(stages, 2)
-    most = triton.cdiv(memory_tokens, block_n) + triton.cdiv(cached, block_n)
-    splits = max(1, min(_PROGRAMS // max(1, shared * rows), most, _MOST_SPLITS))
+    most = triton.cdiv(extent.memory_tokens, block_n) + triton.cdiv(key.shape[2], block_n)
+    splits = max(1, min(_PROGRAMS // max(1, extent.key_heads * rows), most, _MOST_SPLITS))
     part = query.new_empty(splits, rows, heads, tokens, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(splits, rows, heads, tokens, dtype=torch.float32)
-    others = {
-        "memory_lengths": memory_lengths,
-        "lengths": lengths,
-        "segment_starts": segment_starts,
-        "sinks": None if sinks is None else sinks.contiguous(),
-        "part": part,
-        "part_lse": part_lse,
-        "lse": lse,
-        "tokens": tokens,
-        "offset": cached,
-        "memory_tokens": memory_tokens,
-        "heads": heads,
-        "group": group,
-        "rows": rows,
-        "splits": splits,
-    }
-    plan = planner(tensors, others, scale=scale, window=window, softcap=softcap)
-    read = plan(attention_decode_kernel, shared * rows * splits, (block_m, block_n, threads, stages))
+    others = {"lengths": lengths, "part": part, "part_lse": part_lse, "lse": lse, "splits": splits}
+    plan = launch_planner(inputs, settings, extent, {"output": output}, others)
+    read = plan(attention_decode_kernel, extent.key_heads * rows * splits, (block_m, block_n, threads, stages))
     lanes = {"MOST_SPLITS": _MOST_SPLITS, "LANES": _LANES}
     combine = plan(attention_combine_kernel, rows * heads * tokens, (0, 0, 64, 1), **lanes)
     return (read, combine), (output, lse)
 
 
-def memory_decode(*tensors, **settings) -> tuple[torch.Tensor, torch.Tensor]:
-    launches, outputs = plan_memory_decode(*tensors, **settings)
-    for launched in launches:
-        launched.run()
+def memory_decode(
+    inputs: AttentionInputs, lengths: torch.Tensor | None, settings: AttentionSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from one query or a few to a memory and a cache.
+
+    Args:
+        inputs: Tensors of the attention, without `cu_seqlens`; key and value are the cache.
+        lengths: int32 `[B]`, numbers of keys of the cache that are filled; None for all of them.
+        settings: Settings of the attention, without `query_offset`: the queries are the last of the filled keys.
+
+    Returns:
+        The output and the log-sum-exps.
+    """
+    launches, outputs = plan_memory_decode(inputs, lengths, settings)
+    for launch in launches:
+        launch.run()
     return outputs

@@ -1,37 +1,39 @@
-"""The forward pass: one program a block of queries of one head, over the memory's keys, then the segment's.
+"""The forward pass: one program for each block of queries of one head, over the memory's keys, then the segment's.
 
-Keys and values are read once a block of queries, by their own strides; of the blocks of keys only those on the
-diagonal, at a window's or padding's edge and at the end are masked.
+Keys and values are read once for each block of queries, by their own strides. Of the blocks of keys only those on the
+diagonal, at the edge of a window or of padding, and at the end are masked.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import Launch
+from ..arguments import AttentionInputs, AttentionSettings
 from ..outputs import new_lse, new_output
 from .common import (
     LENGTHS,
     LOG2_E,
+    Keys,
+    advance,
     base_2_logits,
-    configuration,
+    extent_of,
     first_in_memory,
     first_in_segment,
-    in_segment,
-    key_blocks,
+    launch_planner,
     load_tile,
-    planner,
-    rows_first,
-    segment_range,
-    sequence,
+    locate_sequence,
+    resolve_target,
+    segment_visible,
+    select_configuration,
+    split_key_blocks,
     store_tile,
-    target_for,
-    with_unit_stride,
+    visible_range,
 )
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
-# BLOCK_M, BLOCK_N, threads, stages; by bytes of an element and head_dim. Chosen by what the compiler makes of them
-# (registers, shared memory; no spills), not yet by a measurement on a GPU.
+# Chosen by what the compiler makes of them (registers, shared memory; no spills), not yet by a measurement on a GPU.
 _CONFIGURATIONS = {
     "cuda:80": {2: {64: (128, 128, 256, 3), 128: (128, 64, 256, 3), 256: (64, 32, 256, 2)},
                4: {64: (64, 32, 256, 2), 128: (32, 16, 256, 2), 256: (32, 16, 256, 2)}},
@@ -46,37 +48,30 @@ _CONFIGURATIONS = {
 
 @triton.jit
 def attend(
-    acc,
-    total,
-    largest,
-    query,
-    key,
-    value,
-    columns,
-    low,
-    count,
-    key_token,
-    value_token,
-    visible,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
+    softmax, query, keys, columns, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """One block of keys more in the running softmax. visible: bool `[BLOCK_M, BLOCK_N]`, ignored unless MASKED."""
-    keys = load_tile(key, columns, key_token, low, count, MASKED, D, BLOCK_D)
-    logits, _ = base_2_logits(tl.dot(query, tl.trans(keys), input_precision="ieee"), SCALE, SOFTCAP)
+):  # fmt: skip
+    """Take one more block of keys into the running softmax (Dao et al. 2022, algorithm 1).
+
+    softmax: `(acc, total, largest)`: weighted sum of the values, float32 `[BLOCK_M, BLOCK_D]`, sum of the weights and
+    largest logit to base 2, float32 `[BLOCK_M]`. query: `[BLOCK_M, BLOCK_D]`. keys: a `Keys`. columns: int32
+    `[BLOCK_N]`, positions of the block. visible: bool `[BLOCK_M, BLOCK_N]`, or `[1, BLOCK_N]`; None: all are seen.
+    Returns the new softmax.
+    """
+    acc, total, largest = softmax
+    MASKED: tl.constexpr = visible is not None
+    key = load_tile(keys.key, columns, keys.key_token, keys.first, keys.end, MASKED, D, BLOCK_D)
+    logits, _ = base_2_logits(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFTCAP)
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
     new = tl.maximum(largest, tl.max(logits, axis=1))
-    # Where nothing has been seen yet, exp2(-inf - -inf) would be no number.
+    # Where nothing has been seen yet, exp2(-inf - -inf) would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
     weights = tl.exp2(logits - base[:, None])
     carried = tl.exp2(largest - base)
     total = total * carried + tl.sum(weights, axis=1)
-    values = load_tile(value, columns, value_token, low, count, MASKED, D, BLOCK_D)
-    acc = tl.dot(weights.to(values.dtype), values, acc * carried[:, None], input_precision="ieee")
+    value = load_tile(keys.value, columns, keys.value_token, keys.first, keys.end, MASKED, D, BLOCK_D)
+    acc = tl.dot(weights.to(value.dtype), value, acc * carried[:, None], input_precision="ieee")
     return acc, total, new
 
 
@@ -93,31 +88,19 @@ def attention_forward_kernel(
     sinks,
     output,
     lse,
-    query_row,
-    query_head,
-    query_token,
-    key_row,
-    key_head,
-    key_token,
-    value_row,
-    value_head,
-    value_token,
-    memory_key_row,
-    memory_key_head,
-    memory_key_token,
-    memory_value_row,
-    memory_value_head,
-    memory_value_token,
-    output_row,
-    output_head,
-    output_token,
+    query_strides,
+    key_strides,
+    value_strides,
+    memory_key_strides,
+    memory_value_strides,
+    output_strides,
     tokens,  # of a row, or of all sequences
     offset,
     memory_tokens,
     window,
     blocks,
     heads,
-    group,  # query heads a key head
+    group,  # query heads that share a key head
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -126,61 +109,55 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Compute o and lse of a block of queries of one head."""
     program = tl.program_id(0)
     # Those that read most first, so that the last ones to end are short.
     block = blocks - 1 - program % blocks
     head = (program // blocks % heads).to(tl.int64)
     row = (program // blocks // heads).to(tl.int64)
     shared = head // group
-    stored, first, count = sequence(cu_seqlens, row, tokens)
+    stored, first, count = locate_sequence(cu_seqlens, row, tokens)
     if block * BLOCK_M < count:
         lines = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        own = query + stored * query_row + head * query_head + first * query_token
-        queries = load_tile(own, lines, query_token, 0, count, True, D, BLOCK_D)
+        own = advance(query, query_strides, stored, head, first)
+        queries = load_tile(own, lines, query_strides.token, 0, count, True, D, BLOCK_D)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        softmax = (acc, total, largest)
         if memory_key is not None:
-            keys = memory_key + row * memory_key_row + shared * memory_key_head
-            values = memory_value + row * memory_value_row + shared * memory_value_head
+            keys = advance(memory_key, memory_key_strides, row, shared, 0)
+            values = advance(memory_value, memory_value_strides, row, shared, 0)
             low = first_in_memory(memory_lengths, row, memory_tokens)
-            left, begin, full_begin, full, full_end, right = key_blocks(
+            memory = Keys(keys, values, memory_key_strides.token, memory_value_strides.token, low, memory_tokens)
+            left, begin, full_begin, full, full_end, right = split_key_blocks(
                 low, low, memory_tokens, memory_tokens, BLOCK_N
             )
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
-                acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, low, memory_tokens, memory_key_token,
-                    memory_value_token, None, SCALE, SOFTCAP, False, D, BLOCK_D,
-                )  # fmt: skip
+                softmax = attend(softmax, queries, memory, columns, None, SCALE, SOFTCAP, D, BLOCK_D)
             for index in range(left + right):
                 at = tl.where(index < left, begin + index * BLOCK_N, full_end + (index - left) * BLOCK_N)
                 columns = at + tl.arange(0, BLOCK_N)
                 visible = ((columns >= low) & (columns < memory_tokens))[None, :]
-                acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, low, memory_tokens, memory_key_token,
-                    memory_value_token, visible, SCALE, SOFTCAP, True, D, BLOCK_D,
-                )  # fmt: skip
+                softmax = attend(softmax, queries, memory, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
         if key is not None:
-            keys = key + stored * key_row + shared * key_head + first * key_token
-            values = value + stored * value_row + shared * value_head + first * value_token
+            keys = advance(key, key_strides, stored, shared, first)
+            values = advance(value, value_strides, stored, shared, first)
             start = first_in_segment(segment_starts, row)
-            low, low_full, high_full, high = segment_range(block, count, offset, start, window, BLOCK_M, WINDOWED)
-            left, begin, full_begin, full, full_end, right = key_blocks(low, low_full, high_full, high, BLOCK_N)
+            low, low_full, high_full, high = visible_range(block, count, offset, start, window, BLOCK_M, WINDOWED)
+            segment = Keys(keys, values, key_strides.token, value_strides.token, low, high)
+            left, begin, full_begin, full, full_end, right = split_key_blocks(low, low_full, high_full, high, BLOCK_N)
             for index in range(full):
                 columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
-                acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, low, high, key_token, value_token, None,
-                    SCALE, SOFTCAP, False, D, BLOCK_D,
-                )  # fmt: skip
+                softmax = attend(softmax, queries, segment, columns, None, SCALE, SOFTCAP, D, BLOCK_D)
             for index in range(left + right):
                 at = tl.where(index < left, begin + index * BLOCK_N, full_end + (index - left) * BLOCK_N)
                 columns = at + tl.arange(0, BLOCK_N)
-                visible = in_segment((offset + lines)[:, None], columns[None, :], start, window, high, WINDOWED)
-                acc, total, largest = attend(
-                    acc, total, largest, queries, keys, values, columns, low, high, key_token, value_token, visible,
-                    SCALE, SOFTCAP, True, D, BLOCK_D,
-                )  # fmt: skip
+                positions = (offset + lines)[:, None]
+                visible = segment_visible(positions, columns[None, :], start, window, high, WINDOWED)
+                softmax = attend(softmax, queries, segment, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
+        acc, total, largest = softmax
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
             new = tl.maximum(largest, sink)
@@ -188,71 +165,48 @@ def attention_forward_kernel(
             carried = tl.exp2(largest - base)
             acc, total, largest = acc * carried[:, None], total * carried + tl.exp2(sink - base), new
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        to = output + stored * output_row + head * output_head + first * output_token
-        store_tile(to, lines, output_token, count, acc, D, BLOCK_D)
+        to = advance(output, output_strides, stored, head, first)
+        store_tile(to, lines, output_strides.token, count, acc, D, BLOCK_D)
         to = lse + (stored * heads + head) * tokens + first + lines
         tl.store(to, (largest + tl.log2(total)) / _LOG2_E, mask=lines < count)
 
 
 def plan_memory_attention(
-    query,
-    key,
-    value,
-    memory_key,
-    memory_value,
-    memory_lengths,
-    segment_starts,
-    cu_seqlens,
-    sinks,
-    *,
-    scale,
-    window,
-    softcap,
-    offsets,
-    target=None,
-):
-    """The launch of `memory_attention`, and its outputs `(output, lse)`, as yet unwritten.
+    inputs: AttentionInputs, settings: AttentionSettings, *, target: str | None = None
+) -> tuple[Launch, tuple[torch.Tensor, torch.Tensor]]:
+    """Plan the launch of `memory_attention`, and make its outputs.
 
-    With cu_seqlens, tensors are `[total, H, D]` and offsets is the longest length. target: as the compile gate names
-    it; None: the device's.
+    Args:
+        inputs: Tensors of the attention.
+        settings: Its settings; `query_offset` must be an int.
+        target: GPU to compile for, as the compile gate names it (cuda:90, hip:gfx942); None for the tensors' device.
+
+    Returns:
+        The launch, and `(output, lse)`, which it will write.
     """
-    output, lse = new_output(query), new_lse(query)
-    if cu_seqlens is not None:  # there may be tokens that are of no sequence
+    output, lse = new_output(inputs.query), new_lse(inputs.query)
+    if inputs.cu_seqlens is not None:  # there may be tokens that belong to no sequence
         output.zero_()
         lse.zero_()
-    tensors = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "memory_key": memory_key,
-        "memory_value": memory_value,
-        "output": output,
-    }
-    tensors = {name: with_unit_stride(rows_first(tensor)) for name, tensor in tensors.items()}
-    query, shared = tensors["query"], key if key is not None else memory_key
-    rows, heads, tokens, head_dim = query.shape
-    longest = tokens
-    if cu_seqlens is not None:
-        rows, longest, offsets = len(cu_seqlens) - 1, offsets, 0
-    others = {
-        "memory_lengths": memory_lengths,
-        "segment_starts": segment_starts,
-        "cu_seqlens": cu_seqlens,
-        "sinks": None if sinks is None else sinks.contiguous(),
-        "lse": lse,
-        "tokens": tokens,
-        "offset": offsets,
-        "memory_tokens": 0 if memory_key is None else memory_key.shape[2],
-        "heads": heads,
-        "group": heads // shared.shape[1],
-    }
-    plan = planner(tensors, others, scale=scale, window=window, softcap=softcap)
-    chosen = configuration(_CONFIGURATIONS, head_dim, query.dtype, target_for(query, target))
-    blocks = triton.cdiv(longest, chosen[0])
-    return plan(attention_forward_kernel, blocks * heads * rows, chosen, blocks=blocks), (output, lse)
+    extent = extent_of(inputs, settings.query_offset, settings.max_seqlen)
+    plan = launch_planner(inputs, settings, extent, {"output": output}, {"lse": lse})
+    head_dim, target = inputs.query.shape[-1], resolve_target(inputs.query, target)
+    configuration = select_configuration(_CONFIGURATIONS, head_dim, inputs.query.dtype, target)
+    blocks = triton.cdiv(extent.longest, configuration[0])
+    programs = blocks * extent.heads * extent.rows
+    return plan(attention_forward_kernel, programs, configuration, blocks=blocks), (output, lse)
 
 
-def memory_attention(*tensors, **settings) -> tuple[torch.Tensor, torch.Tensor]:
-    planned, outputs = plan_memory_attention(*tensors, **settings)
-    planned.run()
+def memory_attention(inputs: AttentionInputs, settings: AttentionSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `(o, lse)` as `reference.memory_attention` does.
+
+    Args:
+        inputs: Tensors of the attention.
+        settings: Its settings; `query_offset` must be an int.
+
+    Returns:
+        The output and the log-sum-exps.
+    """
+    launch, outputs = plan_memory_attention(inputs, settings)
+    launch.run()
     return outputs
