@@ -56,9 +56,11 @@ class TimedCase:
 
     @property
     def name(self):
+        """Name of the case, for tables."""
         return f"{self.passed} T={self.tokens} M={self.memory} D={self.head_dim} GQA={self.group}"
 
     def tensors(self, device):
+        """Make the tensors of the case on a device."""
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         generator = torch.Generator(device).manual_seed(0)
 
@@ -220,6 +222,7 @@ def _milliseconds(step, device):
 
 
 def main(arguments=None):
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, choices=range(2, 1000), metavar="N", help="(CPU: 15; GPU: 2)")

@@ -37,6 +37,7 @@ class AttentionCase:
 
     @property
     def name(self):
+        """Name of the case, for tables."""
         return f"attention_{self.kernel}/{self.variant}"
 
     @property
@@ -47,6 +48,7 @@ class AttentionCase:
 
     @property
     def uses_tensor_cores(self):
+        """Whether the kernel multiplies matrices."""
         return self.kernel not in ("delta", "combine")
 
     def launch(self, target, device="meta", shape=_SHAPE):

@@ -169,6 +169,7 @@ def _output(command):
 
 
 def table(records) -> str:
+    """Return the records as lines of text."""
     heads = f"{'regs':>5} {'spills':>6} {'shared':>7} {'vector':>6} matrix"
     lines = [f"{'kernel':28} {'target':11} {'dtype':9} {'bits/dim':>8} {heads}"]
     for record in records:
@@ -186,6 +187,7 @@ def _integers(text):
 
 
 def main(arguments=None):
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile_gate", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--targets", type=lambda text: text.split(","), default=list(TARGETS), help=", ".join(_SHARED_LIMIT)

@@ -29,6 +29,7 @@ class Case:
 
     @property
     def name(self):
+        """Name of the case, for tables."""
         return f"{self.operation}/{self.variant}"
 
     @property

@@ -16,6 +16,7 @@ CASES = timed_cases(DEVICE)
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention(benchmark, case):
+    """Time one case."""
     benchmark.group = case.name
     step = step_of(case, *case.arms(DEVICE)["r3mem"])
     if not GPU:

@@ -51,6 +51,7 @@ class Traffic:
 
     @contextlib.contextmanager
     def counted(self):
+        """Count the bytes that kernels ask for in the interpreter, while this lasts."""
         from triton.runtime.interpreter import InterpreterBuilder
 
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -147,6 +148,7 @@ def count_attention(case, shape=_ATTENTION_SHAPE) -> dict:
 
 
 def table(records) -> str:
+    """Return the records as lines of text."""
     lines = [f"{'kernel':28} {'dtype':9} {'head_dim':>8} {'least, bytes':>16} {'ratio':>7} {'once':>6}"]
     for record in records:
         if "head_dim" in record:
@@ -167,6 +169,7 @@ def table(records) -> str:
 
 
 def main(arguments=None):
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="print one JSON line a record")

@@ -1,11 +1,11 @@
 """R3Mem's reversible memory networks as a fast runtime for Hugging Face models."""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
 
-# Loaded on first use: whoever wants only `r3mem_fast.kernels` does not pay for transformers.
+# Loaded on first use, so that `r3mem_fast.kernels` alone can be used without importing transformers.
 _EXPORTS = {
     "GradientReport": "reversible",
     "IntegrityError": "reversible",
@@ -91,11 +91,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -1,10 +1,11 @@
-"""Folders of adapters on disk: writing, finding and loading them. What makes a folder one: see `manifest`."""
+"""Writes, finds and loads folders of adapters; `manifest` says what makes a folder one."""
 
 import hashlib
 import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -33,12 +34,20 @@ from .manifest import (
 )
 
 
-def save(model, folder, *, adapter_dtype=None, **details):
-    """Write a model's adapters, settings and `details` (values for JSON) into a folder, made if need be.
+def save(model: Any, folder: str | Path, *, adapter_dtype: torch.dtype | None = None, **details: Any) -> None:
+    """Write a model's adapters and settings into a folder.
 
-    adapter_dtype: that weights of adapters and memory tokens are rounded to; None: as they are.
-    All files together: until the last of them is on the disk the folder is as it was, and from then on it is the new
-    one, also if the process is killed while they move to their places: the next load or save moves the rest.
+    The folder changes as a whole. Until the last file is on the disk it is as it was, and from then on it is the new
+    one, even if the process is killed while files move to their places: the next load or save moves the rest.
+
+    Args:
+        model: A `Network`.
+        folder: The folder, made if it is not there.
+        adapter_dtype: Dtype that the weights of adapters and memory tokens are rounded to; None: that which they have.
+        details: More entries of the manifest, values for JSON.
+
+    Raises:
+        InUseError: Another process writes to the folder (an OSError).
     """
     folder = Path(folder)
     manifest = {
@@ -59,7 +68,7 @@ def _save(model, folder, manifest, adapter_dtype):
         shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        # Embeddings are the base model's; left to choose, PEFT would ask a model hub about them.
+        # Embeddings belong to the base model. PEFT would ask a model hub about them, if it were left to choose.
         model.peft_model.save_pretrained(staging, save_embedding_layers=False)
         files = list(ADAPTER_FILES)
         if model.layout is not None:
@@ -79,19 +88,33 @@ def _save(model, folder, manifest, adapter_dtype):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def find(name, *, revision=None, token=None) -> Path:
-    """The folder of an adapter: a local one, one that comes with this package, or one on the hub, which is downloaded.
+def find(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Find the folder of an adapter; one on the hub is downloaded.
 
-    Raises OSError if there is none of this name.
+    Args:
+        name: A folder, the name of an adapter that comes with this package, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        token: Token of the hub.
+
+    Raises:
+        OSError: There is no adapter of this name.
     """
     folder = folder_of_adapter(name)
-    if folder.exists() or hub.is_path(name) or MANIFEST not in hub.files_of(name, revision=revision, token=token):
-        read_manifest(folder)  # which says what is wrong
+    if folder.exists() or hub.is_path(name) or MANIFEST not in hub.files_of(str(name), revision=revision, token=token):
+        read_manifest(folder)  # raises an error that says what is wrong
         return folder
-    return hub.download_adapter(name, revision=revision, token=token)
+    return hub.download_adapter(str(name), revision=revision, token=token)
 
 
-def adapter_named(name, *, revision=None, token=None, cache_dir=None, local_files_only=False, **settings):
+def adapter_named(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **settings: Any,
+) -> Path | None:
     """The folder of the adapter that a name stands for; None if it stands for a model, or for nothing.
 
     Args:
@@ -101,10 +124,10 @@ def adapter_named(name, *, revision=None, token=None, cache_dir=None, local_file
         token: Token of the hub.
         cache_dir: Another cache than the hub's own: nothing is looked for on the hub then.
         local_files_only: Look for nothing on the hub.
-        settings: More keywords of `load_model`, which change nothing here.
+        settings: More keyword arguments of `load_model`, which change nothing here.
 
     Raises:
-        TypeError: A revision of an adapter that lies here.
+        TypeError: A revision is given, and the adapter is on this machine.
     """
     if is_adapter(name):
         if revision is not None:
@@ -125,8 +148,31 @@ def adapter_named(name, *, revision=None, token=None, cache_dir=None, local_file
     return find(name, revision=revision, token=token) if MANIFEST in files else None
 
 
-def load(cls, folder, base, dtype, revision=None, token=None):
-    """What `save` wrote, as a model in eval mode; see `R3MemModel.from_pretrained`."""
+def load(
+    cls: Any,
+    folder: str | Path,
+    base: Any,
+    dtype: torch.dtype | str | None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Any:
+    """Load an adapter that `save` wrote; see `R3MemModel.from_pretrained`.
+
+    Args:
+        cls: Class of the model, `R3MemModel`.
+        folder: A folder, the name of an adapter that comes with this package, or a hub id.
+        base: A base model without adapters, or its folder or hub id; None: the one in the manifest.
+        dtype: Dtype that a base model is loaded in.
+        revision: Branch, tag or commit of the adapter on the hub.
+        token: Token of the hub.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        OSError: The adapter or the base model is not found, or a file is missing.
+        ValueError: A file is damaged, or the base model is another one, or has adapters.
+    """
     folder = find(folder, revision=revision, token=token)
     manifest = read_manifest(folder)
     config = R3MemConfig.from_dict(manifest["r3mem_config"])
@@ -157,16 +203,21 @@ def load(cls, folder, base, dtype, revision=None, token=None):
     return model.eval()
 
 
-def load_base(folder, manifest, name=None, **settings):
-    """`(model, tokenizer)` that an adapter was made for, by a name of one's own or by that in its manifest.
+def load_base(
+    folder: str | Path, manifest: dict[str, Any], name: str | Path | None = None, **settings: Any
+) -> tuple[Any, Any]:
+    """Load the base model that an adapter was made for.
 
-    Where the base lies does not matter: whether it is the right one is decided by its fingerprint.
+    Whether it is the right one is not checked here; its fingerprint decides that.
 
     Args:
         folder: Folder of the adapter, for messages.
-        manifest: Its `r3mem.json`.
-        name: Folder or hub id of the base; None: the one in the manifest.
-        settings: Keywords of `load_model`.
+        manifest: Contents of its `r3mem.json`.
+        name: Folder or hub id of the base model; None: the one in the manifest.
+        settings: Keyword arguments of `load_model`.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
         OSError: It cannot be found.
@@ -186,7 +237,7 @@ def load_base(folder, manifest, name=None, **settings):
 
 
 class OwnFolder:
-    """The folder that an adapter was loaded from or saved to, as it was last seen.
+    """Remembers the folder that an adapter was loaded from or saved to, to notice changes by others.
 
     Attributes:
         path: The folder; None: there is none.
@@ -196,29 +247,40 @@ class OwnFolder:
         self.path: Path | None = None
         self._digest: str | None = None
 
-    def seen(self, folder: str | Path):
-        """Take note of a folder, as it is now."""
+    def seen(self, folder: str | Path) -> None:
+        """Take note of a folder as it is now."""
         self.path = Path(folder)
         self._digest = _digest(self.path / MANIFEST)
 
-    def refuse_foreign(self, folder: Path, checkpoint: str):
-        """Raise ValueError for a folder that holds another adapter, or this one, changed since it was seen.
+    def refuse_foreign(self, folder: Path, checkpoint: str) -> None:
+        """Refuse to write to a folder whose adapter is another one, or was changed since it was seen.
 
         Args:
-            folder: Where something is to be written.
-            checkpoint: Name of what a run of the same kind leaves there; its adapter may be in the folder.
+            folder: The folder that is to be written to.
+            checkpoint: Name of the checkpoint that a run of the same kind leaves. With one in the folder, its adapter
+                is not refused here.
+
+        Raises:
+            ValueError: The folder must not be written to.
         """
         if not (folder / MANIFEST).is_file() or self.refuse_changed(folder):
             return
         if not (folder / checkpoint).exists():
-            # With a checkpoint beside it: of the very run that made it, or refused where that is read.
+            # A checkpoint beside the adapter is of the run that made it. If not, it is refused when it is read.
             raise ValueError(
                 f"{folder} holds an adapter already; choose another folder, or go on from it with "
                 f"R3MemPipeline({str(folder)!r})"
             )
 
     def refuse_changed(self, folder: Path) -> bool:
-        """Whether a folder is the one that was seen. Raises ValueError if it is, and has changed."""
+        """Whether a folder is the one that was seen.
+
+        Args:
+            folder: The folder.
+
+        Raises:
+            ValueError: It is, and its adapter has changed since then.
+        """
         own = self.path is not None and self.path.resolve() == folder.resolve()
         if own and (folder / MANIFEST).is_file() and _digest(folder / MANIFEST) != self._digest:
             raise ValueError(

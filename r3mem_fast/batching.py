@@ -1,4 +1,4 @@
-"""Rows of token ids as batches: padding on either side, and joining."""
+"""Makes batches of rows of token ids: pads them on either side, and joins them."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,19 @@ class Rows:
     """A batch of token rows, padded on either side.
 
     Args:
-        ids: int64 `[B, T]`.
-        mask: `[B, T]`, 0 for padding; None: nothing is padding.
-        labels: int64 `[B, T]`; None: the ids.
-        may_be_empty: Whether there may be no column at all.
+        ids: Token ids, int64 `[B, T]`.
+        mask: Mask, `[B, T]`, 0 for padding; None: nothing is padding.
+        labels: Labels, int64 `[B, T]`; None: the ids.
+        may_be_empty: Whether T may be 0.
+
+    Attributes:
+        ids: Token ids, int64 `[B, T]`.
+        mask: 1 for a token, 0 for padding, int64 `[B, T]`.
+        labels: Labels, int64 `[B, T]`.
 
     Raises:
         TypeError: The ids are no tensor.
-        ValueError: A shape or a dtype is another.
+        ValueError: A shape or a dtype is wrong.
     """
 
     def __init__(
@@ -44,12 +49,23 @@ class Rows:
         self.labels = ids if labels is None else labels
 
     def lists(self, values: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """The tokens of each row, or what stands in their places in `values`, without padding, on the CPU."""
+        """Values of each row without padding, on the CPU.
+
+        Args:
+            values: Values of the tokens, `[B, T]`; None: the ids.
+
+        Returns:
+            For each row the values of its tokens, `[n]`.
+        """
         values, mask = (self.ids if values is None else values).cpu(), self.mask.cpu().bool()
         return [row[keep] for row, keep in zip(values, mask, strict=True)]
 
     def joined(self, rows: "Rows") -> "Rows":
-        """These rows with others behind them. Only the others' labels count."""
+        """Join each row with another one behind it. Only the labels of the others count.
+
+        Args:
+            rows: The others, as many.
+        """
         labels = rows.labels.masked_fill(rows.mask == 0, IGNORED)
         return Rows(
             torch.cat([self.ids, rows.ids], 1),
@@ -58,16 +74,24 @@ class Rows:
         )
 
     def left_padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask, with all padding on the left."""
+        """Ids and mask, int64 `[B, T]` each, with all padding on the left."""
         return self.left_padded_with_labels()[:2]
 
-    def left_padded_with_labels(self) -> tuple[torch.Tensor, ...]:
-        """Ids, mask and labels with all padding on the left, and the order that this is: `[B, T]` each."""
+    def left_padded_with_labels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, mask and labels with all padding on the left, and the columns that they come from: int64 `[B, T]`."""
         order = self.mask.argsort(dim=1, stable=True)
-        return (*(tensor.gather(1, order) for tensor in (self.ids, self.mask, self.labels)), order)
+        ids, mask, labels = (tensor.gather(1, order) for tensor in (self.ids, self.mask, self.labels))
+        return ids, mask, labels, order
 
     def right_padded(self, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows with an end behind them: ids, mask, and as targets the labels and the end, `[B, T + 1]` each."""
+        """Rows with an end token behind them, and all padding on the right.
+
+        Args:
+            end: The end token.
+
+        Returns:
+            Ids, mask, and targets, which are the labels and the end token, -100 in padding: int64 `[B, T + 1]` each.
+        """
         order = (1 - self.mask).argsort(dim=1, stable=True)
         lengths = self.mask.sum(1, keepdim=True)
         room = torch.zeros_like(lengths)
@@ -78,7 +102,12 @@ class Rows:
 
 
 def left_padded(pieces: Sequence[torch.Tensor], device: torch.device) -> Rows:
-    """Rows of token ids, int64 `[n]` each, as a batch; some or all may be empty."""
+    """Make a batch of pieces, padded on the left.
+
+    Args:
+        pieces: Token ids of each row, int64 `[n]`; some or all may be empty.
+        device: Device of the batch.
+    """
     longest = max(map(len, pieces))
     ids, mask = torch.zeros(2, len(pieces), longest, dtype=torch.int64)
     for index, piece in enumerate(pieces):
@@ -88,31 +117,44 @@ def left_padded(pieces: Sequence[torch.Tensor], device: torch.device) -> Rows:
 
 
 def nothing(rows: int, device: torch.device) -> Rows:
-    """So many rows without a token."""
+    """Make a batch of rows without a token.
+
+    Args:
+        rows: Number of rows.
+        device: Device of the batch.
+    """
     ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     return Rows(ids, ids)
 
 
 def nothing_before(rows: Rows) -> Rows:
-    """As many rows as these, without a token."""
+    """Make a batch of rows without a token, as many as given, on the same device."""
     return nothing(len(rows.ids), rows.ids.device)
 
 
 def unfinished_of(memory: Memory, device: torch.device) -> Rows:
-    """What a memory carries as tokens: those that are read again, and those of a segment that is not full."""
+    """Tokens that a memory carries: those that are read again, and those of a segment that is not full yet.
+
+    Args:
+        memory: The memory.
+        device: Device of the batch.
+    """
     return left_padded(list(map(torch.cat, zip(memory.recent, memory.unfinished, strict=True))), device)
 
 
 def prompt_of(rows: Rows, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`start row start`, padded on the left: ids and mask, int64 `[B, T + 2]`.
+    """Put a start token before and after each row.
 
     Args:
-        rows: What is asked, a row each.
+        rows: Queries or other prompts.
         start: The start token.
+
+    Returns:
+        Ids and mask, int64 `[B, T + 2]` each, padded on the left.
     """
     ids, mask = rows.left_padded()
     before = torch.full_like(ids[:, :1], start)
-    # Both delimiters stand next to the row's own tokens.
+    # Both start tokens stand next to the row's own tokens, and padding before them.
     ids = torch.cat([before, ids, before], 1)
     mask = torch.cat([mask[:, :1] * 0, mask, torch.ones_like(mask[:, :1])], 1)
     place = mask.argmax(1, keepdim=True) - 1

@@ -1,12 +1,12 @@
-"""Names that settings, files and the code below them choose between. Needs no torch."""
+"""Names of choices that settings and files offer. Needs no torch."""
 
 # How a core is read backward: by the momentum update in reversed order, or by the coupling's own inverse.
 FORMS = ("reversed", "inverse")
-# What a memory is: keys and values in every layer, or embeddings before the first.
+# What a memory consists of: keys and values in every layer, or embeddings before the first layer.
 PLACEMENTS = ("every_layer", "input")
-# What training keeps of a segment until the backward pass.
+# Where training keeps what a segment computed until the backward pass; "none": it runs the segment again.
 KEPT_SEGMENTS = ("none", "device", "host")
-# What the adapters act on, forward.
+# Tokens that the adapters act on in the forward direction: all, or memory tokens alone.
 ADAPTER_ROWS = ("all", "memory")
-# Parts of a document.
+# Levels of a document's hierarchy.
 LEVELS = ("document", "paragraph", "entity")

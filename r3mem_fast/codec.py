@@ -1,4 +1,4 @@
-"""Texts as token ids, and back."""
+"""`TextCodec`: turns texts into token ids, and token ids into texts."""
 
 import functools
 import re
@@ -11,13 +11,13 @@ from .fingerprints import tokenizer_fingerprint
 
 
 class TextCodec:
-    """Encodes texts as a memory network reads them: without special tokens, whatever their length.
+    """Encodes texts of any length as a memory network reads them, without special tokens, and decodes them.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: Tokenizer of the model.
 
     Attributes:
-        tokenizer: The same.
+        tokenizer: Tokenizer of the model.
     """
 
     def __init__(self, tokenizer: Any):
@@ -30,7 +30,7 @@ class TextCodec:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
-        # Not verbose: a history may be longer than the model's positions.
+        # Not verbose, as it would warn about texts that are longer than the model's positions.
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def count(self, text: str) -> int:
@@ -38,10 +38,13 @@ class TextCodec:
         return len(self.ids(text))
 
     def queries(self, queries: str | Sequence[str]) -> list[list[int]]:
-        """Token ids of one query or several, each white space as a single space.
+        """Token ids of each query. A run of white space counts as a single space.
+
+        Args:
+            queries: One query, or several.
 
         Raises:
-            ValueError: One is empty, or there is none.
+            ValueError: A query is empty, or there is none.
         """
         queries = [queries] if isinstance(queries, str) else queries
         rows = [self.ids(re.sub(r"\s+", " ", text).strip()) for text in queries]
@@ -50,13 +53,25 @@ class TextCodec:
         return rows
 
     def text(self, ids: torch.Tensor) -> str:
-        """The text of token ids, special tokens included."""
+        """The text of token ids, including that of special tokens.
+
+        Args:
+            ids: Token ids, int64 `[n]`.
+        """
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def texts(self, rows: Iterable[torch.Tensor]) -> list[str]:
-        """The texts of rows of token ids, special tokens included."""
+        """The text of each row of token ids, including that of special tokens.
+
+        Args:
+            rows: Token ids of each row, int64 `[n]`.
+        """
         return [self.text(row) for row in rows]
 
     def continuations(self, rows: torch.Tensor) -> list[str]:
-        """The texts of rows of token ids that end with special tokens, without these."""
+        """The text of each row of token ids, without special tokens.
+
+        Args:
+            rows: Token ids, int64 `[B, T]`.
+        """
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -215,9 +215,9 @@ class R3MemConfig:
 
         core = self.core
         if core is None:
-            first = num_layers * 16 // 30
+            start = num_layers * 16 // 30
             end = num_layers * (22 if self.backward == "inverse" else 26) // 30
-            core = (first, max(first + 1, end))
+            core = (start, max(start + 1, end))
         reach = core_of(core, num_layers)
         first = self.first_adapted_layer
         if first is None:

@@ -1,4 +1,4 @@
-"""Documents as a caller gives them: texts, files, several by name; and cut or taken apart as a model needs them."""
+"""Reads documents in all forms that a caller may give, and cuts them or takes them apart as a model needs them."""
 
 import itertools
 import os
@@ -8,21 +8,26 @@ from pathlib import Path
 from .data.text import read_text
 from .hierarchy import LEVELS, contexts_of, cut_document, split_document
 
-# What the pipeline takes for documents: a text, several, or texts by name; a `Path` is a UTF-8 text file.
+# Forms in which the pipeline takes documents: a text, several, or texts by name. A `Path` is a UTF-8 text file.
 Documents = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+# Labels of a memory's rows, `(level, name)` or None.
+_Labels = tuple[tuple[str, str] | None, ...]
 
 
 def by_name(documents: Documents, taken: Collection[str] = ()) -> dict[str, str]:
-    """Read documents and name them: those without a name get that of their file, or a number.
+    """Read documents, and name those that have no name after their file, or by a number.
 
     Args:
-        documents: What a caller gave.
-        taken: Names that are in use.
+        documents: Documents in any form.
+        taken: Names that are in use already.
+
+    Returns:
+        Texts by name.
 
     Raises:
         OSError: A file cannot be read.
         TypeError: A name is no string.
-        ValueError: There is no document, or one is the name of a file, given as if it were a text.
+        ValueError: There is no document, a file is given twice, or a text is the name of a file that is there.
     """
     if isinstance(documents, (str, Path)):
         documents = [documents]
@@ -41,10 +46,10 @@ def by_name(documents: Documents, taken: Collection[str] = ()) -> dict[str, str]
 
 
 def _text_of(text):
-    """A text, or what a file holds. Raises ValueError for a name of a file that is given as a text."""
+    """The text itself, or what a file holds. Raises ValueError if the text is the name of a file that is there."""
     if isinstance(text, Path):
         return read_text(text)
-    # `os.path`, which is False for a string that cannot be a path, where `Path.is_file` raises.
+    # `Path.is_file` would raise an error for a string that cannot be a path.
     if isinstance(text, str) and "\n" not in text and os.path.splitext(text)[1] and os.path.isfile(text):
         raise ValueError(
             f"{text!r} is a file here: pass Path({text!r}) for what it holds. (To take the words themselves as the "
@@ -54,14 +59,17 @@ def _text_of(text):
 
 
 def in_order(documents: Documents, labels: Sequence[tuple[str, str] | None]) -> list[str]:
-    """Read documents, one for each row of a memory.
+    """Read one document for each row of a memory, in the order of the rows.
 
     Args:
-        documents: What a caller gave; by name, the names are those of the rows.
-        labels: Of the rows, `(level, name)` or None.
+        documents: Documents in any form. If they have names, these must be the names of the rows.
+        labels: Labels of the rows, `(level, name)` or None.
+
+    Returns:
+        Texts, one for each row.
 
     Raises:
-        ValueError: There are not as many, or they have other names.
+        ValueError: There is not one for each row, or the names are other ones.
     """
     if isinstance(documents, Mapping):
         names = ["" if label is None else label[1] for label in labels]
@@ -82,12 +90,13 @@ def cut_to_length(
 
     Args:
         documents: Texts by name.
-        count: Counts a text's tokens.
-        most: Tokens that a document may have.
+        count: Function that counts the tokens of a text.
+        most: Tokens of a document at most.
         taken: Names that parts must not have.
 
     Returns:
-        The documents with parts in place of those that were cut, and by part the name of its whole.
+        The documents with parts in place of those that were cut; and, by name of a part, the name of the document that
+        it was cut from.
 
     Raises:
         ValueError: A part would have the name of another document.
@@ -95,7 +104,7 @@ def cut_to_length(
     cut: dict[str, str] = {}
     whole_of: dict[str, str] = {}
     for name, text in documents.items():
-        # A token has a byte at least: most texts need not be counted.
+        # A token has one byte at least, so that most texts need not be counted.
         short = not isinstance(text, str) or len(text.encode("utf-8", "surrogatepass")) <= most
         parts = {name: text} if short else cut_document(text, name, count, most)
         if len(parts) > 1:
@@ -112,17 +121,22 @@ def texts_and_labels(
     count: Callable[[str], int],
     before: Sequence[tuple[str, str] | None] | None,
 ) -> tuple[list[str], tuple[tuple[str, str] | None, ...]]:
-    """Texts that are to be compressed, and labels of the memory's rows.
+    """Read the texts that are to be compressed, and label them.
 
     Args:
-        documents: What a caller gave.
+        documents: Documents in any form.
         levels: Some of `hierarchy.LEVELS`.
-        count: Counts a text's tokens.
-        before: Labels of the memory that they go on from; None: they go on from none.
+        count: Function that counts the tokens of a text.
+        before: Labels of the rows of a memory that the texts continue; None: they continue none.
+
+    Returns:
+        The texts, and the label of each, a row of the memory.
 
     Raises:
-        ValueError: A text is empty, or does not go on from the memory.
+        ValueError: A text is empty, or the documents do not fit the memory that they are to continue.
     """
+    texts: list[str]
+    labels: _Labels
     if before is None:
         named = by_level(by_name(documents), levels, count)
         texts, labels = list(named.values()), tuple(named)
@@ -144,7 +158,10 @@ def by_level(
     Args:
         documents: Texts by name.
         levels: Some of `hierarchy.LEVELS`.
-        count: Counts a text's tokens.
+        count: Function that counts the tokens of a text.
+
+    Returns:
+        Texts by `(level, name)`. A part is called "NAME, paragraph 1" or "NAME, passage 1", and so on.
 
     Raises:
         ValueError: A level is unknown, or there is no text of these levels.

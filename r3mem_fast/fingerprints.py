@@ -1,7 +1,8 @@
-"""Fingerprints of base model, adapters and tokenizer: what belongs together, told by its values."""
+"""Fingerprints of base models, adapters and tokenizers: digests that tell by values what belongs together."""
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
@@ -9,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import TRAINING_SETTINGS, R3MemConfig
 from .integrations.peft import own_parameters
-from .memory.memory import Origin
+from .memory.layout import Origin
 from .reversible.convert import text_config
 
-# What changes the function that the same weights compute.
+# Settings of a model that change what the same weights compute.
 _CONFIG_KEYS = (
     "model_type",
     "num_attention_heads",
@@ -30,10 +31,16 @@ _CONFIG_KEYS = (
 _PROBE = "A naïve  tab\tand\nline, 1234.5 'don't' ﬁ Ǆ é ½ 東京 🙂 end"
 
 
-def fingerprint(model) -> str:
-    """BLAKE2 of a base model's weights, rounded to bfloat16, and of the settings that change what they compute.
+def fingerprint(model: Any) -> str:
+    """Fingerprint of a base model: its weights, rounded to bfloat16, and the settings that change what they compute.
 
     Adapters on the model do not count, and whether it was loaded in float32 or bfloat16 does not matter.
+
+    Args:
+        model: A causal language model, or a PeftModel of one.
+
+    Returns:
+        BLAKE2 digest, 32 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = text_config(model.config)
@@ -41,14 +48,21 @@ def fingerprint(model) -> str:
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in sorted(own_parameters(model)):
         digest.update(f"{name} {list(parameter.shape)}".encode())
-        value = parameter.detach()
+        value: Any = parameter.detach()
         value = value.to(torch.bfloat16) if value.is_floating_point() else value
         digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def adapter_settings(peft_model) -> list:
-    """What adapters do beside their weights: of each module the active ones with their scale, and whether merged."""
+def adapter_settings(peft_model: Any) -> list[Any]:
+    """Settings of a model's adapters that change what their weights compute.
+
+    Args:
+        peft_model: A PeftModel.
+
+    Returns:
+        For each module with adapters `(name, whether they are merged, [[active adapter, its scale], ...])`.
+    """
     return [
         (name, module.merged, [[adapter, _scale(module, adapter)] for adapter in module.active_adapters])
         for name, module in peft_model.named_modules()
@@ -56,8 +70,8 @@ def adapter_settings(peft_model) -> list:
     ]
 
 
-def adapters_are_off(peft_model) -> bool:
-    """Whether they are for now, as in PEFT's `disable_adapter`."""
+def adapters_are_off(peft_model: Any) -> bool:
+    """Whether a model's adapters are off for now, as inside of PEFT's `disable_adapter`."""
     return any(module.disable_adapters for module in peft_model.modules() if isinstance(module, BaseTunerLayer))
 
 
@@ -66,12 +80,19 @@ def _scale(module, adapter):
     return scales.get(adapter) if isinstance(scales, dict) else None
 
 
-def adapter_fingerprint(model, settings) -> str:
-    """BLAKE2 of a model's active adapters and memory tokens, and of the settings that its memories depend on.
+def adapter_fingerprint(model: Any, settings: Any) -> str:
+    """Fingerprint of active adapters and memory tokens, and of the settings that memories depend on.
 
-    settings: of `adapter_settings`. In which precision the same values are held does not matter.
+    The dtype in which the same values are held does not matter.
+
+    Args:
+        model: A `Network`.
+        settings: Settings of its adapters, values for JSON: see `adapter_settings`.
+
+    Returns:
+        BLAKE2 digest, 32 hexadecimal digits.
     """
-    # A setting at its default, and one that was not known when a memory was made, are the same.
+    # A setting that was added later is left out while it has its default, so that older memories still fit.
     values, defaults = model.r3mem_config.to_dict(), R3MemConfig().to_dict()
     added = {"segment_overlap"}
     values = {k: v for k, v in values.items() if k not in TRAINING_SETTINGS and not (k in added and v == defaults[k])}
@@ -79,7 +100,7 @@ def adapter_fingerprint(model, settings) -> str:
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
     tensors = {} if model.layout is None else {"memory_embeddings": model.memory_embeddings}
     for adapter in model.peft_model.active_adapters:
-        # The base model has a fingerprint of its own, embeddings included; to ask for them would ask a model hub.
+        # Without embeddings: the base model's fingerprint covers them, and PEFT would ask a model hub about them.
         found = get_peft_model_state_dict(model.peft_model, adapter_name=adapter, save_embedding_layers=False)
         tensors |= {f"{adapter}/{name}": tensor for name, tensor in found.items()}
     for name, tensor in sorted(tensors.items()):
@@ -90,25 +111,35 @@ def adapter_fingerprint(model, settings) -> str:
 
 
 class FingerprintCache:
-    """Keeps a network's fingerprints until weights or settings that they are of change."""
+    """Keeps a network's fingerprints, and computes them again when its weights or settings have changed."""
 
     def __init__(self):
         self._base: tuple[list, str] | None = None
         self._origins: tuple[tuple, dict[bool, Origin]] | None = None
 
-    def base(self, peft_model) -> str:
+    def base(self, peft_model: Any) -> str:
         """Fingerprint of the base model inside of a PeftModel."""
         stamps = _base_stamps(peft_model)
         if self._base is None or self._base[0] != stamps:
             self._base = (stamps, fingerprint(peft_model))
         return self._base[1]
 
-    def set_base(self, peft_model, fingerprint: str):
-        """Take over a fingerprint of the weights as they are, which has just been computed."""
+    def set_base(self, peft_model: Any, fingerprint: str) -> None:
+        """Take over the fingerprint of a base model that has just been computed.
+
+        Args:
+            peft_model: The PeftModel around it.
+            fingerprint: Fingerprint of its weights as they are now.
+        """
         self._base = (_base_stamps(peft_model), fingerprint)
 
-    def origin(self, network, adapters_off: bool) -> Origin:
-        """Fingerprints that a network's memories carry while its adapters are on, or off."""
+    def origin(self, network: Any, adapters_off: bool) -> Origin:
+        """Fingerprints that the memories of a network carry.
+
+        Args:
+            network: The `Network`.
+            adapters_off: Whether they are made while its adapters are off.
+        """
         settings = adapter_settings(network.peft_model)
         known = (_stamps(network.parameters()), settings)
         if self._origins is None or self._origins[0] != known:
@@ -120,8 +151,15 @@ class FingerprintCache:
         return found[adapters_off]
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
-    """BLAKE2 of a tokenizer's vocabulary, and of what it makes of a line of all kinds of characters."""
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Fingerprint of a tokenizer: its vocabulary, and its token ids for a line of many kinds of characters.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        BLAKE2 digest, 32 hexadecimal digits.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items())
     probe = tokenizer(_PROBE, add_special_tokens=False).input_ids
     return hashlib.blake2b(json.dumps([vocabulary, probe]).encode(), digest_size=16).hexdigest()
@@ -132,5 +170,5 @@ def _base_stamps(peft_model):
 
 
 def _stamps(parameters):
-    """Version stamps of parameters. They change with every in-place modification, except through `.data`."""
+    """Version stamps of parameters, which change with every in-place modification, except through `.data`."""
     return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]

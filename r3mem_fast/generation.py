@@ -1,4 +1,4 @@
-"""Writing text: forward behind a memory through transformers' `generate`, and backward from queries and memories."""
+"""Writes text: forward behind a memory by transformers' `generate`, and backward from queries and memories."""
 
 import copy
 from typing import Any
@@ -14,19 +14,22 @@ from .memory.memory import Memory
 from .network import Network
 from .reversible.convert import text_config
 
-# As transformers has it where no length is asked for.
+# Number of new tokens that transformers writes where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
 
 
-def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict[str, Any]):
-    """The base model's `generate` behind a memory: see `R3MemModel.generate`.
+def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict[str, Any]) -> Any:
+    """Run the base model's `generate` behind a memory: see `R3MemModel.generate`.
 
     Args:
         network: The model.
-        memory: Its memory, of as many rows.
+        memory: A memory of the model, of as many rows.
         rows: The prompts.
         settings: Arguments of `generate`.
+
+    Returns:
+        Token ids of prompts and continuations, int64 `[B, T + n]`, or an output with them as `sequences`.
 
     Raises:
         ValueError: The settings bring another cache, a row has no token at all, or the positions do not suffice.
@@ -64,12 +67,12 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
 
     Args:
         network: The model.
-        rows: The queries; without a token: the memory alone.
-        memory: What they are read behind, of as many rows; None: nothing.
-        max_new_tokens: At most so many a context; fewer if the model's positions end before.
+        rows: The queries. A row without a token is read from its memory alone.
+        memory: The memory before the queries, of as many rows; None: there is none.
+        max_new_tokens: Tokens of a context at most; fewer if the model's positions end before.
 
     Returns:
-        int64 `[n]` of each row, the ends left out.
+        Token ids of each row's context, int64 `[n]`, without the end token.
 
     Raises:
         ValueError: A query is longer than the model's positions, or max_new_tokens is below 1.
@@ -81,7 +84,7 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
     if network.max_tokens is not None:
         before = 0 if memory is None else network.reader.layout.first_position
         max_new_tokens = min(max_new_tokens, network.max_tokens - before - ids.shape[1])
-    # Made before the layers change places: its own layers are made by the configuration's order.
+    # Made before the layers change places, because its own layers are made in the order of the configuration.
     cache = DynamicCache(config=text_config(network.config)) if memory is None else network.reader.new_cache()
     with evaluating(network), network.reading_backward():
         if memory is not None:
@@ -92,16 +95,22 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
 
 
 def _configs(own, settings, prompt):
-    """Generation configs for use behind a memory, the model's own and the one that is asked for, and other settings.
+    """Make generation configs for use behind a memory.
 
-    prompt: width of the prompts.
+    Args:
+        own: The model's own generation config.
+        settings: Arguments of `generate`.
+        prompt: Number of tokens of the prompts, padding included.
+
+    Returns:
+        The model's own config, the config that is asked for, and settings that belong to neither.
     """
     own, settings = copy.deepcopy(own), dict(settings)
     config = copy.deepcopy(settings.pop("generation_config", None) or own)
     lengths = {name: settings.pop(name, None) for name in _LENGTHS}
     config.max_new_tokens, config.min_new_tokens = _new_tokens(lengths, config, prompt)
     others = settings
-    for chosen in (config, own):  # by which transformers fills in what the other leaves open
+    for chosen in (config, own):  # both, because transformers takes from `own` what `config` leaves open
         others = chosen.update(**settings)
         chosen.cache_implementation = chosen.max_length = chosen.min_length = None
         chosen.use_cache = True
@@ -109,14 +118,16 @@ def _configs(own, settings, prompt):
 
 
 def _new_tokens(given, config, prompt):
-    """How many tokens `generate` is to add, at most and at least, as `transformers` decides it.
+    """Number of tokens that `generate` is to add, at most and at least, as transformers decides it.
 
-    given: arguments by the names of `_LENGTHS`, which go before the generation config's. prompt: its width, which
-    lengths of both kinds that are not of new tokens count.
+    Args:
+        given: Arguments of `generate` by the names in `_LENGTHS`; they have precedence over the config.
+        config: Generation config.
+        prompt: Number of tokens of the prompts, which `max_length` and `min_length` count.
     """
     if given["max_new_tokens"] is None and given["max_length"] is None:
         given = {**given, "max_new_tokens": config.max_new_tokens, "max_length": config.max_length}
-        if given["max_length"] == GenerationConfig().max_length:  # nobody's choice
+        if given["max_length"] == GenerationConfig().max_length:  # a default that nobody has chosen
             given["max_length"] = None
     most = given["max_new_tokens"]
     if most is None:
@@ -131,7 +142,7 @@ def _new_tokens(given, config, prompt):
 
 
 class _StreamerOfPrompts:
-    """Gives a streamer the prompts first, without the unfinished tokens before them; then what is generated."""
+    """Gives a streamer the prompts, without the unfinished tokens before them, and then the generated tokens."""
 
     def __init__(self, streamer, prompts):
         self._streamer, self._first = streamer, prompts
@@ -145,5 +156,6 @@ class _StreamerOfPrompts:
 
 
 def _until(row, end):
+    """The tokens of a row before its first end token."""
     ends = (row == end).nonzero()
     return row[: ends[0]] if len(ends) else row

@@ -1,4 +1,4 @@
-"""What a pipeline is made from: a model by its name, an adapter with its base, or objects that are there already."""
+"""Loads what a pipeline is made from: a model by name, an adapter with its base model, or objects in memory."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ class Loaded(NamedTuple):
     Attributes:
         model: The network.
         tokenizer: Its tokenizer.
-        remembered: What its adapter remembers.
-        folder: The folder of its adapter; None: it is in none.
+        remembered: Entries for what its adapter remembers.
+        folder: The folder of its adapter; None: there is none.
     """
 
     model: R3MemModel
@@ -40,9 +40,26 @@ def load(
     dtype: str | torch.dtype | None,
     attn_implementation: str | None,
     seed: int,
-    **settings,
+    **settings: Any,
 ) -> Loaded:
-    """Load a memory network; arguments and errors are those of `R3MemPipeline`."""
+    """Load a memory network. Arguments and errors are those of `R3MemPipeline`, which describes them in full.
+
+    Args:
+        model: A model, or its name, or the folder or name of an adapter.
+        tokenizer: Tokenizer of a model that is given as an object.
+        base: Folder or hub id of an adapter's base model; None: the one in its manifest.
+        config: Settings of a new adapter.
+        device: Device of a model that is given by name.
+        dtype: Dtype of the weights of a model that is given by name.
+        attn_implementation: Attention implementation of a model that is given by name.
+        seed: Seed of new adapters.
+        settings: More keyword arguments of `load_model`.
+
+    Raises:
+        OSError: A model or an adapter is not found.
+        TypeError: Arguments do not go together.
+        ValueError: A model cannot be made reversible, or does not fit the adapter.
+    """
     dtype = None if dtype is None else as_dtype(dtype)
     if device is not None:
         as_device(device)
@@ -74,9 +91,9 @@ def load(
 
 def _load_adapter(folder, base, dtype, settings):
     manifest = read_manifest(folder)
-    # What was learned to the last token in one arithmetic need not be known in another.
-    dtype = dtype or DTYPES.get(manifest.get("dtype"), torch.float32)
-    # A revision is of the adapter.
+    # The dtype of training: contexts that are exact in one dtype may not be exact in another.
+    dtype = dtype or DTYPES.get(manifest.get("dtype", ""), torch.float32)
+    # A revision is one of the adapter, not of its base model.
     settings = {key: value for key, value in settings.items() if key != "revision"}
     found, tokenizer = adapter_folder.load_base(folder, manifest, base, dtype=dtype, **settings)
     return Loaded(R3MemModel.from_pretrained(folder, found), tokenizer, manifest.get("remembered", []), Path(folder))

@@ -1,6 +1,8 @@
-"""LoRA on decoder layers: which modules it adapts, and on which rows."""
+"""LoRA on decoder layers: which modules it adapts, and on which tokens it acts."""
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,8 +12,21 @@ from transformers.pytorch_utils import Conv1D
 from .reversible.convert import find_decoder_layers
 
 
-def target_pattern(base, targets, first_layer):
-    """A regular expression for PEFT: the modules that are adapted, in the layers from `first_layer` on."""
+def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) -> str:
+    """Write the modules that are to be adapted as a regular expression for PEFT.
+
+    Args:
+        base: A causal language model.
+        targets: "all-linear", or the names of linear modules in a layer, in full or their last parts.
+        first_layer: Index of the first layer that is adapted; those above it are, too.
+
+    Returns:
+        An expression that matches the names of these modules and no others.
+
+    Raises:
+        TypeError: The model's decoder layers are not found.
+        ValueError: No linear module has one of the names.
+    """
     layers = find_decoder_layers(base)[1]
     name_of = {module: name for name, module in base.named_modules()}
     linear = {
@@ -30,8 +45,15 @@ def target_pattern(base, targets, first_layer):
     return rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
 
 
-def check_tokens_can_be_chosen(model):
-    """Raise ValueError unless all adapters are LoRA on linear modules of layers, as they are and not merged."""
+def check_tokens_can_be_chosen(model: Any) -> None:
+    """Check that a model's adapters can act on some tokens alone.
+
+    Args:
+        model: A PeftModel.
+
+    Raises:
+        ValueError: They are not one adapter, plain LoRA on linear modules of the layers, not merged.
+    """
     layers = find_decoder_layers(model)[1]
     inside = {module for layer in layers for module in layer.modules()}
     for name, module in model.named_modules():
@@ -49,7 +71,7 @@ def check_tokens_can_be_chosen(model):
 
 
 class _ChosenTokens:
-    """A hook on what LoRA adds in a layer: zero but for the rows that `LayerLink.adapted_tokens` names."""
+    """Forward hook on a LoRA module of a layer: makes its output zero for tokens that adapters do not act on."""
 
     def __init__(self, link):
         self._link = link
@@ -59,12 +81,17 @@ class _ChosenTokens:
             return output
         count, tokens = self._link.adapted_tokens
         keep = torch.arange(tokens, device=output.device) >= tokens - count
-        # Some layers flatten batch and tokens.
+        # Some layers flatten rows and tokens into one dimension.
         rows = output.view(-1, tokens, output.shape[-1])
         return (rows * keep[:, None].to(output.dtype)).view(output.shape)
 
 
-def let_adapters_choose_tokens(layers):
+def let_adapters_choose_tokens(layers: Iterable[Any]) -> None:
+    """Let the LoRA modules of layers act on the tokens that `LayerLink.adapted_tokens` says.
+
+    Args:
+        layers: Reversible layers with adapters.
+    """
     for layer in layers:
         for name, module in layer.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):

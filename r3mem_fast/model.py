@@ -210,7 +210,7 @@ class R3MemModel(TrainerInterface, Network):
             memory: A memory of B rows; what is unfinished in it is compressed first, in a copy.
             query_input_ids: int64 `[B, Q]`, read after the memory; None: the memory alone.
             query_attention_mask: `[B, Q]`, 0 for padding, on either side.
-            max_new_tokens: As of `recall`.
+            max_new_tokens: See `recall`.
 
         Returns:
             int64 `[n]` of each row, the end left out.
@@ -243,7 +243,8 @@ class R3MemModel(TrainerInterface, Network):
             attention_mask: `[B, T]`, 0 for padding, on either side.
             memory: A memory of as many rows; its unfinished tokens are read before the prompt, and are not returned
                 (logits processors see them).
-            settings: As of `transformers`' `generate`: sampling, beams, `num_return_sequences`, `streamer` and others.
+            settings: Arguments of `transformers`' `generate`: sampling, beams, `num_return_sequences`, `streamer` and
+                others.
 
         Returns:
             int64 `[B, T + n]`, or an output with it as `sequences`.

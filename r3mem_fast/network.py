@@ -1,11 +1,12 @@
 """`Network`: a base model with adapters and reversible layers, and what every use of it needs.
 
-`R3MemModel` is a network with the verbs of a user; `reading`, `objective` and `generation` are what these do.
+`R3MemModel` adds the methods that users call; `reading`, `objective` and `generation` do the work of these.
 """
 
 import contextlib
 import inspect
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,10 @@ from .integrations.compat import cache_argument
 from .integrations.scoped import requiring_gradients_as_before, returning, temporarily
 from .lora import check_tokens_can_be_chosen, let_adapters_choose_tokens, target_pattern
 from .memory.cache import PrefixCache
-from .memory.memory import Memory, Origin, empty_states
+from .memory.layout import Origin
+from .memory.memory import Memory
 from .memory.reader import MemoryReader
+from .memory.states import empty_states
 from .memory.writers.tokens import new_memory_embeddings
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers, text_config
@@ -40,11 +43,13 @@ class Network(nn.Module):
     Attributes:
         peft_model: The base model with its adapters.
         r3mem_config: The settings, with a core that fits the depth.
-        layout: What its memories have in common; None without memory tokens.
-        memory_embeddings: `[num_memory_tokens, width]`, learned; None without memory tokens.
-        stack: The reversible layers' stack.
-        start_token_id: Stands before and after a prompt of the backward direction.
-        end_token_id: Ends every text that is written.
+        layout: Sizes and settings that its memories share; None without memory tokens.
+        memory_embeddings: Learned embeddings of memory tokens, `[num_memory_tokens, width]`; None without any.
+        stack: The stack of the reversible layers.
+        layers: The reversible layers, in order.
+        slices_logits: Whether the base model can compute the logits of the last tokens alone (`logits_to_keep`).
+        start_token_id: Token before and after a prompt of the backward direction.
+        end_token_id: Token that ends every text that is written.
 
     Raises:
         TypeError: The base is no model that can be made reversible. It is then as it was.
@@ -57,7 +62,7 @@ class Network(nn.Module):
         if isinstance(base, PeftModel):
             _check_adapters(base, config)
         plain = base.get_base_model() if isinstance(base, PeftModel) else base
-        # All that can be refused is refused before the base model is changed.
+        # Everything is checked before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
         self.layout = config.memory_layout(_positions_of(plain))
@@ -109,14 +114,14 @@ class Network(nn.Module):
 
     @property
     def max_tokens(self) -> int | None:
-        """The base model's positions, None if it names no limit."""
+        """Number of positions of the base model; None if it names no limit."""
         return _positions_of(self.peft_model)
 
     @property
     def reader(self) -> MemoryReader:
-        """Reads memories. Raises ValueError for a model without memory tokens."""
+        """Reader of memories. Raises ValueError for a model without memory tokens."""
         self.check_memories()
-        return self._reader  # type: ignore[return-value]  # that is what was checked
+        return cast(MemoryReader, self._reader)
 
     @property
     def adapts_tokens(self) -> bool:
@@ -125,33 +130,42 @@ class Network(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is its base model for now, see `disable_adapters`."""
+        """Whether it acts as its base model for now, see `disable_adapters`."""
         return self.stack.mode is Mode.PLAIN
 
     @property
     def is_reading_backward(self) -> bool:
-        """Whether its layers are in another order for now."""
+        """Whether its layers run in another order for now."""
         order = self.stack.route.order
         return list(order) != sorted(order)
 
-    def reading_backward(self):
-        """Read the model backward, as its config has it, while this lasts: a context manager."""
+    def reading_backward(self) -> contextlib.AbstractContextManager[None]:
+        """Read the model backward in the block, with the core and form of its config: a context manager."""
         config = self.r3mem_config
         return reading_backward(
             self.peft_model, config.core, form=config.backward, backward_momentum=config.backward_momentum
         )
 
-    def without_memory(self):
-        """Read the model forward without a memory while this lasts: where adapters act on memories alone, the base."""
+    def without_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Read the model forward without a memory in the block: a context manager.
+
+        It disables adapters that act on memory tokens alone.
+        """
         return contextlib.nullcontext() if self.adapts_tokens else self.disable_adapters()
 
     @contextlib.contextmanager
-    def disable_adapters(self):
-        """While this lasts the model is its base model, bit for bit: no adapters, no coupling, no quantisation."""
+    def disable_adapters(self) -> Iterator[None]:
+        """Let the model act as its base model in the block, bit for bit: a context manager.
+
+        There are no adapters, no coupling and no quantisation then.
+
+        Yields:
+            Nothing.
+        """
         if self.is_plain:
             yield
             return
-        # PEFT lets the adapters learn again when it enables them, also those that did not before.
+        # When PEFT enables adapters again, it lets all of them require gradients, also those that did not before.
         with (
             requiring_gradients_as_before(self.peft_model),
             self.peft_model.disable_adapter(),
@@ -159,12 +173,23 @@ class Network(nn.Module):
         ):
             yield
 
-    def must_read(self, cache: PrefixCache | None):
-        """See that every pass reads a memory while this lasts; None: there is none to be read."""
+    def must_read(self, cache: PrefixCache | None) -> contextlib.AbstractContextManager[None]:
+        """Make sure that every pass in the block reads a memory: a context manager.
+
+        Args:
+            cache: The cache that holds the memory; None: there is none, and nothing is checked.
+        """
         return contextlib.nullcontext() if cache is None else self.stack.must_read(cache)
 
     def with_idle_parameters(self, value: torch.Tensor) -> torch.Tensor:
-        """A value that no memory has a part in, with zero gradients for what only memories use: DDP waits for them."""
+        """Give a value zero gradients for parameters that only memories use, because DDP waits for these.
+
+        Args:
+            value: A value that was computed without a memory, of any shape.
+
+        Returns:
+            The same value.
+        """
         if self.memory_embeddings is None:
             return value
         idle = [self.memory_embeddings]
@@ -173,34 +198,39 @@ class Network(nn.Module):
         total = sum((parameter.sum() for parameter in idle[1:]), start=idle[0].sum())
         return value + 0 * total.to(value.dtype)
 
-    def head(self, hidden: torch.Tensor, **inputs) -> ModelOutput:
-        """The base model's output, by its own head and loss, where its decoder's last hidden states are known.
+    def head(self, hidden: torch.Tensor, **inputs: Any) -> ModelOutput:
+        """Apply the base model's own head and loss to the last hidden states of its decoder.
 
         Args:
-            hidden: `[batch, tokens, hidden_size]`.
+            hidden: The hidden states, `[batch, tokens, hidden_size]`.
             inputs: More arguments of the base model, such as labels.
+
+        Returns:
+            The base model's output.
         """
-        # As tokens and back: fused losses (Liger's) view it as tokens, and of a single row `contiguous` would leave
-        # the stride of the longer tensor that it is part of, for which a head's product copies its whole weight.
+        # Flattened and back, which makes it contiguous: fused losses (Liger's) view it as `[tokens, hidden_size]`.
+        # `contiguous` would not do for a single row, which would keep the stride of the longer tensor that it is part
+        # of, and for such a stride the head's product copies its whole weight.
         compact = hidden.flatten(0, 1).view(hidden.shape)
         with returning(self.decoder, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=compact)):
             return self.peft_model(inputs_embeds=hidden, use_cache=False, **inputs)
 
     def decode(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, cache: Any = None, **settings
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, cache: Any = None, **settings: Any
     ) -> torch.Tensor:
-        """Write on behind prompts in the current direction, by these settings alone.
+        """Continue prompts in the current direction, with the given settings alone.
 
-        A model's own generation_config would fill in what is not set here (a penalty for repetition, say).
+        The model's own generation_config is not used: it would fill in what is not set here, such as a penalty for
+        repetition.
 
         Args:
-            input_ids: int64 `[B, T]`.
-            attention_mask: int64 `[B, T]`.
+            input_ids: Token ids of the prompts, int64 `[B, T]`.
+            attention_mask: Mask of the prompts, int64 `[B, T]`, 0 for padding.
             cache: A key-value cache; None: `generate` makes one.
-            settings: As of `transformers.GenerationConfig`.
+            settings: Arguments of `transformers.GenerationConfig`.
 
         Returns:
-            int64 `[B, T + n]`, ended by the end token.
+            Token ids of prompts and continuations, int64 `[B, T + n]`, ended by the end token.
         """
         base = self.plain_model
         ends = {"eos_token_id": self.end_token_id, "pad_token_id": self.end_token_id}
@@ -212,8 +242,16 @@ class Network(nn.Module):
                 **({} if cache is None else cache_argument(base, cache)),
             )
 
-    def check_length(self, tokens: int, *, behind_memory: bool):
-        """Raise ValueError if the model's positions end before so many tokens."""
+    def check_length(self, tokens: int, *, behind_memory: bool) -> None:
+        """Check that a number of tokens fits into the model's positions.
+
+        Args:
+            tokens: Number of tokens.
+            behind_memory: Whether they are read behind a memory, which takes positions, too.
+
+        Raises:
+            ValueError: They do not fit.
+        """
         before = self.reader.layout.first_position if behind_memory else 0
         if self.max_tokens is not None and before + tokens > self.max_tokens:
             behind = f", behind a memory of {before}" if before else ""
@@ -222,7 +260,7 @@ class Network(nn.Module):
                 "smaller documents"
             )
 
-    def check_memories(self):
+    def check_memories(self) -> None:
         """Raise ValueError for a model that makes and reads no memories."""
         if self.layout is None:
             raise ValueError(
@@ -230,8 +268,16 @@ class Network(nn.Module):
                 "--memory-tokens 16"
             )
 
-    def check_memory(self, memory: Memory, rows: int | None = None):
-        """Raise ValueError for a memory that was not made with this very model, or not of so many rows."""
+    def check_memory(self, memory: Memory, rows: int | None = None) -> None:
+        """Check that a memory was made with this very model.
+
+        Args:
+            memory: The memory.
+            rows: Number of rows that it must have; None: any.
+
+        Raises:
+            ValueError: It was made with other weights or settings, or it has another number of rows.
+        """
         self.check_memories()
         if rows not in (None, len(memory)):
             raise ValueError(f"{rows} rows of tokens and {len(memory)} of memory: one of each a row")
@@ -240,7 +286,7 @@ class Network(nn.Module):
             raise ValueError(
                 f"the memory is of another base model ({its.base[:12]}…) than this one ({mine.base[:12]}…)"
             )
-        # With its adapters off for now, it reads what it wrote with them, too.
+        # While its adapters are off, it may still read what it wrote with them.
         if its.adapter != mine.adapter and its.adapter != self._origin(adapters_off=False).adapter:
             raise ValueError("the memory was made with other adapters or settings than the model has; compress again")
         if memory.layout != self.layout:
@@ -248,7 +294,12 @@ class Network(nn.Module):
         self.reader.check_states(memory)
 
     def new_memory(self, rows: int, origin: Origin | None) -> Memory:
-        """The memory of nothing, of so many rows."""
+        """Make a memory of nothing.
+
+        Args:
+            rows: Number of rows.
+            origin: Fingerprints that it carries; None: it is used within one pass, and nobody asks for them.
+        """
         layout = self.reader.layout
         states = empty_states(layout, rows, self.reader.state_sizes(), dtype=self.dtype, device=self.device)
         return Memory(
@@ -259,7 +310,7 @@ class Network(nn.Module):
             recent=(torch.zeros(0, dtype=torch.int64),) * rows,
             labels=(None,) * rows,
             layout=layout,
-            origin=origin,
+            origin=cast(Origin, origin),
         )
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:
@@ -268,16 +319,16 @@ class Network(nn.Module):
         Args:
             memory: The memory.
             keep: Whether the tokens' own keys and values are kept.
-            forward: Whether this is the forward direction, in which adapters may be held to memory tokens.
+            forward: Whether this is the forward direction, in which adapters may act on memory tokens alone.
         """
         held = forward and not self.adapts_tokens
         return self.reader.read(self.reader.new_cache(keep=keep, adapted_tokens=0 if held else None), memory)
 
     def origin(self) -> Origin:
-        """Fingerprints of base model and adapters, as the memories that it makes now carry them.
+        """Fingerprints of base model and adapters that memories made now carry.
 
-        They are computed again when weights or settings of the adapters have changed; with the adapters off they are
-        others.
+        They are computed again when weights or settings of the adapters have changed. While the adapters are off they
+        are different ones.
 
         Raises:
             RuntimeError: The model is being read backward.
@@ -293,11 +344,11 @@ class Network(nn.Module):
         return self._fingerprints.origin(self, adapters_off)
 
     def base_fingerprint(self) -> str:
-        """Fingerprint of the base model's settings and weights, computed when they change."""
+        """Fingerprint of the base model's settings and weights, computed again only when the weights change."""
         return self._fingerprints.base(self.peft_model)
 
-    def set_base_fingerprint(self, fingerprint: str):
-        """Take over a fingerprint of the weights as they are, which has just been computed."""
+    def set_base_fingerprint(self, fingerprint: str) -> None:
+        """Take over the fingerprint of the base model as it is now, which has just been computed."""
         self._fingerprints.set_base(self.peft_model, fingerprint)
 
 
@@ -328,7 +379,7 @@ def _positions_of(model):
 
 
 def _first_id(*ids):
-    """The first id that is given; of a list of them, its first."""
+    """The first argument that is an id, or the first id in it if it is a list; None if there is none."""
     for given in ids:
         given = given[0] if isinstance(given, (list, tuple)) and given else given
         if isinstance(given, int):

@@ -1,8 +1,9 @@
-"""The objective: the loss of a text read through memories, and the terms of context–query pairs."""
+"""The training objective: the loss of texts that are read through memories, and terms for context–query pairs."""
 
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,16 +24,16 @@ TERMS = ("compress", "expand", "cycle")
 
 @dataclasses.dataclass
 class R3MemOutput(ModelOutput):
-    """What `R3MemModel.forward` returns.
+    """Output of `R3MemModel.forward`.
 
     Attributes:
-        loss: Float scalar; None without labels.
-        logits: See `R3MemModel.forward`; None where it trains through several segments.
-        compress_loss: That term of the objective, unweighted; None where it was not computed.
-        expand_loss: Likewise.
-        targets: With a query, what `logits` predict.
-        cycle_loss: That term of the objective, unweighted; None where it was not computed.
-        cycle_logits: As `logits`, read from the memory of the context in place of the query.
+        loss: Loss, a float scalar; None without labels.
+        logits: Logits, see `R3MemModel.forward`; None in training through several segments.
+        compress_loss: Term `compress` of the objective, without its weight; None if it was not computed.
+        expand_loss: Term `expand` of the objective, without its weight; None if it was not computed.
+        targets: Tokens that `logits` predict, if there are queries; see `R3MemModel.forward`.
+        cycle_loss: Term `cycle` of the objective, without its weight; None if it was not computed.
+        cycle_logits: Logits like `logits`, but read from the memory of the context in place of the query.
     """
 
     loss: torch.Tensor | None = None
@@ -47,17 +48,21 @@ class R3MemOutput(ModelOutput):
 def history_loss(
     network: Network, memory: Memory, rows: Rows, num_items: float | torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss of predicting rows, read segment by segment behind a memory.
+    """Loss of predicting rows that are read segment by segment behind a memory.
 
     Args:
         network: The model.
-        memory: What comes before, of as many rows.
+        memory: The memory before the rows, of as many rows.
         rows: Tokens and labels.
-        num_items: Number that the sum over tokens is divided by; None: that of the labels that count.
+        num_items: Number that the sum over tokens is divided by; None: the number of labels that count.
 
     Returns:
-        The loss, a float scalar, in training through several segments with the divergence from the base model; and
-        logits `[B, T, V]`, None in such training and where a fused loss makes none.
+        The loss, a float scalar, and logits `[B, T, V]`. In training through several segments the loss includes the
+        divergence from the base model, if that has a weight, and the logits are None. They are also None where a fused
+        loss makes none.
+
+    Raises:
+        ValueError: No row has a token, or a segment does not fit into the model's positions.
     """
     segments = _some_segments(network, memory, rows, in_one=False)
     if num_items is None:
@@ -79,7 +84,19 @@ def history_loss(
 
 
 def history_logits(network: Network, memory: Memory, rows: Rows) -> torch.Tensor:
-    """Logits `[B, T, V]` of rows behind a memory, in one pass: those that `generate` continues by."""
+    """Logits of rows that are read behind a memory in one pass, as `generate` does.
+
+    Args:
+        network: The model.
+        memory: The memory before the rows, of as many rows.
+        rows: Tokens.
+
+    Returns:
+        Logits `[B, T, V]`.
+
+    Raises:
+        ValueError: No row has a token, or they do not fit into the model's positions.
+    """
     segments = _some_segments(network, memory, rows, in_one=True)
     outcomes, _ = read_segments(network, segments, memory, lambda segment, hidden: network.head(hidden).logits)
     return placed(rows, segments, outcomes)
@@ -93,16 +110,16 @@ def _some_segments(network, memory, rows, in_one):
 
 
 def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[str] | None) -> R3MemOutput:
-    """Terms of the objective of context–query pairs (R3Mem, section 3.3), and the logits that they are of.
+    """Compute terms of the objective for context–query pairs (R3Mem, section 3.3).
 
     Args:
         network: The model.
-        contexts: A context a row; a row that is wholly masked says that its query has none.
-        queries: A query a row.
+        contexts: Contexts. A row that is wholly masked says that its query has no context.
+        queries: Queries, as many.
         terms: Some of `TERMS`; None: those with a weight in the config.
 
     Returns:
-        The terms' losses, without their sum, and logits; see `R3MemModel.forward`.
+        The terms' losses, without their sum, and their logits; see `R3MemModel.forward`.
 
     Raises:
         ValueError: The terms are unknown, or the shapes do not agree.
@@ -121,7 +138,7 @@ def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[
         with network.reading_backward():
             found.logits, found.targets = continuation_logits(network, queries, contexts)
         found.expand_loss = _mean_loss(found.logits, found.targets)
-    # A row without a context has nothing that its query could be told from, and no memory.
+    # A row without a context has no memory, and its query cannot be predicted from anything.
     asked = contexts.mask.any(1, keepdim=True)
     if "compress" in terms:
         given = contexts if memory is None else nothing_before(contexts)
@@ -137,13 +154,18 @@ def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[
 
 
 def pair_loss(network: Network, found: R3MemOutput) -> torch.Tensor:
-    """The sum of the terms that `pair_terms` found, with their weights from the config."""
+    """Sum of the terms that `pair_terms` computed, with their weights from the config.
+
+    Args:
+        network: The model.
+        found: The output of `pair_terms`.
+    """
     losses = {term: found[f"{term}_loss"] for term in TERMS if f"{term}_loss" in found}
     return sum(weight * losses[term] for term, weight in term_weights(network).items() if term in losses)
 
 
 def term_weights(network: Network) -> dict[str, float]:
-    """Weights of the terms that a model can learn: `cycle` needs memory tokens."""
+    """Weights of the terms that a model can learn; `cycle` needs memory tokens."""
     config = network.r3mem_config
     terms = TERMS if network.layout is not None else TERMS[:2]
     return {term: getattr(config, f"{term}_weight") for term in terms}
@@ -156,14 +178,17 @@ def continuation_logits(
 
     Args:
         network: The model.
-        prompts: What is given, a prompt a row.
-        continuations: What follows it.
-        memory: What the prompts are read behind; None: nothing.
-        forward: Whether this is the forward direction, in which adapters may be held to memory tokens.
+        prompts: Prompts, which are given.
+        continuations: Continuations, one for each prompt.
+        memory: The memory before the prompts, of as many rows; None: there is none.
+        forward: Whether this is the forward direction, in which adapters may act on memory tokens alone.
 
     Returns:
-        Logits `[B, N + 1, V]` of the continuations and the end after them, and their targets int64 `[B, N + 1]`,
-        -100 where none counts.
+        Logits `[B, N + 1, V]` of the continuations and of the end token after them, and their targets, int64
+        `[B, N + 1]`, -100 where they do not count.
+
+    Raises:
+        ValueError: Prompts and continuations do not fit into the model's positions.
     """
     first, first_mask = prompt_of(prompts, network.start_token_id)
     second, second_mask, targets = continuations.right_padded(network.end_token_id)
@@ -184,17 +209,35 @@ def continuation_logits(
 
 
 class _Teacher:
-    """The base model with the full context, for the divergence of what is read through memories from it.
+    """The base model, which reads rows in full, to compare with what is read through memories.
 
-    Raises ValueError for a context that it cannot read as a whole.
+    Args:
+        network: The model.
+        memory: The memory before the rows; it must be empty.
+        rows: Tokens.
+
+    Raises:
+        ValueError: The base model cannot read the whole rows.
     """
 
-    def __init__(self, network, memory, rows):
+    def __init__(self, network: Network, memory: Memory, rows: Rows):
         self._network = network
         self._hidden = self._hidden_states(memory, rows)
 
-    def blended(self, output, segment: Segment, targets: torch.Tensor, num_items) -> torch.Tensor:
-        """A segment's loss, `(1 - w) * cross-entropy + w * divergence`, each divided by `num_items`."""
+    def blended(
+        self, output: Any, segment: Segment, targets: torch.Tensor, num_items: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Loss of a segment, `(1 - w) * cross-entropy + w * divergence`, where w is the `distillation_weight`.
+
+        Args:
+            output: The base model's output for the segment, with logits, and with the cross-entropy as loss.
+            segment: The segment.
+            targets: Targets of the segment, int64 `[A, n]`, on the device of the logits.
+            num_items: Number that sums over tokens are divided by.
+
+        Raises:
+            ValueError: The output has no logits.
+        """
         if output.logits is None:
             raise ValueError(
                 "distillation needs the logits, which a fused loss (Liger's) does not make; apply it with "
@@ -211,7 +254,7 @@ class _Teacher:
 
     @torch.no_grad()
     def _hidden_states(self, memory, rows):
-        """Last hidden states with the full context: `[B, T, hidden_size]`, padded on the right."""
+        """Last hidden states of the base model for the whole rows: `[B, T, hidden_size]`, padded on the right."""
         network = self._network
         if memory.tokens_seen.any():
             raise ValueError(

@@ -25,8 +25,7 @@ from .training.history import TrainReport, discard_checkpoints, train
 from .training.remember import RememberReport, discard_checkpoint
 from .training.settings import RememberSettings, TrainSettings
 
-_BATCH = 16  # rows at one time
-_NEW_TOKENS = 64
+_BATCH, _NEW_TOKENS = 16, 64  # rows at one time; tokens where no length is asked for
 
 
 class R3MemPipeline:
@@ -151,7 +150,8 @@ class R3MemPipeline:
             ValueError: A text is empty, a passage beyond the model's positions cannot be cut, or the folder holds
                 another run or another adapter, or was changed since it was loaded.
         """
-        taken = {name for entry in self.remembered for name in (entry["document"], entry.get("part_of"))}
+        named = ((entry["document"], entry.get("part_of")) for entry in self.remembered)
+        taken = {name for names in named for name in names if name is not None}
         documents = by_name(documents, taken)
         with contextlib.nullcontext() if folder is None else locked(folder):
             if folder is not None:
@@ -162,7 +162,7 @@ class R3MemPipeline:
                 self.codec,
                 documents,
                 self.remembered,
-                self.recall,
+                lambda queries: list(self.recall(queries)),
                 folder=folder,
                 settings=settings,
                 progress=progress,
@@ -262,8 +262,8 @@ class R3MemPipeline:
         """
         self.model.check_memories()
         memory = None if memory is None else self._memory(memory)
-        before = None if memory is None else memory.labels
-        texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, before)
+        rows_before = None if memory is None else memory.labels
+        texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
         rows = [self.codec.ids(text) for text in texts]
         parts = []
         for start in range(0, len(rows), _BATCH):
@@ -289,7 +289,7 @@ class R3MemPipeline:
         Args:
             memory: A memory, or the file of one.
             query: Read after the memory, one for each row; None: the memory alone.
-            max_new_tokens: As of `recall`.
+            max_new_tokens: See `recall`.
 
         Returns:
             The text, a list of them for a memory of several rows.
@@ -324,8 +324,8 @@ class R3MemPipeline:
         Args:
             prompt: A prompt, or several.
             memory: A memory, or the file of one, of as many rows as prompts; one of one row serves all of them.
-            settings: As of `transformers`' `generate`: `do_sample`, `temperature`, `num_beams`, `streamer` and others;
-                64 new tokens if no length is among them, and no generation_config.
+            settings: Arguments of `transformers`' `generate`: `do_sample`, `num_beams`, `streamer` and others; 64 new
+                tokens if no length is among them, and no generation_config.
 
         Returns:
             The text, without the prompt; a list of them for several prompts.

@@ -1,9 +1,9 @@
-"""Histories, read segment by segment: each behind the memory of those before it."""
+"""Reads histories segment by segment, each behind the memory of the segments before it."""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,14 +18,25 @@ from .reversible.replay import replay
 
 
 def is_one_pass(network: Network, rows: Rows) -> bool:
-    """Whether rows without a memory before them are read in one pass, as the base model reads them."""
+    """Whether rows without a memory before them are read in one pass, as the base model reads them.
+
+    Args:
+        network: The model.
+        rows: The rows.
+    """
     if network.layout is None or network.is_plain:
         return True
     return largest_of_ranks(network, int(rows.mask.sum(1).max())) <= network.layout.segment_length
 
 
 def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = False) -> list[Segment]:
-    """Cut rows behind a memory into the segments that they are read in, or into one.
+    """Cut rows that follow a memory into the segments that they are read in.
+
+    Args:
+        network: The model.
+        memory: The memory, of as many rows.
+        rows: The rows.
+        in_one: Whether all tokens make a single segment.
 
     Raises:
         ValueError: A segment does not fit into the model's positions.
@@ -35,7 +46,7 @@ def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = 
     length = max(1, *lengths) if in_one else None
     longest = max(lengths) if in_one else largest_of_ranks(network, max(lengths))
     if longest > max(lengths):
-        # Another process has more segments: what is read here with them counts nowhere.
+        # Another process has more segments. Tokens are added here to have as many; they do not count in the loss.
         more = torch.zeros(longest - lengths[-1], dtype=torch.int64)
         ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + IGNORED])
     segments = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length)
@@ -46,7 +57,12 @@ def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = 
 
 
 def trains_through(network: Network, segments: Sequence[Segment]) -> bool:
-    """Whether gradients are to pass from segment to segment."""
+    """Whether gradients are to pass from segment to segment.
+
+    Args:
+        network: The model.
+        segments: The segments.
+    """
     return network.training and torch.is_grad_enabled() and len(segments) > 1
 
 
@@ -56,19 +72,21 @@ def read_segments(
     memory: Memory,
     outcome: Callable[[Segment, torch.Tensor], Any],
     on_tokens: Callable[[int], Any] | None = None,
-) -> tuple[list, torch.Tensor]:
-    """Read segments one after the other, and pass their memories on.
+) -> tuple[list[Any], torch.Tensor]:
+    """Read segments one after the other, each behind the memory of those before it.
 
     Args:
-        network: The model. In training, `kept_segments` says what it keeps of each until the backward pass.
-        segments: Of `cut_segments`.
-        memory: What comes before the first.
-        outcome: What is to be made of each segment's last hidden states, `[A, n, hidden_size]`; called again in the
-            backward pass where nothing is kept.
-        on_tokens: Is told how many tokens were read, after each segment.
+        network: The model. In training, its setting `kept_segments` decides what is kept of each segment until the
+            backward pass.
+        segments: Segments that `cut_segments` made.
+        memory: The memory before the first segment.
+        outcome: Function that makes a result of a segment and its last hidden states, `[A, n, hidden_size]`. In
+            training it may be called again in the backward pass.
+        on_tokens: Function that is called after each segment with the number of tokens that were read; None: there is
+            none. It is not called where segments are run again in the backward pass.
 
     Returns:
-        What `outcome` returned for each segment, and the states of the last memory.
+        The results of `outcome`, one for each segment, and the states of the memory after the last one.
     """
     config = network.r3mem_config
     states = memory.states.to(network.device, network.dtype)
@@ -80,7 +98,7 @@ def read_segments(
             network.reader,
             segment,
             before,
-            network.memory_embeddings,
+            cast(torch.Tensor, network.memory_embeddings),
             adapts_tokens=network.adapts_tokens,
             dropout=config.memory_dropout if training else 0.0,
         )
@@ -98,7 +116,7 @@ def read_segments(
         on_host = training and config.kept_segments == "host"
         with network.stack.on_host() if on_host else contextlib.nullcontext():
             hidden, states = read(segment, states)
-            if training:  # the logits are as large as all else that a segment computes
+            if training:  # the logits take as much memory as all else that a segment computes
                 outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
             else:
                 outcomes.append(outcome(segment, hidden))
@@ -115,14 +133,18 @@ def compress_rows(
     finish: bool,
     on_tokens: Callable[[int], Any] | None = None,
 ) -> Memory:
-    """The memory after some more tokens. Differentiable.
+    """Compress more tokens into a memory; differentiable.
 
     Args:
         network: The model.
-        rows: New tokens of each row, int64 `[n]`, on the CPU.
-        memory: What comes before.
-        finish: Whether what does not fill a segment is compressed, too.
-        on_tokens: Is told how many tokens were read, after each segment.
+        rows: New token ids of each row, int64 `[n]`, on the CPU.
+        memory: The memory before them, of as many rows.
+        finish: Whether tokens that do not fill a segment are compressed, too.
+        on_tokens: Function that is called after each segment with the number of tokens that were read; None: there is
+            none.
+
+    Returns:
+        The memory after them.
 
     Raises:
         ValueError: There are more segments than `max_memory_segments=None` can keep, or processes of FSDP2 have
@@ -147,7 +169,16 @@ def compress_rows(
 
 
 def placed(rows: Rows, segments: Sequence[Segment], found: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Put values of segments, `[A, n, C]` each, where the rows' own tokens stand: `[B, T, C]`, zeros in padding."""
+    """Put values that belong to the tokens of segments where these tokens stand in the rows.
+
+    Args:
+        rows: The rows, `[B, T]`.
+        segments: Segments that the rows were cut into.
+        found: Values of each segment's tokens, `[A, n, C]`.
+
+    Returns:
+        `[B, T, C]`, zeros in padding.
+    """
     pieces: list[list[torch.Tensor]] = [[] for _ in rows.ids]
     for segment, values_of_rows in zip(segments, found, strict=True):
         for row, (start, end), values in zip(segment.rows, segment.own, values_of_rows, strict=True):

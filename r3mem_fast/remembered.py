@@ -1,4 +1,4 @@
-"""What an adapter remembers, as its `r3mem.json` has it: queries and digests of contexts, no text."""
+"""Entries of `r3mem.json` for what an adapter remembers: queries, and digests of contexts in place of their text."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,17 @@ Entry = dict[str, Any]
 
 
 def entries_of(report: RememberReport, whole_of: Mapping[str, str], count: Callable[[str], int]) -> list[Entry]:
-    """Entries for what a run has learned.
+    """Make entries for what a run has learned.
 
     Args:
-        report: The run's.
-        whole_of: By the name of a document that is part of another, the name of that.
-        count: Counts a text's tokens.
+        report: Report of the run.
+        whole_of: For each document that was cut from another one, the name of that one.
+        count: Function that counts the tokens of a text.
+
+    Returns:
+        An entry for each pair.
     """
+    expanded_of: Sequence[bool | None] = report.expanded or [None] * len(report.pairs)
     return [
         {
             "level": pair.level,
@@ -31,23 +35,25 @@ def entries_of(report: RememberReport, whole_of: Mapping[str, str], count: Calla
             "expanded": expanded,
             **({"part_of": whole_of[pair.document]} if pair.document in whole_of else {}),
         }
-        for pair, exact, expanded in zip(
-            report.pairs, report.exact, report.expanded or [None] * len(report.pairs), strict=True
-        )
+        for pair, exact, expanded in zip(report.pairs, report.exact, expanded_of, strict=True)
     ]
 
 
 def as_not_exact(entries: Sequence[Entry]) -> list[Entry]:
-    """The same entries, of contexts that may be known no more."""
+    """Copies of entries whose contexts may no longer be known: marked as not exact.
+
+    Args:
+        entries: The entries.
+    """
     return [{**e, "exact": False, **({"expanded": False} if e.get("expanded") else {})} for e in entries]
 
 
 def unchanged_pairs(entries: Sequence[Entry], contexts: Sequence[str]) -> list[Pair]:
-    """Pairs of the entries whose context, as it was recalled, is still what it was.
+    """Pairs for those entries whose context was recalled without a change.
 
     Args:
-        entries: What was remembered.
-        contexts: What was recalled, one for each.
+        entries: Entries for what was remembered.
+        contexts: Recalled contexts, one for each entry.
     """
     return [
         Pair(

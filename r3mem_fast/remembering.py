@@ -1,8 +1,9 @@
-"""Remembering documents: what is to be learned of them, learned along with what was remembered before."""
+"""Remembers documents: makes pairs of them, and learns these along with what was remembered before."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .codec import TextCodec
 from .documents import cut_to_length
@@ -11,7 +12,7 @@ from .model import R3MemModel
 from .remembered import Entry, as_not_exact, entries_of, unchanged_pairs
 from .training.remember import MAX_QUERY_OF_CONTEXT, RememberReport, RememberSettings, remember
 
-# Queries that are asked at one time.
+# Number of queries that are asked at one time.
 _BATCH = 16
 
 
@@ -25,23 +26,27 @@ def remember_documents(
     folder: Path | None,
     settings: RememberSettings | None,
     progress: bool,
-    **hierarchy,
+    **hierarchy: Any,
 ) -> tuple[RememberReport, list[Entry]]:
-    """Fine-tune documents into an adapter, with what it remembers of others.
+    """Fine-tune documents into an adapter, along with what it remembers already.
 
     Args:
         model: The memory network.
-        codec: Its texts.
+        codec: Codec with its tokenizer.
         documents: Texts by name. One that is too long is cut into several.
-        entries: What the adapter remembers; a document of the same name is replaced.
-        recall: Contexts of queries.
-        folder: Where a checkpoint is kept; None: nowhere.
+        entries: Entries for what the adapter remembers. Those of a document with the same name are replaced.
+        recall: Function that recalls the contexts of queries.
+        folder: Folder in which a checkpoint is kept meanwhile; None: there is none.
         settings: How pairs are learned; None: the defaults.
         progress: Show bars.
         hierarchy: More arguments of `hierarchy.build_pairs`.
 
     Returns:
-        What came of it, and what the adapter remembers now.
+        A report, and entries for what the adapter remembers now.
+
+    Raises:
+        IntegrityError: A pass could not be trusted.
+        ValueError: A text cannot be remembered, or the folder holds the checkpoint of another run.
     """
     earlier = [entry for entry in entries if not {entry["document"], entry.get("part_of")} & documents.keys()]
     whole_of = {entry["document"]: entry["part_of"] for entry in earlier if entry.get("part_of")}
@@ -59,11 +64,14 @@ def remember_documents(
 
 
 def rehearsed_pairs(entries: Sequence[Entry], recall: Callable[[list[str]], list[str]]) -> list[Pair]:
-    """What an adapter remembers, as pairs: recalled, and taken if it is still what it was.
+    """Recall what an adapter remembers, to learn it again.
 
     Args:
-        entries: What it remembers.
-        recall: Contexts of queries.
+        entries: Entries for what it remembers.
+        recall: Function that recalls the contexts of queries.
+
+    Returns:
+        Pairs for the contexts that come back without a change.
     """
     asked = sorted((entry for entry in entries if entry["exact"]), key=lambda entry: entry["tokens"])
     contexts: list[str] = []
@@ -73,7 +81,7 @@ def rehearsed_pairs(entries: Sequence[Entry], recall: Callable[[list[str]], list
 
 
 def _cut(model, codec, documents, taken):
-    """Documents, of which those beyond the model's positions are cut into several; and of each part its whole."""
+    """Cut documents that are longer than the model's positions; see `cut_to_length` for what is returned."""
     if model.max_tokens is None:
         return documents, {}
     before = 0 if model.layout is None else model.layout.first_position

@@ -1,6 +1,6 @@
-"""Settings that describe themselves: a field of a dataclass says its help, its group, its range and its option.
+"""Settings that describe themselves: each field of a settings class has a help text, a group, a range and an option.
 
-The command's options, the checks of values, and the tables of the documentation are made from that. Needs no torch.
+The options of the command, checks of values, and tables of the documentation are made from these. Needs no torch.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a field of a settings class says of itself.
+    """Description of one field of a settings class.
 
     Attributes:
-        help: What it does. The first sentence stands alone, as an option's help.
-        group: Fields of one group stand together.
-        option: Name of the command's option, without dashes; None: it has none.
-        choices: Its values; None: any of its kind.
-        least: Smallest value; None: any.
-        most: Largest value; None: any.
-        above: Values are larger than this; None: any.
-        below: Values are smaller than this; None: any.
-        unset: What None stands for; None: it must have a value.
-        metavar: What stands for the value in the command's help; None: the option's name.
+        help: Meaning of the setting. The first sentence alone is the help of the command's option.
+        group: Name of the group that the documentation shows it in.
+        option: Name of the command's option, without dashes; None: there is none.
+        choices: Allowed values; None: any of its type.
+        least: Smallest allowed value; None: there is none.
+        most: Largest allowed value; None: there is none.
+        above: Number that values must be larger than; None: there is none.
+        below: Number that values must be smaller than; None: there is none.
+        unset: Meaning of the value None; None: the value None is not allowed.
+        metavar: Placeholder for the value in the command's help; None: the option's name.
     """
 
     help: str
@@ -44,30 +44,38 @@ class Setting:
         return self.help.partition(". ")[0].rstrip(".")
 
 
-def setting(default: Any, help: str, *, group: str, **more) -> Any:
-    """A field of a settings class.
+def setting(default: Any, help: str, *, group: str, **more: Any) -> Any:
+    """Make a field of a settings class.
 
     Args:
-        default: Its default.
-        help: See `Setting`.
-        group: See `Setting`.
+        default: Default of the field.
+        help: Meaning of the setting, see `Setting`.
+        group: Name of its group.
         more: More attributes of `Setting`.
+
+    Returns:
+        A field of a dataclass.
     """
     return dataclasses.field(default=default, metadata={"setting": Setting(help, group, **more)})
 
 
 def settings_of(kind: type) -> dict[str, tuple[dataclasses.Field, Setting]]:
-    """The fields of a settings class and what they say of themselves, by name, in order."""
+    """Fields of a settings class and their descriptions, by name, in order."""
     return {field.name: (field, field.metadata["setting"]) for field in dataclasses.fields(kind)}
 
 
 def names_of_group(kind: type, *groups: str) -> tuple[str, ...]:
-    """Names of the fields of these groups."""
+    """Names of the fields that belong to the given groups.
+
+    Args:
+        kind: Settings class.
+        groups: Names of groups.
+    """
     return tuple(name for name, (_, about) in settings_of(kind).items() if about.group in groups)
 
 
 def described(kind: type) -> type:
-    """Append what the fields say of themselves to a settings class's docstring: a decorator."""
+    """Add the descriptions of its fields to the docstring of a settings class: a decorator."""
     entries = [
         textwrap.fill(
             f"{name}: {about.help} Default: {default_text(field, about)}.",
@@ -81,20 +89,30 @@ def described(kind: type) -> type:
     return kind
 
 
-def check(values: Any):
-    """Check a settings object's fields against what they say of themselves.
+def check(values: Any) -> None:
+    """Check all fields of a settings object that have choices or a range. Other fields are checked by their class.
 
-    Fields whose default is neither a number nor a string are left to their class.
+    Args:
+        values: An instance of a settings class.
 
     Raises:
-        ValueError: A value is out of range, names the field and says what it may be.
+        ValueError: A value is not allowed. The message names the field, and says which values are.
     """
     for name in settings_of(type(values)):
         check_value(type(values), name, getattr(values, name))
 
 
-def check_value(kind: type, name: str, value: Any):
-    """Check a value for one field of a settings class, as `check` does."""
+def check_value(kind: type, name: str, value: Any) -> None:
+    """Check a value for one field of a settings class, as `check` does.
+
+    Args:
+        kind: Settings class.
+        name: Name of the field.
+        value: The value.
+
+    Raises:
+        ValueError: The value is not allowed.
+    """
     field, about = settings_of(kind)[name]
     if value is None and about.unset is not None:
         return
@@ -111,7 +129,12 @@ def is_whole(field: dataclasses.Field) -> bool:
 
 
 def default_text(field: dataclasses.Field, about: Setting) -> str:
-    """A field's default, in words where it is None."""
+    """Default of a field as text; the meaning of None in place of None.
+
+    Args:
+        field: The field.
+        about: Its description.
+    """
     return str(about.unset) if field.default is None else str(field.default)
 
 

@@ -51,7 +51,7 @@ def memory_attention(
         value: Values of the segment, `[B, Hkv, S, D]`.
         memory_key: `[B, Hkv, M, D]`, or `[1, Hkv, M, D]` for one memory that all rows read. M may be 0. None for no
             memory.
-        memory_value: Of the shape of `memory_key`; None for no memory.
+        memory_value: Tensor of the shape of `memory_key`; None for no memory.
         memory_lengths: int32 or int64 `[B]`, numbers of memory tokens that the rows read. These are the *last* ones,
             because a memory is filled from its end. None for all of them.
         segment_starts: int32 or int64 `[B]`. Keys of the segment before these positions are padding, and are not

@@ -1,26 +1,30 @@
-"""`r3mem demo`, `check` and `env`: what runs here, and that it is right."""
+"""`r3mem demo`, `check` and `env`: show what runs on this machine, and prove that it is right."""
 
+import argparse
 import dataclasses
 import json
+from typing import Any
 
 from .common import begin, device_of
 from .options import add_model_options, positive
 
 
-def add_demo(commands):
+def add_demo(commands: Any) -> None:
     """Add the command `demo`."""
     demo = commands.add_parser("demo", help="fine-tune a real model reversibly, and show what that saves")
     demo.set_defaults(run=_demo)
     demo.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id (%(default)s)")
     demo.add_argument("--text", help="a UTF-8 text file to train on (Python's help topics)")
-    demo.add_argument("--tokens", type=positive, default=512, help="in a window (%(default)s)")
-    demo.add_argument("--steps", type=positive, default=40, help="of training (%(default)s)")
-    demo.add_argument("--remember-steps", type=positive, default=2000, help="at most, for the page (%(default)s)")
+    demo.add_argument("--tokens", type=positive, default=512, help="tokens of a window (%(default)s)")
+    demo.add_argument("--steps", type=positive, default=40, help="steps of training (%(default)s)")
+    demo.add_argument(
+        "--remember-steps", type=positive, default=2000, help="steps at most to remember a page (%(default)s)"
+    )
     demo.add_argument("--output", default="r3mem-demo.png", help="the picture (%(default)s)")
     add_model_options(demo, dtype="bfloat16")
 
 
-def _demo(options):
+def _demo(options: argparse.Namespace) -> int:
     begin(options, f"Loading {options.model}; all of it takes about five minutes")
     from ..demo import run_demo
 
@@ -39,7 +43,7 @@ def _demo(options):
     return 0
 
 
-def add_check(commands):
+def add_check(commands: Any) -> None:
     """Add the command `check`."""
     what = "prove on a model that its inverse is exact, its gradients right, and its memories read"
     check = commands.add_parser("check", help=what)
@@ -47,7 +51,7 @@ def add_check(commands):
     check.add_argument("model", metavar="MODEL", help="smollm2-135m, a folder or a hub id")
     check.add_argument("--text", help="a UTF-8 text file (Python's help topics)")
     check.add_argument(
-        "--tokens", type=positive, default=512, help="of the text; 12 or more for memories (%(default)s)"
+        "--tokens", type=positive, default=512, help="tokens of the text; 12 or more for memories (%(default)s)"
     )
     check.add_argument("--per-layer", action="store_true", help="report the error of every layer")
     check.add_argument("--no-gradients", action="store_true", help="do not check gradients")
@@ -56,7 +60,7 @@ def add_check(commands):
     add_model_options(check, dtype="float32")
 
 
-def _check(options):
+def _check(options: argparse.Namespace) -> int:
     begin(options, f"Loading {options.model}")
     import torch
 
@@ -78,40 +82,40 @@ def _check(options):
     make_reversible(model, MomentumCoupling(bits=options.bits, fraction_bits=options.fraction_bits))
     inverse = check_inverse(model, ids, per_layer=options.per_layer)
     gradients = None if options.no_gradients else check_gradients(model, ids)
-    # Zero where operators repeat their bits; else some roundings of the dtype.
+    # The error is zero where operators repeat their bits, and else some roundings of the dtype.
     right = gradients is None or gradients.max_relative_error <= max(1e-5, 8 * torch.finfo(model.dtype).eps)
     memories, unread = None, None
     if not options.no_memories:
         try:
             memories = check_memories(restore(model), ids)
-        except MemoryNotReadError as error:  # which is what was to be found out
+        except MemoryNotReadError as error:  # the check is there to find this out
             unread = f"memories: NOT read: {error}"
     right = right and unread is None and (memories is None or memories.right)
     if options.json:
-        report = {"model": options.model, **dataclasses.asdict(inverse)}
+        report: dict[str, Any] = {"model": options.model, **dataclasses.asdict(inverse)}
         report["gradients"] = None if gradients is None else dataclasses.asdict(gradients)
         report["memories"] = unread if memories is None else dataclasses.asdict(memories)
         print(json.dumps(report))
     else:
         print(inverse)
         if options.per_layer:
-            for index, error in enumerate(inverse.layer_errors):
-                print(f"  layer {index:3}: error of the reconstructed input {error:.3g}")
-        for report in (gradients, memories or unread):
-            if report is not None:
-                print(report)
+            for index, layer_error in enumerate(inverse.layer_errors or ()):
+                print(f"  layer {index:3}: error of the reconstructed input {layer_error:.3g}")
+        for found in (gradients, memories or unread):
+            if found is not None:
+                print(found)
     return 0 if inverse.exact and right else 1
 
 
-def add_env(commands):
+def add_env(commands: Any) -> None:
     """Add the command `env`."""
     env = commands.add_parser("env", help="show machine, versions and which kernels run")
     env.set_defaults(run=_env)
     env.add_argument("--json", action="store_true", help="print one JSON object")
-    env.add_argument("--device", help="whose kernels: cpu, cuda, ... (a GPU if there is one)")
+    env.add_argument("--device", help="device that kernels are shown for: cpu, cuda, ... (a GPU if there is one)")
 
 
-def _env(options):
+def _env(options: argparse.Namespace) -> int:
     from ..environment import machine, torch_settings
 
     report = machine()
@@ -139,7 +143,7 @@ def _env(options):
     return 0
 
 
-def _print_values(values):
+def _print_values(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {choice}" for key, choice in value.items())

@@ -1,15 +1,27 @@
-"""What several commands do."""
+"""Functions that several commands use."""
 
+import argparse
 import sys
+from typing import Any
 
 
-def say(options, text):
-    """A line for the person at the terminal, beside what the command prints."""
+def say(options: argparse.Namespace, text: str) -> None:
+    """Print a line to standard error, for the person at the terminal.
+
+    Args:
+        options: The command's arguments.
+        text: The line.
+    """
     print(f"r3mem {options.command}: {text}", file=sys.stderr, flush=True)
 
 
-def begin(options, what):
-    """The first line, before torch and transformers are imported, which takes some seconds; then their settings."""
+def begin(options: argparse.Namespace, what: str) -> None:
+    """Print what is being done; then import torch and transformers, which takes some seconds, and set them up.
+
+    Args:
+        options: The command's arguments.
+        what: What is being done.
+    """
     print(f"{what} ...", file=sys.stderr, flush=True)
     from ..integrations.quiet import quiet
 
@@ -20,15 +32,29 @@ def begin(options, what):
         torch.set_num_threads(options.threads)
 
 
-def pipeline_of(options, model, **settings):
-    """The pipeline of a model or an adapter, on the device and in the dtype that are asked for."""
+def pipeline_of(options: argparse.Namespace, model: str, **settings: Any) -> Any:
+    """The pipeline of a model or an adapter, on the device and in the dtype that are asked for.
+
+    Args:
+        options: The command's arguments.
+        model: Name of a model, or the folder of an adapter.
+        settings: More arguments of `R3MemPipeline`.
+    """
     from .. import R3MemPipeline
 
     return R3MemPipeline(model, device=device_of(options), dtype=options.dtype, **settings)
 
 
-def adapter_of(options):
-    """`r3mem.json` of the adapter that is asked for, before anything that takes long is loaded."""
+def adapter_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the `r3mem.json` of the adapter that is asked for, before anything that takes long is loaded.
+
+    Args:
+        options: The command's arguments.
+
+    Raises:
+        OSError: There is no such adapter.
+        ValueError: Its manifest is damaged.
+    """
     from ..data.hub import is_path
     from ..manifest import folder_of_adapter, read_manifest
 
@@ -41,8 +67,19 @@ def adapter_of(options):
     return read_manifest(folder)
 
 
-def texts_of(options):
-    """The texts that are named, by their paths."""
+def texts_of(options: argparse.Namespace) -> dict[str, str]:
+    """Read the texts that are asked for.
+
+    Args:
+        options: The command's arguments.
+
+    Returns:
+        The texts by their paths.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A file is named twice, or is no text.
+    """
     from pathlib import Path
 
     from ..data.text import read_text
@@ -52,8 +89,15 @@ def texts_of(options):
     return {path: read_text(path) for path in options.texts}
 
 
-def device_of(options):
-    """The device that is asked for, known to be there; else a GPU if there is one, else the CPU."""
+def device_of(options: argparse.Namespace) -> Any:
+    """The device that is asked for; if none is, a GPU if there is one, else the CPU.
+
+    Args:
+        options: The command's arguments.
+
+    Raises:
+        ValueError: The device is not there.
+    """
     import torch
 
     if options.device is not None:

@@ -1,20 +1,25 @@
-"""The command: its parser, its errors, its exit status."""
+"""The `r3mem` command: its parser, its error messages and its exit status."""
 
 import argparse
 import contextlib
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
 
 from .. import __version__
 from . import check, memories, remember, train
 from .common import say
 
 
-def main(arguments=None):
-    """Run the command; returns its exit status.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
 
-    0: done. 1: what was asked for was done, and a check failed, or nothing came of it. 2: the request cannot be met;
-    the message says what to do. 130: interrupted.
+    Args:
+        arguments: Arguments of the command; None: those that the process was started with.
+
+    Returns:
+        The exit status. 0: it is done. 1: it is done, and a check failed, or nothing came of it. 2: it cannot be done;
+        the message says what to do. 130: it was interrupted.
     """
     options = parser().parse_args(arguments)
     try:
@@ -33,21 +38,21 @@ def main(arguments=None):
 
 
 @contextlib.contextmanager
-def _plain_warnings():
-    """Show warnings as lines of the command's own, without the place in the source that gave them."""
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings as plain lines, without the place in the source that they come from."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place, **more: print(f"Note: {message}", file=sys.stderr, flush=True)
         yield
 
 
-def _interrupted_run(folder):
+def _interrupted_run(folder: str) -> str | None:
     from ..manifest import interrupted_run
 
     return interrupted_run(folder)
 
 
-def parser():
-    """The parser of the command, with all of its commands."""
+def parser() -> argparse.ArgumentParser:
+    """Parser of the `r3mem` command, with all of its commands."""
     parser = argparse.ArgumentParser(prog="r3mem", description="Reversible memory networks from language models.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"r3mem_fast {__version__}")

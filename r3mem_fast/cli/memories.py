@@ -1,15 +1,18 @@
-"""`r3mem compress`, `expand` and `generate`: memories, and what is read behind them."""
+"""`r3mem compress`, `expand` and `generate`: make memories, read them backward, and write on behind them."""
 
+import argparse
 import json
+from typing import Any
 
 from .common import adapter_of, begin, pipeline_of, say, texts_of
 from .options import add_adapter, add_row_options, add_run_options, positive
 
 
-def add_commands(commands):
+def add_commands(commands: Any) -> None:
+    """Add the commands `compress`, `expand` and `generate`."""
     compress = commands.add_parser("compress", help="compress texts of any length into a memory file")
     compress.set_defaults(run=_compress)
-    add_adapter(compress, "of an adapter with memory tokens")
+    add_adapter(compress, "folder of an adapter with memory tokens")
     compress.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a row each")
     compress.add_argument(
         "--output", "-o", required=True, metavar="FILE", help="the memory file, replaced if it is there"
@@ -22,37 +25,39 @@ def add_commands(commands):
 
     expand = commands.add_parser("expand", help="read a memory backward: the text that it was made of")
     expand.set_defaults(run=_expand)
-    add_adapter(expand, "of the adapter that the memory was made with")
+    add_adapter(expand, "folder of the adapter that the memory was made with")
     expand.add_argument("memory", metavar="MEMORY", help="a memory file")
-    expand.add_argument("--query", help="read after the memory")
+    expand.add_argument("--query", help="a query that is read after the memory")
     add_row_options(expand)
-    expand.add_argument("--max-new-tokens", type=positive, help="(as many as the longest context remembered)")
+    expand.add_argument(
+        "--max-new-tokens", type=positive, help="tokens at most (as many as the longest context remembered)"
+    )
     add_run_options(expand)
 
     generate = commands.add_parser("generate", help="continue a prompt, with or without a memory before it")
     generate.set_defaults(run=_generate)
-    add_adapter(generate, "of the adapter that the memory was made with")
+    add_adapter(generate, "folder of the adapter that the memory was made with")
     generate.add_argument("prompt", metavar="PROMPT", help="what is continued, behind every row of the memory")
     generate.add_argument("--memory", metavar="FILE", help="a memory file; of several rows, each is continued")
     add_row_options(generate)
-    generate.add_argument("--max-new-tokens", type=positive, default=64, help="(%(default)s)")
+    generate.add_argument("--max-new-tokens", type=positive, default=64, help="tokens at most (%(default)s)")
     generate.add_argument("--temperature", type=float, help="sample with this temperature (greedy)")
     generate.add_argument(
-        "--top-p", type=float, help="of the tokens that are sampled from, their probability together"
+        "--top-p", type=float, help="sample from the likeliest tokens that have this probability together"
     )
-    generate.add_argument("--beams", type=positive, default=1, help="(%(default)s)")
-    generate.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    generate.add_argument("--beams", type=positive, default=1, help="beams of a beam search (%(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="seed of sampling (%(default)s)")
     add_run_options(generate)
 
 
-def _compress(options):
+def _compress(options: argparse.Namespace) -> int:
     from ..files import locked_file
 
     with locked_file(options.output):
         return _compress_to(options)
 
 
-def _compress_to(options):
+def _compress_to(options: argparse.Namespace) -> int:
     import time
 
     if not adapter_of(options)["r3mem_config"].get("num_memory_tokens"):
@@ -63,13 +68,14 @@ def _compress_to(options):
     begin(options, f"Loading {options.folder}")
     from .. import Memory
 
-    # The line break that ends a file stands between it and what goes on from there.
-    texts = {path: text.removesuffix("\n") for path, text in texts_of(options).items()}
+    # The line break that ends a file is left out, and put before what continues it.
+    named = {path: text.removesuffix("\n") for path, text in texts_of(options).items()}
     if options.memory is not None:
-        texts = {path: f"\n{text}" for path, text in texts.items()}
+        named = {path: f"\n{text}" for path, text in named.items()}
+    texts: dict[str, str] | list[str] = named
     memory = None if options.memory is None else Memory.load(options.memory)
-    if memory is not None and {label and label[1] for label in memory.labels} != texts.keys():
-        texts = list(texts.values())  # of other names: in the order of the rows
+    if memory is not None and {label and label[1] for label in memory.labels} != named.keys():
+        texts = list(named.values())  # the names are other ones: go by the order of the rows
     pipeline = pipeline_of(options, options.folder, base=options.model)
     started = time.perf_counter()
     memory = pipeline.compress(
@@ -90,7 +96,7 @@ def _compress_to(options):
     return 0
 
 
-def _expand(options):
+def _expand(options: argparse.Namespace) -> int:
     if not any(entry.get("expanded") for entry in adapter_of(options).get("remembered", [])):
         raise ValueError(
             f"{options.folder} has not learned to give back a text from its memory: what it wrote would be made up. "
@@ -103,7 +109,7 @@ def _expand(options):
     return 0
 
 
-def _generate(options):
+def _generate(options: argparse.Namespace) -> int:
     import torch
 
     pipeline, memory = _with_memory(options)
@@ -124,8 +130,8 @@ def _generate(options):
     return 0
 
 
-def _with_memory(options):
-    """The pipeline of a folder, and the rows of the memory that are asked for."""
+def _with_memory(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline of a folder, and the rows of the memory that are asked for; None without a memory."""
     adapter_of(options)
     begin(options, f"Loading {options.folder}")
     from .. import Memory
@@ -135,7 +141,7 @@ def _with_memory(options):
         if wanted:
             raise ValueError("--level and --name choose rows of a memory; pass --memory")
         return pipeline_of(options, options.folder, base=options.model), None
-    memory = Memory.load(options.memory)  # a damaged file is told before a model is loaded
+    memory = Memory.load(options.memory)  # before the model, so that a damaged file is reported at once
     if wanted:
         try:
             memory = memory.select(options.level, options.name)
@@ -145,7 +151,7 @@ def _with_memory(options):
     return pipeline, memory.to(pipeline.model.device)
 
 
-def _print_rows(options, memory, texts):
+def _print_rows(options: argparse.Namespace, memory: Any, texts: list[str]) -> None:
     labels = [None] * len(texts) if memory is None else memory.labels
     for label, text in zip(labels, texts, strict=True):
         if options.json:

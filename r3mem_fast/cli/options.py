@@ -1,4 +1,4 @@
-"""Options that several commands have; those of settings are made from the fields of their classes."""
+"""Adds options that several commands have; those of settings are made from the fields of their classes."""
 
 import argparse
 from collections.abc import Iterable
@@ -9,22 +9,26 @@ from ..config import ADAPTER, BACKWARD, MEMORY, TRAINING, R3MemConfig
 from ..settings import check_value, default_text, is_whole, names_of_group, settings_of
 
 _DTYPES = ("bfloat16", "float16", "float32")
-# Settings of a new adapter, and of these the ones that need memory tokens.
+# Settings of a new adapter, and those among them that need memory tokens.
 NEW_ADAPTER = names_of_group(R3MemConfig, ADAPTER, BACKWARD, MEMORY)
 OF_MEMORIES = names_of_group(R3MemConfig, MEMORY)[1:]
 OF_TRAINING = names_of_group(R3MemConfig, TRAINING)
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, kind: type, names: Iterable[str] | None = None, *, defaults: dict | None = None
-):
-    """Add the options of a settings class. One that is not given leaves None.
+    parser: argparse.ArgumentParser,
+    kind: type,
+    names: Iterable[str] | None = None,
+    *,
+    defaults: dict[str, Any] | None = None,
+) -> None:
+    """Add the options of a settings class. The value of an option that is not given is None.
 
     Args:
-        parser: A command's parser.
+        parser: Parser of a command.
         kind: The class.
-        names: Of its fields; None: all. Fields without an option are passed over.
-        defaults: Defaults of the command that are not the class's, by field.
+        names: Names of the fields whose options are added; None: all. Fields without an option are left out.
+        defaults: Defaults, by name of the field, to show where the command has other ones than the class.
     """
     for name, (field, about) in settings_of(kind).items():
         if about.option is None or (names is not None and name not in names):
@@ -41,10 +45,18 @@ def add_settings(
 
 
 def given_settings(options: argparse.Namespace, kind: type, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Values of the options of a settings class that were given, by field.
+    """Check the options of a settings class that were given.
+
+    Args:
+        options: The command's arguments.
+        kind: The class.
+        names: Names of the fields; None: all.
+
+    Returns:
+        Values of the options that were given, by name of the field.
 
     Raises:
-        ValueError: One is out of range.
+        ValueError: A value is out of range.
     """
     wanted = settings_of(kind) if names is None else names
     given = {name: value for name in wanted if (value := getattr(options, name, None)) is not None}
@@ -54,7 +66,12 @@ def given_settings(options: argparse.Namespace, kind: type, names: Iterable[str]
 
 
 def option_of(name: str, kind: type = R3MemConfig) -> str:
-    """The option of a field, as it is written."""
+    """Option of a field as it is written on the command line, such as "--lora-r".
+
+    Args:
+        name: Name of the field.
+        kind: Settings class.
+    """
     return f"--{settings_of(kind)[name][1].option}"
 
 
@@ -70,47 +87,62 @@ def _lowered(text):
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
-def add_adapter(parser: argparse.ArgumentParser, folder: str):
-    """Add the argument FOLDER, an adapter, and the option of its base model. `folder` says what adapter."""
+def add_adapter(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Add the argument FOLDER for an adapter, and the option for its base model.
+
+    Args:
+        parser: Parser of a command.
+        folder: Help text of FOLDER.
+    """
     parser.add_argument("folder", metavar="FOLDER", help=f"{folder}; or its hub id")
     parser.add_argument("--model", help="its base model: a folder or hub id (where it was when the adapter was made)")
 
 
-def add_row_options(parser: argparse.ArgumentParser):
+def add_row_options(parser: argparse.ArgumentParser) -> None:
     """Add options that choose rows of a memory."""
     parser.add_argument("--level", choices=LEVELS, help="only rows of this level")
     parser.add_argument("--name", help="only the row of this name, see `r3mem inspect`")
 
 
-def add_run_options(parser: argparse.ArgumentParser):
+def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that run an adapter."""
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of the weights (the adapter's; the fastest that fits)",
+        help="dtype of the weights (the adapter's; the fastest that fits)",
     )
     add_machine_options(parser)
 
 
-def add_machine_options(parser: argparse.ArgumentParser):
-    """Add options of what computes."""
-    parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
-    parser.add_argument("--threads", type=positive, help="of torch on the CPU; 1 on a busy machine (one a core)")
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options `--device` and `--threads`."""
+    parser.add_argument("--device", help="device: cpu, cuda, ... (a GPU if there is one)")
+    parser.add_argument(
+        "--threads", type=positive, help="threads of torch on the CPU; 1 on a busy machine (one a core)"
+    )
 
 
-def add_model_options(parser: argparse.ArgumentParser, dtype: str):
-    """Add the options of commands that make a model reversible. `dtype` is their default dtype."""
-    parser.add_argument("--dtype", default=dtype, choices=_DTYPES, help="of the weights (%(default)s)")
+def add_model_options(parser: argparse.ArgumentParser, dtype: str) -> None:
+    """Add the options of commands that make a model reversible.
+
+    Args:
+        parser: Parser of a command.
+        dtype: Default of the dtype.
+    """
+    parser.add_argument("--dtype", default=dtype, choices=_DTYPES, help="dtype of the weights (%(default)s)")
     parser.add_argument("--bits", type=int, default=4, choices=[1, 2, 4, 8], help="side bits (%(default)s)")
     parser.add_argument(
-        "--fraction-bits", type=fraction_bits, default=14, help="of the streams, a number or auto (%(default)s)"
+        "--fraction-bits",
+        type=fraction_bits,
+        default=14,
+        help="binary places of the streams, a number or auto (%(default)s)",
     )
     add_machine_options(parser)
 
 
 def positive(text: str) -> int:
-    """A positive number, as a type of arguments."""
+    """Read a positive integer: the `type` of an argument."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -118,7 +150,7 @@ def positive(text: str) -> int:
 
 
 def core(text: str) -> str | tuple[int, int]:
-    """`all`, or FIRST,END as two numbers, as a type of arguments."""
+    """Read a core, `all` or FIRST,END: the `type` of an argument."""
     if text == "all":
         return text
     try:
@@ -129,5 +161,5 @@ def core(text: str) -> str | tuple[int, int]:
 
 
 def fraction_bits(text: str) -> str | int:
-    """`auto`, or a number, as a type of arguments."""
+    """Read fraction bits, `auto` or a number: the `type` of an argument."""
     return text if text == "auto" else int(text)

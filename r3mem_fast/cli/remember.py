@@ -1,6 +1,8 @@
-"""`r3mem remember`, `recall` and `inspect`: a text in an adapter, and back."""
+"""`r3mem remember`, `recall` and `inspect`: put texts into an adapter, and get them back."""
 
+import argparse
 import json
+from typing import Any
 
 from ..config import R3MemConfig
 from ..training.settings import RememberSettings
@@ -17,10 +19,11 @@ from .options import (
 )
 
 
-def add_commands(commands):
+def add_commands(commands: Any) -> None:
+    """Add the commands `remember`, `recall` and `inspect`."""
     remember = commands.add_parser("remember", help="fine-tune texts into an adapter until they come back exactly")
     remember.set_defaults(run=_remember)
-    remember.add_argument("folder", metavar="FOLDER", help="of the adapter; made, or added to, or resumed")
+    remember.add_argument("folder", metavar="FOLDER", help="folder of the adapter; made, or added to, or resumed")
     remember.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a document each")
     remember.add_argument("--model", help="base: a folder or hub id (smollm2-135m, or where FOLDER's was)")
     add_settings(remember, R3MemConfig, NEW_ADAPTER, defaults={"num_memory_tokens": "none"})
@@ -30,9 +33,11 @@ def add_commands(commands):
 
     recall = commands.add_parser("recall", help="give back what was remembered for a query")
     recall.set_defaults(run=_recall)
-    add_adapter(recall, "of the adapter")
-    recall.add_argument("queries", metavar="QUERY", nargs="+", help="as `r3mem inspect` shows them")
-    recall.add_argument("--max-new-tokens", type=positive, help="of a context (the longest one remembered)")
+    add_adapter(recall, "folder of the adapter")
+    recall.add_argument("queries", metavar="QUERY", nargs="+", help="queries, as `r3mem inspect` shows them")
+    recall.add_argument(
+        "--max-new-tokens", type=positive, help="tokens of a context at most (as many as the longest one remembered)"
+    )
     add_run_options(recall)
 
     inspect = commands.add_parser("inspect", help="show what an adapter folder or a memory file holds")
@@ -41,16 +46,16 @@ def add_commands(commands):
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _remember(options):
+def _remember(options: argparse.Namespace) -> int:
     from ..files import locked
 
-    # Before anything is loaded: another process that writes there, or a folder that cannot be written to.
+    # Locked before anything is loaded, so that a folder that cannot be written to is reported at once.
     with locked(options.folder):
         options.trained_folder = options.folder
         return _remember_in(options)
 
 
-def _remember_in(options):
+def _remember_in(options: argparse.Namespace) -> int:
     from ..manifest import is_adapter
 
     existing = is_adapter(options.folder)
@@ -94,7 +99,7 @@ def _remember_in(options):
     return 0 if all(report.exact) and all(report.expanded or [True]) and not report.lost else 1
 
 
-def _builder(options):
+def _builder(options: argparse.Namespace) -> Any:
     if options.questions is None:
         return None
     from .. import load_model
@@ -103,7 +108,7 @@ def _builder(options):
     return InstructBuilder(*load_model(options.questions, device=device_of(options)))
 
 
-def _recall(options):
+def _recall(options: argparse.Namespace) -> int:
     remembered = adapter_of(options).get("remembered")
     if not remembered:
         raise ValueError(
@@ -125,7 +130,7 @@ def _recall(options):
     return 0 if all(text.strip() for text in texts) else 1
 
 
-def _inspect(options):
+def _inspect(options: argparse.Namespace) -> int:
     from ..manifest import folder_of_adapter, interrupted_run, is_adapter
 
     path = folder_of_adapter(options.path)
@@ -160,12 +165,12 @@ def _inspect(options):
     return 0
 
 
-def _overlap(settings):
+def _overlap(settings: dict[str, Any]) -> str:
     overlap = settings.get("segment_overlap")
     return f" and the {overlap} before it" if overlap else ""
 
 
-def _inspect_memory(options):
+def _inspect_memory(options: argparse.Namespace) -> int:
     from ..memory.file import read_header
 
     header = read_header(options.path)

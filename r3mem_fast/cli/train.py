@@ -1,7 +1,9 @@
-"""`r3mem train`: an adapter that writes memories of long texts, and reads on behind them."""
+"""`r3mem train`: trains an adapter to write memories of long texts, and to read on behind them."""
 
+import argparse
 import dataclasses
 import json
+from typing import Any
 
 from ..config import R3MemConfig
 from ..training.settings import TrainSettings
@@ -16,29 +18,32 @@ from .options import (
     option_of,
 )
 
-# The backward direction is not what it trains.
+# This command does not train the backward direction.
 _NEW_ADAPTER = tuple(name for name in NEW_ADAPTER if name not in ("core", "backward"))
 _MEMORY_TOKENS = 16
 
 
-def add_commands(commands):
+def add_commands(commands: Any) -> None:
+    """Add the command `train`."""
     train = commands.add_parser("train", help="train an adapter to make memories of long texts, and to read them")
     train.set_defaults(run=_train)
     data = "a UTF-8 text, a .jsonl file, or a folder of the datasets library"
     train.add_argument("texts", metavar="DATA", nargs="+", help=data)
-    train.add_argument("--output", "-o", required=True, metavar="FOLDER", help="of the adapter; made, or resumed")
+    train.add_argument(
+        "--output", "-o", required=True, metavar="FOLDER", help="folder of the adapter; made, or resumed"
+    )
     train.add_argument("--model", help="a folder or hub id, or the folder of an adapter (smollm2-135m)")
-    train.add_argument("--base", help="of an adapter that is trained on: its base model (where it was)")
-    train.add_argument("--column", default="text", help="of the texts in a .jsonl file or folder (%(default)s)")
+    train.add_argument("--base", help="base model of an adapter that is trained on (where it was)")
+    train.add_argument("--column", default="text", help="column of the texts in a .jsonl file or folder (%(default)s)")
     add_settings(train, R3MemConfig, _NEW_ADAPTER, defaults={"num_memory_tokens": _MEMORY_TOKENS})
     add_settings(train, R3MemConfig, OF_TRAINING)
     add_settings(train, TrainSettings)
     dtypes = ["bfloat16", "float32"]
-    train.add_argument("--adapter-dtype", choices=dtypes, help="of the adapter's files (as trained, float32)")
+    train.add_argument("--adapter-dtype", choices=dtypes, help="dtype of the adapter's files (as trained, float32)")
     add_run_options(train)
 
 
-def _train(options):
+def _train(options: argparse.Namespace) -> int:
     from ..files import locked
 
     with locked(options.output):
@@ -46,7 +51,7 @@ def _train(options):
         return _train_in(options)
 
 
-def _train_in(options):
+def _train_in(options: argparse.Namespace) -> int:
     settings = TrainSettings(**given_settings(options, TrainSettings))
     of_adapter = given_settings(options, R3MemConfig, _NEW_ADAPTER)
     of_training = given_settings(options, R3MemConfig, OF_TRAINING)

@@ -1,10 +1,21 @@
-"""Questions to models with adapters of PEFT."""
+"""Tells a base model's own parameters from those of PEFT's adapters."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from peft import PeftModel
 
 
-def own_parameters(model):
-    """`(name, parameter)` of a base model without its adapters, by the names that they have without any."""
+def own_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of a base model, without those of adapters.
+
+    Args:
+        model: A causal language model, or a PeftModel of one.
+
+    Yields:
+        Names and parameters. The names are those that the model has without adapters.
+    """
     adapter_prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
     for name, parameter in model.named_parameters():
         if adapter_prefix is not None:

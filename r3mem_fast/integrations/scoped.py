@@ -1,11 +1,11 @@
-"""Changes to objects of other libraries, each for a while: a context manager makes it, and undoes it.
+"""Changes objects of other libraries for a while: context managers that make a change, and undo it.
 
-This is the only way in which this package changes such objects for a while. What lasts longer is undone by a function
-of its own: `restore` for what `make_reversible` does.
+This package changes such objects for a while in no other way. A change that lasts longer has its own function to undo
+it: `restore` undoes `make_reversible`.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ _MISSING = object()
 
 
 @contextlib.contextmanager
-def temporarily(owner: Any, **values):
-    """Give an object other attributes while this lasts. Those that it had not itself are deleted again.
+def temporarily(owner: Any, **values: Any) -> Iterator[None]:
+    """Give an object other attributes in the block; those that were not set on the object itself are deleted again.
 
     Args:
         owner: The object.
         values: Attributes by name.
+
+    Yields:
+        Nothing.
     """
     before = {name: vars(owner).get(name, _MISSING) for name in values}
     try:
@@ -36,12 +39,15 @@ def temporarily(owner: Any, **values):
 
 
 @contextlib.contextmanager
-def in_order(holder: nn.Module, modules: Sequence[nn.Module]):
-    """Let a list of modules iterate over its modules in another order while this lasts; their names go by place.
+def in_order(holder: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules of a list in another order in the block. The names stay, and belong to other modules then.
 
     Args:
         holder: A `torch.nn.ModuleList`.
-        modules: Its modules, in that order.
+        modules: All its modules, in the other order.
+
+    Yields:
+        Nothing.
     """
     before = dict(holder._modules)
     holder._modules.update(zip(before, modules, strict=True))
@@ -51,14 +57,26 @@ def in_order(holder: nn.Module, modules: Sequence[nn.Module]):
         holder._modules.update(before)
 
 
-def returning(module: nn.Module, result: Any):
-    """Let a module return `result` in place of running, while this lasts. Its hooks run as always."""
+def returning(module: nn.Module, result: Any) -> contextlib.AbstractContextManager[None]:
+    """Let a module return a result without running, in the block. Its hooks run as usual.
+
+    Args:
+        module: The module.
+        result: The result.
+    """
     return temporarily(module, forward=lambda *args, **kwargs: result)
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module):
-    """Put a module into evaluation mode while this lasts; then every part is in the mode that it was in."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode in the block; afterwards every part of it is in its earlier mode.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Nothing.
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -69,8 +87,15 @@ def evaluating(module: nn.Module):
 
 
 @contextlib.contextmanager
-def unchanged_on_failure(model: nn.Module):
-    """Put trainable parameters back to what they were if what is done meanwhile fails, or is interrupted."""
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put trainable parameters back to their earlier values if the block fails or is interrupted.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
     before = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     try:
         yield
@@ -82,8 +107,15 @@ def unchanged_on_failure(model: nn.Module):
 
 
 @contextlib.contextmanager
-def requiring_gradients_as_before(model: nn.Module):
-    """Let parameters want a gradient afterwards if they do now, whatever is done meanwhile."""
+def requiring_gradients_as_before(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of all parameters after the block, whatever it does to them.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -93,10 +125,16 @@ def requiring_gradients_as_before(model: nn.Module):
 
 
 @contextlib.contextmanager
-def hooks_paused(leaves: Iterable[torch.Tensor]):
-    """Take the hooks off tensors while this lasts.
+def hooks_paused(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Take the hooks off tensors in the block.
 
-    They are for the outer backward pass, which delivers gradients; an inner one only computes them.
+    Hooks are for the outer backward pass, which delivers gradients; an inner one only computes them.
+
+    Args:
+        leaves: The tensors.
+
+    Yields:
+        Nothing.
     """
     hooked = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
     saved = [dict(hooks) for hooks in hooked]

@@ -1,4 +1,4 @@
-"""What trainers look for on a model beside its forward pass: a backbone and a head, tags, checkpoints."""
+"""`TrainerInterface`: what trainers use of a model beside its forward pass, such as backbone, head and checkpoints."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -10,24 +10,32 @@ from .peft import own_parameters
 
 
 class TrainerInterface(torch.nn.Module):
-    """A mixin of `R3MemModel`: what transformers' Trainer and TRL's trainers ask of a PreTrainedModel.
+    """Mixin of `R3MemModel` with what transformers' Trainer and TRL's trainers use of a PreTrainedModel.
 
-    The model it is mixed into has `peft_model`, and `hidden_states(input_ids, attention_mask)`.
+    The model has `peft_model`, `plain_model`, and `hidden_states(input_ids, attention_mask)`.
     """
 
-    if TYPE_CHECKING:  # of the network that it is mixed into
+    if TYPE_CHECKING:  # attributes of the model
         peft_model: Any
         plain_model: Any
 
-    # Trainer reads it when a checkpoint lacks something.
+    # Trainer reads it when parameters are missing from a checkpoint.
     _keys_to_ignore_on_save = None
 
     def _register_checkpoint_hooks(self):
         self.register_state_dict_post_hook(_leave_frozen_base_out)
         self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
 
-    def to(self, *args, **settings) -> "TrainerInterface":
-        """Move or cast it, as `torch.nn.Module.to` does. Raises ValueError for the meta device."""
+    def to(self, *args: Any, **settings: Any) -> "TrainerInterface":
+        """Move or cast the model, as `torch.nn.Module.to` does.
+
+        Args:
+            args: Arguments of `torch.nn.Module.to`.
+            settings: Keyword arguments of `torch.nn.Module.to`.
+
+        Raises:
+            ValueError: The device is "meta".
+        """
         if any(str(value) == "meta" for value in (*args, *settings.values())):
             raise ValueError(
                 "an R3MemModel cannot wait on the meta device: its state_dict, from which accelerate would bring it "
@@ -37,45 +45,55 @@ class TrainerInterface(torch.nn.Module):
 
     @property
     def loss_type(self) -> str:
-        """The base model's, by which Trainer tells that a row's first label is never predicted, and not counted."""
+        """Loss type of the base model. Trainer sees by it that the first label of a row is not predicted."""
         return self.plain_model.loss_type
 
     @property
     def base_model(self) -> "Backbone":
-        """The model without its head, read as it is in training: see `Backbone`."""
+        """The model without its head, see `Backbone`."""
         return Backbone(self)
 
     @property
     def generation_config(self) -> Any:
-        """The base model's generation config."""
+        """Generation config of the base model."""
         return self.plain_model.generation_config
 
     def get_input_embeddings(self) -> torch.nn.Module:
-        """The base model's."""
+        """Input embeddings of the base model."""
         return self.plain_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> torch.nn.Module:
-        """The base model's."""
+        """Output embeddings of the base model."""
         return self.plain_model.get_output_embeddings()
 
-    def add_model_tags(self, tags: list[str] | str):
-        """Add tags to the base model's card."""
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Add tags to the card of the base model."""
         self.plain_model.add_model_tags(tags)
 
-    def activation_checkpointing_enable(self, *args, **settings):
-        """Warn once that there are no activations to save (as on any reversible model), and turn nothing on."""
+    def activation_checkpointing_enable(self, *args: Any, **settings: Any) -> None:
+        """Turn nothing on, and warn once that a reversible model stores no activations that could be saved.
+
+        Args:
+            args: Arguments of the base model's method.
+            settings: Keyword arguments of the base model's method.
+        """
         self.plain_model.activation_checkpointing_enable(*args, **settings)
 
-    def activation_checkpointing_disable(self):
-        """Turn off what is not on."""
+    def activation_checkpointing_disable(self) -> None:
+        """Do nothing: activation checkpointing is never on."""
         self.plain_model.activation_checkpointing_disable()
 
-    def gradient_checkpointing_enable(self, *args, **settings):
-        """Do what `activation_checkpointing_enable` does; transformers up to 5.2x calls it by this name."""
+    def gradient_checkpointing_enable(self, *args: Any, **settings: Any) -> None:
+        """Do what `activation_checkpointing_enable` does; older versions of transformers call it by this name.
+
+        Args:
+            args: Arguments of the base model's method.
+            settings: Keyword arguments of the base model's method.
+        """
         self.plain_model.gradient_checkpointing_enable(*args, **settings)
 
-    def gradient_checkpointing_disable(self):
-        """Turn off what is not on."""
+    def gradient_checkpointing_disable(self) -> None:
+        """Do nothing: activation checkpointing is never on."""
         self.plain_model.gradient_checkpointing_disable()
 
     def _refuse_adapters(self, peft_config):
@@ -84,7 +102,7 @@ class TrainerInterface(torch.nn.Module):
             "R3MemModel(get_peft_model(base, peft_config), config)"
         )
 
-    # PEFT sets it on what it puts adapters on, whose memory tokens it would freeze.
+    # PEFT sets it when it puts adapters on a model, and would freeze the memory tokens.
     peft_config = property(None, _refuse_adapters)
 
 
@@ -99,22 +117,26 @@ class Backbone:
     model: Any
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, use_cache: bool = False, **inputs
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool = False,
+        **inputs: Any,
     ) -> BaseModelOutputWithPast:
-        """The hidden states before the head, as `R3MemModel.hidden_states` has them.
+        """Compute the hidden states before the head, see `R3MemModel.hidden_states`.
 
         Args:
-            input_ids: int64 `[B, T]`.
-            attention_mask: `[B, T]`, 0 for padding.
-            use_cache: Must be False.
-            inputs: There must be none.
+            input_ids: Token ids, int64 `[B, T]`.
+            attention_mask: Mask, `[B, T]`, 0 for padding.
+            use_cache: Whether a cache is asked for; must be False.
+            inputs: More inputs; there must be none.
 
         Returns:
-            `last_hidden_state` `[B, T, hidden_size]`, in the model's or autocast's dtype.
+            An output with `last_hidden_state` `[B, T, hidden_size]`, in the model's or autocast's dtype.
 
         Raises:
-            ValueError: There are other inputs (of packed rows, say), or it is trained with a `distillation_weight`,
-                whose teacher needs the logits.
+            ValueError: There are other inputs (those of packed texts, for example), or the model is trained with a
+                `distillation_weight`, which needs the logits.
         """
         if "position_ids" in inputs:
             raise ValueError(
@@ -132,7 +154,7 @@ class Backbone:
 
 
 def _left_out(model):
-    """Names that a checkpoint does not have: of frozen parameters of the base model, and all but one of tied ones."""
+    """Names of parameters that checkpoints leave out: frozen ones of the base model, and all but one of tied ones."""
     own = {id(parameter) for _, parameter in own_parameters(model.peft_model)}
     names, seen = set(), set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -143,7 +165,7 @@ def _left_out(model):
 
 
 def _leave_frozen_base_out(model, state, prefix, metadata):
-    """What is saved is what learns: a trainer's checkpoints hold no copy of the base model."""
+    """Leave frozen parameters of the base model out of a checkpoint: hook after `state_dict`."""
     for name in _left_out(model):
         state.pop(prefix + name, None)
         # A quantised weight has more entries of its own, such as the scales of its blocks.
@@ -152,7 +174,8 @@ def _leave_frozen_base_out(model, state, prefix, metadata):
 
 
 def _do_not_miss_frozen_base(model, incompatible):
-    # Keys begin with the names of what the model is wrapped in, if in anything.
+    """Do not report parameters as missing that are left out of checkpoints: hook after `load_state_dict`."""
+    # If the model is inside of another module, keys begin with the name of that.
     left_out = tuple(_left_out(model))
     found = [key for key in incompatible.missing_keys if not f".{key}".endswith(tuple(f".{n}" for n in left_out))]
     incompatible.missing_keys[:] = found

@@ -6,7 +6,8 @@ Its names are loaded on first use: `memory.file`, which looks at a memory file, 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .memory import Memory, MemoryLayout, Origin
+    from .layout import MemoryLayout, Origin
+    from .memory import Memory
 
 __all__ = ["Memory", "MemoryLayout", "Origin"]
 
@@ -14,6 +15,6 @@ __all__ = ["Memory", "MemoryLayout", "Origin"]
 def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import memory
+    from . import layout, memory
 
-    return getattr(memory, name)
+    return getattr(memory if name == "Memory" else layout, name)

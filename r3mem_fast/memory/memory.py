@@ -13,51 +13,8 @@ from safetensors.torch import save as to_safetensors
 from ..choices import PLACEMENTS
 from ..files import replacing
 from . import file as memory_file
-
-# Dimensions of the states by placement: `_BATCH` counts the rows, `_SLOTS` the memory tokens.
-_BATCH = {"every_layer": 2, "input": 0}
-_SLOTS = {"every_layer": 4, "input": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryLayout:
-    """Sizes and settings that memories must share to be read by one model.
-
-    Attributes:
-        num_memory_tokens: Memory tokens that are written after each segment.
-        segment_length: Tokens of a segment, without those that are read again.
-        readable_segments: Number of segments whose memory is kept; the last ones are.
-        keeps_all: Whether one segment more is an error. If not, the oldest one is forgotten.
-        placement: "every_layer" or "input", see `R3MemConfig.memory_placement`.
-        segment_overlap: Number of tokens, directly before a segment, that are read again with it.
-    """
-
-    num_memory_tokens: int
-    segment_length: int
-    readable_segments: int
-    keeps_all: bool
-    placement: str
-    segment_overlap: int = 0
-
-    @property
-    def first_position(self) -> int:
-        """Position of a segment's first token, with whatever memory before it."""
-        return self.readable_segments * self.num_memory_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Fingerprints of what a memory was made with.
-
-    Attributes:
-        base: Fingerprint of the base model.
-        adapter: Fingerprint of the adapters, the memory tokens and the settings.
-        tokenizer: Fingerprint of the tokenizer; None for a memory that was made from token ids.
-    """
-
-    base: str
-    adapter: str
-    tokenizer: str | None = None
+from .layout import MemoryLayout, Origin
+from .states import BATCH, SLOTS, widened
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,7 +88,7 @@ class Memory:
 
     def visible_on_host(self) -> torch.Tensor:
         """Mask of the memory tokens that each row has: bool `[B, N]`, on the CPU."""
-        slots = self.states.shape[_SLOTS[self.layout.placement]]
+        slots = self.states.shape[SLOTS[self.layout.placement]]
         kept = self.num_segments.clamp_max(self.layout.readable_segments) * self.layout.num_memory_tokens
         return torch.arange(slots) >= slots - kept[:, None]
 
@@ -199,7 +156,7 @@ class Memory:
             indices: Indices of the rows; one may come more than once.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        states = self.states.index_select(_BATCH[self.layout.placement], chosen.to(self.device))
+        states = self.states.index_select(BATCH[self.layout.placement], chosen.to(self.device))
         pick = chosen.tolist()
         return dataclasses.replace(
             self,
@@ -246,10 +203,10 @@ class Memory:
                 if mine != its:
                     raise ValueError(f"memories of one batch must have the same {what}: {mine} and {its}")
         placement = first.layout.placement
-        slots = max(memory.states.shape[_SLOTS[placement]] for memory in memories)
+        slots = max(memory.states.shape[SLOTS[placement]] for memory in memories)
         return dataclasses.replace(
             first,
-            states=torch.cat([widened(m.states, slots, placement) for m in memories], _BATCH[placement]),
+            states=torch.cat([widened(m.states, slots, placement) for m in memories], BATCH[placement]),
             num_segments=torch.cat([m.num_segments for m in memories]),
             tokens_seen=torch.cat([m.tokens_seen for m in memories]),
             unfinished=sum((m.unfinished for m in memories), ()),
@@ -310,65 +267,6 @@ def _is_label(label):
     )
 
 
-def empty_states(
-    layout: MemoryLayout, batch: int, sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """States of memories without a segment.
-
-    Args:
-        layout: Layout of the memories.
-        batch: Number of rows.
-        sizes: `(layers, kv_heads, head_dim)`; with placement "input" `(hidden_size,)`.
-        dtype: Their dtype.
-        device: Their device.
-
-    Returns:
-        States as in `Memory`, with N = 0.
-    """
-    if layout.placement == "input":
-        return torch.zeros(batch, 0, *sizes, dtype=dtype, device=device)
-    layers, heads, width = sizes
-    return torch.zeros(layers, 2, batch, heads, 0, width, dtype=dtype, device=device)
-
-
-def appended(states: torch.Tensor, written: torch.Tensor, rows: Sequence[int], layout: MemoryLayout) -> torch.Tensor:
-    """Append the memory of one more segment to some rows; differentiable.
-
-    Where there is no room left, the memory of the oldest segment is dropped.
-
-    Args:
-        states: States of all rows, as in `Memory`.
-        written: States of the new segment for `rows` alone, with N = `num_memory_tokens`.
-        rows: Indices of the rows that have the new segment.
-        layout: Layout of the memories.
-
-    Returns:
-        New states of all rows.
-    """
-    batch, slots = _BATCH[layout.placement], _SLOTS[layout.placement]
-    width = min(states.shape[slots] + layout.num_memory_tokens, layout.first_position)
-    indices = torch.as_tensor(rows, device=states.device)
-    moved = torch.cat([states.index_select(batch, indices), written], slots)
-    moved = moved.narrow(slots, moved.shape[slots] - width, width)
-    if len(rows) == states.shape[batch]:
-        return moved
-    return widened(states, width, layout.placement).index_copy(batch, indices, moved)
-
-
-def widened(states: torch.Tensor, slots: int, placement: str) -> torch.Tensor:
-    """Put zeros before states until they have a given number of memory tokens.
-
-    Args:
-        states: States as in `Memory`.
-        slots: Memory tokens that the result has, N at least.
-        placement: "every_layer" or "input".
-    """
-    dim = _SLOTS[placement]
-    shape = list(states.shape)
-    shape[dim] = slots - shape[dim]
-    return torch.cat([states.new_zeros(shape), states], dim) if shape[dim] else states
-
-
 def _from_tensors(cls, metadata, tensors):
     """Make a memory of a file's contents.
 
@@ -394,9 +292,9 @@ def _from_tensors(cls, metadata, tensors):
         recent = _ragged(tensors, "recent", rows, longest=layout.segment_overlap)
     kept = int(segments.clamp_max(layout.readable_segments).max()) if rows else 0
     fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
-    fits = fits and states.shape[_BATCH[layout.placement]] == rows
-    fits = fits and states.shape[_SLOTS[layout.placement]] >= kept * layout.num_memory_tokens
-    fits = fits and states.shape[_SLOTS[layout.placement]] <= layout.first_position
+    fits = fits and states.shape[BATCH[layout.placement]] == rows
+    fits = fits and states.shape[SLOTS[layout.placement]] >= kept * layout.num_memory_tokens
+    fits = fits and states.shape[SLOTS[layout.placement]] <= layout.first_position
     if not fits or (layout.placement == "every_layer" and states.shape[1] != 2):
         raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {rows} rows of {layout}")
     return cls(

@@ -10,7 +10,8 @@ from ..integrations.scoped import evaluating
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
-from .memory import Memory, MemoryLayout
+from .layout import MemoryLayout
+from .memory import Memory
 from .rotary import is_rotary
 
 
@@ -40,7 +41,7 @@ class MemoryReader:
         """A cache without a memory, for `read`.
 
         Args:
-            first_position: Of its tokens; None: behind as many slots as a memory can have.
+            first_position: Position of its first token; None: behind as many slots as a memory can have.
             settings: More arguments of `PrefixCache`.
         """
         first = self.layout.first_position if first_position is None else first_position

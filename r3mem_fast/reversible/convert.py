@@ -3,6 +3,7 @@
 import functools
 import inspect
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -13,23 +14,32 @@ from .stack import ReversibleStack
 _INTEGRITY = ("auto", "raise", "nan")
 
 
-def make_reversible(model, coupling=None, *, integrity="auto", offload_side_bits=False):
-    """Make the decoder layers of a causal language model reversible, in place; returns `model`.
+def make_reversible(
+    model: Any, coupling: MomentumCoupling | None = None, *, integrity: str = "auto", offload_side_bits: bool = False
+) -> Any:
+    """Make the decoder layers of a causal language model reversible, in place.
 
     A backward pass then reconstructs each layer's input from its output instead of storing it: between the passes a
     layer keeps `bits / 8` bytes an element, and the gradients are those of the same network with stored activations.
     The network computed is the momentum network (see `MomentumCoupling`), in training and in inference alike.
 
-    model: a `transformers` causal language model, or a PEFT model of one. Adapters may be put on before or after.
-    coupling: a `MomentumCoupling`; the default keeps 4 side bits.
-    integrity: what happens when a range, a non-finite or a checksum flag is set. "auto": raise IntegrityError at once
-        on the CPU; on a GPU turn outputs or gradients into NaN without synchronising, until `check_integrity(model)`
-        raises. "raise": raise at once everywhere, which synchronises. "nan": as on a GPU, everywhere.
-    offload_side_bits: let the side bits wait for the backward pass in host memory, so that on a GPU nothing grows with
-        the depth; they are copied in the order of the current stream.
+    Args:
+        model: A `transformers` causal language model, or a PEFT model of one. Adapters may be put on before or after.
+        coupling: Settings of the coupling; None: the defaults, which keep 4 side bits.
+        integrity: What happens when values leave the range of the streams, are not finite, or are not reconstructed
+            exactly. "auto": on the CPU, IntegrityError is raised at once; on a GPU, outputs or gradients become NaN
+            without synchronising, until `check_integrity(model)` raises. "raise": IntegrityError is raised at once on
+            every device, which synchronises with a GPU. "nan": every device does what "auto" does on a GPU.
+        offload_side_bits: Whether the side bits wait for the backward pass in host memory, so that on a GPU nothing
+            grows with the depth. They are copied in the order of the current stream.
 
-    Raises ValueError for an encoder-decoder, a mixture of experts, a layer whose `forward` was replaced on the
-    instance, a model that is reversible already; TypeError for something that is no such model.
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: It is no such model.
+        ValueError: It is an encoder-decoder, a mixture of experts, or reversible already, the `forward` of one of its
+            layers was replaced on the instance, or a setting does not fit.
     """
     coupling = MomentumCoupling() if coupling is None else coupling
     if not isinstance(coupling, MomentumCoupling):
@@ -44,13 +54,14 @@ def make_reversible(model, coupling=None, *, integrity="auto", offload_side_bits
             "reversible too but less precise in bfloat16",
             stacklevel=2,
         )
-    fraction_bits = None if coupling.fraction_bits == "auto" else coupling.fraction_bits
+    fraction_bits = coupling.fraction_bits if isinstance(coupling.fraction_bits, int) else None  # None for "auto"
     bits = coupling.bits_of_layers(len(layers))
     stack = ReversibleStack(branches, bits, fraction_bits, integrity, offload_side_bits)
     _turn_off_checkpointing(stack, decoder)
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
-        layer.__class__ = _reversible_class(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _reversible_class(kind)
         layer.reversible = LayerLink(stack, index, decoder)
     stack.hooks = [
         decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
@@ -59,8 +70,20 @@ def make_reversible(model, coupling=None, *, integrity="auto", offload_side_bits
     return model
 
 
-def check_convertible(model, coupling):
-    """`(decoder, layers)` of a model that `make_reversible` takes. Raises as it does, and changes nothing."""
+def check_convertible(model: Any, coupling: MomentumCoupling) -> tuple[Any, list[Any]]:
+    """Check that `make_reversible` can convert a model, and change nothing.
+
+    Args:
+        model: The model.
+        coupling: Settings of the coupling.
+
+    Returns:
+        The decoder and its layers, as from `find_decoder_layers`.
+
+    Raises:
+        TypeError: `make_reversible` would raise it.
+        ValueError: `make_reversible` would raise it.
+    """
     _refuse_architecture(model)
     decoder, layers = find_decoder_layers(model)
     _refuse_layers(layers)
@@ -68,8 +91,18 @@ def check_convertible(model, coupling):
     return decoder, layers
 
 
-def restore(model):
-    """Undo `make_reversible`, in place; returns `model`. Raises ValueError if the model is not reversible."""
+def restore(model: Any) -> Any:
+    """Undo `make_reversible`, in place.
+
+    Args:
+        model: A reversible model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: It is not reversible, or its layers were wrapped after `make_reversible`.
+    """
     stack, layers = reversible_layers(model)
     if wrapped := [type(layer).__name__ for layer in layers if "unreversed" not in vars(type(layer))]:
         raise ValueError(f"{wrapped[0]} was wrapped after make_reversible (by fully_shard?), which cannot be undone")
@@ -81,32 +114,46 @@ def restore(model):
     return model
 
 
-def stack_of(model) -> ReversibleStack:
-    """The reversible stack of a model. Raises ValueError if there is none."""
+def stack_of(model: Any) -> ReversibleStack:
+    """The stack of a reversible model. Raises ValueError if the model is not reversible."""
     return reversible_layers(model)[0]
 
 
-def reversible_layers(model):
-    """`(stack, layers)` of a reversible model. Raises ValueError if it is not reversible."""
+def reversible_layers(model: Any) -> tuple[ReversibleStack, list[Any]]:
+    """The stack and the layers of a reversible model. Raises ValueError if the model is not reversible."""
     layers = [module for module in model.modules() if isinstance(vars(module).get("reversible"), LayerLink)]
     if not layers:
         raise ValueError("the model is not reversible; call make_reversible(model) first")
     return layers[0].reversible.stack, layers
 
 
-def check_integrity(model):
-    """Raise IntegrityError if any pass since the last call was not to be trusted. Synchronises with the device.
+def check_integrity(model: Any) -> None:
+    """Raise IntegrityError if any pass since the last call cannot be trusted. Synchronises with the device.
 
-    Call it each step where the step synchronises anyway (where the loss is logged, say).
+    Call it in each step, where the step synchronises anyway (where the loss is logged, for example).
+
+    Args:
+        model: A reversible model.
+
+    Raises:
+        IntegrityError: A value left the range of the streams, was not finite, or was not reconstructed exactly.
+        ValueError: The model is not reversible.
     """
     stack = stack_of(model)
     stack.integrity.raise_pending(stack.fraction_bits)
 
 
-def find_decoder_layers(model):
-    """`(decoder, layers)`: the module that owns the decoder layers, and the layers, in order.
+def find_decoder_layers(model: Any) -> tuple[Any, list[Any]]:
+    """Find the decoder layers of a causal language model.
 
-    Raises TypeError if the model has no list of `config.num_hidden_layers` layers of one kind.
+    Args:
+        model: A `transformers` causal language model, or a PEFT model of one.
+
+    Returns:
+        The module that owns the layers, called the decoder, and the layers, in order.
+
+    Raises:
+        TypeError: The model does not have exactly one list of `config.num_hidden_layers` layers.
     """
     config = getattr(model, "config", None)
     depth = getattr(text_config(config), "num_hidden_layers", None)
@@ -126,7 +173,8 @@ def find_decoder_layers(model):
     return owner, list(layers)
 
 
-def text_config(config):
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that describes its language model; often all of it."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -165,7 +213,10 @@ def _refuse_layers(layers):
 
 
 def _turn_off_checkpointing(stack, decoder):
-    """With it, every branch would be evaluated three times a step. Called before and after the class swap."""
+    """Turn off gradient checkpointing, with which each branch would be evaluated three times a step.
+
+    Called before the layers change their class, and again whenever somebody turns it on later.
+    """
     enabled = [m for m in decoder.modules() if vars(m).get("gradient_checkpointing")]
     for module in enabled:
         vars(module)["gradient_checkpointing"] = False
@@ -178,21 +229,31 @@ def _turn_off_checkpointing(stack, decoder):
 
 
 class LayerLink:
-    """A reversible layer's place: its stack, its index, and the decoder whose loop calls it.
+    """Says which stack a reversible layer belongs to, and where it stands in it.
 
-    returns_tuple: that loop expects `(hidden,)` of a layer. adapted_tokens: while its branch is evaluated,
-    `(n, tokens)` if of these tokens the adapters change the last n alone; None: all.
+    Args:
+        stack: The stack of the model.
+        index: Index of the layer.
+        decoder: The module whose loop calls the layer.
+
+    Attributes:
+        stack: The stack of the model.
+        index: Index of the layer.
+        decoder: The module whose loop calls the layer.
+        returns_tuple: Whether that loop expects a tuple, `(hidden,)`, from a layer.
+        adapted_tokens: `(n, tokens)` while a branch is evaluated in which adapters change only the last n of so many
+            tokens; None: they change all.
     """
 
-    def __init__(self, stack, index, decoder):
+    def __init__(self, stack: ReversibleStack, index: int, decoder: nn.Module):
         self.stack, self.index, self.decoder = stack, index, decoder
         self.returns_tuple = False
-        self.adapted_tokens = None
+        self.adapted_tokens: tuple[int, int] | None = None
 
 
 @functools.cache
 def _reversible_class(base):
-    """A subclass of a decoder layer class, of the same name, whose forward runs in the layer's stack."""
+    """Make a subclass of a decoder layer class. It has the same name, and its forward pass runs in a stack."""
     signature = inspect.signature(inspect.unwrap(base.forward))
     _, hidden_name, *_ = signature.parameters
     variadic = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]

@@ -1,19 +1,27 @@
-"""Reading backward: the layers of a core run from last to first, through the model's own loop."""
+"""Reading backward: the layers of a core run from last to first, called by the model's own loop."""
 
 import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from r3mem_fast.kernels.coupling import SIDE_BITS
 
 from ..choices import FORMS
 from ..integrations.scoped import in_order, temporarily
 from .convert import reversible_layers, text_config
+from .route import route_through
 
 
-def core_of(core, num_layers) -> range:
-    """`core` as a range of layer indices: `"all"`, or `(first, end)` with `0 <= first < end <= num_layers`.
+def core_of(core: Any, num_layers: int) -> range:
+    """The layer indices of a core, as a range.
 
-    Raises ValueError for anything else.
+    Args:
+        core: "all", or `(first, end)` with `0 <= first < end <= num_layers`.
+        num_layers: Number of layers of the model.
+
+    Raises:
+        ValueError: The core is anything else.
     """
     if isinstance(core, str) and core == "all":
         return range(num_layers)
@@ -26,8 +34,15 @@ def core_of(core, num_layers) -> range:
     raise ValueError(f"core must be 'all' or (first, end) with 0 <= first < end <= {num_layers}, got {core!r}")
 
 
-def momentum_bits(backward_momentum) -> int:
-    """Return b of a momentum 2**-b. Raises ValueError if that is none of the supported ones."""
+def momentum_bits(backward_momentum: Any) -> int:
+    """The number b of a momentum `2**-b`.
+
+    Args:
+        backward_momentum: The momentum: 1/2, 1/4, 1/16 or 1/256.
+
+    Raises:
+        ValueError: It is none of these.
+    """
     if isinstance(backward_momentum, (int, float)) and 0 < backward_momentum < 1:
         bits = -math.log2(backward_momentum)
         if bits in SIDE_BITS:
@@ -37,18 +52,30 @@ def momentum_bits(backward_momentum) -> int:
 
 
 @contextlib.contextmanager
-def reading_backward(model, core="all", *, form="reversed", backward_momentum=0.5):
-    """While this lasts, forward passes of a reversible model run its core backward.
+def reading_backward(
+    model: Any, core: Any = "all", *, form: str = "reversed", backward_momentum: float = 0.5
+) -> Iterator[None]:
+    """Read a reversible model backward in the block: a context manager.
 
-    The layers below the core run as usual, the core's from last to first, then those above it. Training stays
-    reversible, and so does `check_inverse`. A key-value cache serves, if it was made before and its layers are made by
-    type (`DynamicCache(config=model.config)`): a layer finds its own place in it in either direction.
-    core: `(first, end)`, layer indices, or `"all"`. form: "reversed" applies the momentum update in this order;
-    "inverse" the coupling's own inverse in the core, with the momentum `backward_momentum` (1/2, 1/4, 1/16 or 1/256),
-    which amplifies by its reciprocal a layer.
+    Forward passes then run the layers below the core as usual, those of the core from last to first, and those above
+    it as usual again. Training stays reversible, and `check_inverse` works, too. A key-value cache can be used if it
+    was made before the block, by `DynamicCache(config=model.config)`: a layer finds its own place in it in either
+    direction.
 
-    Raises ValueError for a model that is not reversible or is being read backward already, or a core, form or momentum
-    that does not fit.
+    Args:
+        model: A reversible model.
+        core: Layer indices `(first, end)`, or "all".
+        form: "reversed" applies the momentum update, in the new order; "inverse" applies the coupling's own inverse in
+            the core.
+        backward_momentum: Momentum of the form "inverse": 1/2, 1/4, 1/16 or 1/256. Each layer amplifies by its
+            reciprocal.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: The model is not reversible or is being read backward already, or the core, the form or the
+            momentum does not fit.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
@@ -58,13 +85,13 @@ def reading_backward(model, core="all", *, form="reversed", backward_momentum=0.
     reach = core_of(core, len(layers))
     order = [*range(reach.start), *reversed(reach), *range(reach.stop, len(layers))]
     inverse = reach if form == "inverse" else ()
-    route = stack.route_through(order, inverse, momentum_bits(backward_momentum))
+    route = route_through(stack.bits, order, inverse, momentum_bits(backward_momentum))
     decoder = layers[0].reversible.decoder
     holder = next(child for child in decoder.children() if layers[0] in set(child.children()))
     with contextlib.ExitStack() as changes:
         changes.enter_context(temporarily(stack, route=route))
         changes.enter_context(in_order(holder, [layers[index] for index in order]))
         config = text_config(decoder.config)
-        if types := getattr(config, "layer_types", None):  # by which the model's loop picks masks
+        if types := getattr(config, "layer_types", None):  # the model's loop picks masks by them
             changes.enter_context(temporarily(config, layer_types=[types[index] for index in order]))
         yield

@@ -1,6 +1,7 @@
-"""`fraction_bits="auto"`: binary places of the streams, chosen by what the plain network's hidden states reach."""
+"""Chooses the binary places of the streams by the hidden states of the plain network: `fraction_bits="auto"`."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,26 +19,26 @@ class Observer:
     """Keeps the largest magnitude of the hidden states that it is shown.
 
     Attributes:
-        largest: float32 scalar, on the device of the last one.
+        largest: The magnitude, a float32 scalar on the device of the last hidden state.
     """
 
     def __init__(self):
         self.largest = torch.zeros(())
 
-    def see(self, *hidden_states: torch.Tensor):
-        """Take note of hidden states of one device."""
+    def see(self, *hidden_states: torch.Tensor) -> None:
+        """Take note of hidden states, all on one device."""
         for hidden in hidden_states:
             largest = hidden.abs().amax().float()
             self.largest = torch.maximum(self.largest.to(largest.device), largest)
 
 
-def run_to_observe(decoder: nn.Module, args: tuple, kwargs: dict):
-    """Run a decoder on its new tokens alone, without gradients; random numbers are as before afterwards.
+def run_to_observe(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Run a decoder on the new tokens of a call alone, without gradients and without changing the random state.
 
     Args:
         decoder: The module whose loop calls the layers.
-        args: Positional arguments of its call.
-        kwargs: Keyword arguments of its call.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
 
     Raises:
         ValueError: The model is sharded.
@@ -52,7 +53,10 @@ def run_to_observe(decoder: nn.Module, args: tuple, kwargs: dict):
 
 
 def fraction_bits_for(largest: float) -> int:
-    """The most binary places with which 32-bit streams hold this magnitude, and some headroom.
+    """The most binary places with which 32-bit streams can hold hidden states, with some headroom.
+
+    Args:
+        largest: Largest magnitude of the hidden states.
 
     Raises:
         IntegrityError: It is not finite, or leaves no place at all.

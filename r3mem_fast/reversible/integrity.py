@@ -1,5 +1,7 @@
 """Whether a pass can be trusted: its flags, what they mean, and what happens when one is set."""
 
+from typing import Any
+
 import torch
 
 from .inference import versioned_tensors
@@ -30,8 +32,8 @@ class Integrity:
         """Raise IntegrityError for flags that are set, if that is to happen at once; else collect them.
 
         Args:
-            flags: Of the pass.
-            fraction_bits: Of its streams.
+            flags: The flags of a pass.
+            fraction_bits: Binary places of its streams.
             where: Beginning of the message, such as the layer.
         """
         if self.policy == "raise" or (self.policy == "auto" and flags.device.type == "cpu"):
@@ -80,7 +82,7 @@ def raise_for(flags: torch.Tensor, fraction_bits: int | None, where: str = ""):
         )
 
 
-def poisoned(tensor, flags):
+def poisoned(tensor: torch.Tensor | None, flags: torch.Tensor) -> Any:
     """The tensor, NaN throughout if any flag is set, and its gradient likewise; None for None. Never synchronises."""
     if tensor is None:
         return None

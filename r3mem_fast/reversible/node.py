@@ -1,8 +1,10 @@
 """The autograd node of a reversible layer.
 
-A node saves nothing. The streams of the pass live in a `Streams`, are updated in place layer by layer, and are run
-backward by the nodes, which evaluate their branch again on the reconstructed input.
+A node saves nothing. The streams of a pass are held by a `Streams` object and updated in place, layer by layer. In the
+backward pass each node runs them one layer backward, and evaluates its branch again on the reconstructed input.
 """
+
+from typing import Any
 
 import torch
 
@@ -11,24 +13,28 @@ from .integrity import poisoned
 
 
 class LayerNode(torch.autograd.Function):
-    """One reversible layer: `(hidden, *step.inputs()) -> (hidden', *new keys and values)`."""
+    """One reversible layer: `(hidden, *step.inputs()) -> (new hidden, *new keys and values)`."""
 
     @staticmethod
-    def forward(ctx, integrity, streams, step, update, hidden, *inputs):
+    def forward(
+        ctx: Any, integrity: Any, streams: Any, step: Any, update: Any, hidden: torch.Tensor, *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Evaluate the branch, and add it to the streams."""
         ctx.set_materialize_grads(False)
         ctx.integrity, ctx.streams, ctx.index = integrity, streams, streams.level
         branch, new_states = step.evaluate(streams.input_of_next(hidden))
         return (streams.forward(branch, update, step), *new_states)
 
     @staticmethod
-    def backward(ctx, grad_output, *grad_states):
+    def backward(ctx: Any, grad_output: Any, *grad_states: Any) -> tuple[Any, ...]:
+        """Reconstruct the layer's input, evaluate the branch again, and return the gradients of all inputs."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a reversible layer has no second derivative (create_graph=True); call restore(model) first"
             )
         integrity, streams, index = ctx.integrity, ctx.streams, ctx.index
         if streams.begin_backward():
-            # At its end, wherever that is: a pass may stop above the lowest layer.
+            # Called when backward() ends, at whatever layer: it may stop above the lowest one.
             torch.autograd.Variable._execution_engine.queue_callback(
                 lambda: integrity.report(streams.flags, streams.fraction_bits)
             )
@@ -64,12 +70,14 @@ class LayerNode(torch.autograd.Function):
 
 
 class StoredValue(torch.autograd.Function):
-    """`value` in the forward pass, the gradient of `surrogate` in the backward pass."""
+    """Function with the value of `value`, and the gradient of `surrogate`."""
 
     @staticmethod
-    def forward(ctx, surrogate, value):
+    def forward(ctx: Any, surrogate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return `value`."""
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Pass the gradient on to `surrogate`."""
         return gradient, None

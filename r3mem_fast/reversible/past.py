@@ -1,4 +1,4 @@
-"""Keys and values from before a pass, as the two evaluations of a branch and plain inference see them."""
+"""Keys and values from before a pass, in the form in which the layers' attention reads them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,25 +7,25 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-# Keys and values, `[batch, kv_heads, tokens, head_dim]` each, or ().
+# Keys and values, `[batch, kv_heads, tokens, head_dim]` each; () if there are none.
 States = tuple[torch.Tensor, ...]
-# Exactly these: a subclass may keep its states quantised, or elsewhere.
+# These classes alone: a subclass may keep its states quantised, or elsewhere.
 _SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class MemoryNotReadError(RuntimeError):
-    """Layers of a pass behind a memory did not all read it, or not all wrote theirs: its output means nothing."""
+    """Not all layers of a pass read the memory before it, or wrote one of their own: its output means nothing."""
 
 
 class PassCache(DynamicCache):
     """A cache that takes part in every pass of a reversible decoder; `memory.cache.PrefixCache` is one.
 
-    The stack tells it where a pass begins and ends, widens the layers' masks by it, and gives its keys and values to
+    The stack tells it where a pass begins and ends, lets it widen the layers' masks, and gives its keys and values to
     both evaluations of a branch.
 
     Attributes:
-        adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
-        passes: Passes that have ended as they should.
+        adapted_tokens: Number of tokens at the end of a pass that adapters act on; None: all.
+        passes: Number of passes that have ended without an error.
     """
 
     adapted_tokens: int | None
@@ -33,81 +33,154 @@ class PassCache(DynamicCache):
 
     @property
     def prefix_length(self) -> int:
-        """Tokens that every layer reads before the cache's own."""
+        """Number of tokens that every layer reads before the cache's own."""
         raise NotImplementedError
 
     def begin_pass(
         self, decoder: Any, layers: Sequence[Any], order: Sequence[int], args: tuple, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Keyword arguments for a decoder's call with these arguments. May raise ValueError, to refuse it."""
+        """Begin a call of the decoder.
+
+        Args:
+            decoder: The decoder.
+            layers: Its layers.
+            order: Indices of the layers, in the order in which they run.
+            args: Arguments that it is called with.
+            kwargs: Keyword arguments that it is called with.
+
+        Returns:
+            Keyword arguments to use in place of all of these.
+
+        Raises:
+            ValueError: The cache cannot take part in this call.
+        """
         raise NotImplementedError
 
-    def end_pass(self):
-        """Check a decoder's call that has returned; raises MemoryNotReadError."""
+    def end_pass(self) -> None:
+        """Check a call of the decoder that has returned.
+
+        Raises:
+            MemoryNotReadError: Not all layers read the memory, or wrote one of their own.
+        """
         raise NotImplementedError
 
-    def abandon_pass(self):
-        """Forget a decoder's call that failed."""
+    def abandon_pass(self) -> None:
+        """Forget a call of the decoder that failed."""
         raise NotImplementedError
 
     def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
-        """A layer's attention mask, with columns for what is read before the cache's own tokens."""
+        """Widen a layer's attention mask by columns for the tokens that are read before the cache's own.
+
+        Args:
+            mask: The mask that the model's loop gives the layer, in any form.
+            hidden: Input of the layer, `[batch, tokens, width]`.
+            layer_idx: Index by which the layer addresses the cache.
+            implementation: Name of the attention implementation.
+
+        Returns:
+            The mask that the layer is to use.
+        """
         raise NotImplementedError
 
     def past(self, layer_idx: int) -> States:
-        """Keys and values before those of this pass, as `past_of` returns them."""
+        """Keys and values of a layer from before this pass, as from `past_of`."""
         raise NotImplementedError
 
     def extend(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> States:
-        """Take over a layer's new keys and values; returns all that its attention is to see."""
+        """Add a layer's new keys and values.
+
+        Args:
+            key_states: New keys, `[batch, kv_heads, tokens, head_dim]`.
+            value_states: New values, likewise.
+            layer_idx: Index by which the layer addresses the cache.
+
+        Returns:
+            All keys and values that the layer's attention is to read.
+        """
         raise NotImplementedError
 
 
 class PassView:
-    """What a layer's attention is given in place of a `PassCache` while no gradient is wanted."""
+    """Stands in for a `PassCache` in a layer's attention while no gradient is wanted.
+
+    Args:
+        cache: The cache.
+    """
 
     def __init__(self, cache: PassCache):
         self._cache = cache
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> States:
-        """Take over a layer's new keys and values; returns all that its attention is to see."""
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> States:
+        """Add a layer's new keys and values.
+
+        Args:
+            key_states: New keys, `[batch, kv_heads, tokens, head_dim]`.
+            value_states: New values, likewise.
+            layer_idx: Index by which the layer addresses the cache.
+            args: Ignored; caches of transformers take more arguments.
+            kwargs: Ignored, likewise.
+
+        Returns:
+            All keys and values that the layer's attention is to read.
+        """
         return self._cache.extend(key_states, value_states, layer_idx)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
 class PastKeysValues:
-    """What one layer's attention sees of a cache: the keys and values before this forward pass, read only.
-
-    It stands in for the cache in both evaluations of a branch.
+    """Stands in for a cache in one layer's attention, in both evaluations of a branch; it never changes the cache.
 
     Args:
-        past: (), or (keys, values), each `[batch, kv_heads, tokens, head_dim]`.
+        past: Keys and values from before this pass, `[batch, kv_heads, tokens, head_dim]` each; () if there are none.
 
     Attributes:
-        new: Keys and values of this pass, for the caller to write into the real cache once.
+        past: Keys and values from before this pass.
+        new: Keys and values of this pass, which the caller writes into the real cache, once.
     """
 
     def __init__(self, past: States):
         self.past = past
         self.new: States = ()
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> States:
-        """Past and new states, as the cache would return them; leaves the new ones in `new`."""
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> States:
+        """Keep a layer's new keys and values in `new`.
+
+        Args:
+            key_states: New keys, `[batch, kv_heads, tokens, head_dim]`.
+            value_states: New values, likewise.
+            layer_idx: Ignored; this object is for one layer.
+            args: Ignored; caches of transformers take more arguments.
+            kwargs: Ignored, likewise.
+
+        Returns:
+            Past and new keys and values together, as the cache would return them.
+        """
         self.new = (key_states, value_states)
         if not self.past:
             return self.new
         return tuple(torch.cat(pair, dim=-2) for pair in zip(self.past, self.new, strict=True))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"while gradients are on, a reversible layer's cache has no {name!r}; pass use_cache=False"
         )
 
 
 def past_of(cache: Any, layer_idx: int) -> States:
-    """Keys and values that a cache holds for a layer: () or a pair, `[batch, kv_heads, tokens, head_dim]` each.
+    """Keys and values that a cache holds for a layer.
+
+    Args:
+        cache: A `PassCache`, or a `DynamicCache` of transformers.
+        layer_idx: Index by which the layer addresses the cache.
+
+    Returns:
+        `(keys, values)`, each `[batch, kv_heads, tokens, head_dim]`; () if it holds none.
 
     Raises:
         TypeError: The cache's states cannot simply be concatenated.
@@ -126,29 +199,43 @@ def past_of(cache: Any, layer_idx: int) -> States:
 
 
 def layer_index(layer: nn.Module) -> int:
-    """The index by which a layer's attention addresses its cache.
+    """Index by which a layer's attention addresses its cache.
+
+    Args:
+        layer: The decoder layer.
 
     Raises:
-        TypeError: The layer does not say it.
+        TypeError: No module of the layer has a `layer_idx`.
     """
     for module in layer.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            return module.layer_idx
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int):
+            return index
     raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
 
 
 def memory_cache(kwargs: dict[str, Any]) -> "PassCache | None":
-    """The `PassCache` among a layer's or decoder's arguments, None if there is none."""
+    """The `PassCache` among the keyword arguments of a layer or a decoder; None if there is none."""
     return next((value for value in kwargs.values() if isinstance(value, PassCache)), None)
 
 
 def viewed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A layer's arguments, with a `PassCache` among them as its attention is to see it."""
+    """The keyword arguments of a layer, with a `PassView` in place of a `PassCache`."""
     return {name: PassView(value) if isinstance(value, PassCache) else value for name, value in kwargs.items()}
 
 
 def append_to(cache: Any, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> States:
-    """Write a layer's new keys and values into a cache; returns all that it holds for the layer."""
+    """Write a layer's new keys and values into a cache.
+
+    Args:
+        cache: A `PassCache`, or a `DynamicCache` of transformers.
+        keys: New keys, `[batch, kv_heads, tokens, head_dim]`.
+        values: New values, likewise.
+        layer_idx: Index by which the layer addresses the cache.
+
+    Returns:
+        All keys and values that the cache holds for the layer.
+    """
     if isinstance(cache, PassCache):
         return cache.extend(keys, values, layer_idx)
     return cache.update(keys, values, layer_idx)

@@ -1,4 +1,4 @@
-"""How the streams get from one layer to the next through the model's own loop, which knows only hidden states."""
+"""Carries the streams from one layer to the next, although the model's own loop hands on only hidden states."""
 
 import threading
 from typing import Any
@@ -7,30 +7,45 @@ import torch
 
 
 class Relay(threading.local):
-    """Holds the streams between two layers, and recognises the very tensor that carries them."""
+    """Holds the streams between two layers, each thread for itself.
+
+    The next layer gets them only if it is given the very tensor that the layer before it returned.
+    """
 
     def __init__(self):
         self.drop()
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise TypeError("a reversible model cannot be pickled; call restore(model), or save its state_dict")
 
-    def drop(self):
-        """Forget the streams; returns them, None if there were none."""
+    def drop(self) -> Any:
+        """Forget the streams, and return them; None if there are none."""
         streams = getattr(self, "_streams", None)
         self._streams: Any = None
         self._carrier: Any = None
         self._version: int | None = None
         return streams
 
-    def hand_on(self, streams, hidden: torch.Tensor):
-        """Keep the streams for the layer that is given `hidden`, unchanged."""
-        # An alias: it keeps the memory from being reused, and shares the version counter.
+    def hand_on(self, streams: Any, hidden: torch.Tensor) -> None:
+        """Keep the streams for the next layer.
+
+        Args:
+            streams: The `Streams` of the pass.
+            hidden: Output of a layer, which the next one must be given unchanged.
+        """
+        # An alias, which shares the version counter, and keeps the tensor's memory from being used for another one.
         self._streams, self._carrier = streams, hidden.detach()
         self._version, self._differentiable = hidden._version, hidden.requires_grad
 
-    def take(self, hidden):
-        """The streams that `hidden` carries; None if it is not, unchanged, what was handed on."""
+    def take(self, hidden: Any) -> Any:
+        """Return the streams to a layer, and forget them.
+
+        Args:
+            hidden: Input of the layer.
+
+        Returns:
+            The streams; None if the input is not the tensor that was handed on, unchanged.
+        """
         carrier, version = self._carrier, self._version
         streams = self.drop()
         if (

@@ -1,8 +1,8 @@
-"""Back-propagation through segments of which only the states between them are kept: memory replay.
+"""Memory replay: back-propagation through segments, where only the states between them are kept.
 
-Of S segments that pass a state on, full back-propagation through time keeps all that each of them computed. Here the
-forward pass keeps the states and the last segment, where the backward pass begins. From there it takes the segments
-last to first, runs each once more, and hands the gradient of its state to the one before.
+Each segment passes a state on to the next. Full back-propagation through time keeps everything that each segment
+computed. Here the forward pass keeps the states, and everything for the last segment alone. The backward pass takes
+the segments last to first, runs each once more, and hands the gradient of its state to the one before.
 """
 
 import contextlib
@@ -24,24 +24,40 @@ from .surroundings import Surroundings
 
 @torch.compiler.disable
 def replay(
-    model, step: Callable, segments: Sequence, state, *, bptt_segments: int | None = None, others: Sequence = ()
-) -> tuple[list, object]:
-    """Run `step` over segments, with gradients, in memory that does not grow with their number but by the states.
+    model: Any,
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    segments: Sequence[Any],
+    state: Any,
+    *,
+    bptt_segments: int | None = None,
+    others: Sequence[torch.Tensor] = (),
+) -> tuple[list[Any], Any]:
+    """Run a function over segments, with gradients, in memory that grows only by one state for each segment.
 
-    model: a reversible model (`make_reversible`), whose trainable parameters `step` uses. step:
-    `(segment, state) -> (output, state)`. For each segment but the last it is called twice and must do the same.
-    Outputs (a loss, say) and states are tensors, or nested lists, tuples or dicts of them. state: before the first.
-    bptt_segments: no gradient passes from segment n to the one before where n, from 0, is a multiple of this, as if
-    the state were detached there; None: it always passes. others: further tensors that require a gradient and are
-    used by `step`, neither of the model nor in a state; leaves.
+    The gradients are those of a plain loop. Random numbers and autocast are the same in the second call for a segment
+    as in the first. If a segment computes something else in the second call, IntegrityError is raised: on the CPU at
+    once, on a GPU by `check_integrity(model)`, and until then the gradients are NaN.
 
-    Returns `(outputs, state)`: an output for each segment, and the last state, all differentiable. Gradients are those
-    of a plain loop. Random numbers and autocast are in the second call as in the first. If a segment computes
-    something else then, IntegrityError is raised, at once on the CPU, elsewhere by `check_integrity(model)`, and the
-    gradients are NaN until then.
-    Raises ValueError for a model that is not reversible, others that are no leaves, or `bptt_segments` below 2; in the
-    backward pass ValueError for a tensor that requires a gradient and is not known, RuntimeError if a parameter was
-    changed in between, or if the pass comes a second time.
+    Args:
+        model: A reversible model. The function uses its trainable parameters.
+        step: The function, `(segment, state) -> (output, state)`. Outputs (a loss, for example) and states are
+            tensors, or nested lists, tuples or dicts of tensors. For each segment but the last it is called twice, and
+            must do the same both times.
+        segments: Segments in the order in which they are run.
+        state: State before the first segment.
+        bptt_segments: Number of segments that gradients pass through: where the index of a segment (from 0) is a
+            multiple of it, the state before that segment is detached; None: gradients pass through all.
+        others: More leaf tensors that require a gradient and that the function uses, neither parameters of the model
+            nor part of a state.
+
+    Returns:
+        The outputs, one for each segment, and the last state, all differentiable.
+
+    Raises:
+        ValueError: The model is not reversible, one of `others` is no leaf, or `bptt_segments` is below 2. In the
+            backward pass: the function uses a tensor that requires a gradient and is not known here.
+        RuntimeError: In the backward pass: a parameter was changed since the forward pass, or the backward pass was
+            run before.
     """
     check_bptt_segments(bptt_segments)
     if any(tensor.grad_fn is not None for tensor in others):
@@ -62,7 +78,8 @@ def replay(
     return outputs, tree_unflatten(list(tensors), run.structure)
 
 
-def check_bptt_segments(bptt_segments):
+def check_bptt_segments(bptt_segments: int | None) -> None:
+    """Raise ValueError unless a number of segments for gradients is None or an integer of at least 2."""
     if bptt_segments is not None and (type(bptt_segments) is not int or bptt_segments < 2):
         raise ValueError(
             f"bptt_segments must be an integer of at least 2, or None, got {bptt_segments!r}: with 1 no gradient "
@@ -71,29 +88,38 @@ def check_bptt_segments(bptt_segments):
 
 
 class _Run:
-    """One chain of segments: what is called, and what its forward pass left."""
+    """One run over segments: what is called, and what the forward pass keeps for the backward pass."""
 
-    def __init__(self, model, step, segments, bptt_segments, others):
+    def __init__(
+        self,
+        model: Any,
+        step: Callable[[Any, Any], tuple[Any, Any]],
+        segments: list[Any],
+        bptt_segments: int | None,
+        others: Sequence[torch.Tensor],
+    ):
         self.stack, self.step, self.segments, self.bptt_segments = stack_of(model), step, segments, bptt_segments
         self.known = list(dict.fromkeys([*(p for p in model.parameters() if p.requires_grad), *others]))
-        # Of a sharded model each layer delivers its gradients itself, to the parameters that it gathers when it runs.
+        # Layers of a sharded model deliver their gradients themselves, to the parameters that they gather.
         sharded = fsdp.units_of(model)
         self.sharded = bool(sharded)
-        # Those that run in the segments, and not around them.
+        # Without the model itself, which does not run within a segment.
         self._units = [unit for unit in sharded if unit is not model]
         self.inputs = [torch.zeros((), requires_grad=True)] if self.sharded else self.known
         self._device = next(model.parameters()).device
         self._versions = [
             (name, p, p._version) for name, p in model.named_parameters() if not (self.sharded or p.is_inference())
         ]
-        self.output_structures = []
-        self.structure: Any = None  # of a state
-        self.first_requires_grad: list[bool] = []  # of the leaves of the first
-        self._states, self._surroundings, self._digests = [], [], []
+        self.output_structures: list[Any] = []
+        self.structure: Any = None  # how a state is nested
+        self.first_requires_grad: Sequence[bool] = ()  # by tensor of the first state, whether it requires a gradient
+        self._states: list[list[torch.Tensor]] = []
+        self._surroundings: list[Surroundings] = []
+        self._digests: list[list[torch.Tensor]] = []
         self._kept: Any = None  # the last segment's state and tensors, with its graph
 
     def first(self, leaves):
-        """Every segment once: the tensors of all outputs and of the last state, without a graph."""
+        """Run every segment once. Returns the tensors of all outputs, and those of the last state, without a graph."""
         values, last = [], [_compact(leaf.detach()) for leaf in leaves]
         end = len(self.segments) - 1
         for index, segment in enumerate(self.segments):
@@ -101,8 +127,8 @@ class _Run:
             surroundings = Surroundings(self._device)
             self._surroundings.append(surroundings)
             given = self._given(index)
-            # With gradients on, as when it is replayed: attention libraries choose their kernels by that.
-            kept = index == end and not self.sharded  # whose layers would stay gathered
+            # Gradients are on, as in the second call, because attention libraries choose their kernels by that.
+            kept = index == end and not self.sharded  # the layers of a sharded model would stay gathered
             forgetting = contextlib.nullcontext() if kept else self.stack.forgetting()
             with surroundings.recorded(), torch.enable_grad(), forgetting:
                 output, state = self.step(segment, tree_unflatten(given, self.structure))
@@ -116,14 +142,17 @@ class _Run:
                 self._kept = (given, [*outputs, *last])
             self._digests.append([_digest(tensor) for tensor in (*outputs, *last)])
             values += [tensor.detach() for tensor in outputs]
-            # Before the next segment runs, all else goes: graphs too (of a head that learns, say).
+            # Everything else is freed before the next segment runs, graphs too (that of a trained head, say).
             last = [_compact(tensor.detach()) for tensor in last]
             del given, output, outputs, state
-        # An input returned as it is would be taken for a view of it.
+        # Cloned: autograd would take an input that is returned as it is for a view of the input.
         return values, [tensor.clone() for tensor in last]
 
     def backward(self, grad_outputs, grad_state):
-        """Gradients of the first state and of `known` (None for all of them where the model is sharded)."""
+        """Run the backward pass. Returns the gradients of the first state, and those of `known`.
+
+        The latter are all None for a sharded model.
+        """
         if not self._states:
             raise RuntimeError(
                 "these segments have already been run backward, which lets their states go: backward through them a "
@@ -140,7 +169,7 @@ class _Run:
         return grad_state, totals
 
     def _all_backward(self, grad_outputs, grad_state, totals, flags):
-        """The gradients of the first state; those of `known` are added to `totals`."""
+        """Take the segments last to first. Returns the gradients of the first state; adds the others to `totals`."""
         while self._states:
             index = len(self._states) - 1
             count = self.output_structures[index].num_leaves
@@ -161,8 +190,8 @@ class _Run:
                 if gradient is None:
                     continue
                 if totals[place] is None:
-                    # A copy: it is added to, and lies apart from where this segment's temporaries lay, which the next
-                    # one's can take as a whole.
+                    # A copy, because it is added to; and because the memory of this segment's temporaries is then
+                    # free as a whole for those of the next one.
                     totals[place] = gradient.clone()
                 else:
                     totals[place] += gradient
@@ -170,7 +199,7 @@ class _Run:
         return grad_state
 
     def _given(self, index):
-        """The state before a segment as leaves, of which those require a gradient that one is passed on from."""
+        """The state before a segment, as leaves. They require a gradient where one is passed on from them."""
         cut = index > 0 and self.bptt_segments is not None and index % self.bptt_segments == 0
         return [
             leaf.detach().requires_grad_(leaf.is_floating_point() and not cut and self._differentiable(index, place))
@@ -181,7 +210,7 @@ class _Run:
         return index > 0 or self.first_requires_grad[place]
 
     def _again(self, index, given, flags):
-        """A segment once more, with a graph: its tensors. `flags` take note if they are others than before."""
+        """Run a segment once more, with a graph. Returns its tensors; sets a flag if their values have changed."""
         for name, parameter, version in self._versions:
             if parameter._version != version:
                 raise RuntimeError(
@@ -193,7 +222,7 @@ class _Run:
         with self._surroundings[index].restored(), torch.enable_grad():
             output, state = self.step(self.segments[index], tree_unflatten(given, self.structure))
         tensors = [*tree_flatten(output)[0], *tree_flatten(state)[0]]
-        if not self.sharded:  # whose layers compute with other tensors than its parameters
+        if not self.sharded:  # layers of a sharded model compute with other tensors than its parameters
             refuse_outside_tensors("a segment", tensors, [*self.known, *given])
         same = [
             (_digest(t) == digest).all().to(flags.device)
@@ -205,6 +234,7 @@ class _Run:
         return tensors
 
     def _gradients(self, pairs, wanted, flags):
+        """Gradients of the tensors in `wanted`, then those of `known` unless the model is sharded."""
         if not pairs:
             return [None] * (len(wanted) + (0 if self.sharded else len(self.known)))
         tensors, grads = zip(*pairs, strict=True)
@@ -216,10 +246,11 @@ class _Run:
 
 
 class _Replay(torch.autograd.Function):
-    """A chain of segments: `(*state, *parameters) -> (*outputs, *state)`."""
+    """Run over segments as one autograd function: `(*state, *parameters) -> (*outputs, *state)`."""
 
     @staticmethod
     def forward(ctx, run, count, *tensors):
+        """Run every segment once."""
         ctx.set_materialize_grads(False)
         ctx.run, ctx.count = run, count
         run.first_requires_grad = ctx.needs_input_grad[2 : 2 + count]
@@ -231,6 +262,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        """Run the segments again, last to first, and return the gradients of all inputs."""
         if torch.is_grad_enabled():
             raise RuntimeError("replayed segments have no second derivative (create_graph=True)")
         grad_state, totals = ctx.run.backward(grads[: ctx.num_outputs], grads[ctx.num_outputs :])
@@ -238,12 +270,12 @@ class _Replay(torch.autograd.Function):
 
 
 def _compact(tensor):
-    """The tensor, or a copy where it is a view that would keep more than itself alive."""
+    """The tensor; a copy of it if it is a view into a larger storage, which it would keep alive."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _digest(tensor):
-    """Sum of a tensor's bits as integers, by which two are told apart: an int64 scalar on its device."""
+    """Checksum of a tensor: the sum of its elements' bits as integers, an int64 scalar on its device."""
     tensor = tensor.detach().contiguous()
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(-1).view(kinds[tensor.element_size()]).sum(dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""The reversible stack of one model: takes its layers' hidden states, and carries the streams from layer to layer.
+"""The reversible stack of one model: runs its layers, and carries the streams from layer to layer.
 
-The model's own loop calls the layers, and each calls `ReversibleStack.run`.
+The model's own loop calls the layers, and each layer calls `ReversibleStack.run`.
 """
 
 import collections
@@ -9,8 +9,8 @@ import copy
 import enum
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,12 +24,13 @@ from .integrity import Integrity, poisoned
 from .node import LayerNode, StoredValue
 from .past import MemoryNotReadError, PassCache, layer_index, memory_cache, past_of, viewed
 from .relay import Relay
+from .route import route_through
 from .step import Step
-from .streams import Streams, Update
+from .streams import Streams
 
 
 class Mode(enum.Enum):
-    """What a layer of a reversible model computes, and what it keeps of it."""
+    """What the layers of a reversible model compute, and what they keep for a backward pass."""
 
     REVERSIBLE = "the coupling; where a gradient is wanted, what leads back is kept"
     FORGETTING = "the coupling, as in training; nothing that leads back is kept"
@@ -38,19 +39,12 @@ class Mode(enum.Enum):
     OBSERVED = "the ordinary network, while its hidden states are looked at to choose fraction bits"
 
 
-class Route(NamedTuple):
-    """The order in which the layers run, and, by layer, how each one's branch joins the streams."""
-
-    order: tuple[int, ...]
-    updates: tuple[Update, ...]
-
-
 class ReversibleStack:
     """Settings and bookkeeping of a model's reversible layers.
 
     Args:
         branches: Branch function of each layer, `(layer, hidden, kwargs) -> tensor`.
-        bits: Side bits of each layer.
+        bits: Side bits of each layer for an element.
         fraction_bits: Binary places of the streams; None: they are chosen in the first pass.
         integrity: "auto" (raise at once on the CPU, NaN elsewhere), "raise" or "nan".
         offload_side_bits: Whether side bits wait for the backward pass in host memory.
@@ -59,7 +53,7 @@ class ReversibleStack:
         mode: What the layers compute; changed by `in_mode`.
         route: The order of the layers, first to last unless they are read backward.
         integrity: Acts on the flags of passes.
-        recording: Is told of every level of the streams; None: nobody is.
+        recording: Object that is told of every level of the streams; None: there is none.
     """
 
     def __init__(
@@ -73,7 +67,7 @@ class ReversibleStack:
         self.branches, self.bits, self.fraction_bits = branches, bits, fraction_bits
         self.integrity = Integrity(integrity)
         self.mode = Mode.REVERSIBLE
-        self.route = self.route_through(range(len(bits)))
+        self.route = route_through(bits, range(len(bits)))
         self.recording: Any = None
         self.offload_side_bits = offload_side_bits
         self.checkpointing_refused = False
@@ -83,49 +77,44 @@ class ReversibleStack:
         self._awaited: PassCache | None = None  # the cache that every pass must read, while one must
         self._relay = Relay()
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ReversibleStack":
         clone = memo[id(self)] = copy.copy(self)
         clone._relay, clone.recording, clone._awaited = Relay(), None, None
         clone.integrity = copy.deepcopy(self.integrity, memo)
         clone.hooks = copy.deepcopy(self.hooks, memo)
         return clone
 
-    def route_through(
-        self, order: Iterable[int], inverse: Iterable[int] = (), inverse_bits: int | None = None
-    ) -> Route:
-        """The route through the layers in this order.
+    @contextlib.contextmanager
+    def in_mode(self, mode: Mode) -> Iterator[None]:
+        """Let the layers run in another mode in the block: a context manager.
 
         Args:
-            order: Indices of layers.
-            inverse: Those that join in the coupling's inverse form.
-            inverse_bits: Their momentum is `2**-inverse_bits`.
-        """
-        updates = [
-            Update("inverse", inverse_bits) if i in inverse else Update("momentum", b) for i, b in enumerate(self.bits)
-        ]
-        first = next((index for index in order if updates[index].form == "momentum"), None)
-        if first is not None:
-            updates[first] = Update("momentum", None)
-        return Route(tuple(order), tuple(updates))
+            mode: The mode.
 
-    @contextlib.contextmanager
-    def in_mode(self, mode: Mode):
-        """Let the layers compute something else while this lasts."""
+        Yields:
+            Nothing.
+        """
         before, self.mode = self.mode, mode
         try:
             yield
         finally:
             self.mode = before
 
-    def forgetting(self):
-        """`Mode.FORGETTING` while this lasts, if the layers would keep what leads back."""
+    def forgetting(self) -> contextlib.AbstractContextManager[None]:
+        """Let the layers keep nothing for a backward pass in the block: a context manager.
+
+        It changes `Mode.REVERSIBLE` to `Mode.FORGETTING`. Other modes stay.
+        """
         return self.in_mode(Mode.FORGETTING if self.mode is Mode.REVERSIBLE else self.mode)
 
     @contextlib.contextmanager
-    def on_host(self):
-        """Let what a forward pass leaves for the backward pass wait in host memory while this lasts.
+    def on_host(self) -> Iterator[None]:
+        """Let forward passes in the block keep in host memory what their backward passes need: a context manager.
 
-        That is streams, side bits, and what autograd saves of all else.
+        That is streams, side bits, and what autograd saves for operations outside of the layers.
+
+        Yields:
+            Nothing.
         """
         before, self._on_host = self._on_host, True
         try:
@@ -135,12 +124,18 @@ class ReversibleStack:
             self._on_host = before
 
     @contextlib.contextmanager
-    def must_read(self, cache: PassCache):
-        """While this lasts every pass of the decoder must be given this cache, and at least one must run.
+    def must_read(self, cache: PassCache) -> Iterator[None]:
+        """Make sure that each pass of the decoder in the block is given a cache, and that one runs: a context manager.
+
+        Args:
+            cache: The cache.
+
+        Yields:
+            Nothing.
 
         Raises:
-            MemoryNotReadError: The model's own code drops the cache on the way to its decoder, or trades it for
-                another.
+            MemoryNotReadError: The model's own code drops the cache on the way to its decoder, or replaces it by
+                another one, or the decoder does not run.
         """
         before, self._awaited = self._awaited, cache
         passes = cache.passes
@@ -152,8 +147,20 @@ class ReversibleStack:
             raise MemoryNotReadError("the model's layers did not run behind the memory that they were to read")
 
     @torch.compiler.disable
-    def prepare(self, decoder: nn.Module, args: tuple, kwargs: dict):
-        """Settle the cache and, in the first pass, the fraction bits: forward pre-hook of the decoder."""
+    def prepare(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Prepare the cache and, in the first pass, choose the fraction bits: forward pre-hook of the decoder.
+
+        Args:
+            decoder: The decoder.
+            args: Arguments that it is called with.
+            kwargs: Keyword arguments that it is called with.
+
+        Returns:
+            Arguments and keyword arguments to use in their place; None: these.
+
+        Raises:
+            MemoryNotReadError: The cache is not the one that must be read.
+        """
         if self.mode is Mode.OBSERVED:
             return None
         cache = memory_cache(kwargs)
@@ -163,7 +170,7 @@ class ReversibleStack:
                 f"{'no cache' if cache is None else 'the cache of another one'} by the model around it"
             )
         if cache is not None:
-            # Not among all modules: asked for in every pass, that would take as long as some layers.
+            # Not looked for among all modules: in every pass, that would take as long as some layers do.
             lists = (child for child in decoder.children() if isinstance(child, nn.ModuleList))
             layers = [layer for child in lists for layer in child if hasattr(layer, "reversible")]
             args, kwargs = (), cache.begin_pass(decoder, layers, self.route.order, args, kwargs)
@@ -185,14 +192,17 @@ class ReversibleStack:
         return args, kwargs
 
     @torch.compiler.disable
-    def run(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
-        """One layer's forward pass: called by the layer in place of its own.
+    def run(self, layer: Any, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Run one layer; the layer calls this in place of its own forward pass.
 
         Args:
             layer: The layer.
             index: Its index.
             hidden: Its input, `[batch, tokens, width]`.
-            kwargs: What the model's loop gives it beside that.
+            kwargs: More arguments that the model's loop gives it.
+
+        Returns:
+            Its output, `[batch, tokens, width]`.
         """
         if self.mode is Mode.OBSERVED:
             output = plain_output(layer, hidden, kwargs)
@@ -214,8 +224,15 @@ class ReversibleStack:
         return hidden
 
     @torch.compiler.disable
-    def conclude(self, decoder: nn.Module, args: tuple, kwargs: dict, output):
-        """Leave nothing behind and no flag unseen: forward hook of the decoder, called also if it raised."""
+    def conclude(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Finish a pass, and report its flags: forward hook of the decoder, called also if the decoder raised.
+
+        Args:
+            decoder: The decoder.
+            args: Arguments that it was called with.
+            kwargs: Keyword arguments that it was called with.
+            output: Its output; None if it raised.
+        """
         streams, cache = self._relay.drop(), memory_cache(kwargs)
         if output is None:
             if cache is not None:
@@ -245,7 +262,7 @@ class ReversibleStack:
         return hidden
 
     def _run_stored(self, layer, index, hidden, kwargs, streams):
-        """The same values, differentiated by autograd through a float surrogate of the streams."""
+        """Run a layer with the same values; autograd differentiates it through a float surrogate of the streams."""
         update = self.route.updates[index]
         momentum = 0.0 if update.bits is None else 2.0**-update.bits
         if streams.level == 0:
@@ -262,7 +279,7 @@ class ReversibleStack:
         return StoredValue.apply(surrogate, value)
 
     def _branch(self, index, kwargs):
-        """A layer's branch; if adapters are to act on some tokens alone, one in which they do."""
+        """The branch function of a layer. If adapters are to act on some tokens alone, they do so in it."""
         branch_of = plain_output if self.mode is Mode.PLAIN else self.branches[index]
         cache = memory_cache(kwargs)
         if cache is None or cache.adapted_tokens is None:
@@ -285,7 +302,8 @@ class ReversibleStack:
         if index == self.route.order[0]:
             with versioned_tensors(), torch.no_grad():
                 on_host = self.offload_side_bits or self._on_host
-                return Streams(hidden.detach(), self.fraction_bits, self.recording, on_host)
+                bits = cast(int, self.fraction_bits)  # `prepare` has chosen them
+                return Streams(hidden.detach(), bits, self.recording, on_host)
         raise RuntimeError(
             f"layer {index} ({type(layer).__name__}) of a reversible model did not receive the output of the layer "
             "before it, unchanged: a hook, a wrapper or the model's own loop replaced it or edited it in place "
@@ -293,7 +311,7 @@ class ReversibleStack:
         )
 
     def _leave(self, streams, hidden):
-        """The last layer's output. A range or non-finite flag makes it NaN, or raises."""
+        """The output of the last layer. If a flag is set, it is NaN, or IntegrityError is raised."""
         if self._on_host and streams.start is not None:
             streams.to_host()
         if hidden.device.type == "cpu" and not streams.flags.any():
@@ -311,8 +329,17 @@ class ReversibleStack:
             self._observer = None
 
 
-def plain_output(layer, hidden, kwargs):
-    """What a layer returned before it was made reversible."""
+def plain_output(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Run a layer as it was before `make_reversible`.
+
+    Args:
+        layer: A reversible layer.
+        hidden: Its input, `[batch, tokens, width]`.
+        kwargs: More arguments that the model's loop gives it.
+
+    Returns:
+        Its output, `[batch, tokens, width]`.
+    """
     output = type(layer).unreversed.forward(layer, hidden, **kwargs)
     layer.reversible.returns_tuple = isinstance(output, tuple)
     return output[0] if layer.reversible.returns_tuple else output
@@ -330,7 +357,7 @@ def _run_inference(layer, branch_of, update, hidden, kwargs, streams):
 
 
 def _with_memory_in_mask(layer, hidden, kwargs):
-    """A layer's arguments, with a mask that lets a memory in, if their cache holds one."""
+    """The arguments of a layer. If their cache holds a memory, the attention mask lets the layer read it."""
     cache = memory_cache(kwargs)
     if cache is None:
         return kwargs

@@ -1,7 +1,8 @@
-"""A layer's branch in one pass: evaluated a first time, and again in the backward pass, on the same arguments."""
+"""Evaluates a layer's branch in a forward pass, and again, with the same arguments, in its backward pass."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,37 +11,48 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..integrations import fsdp
 from ..integrations.compat import cache_name
-from .past import PastKeysValues, append_to, layer_index, past_of
+from .past import PastKeysValues, States, append_to, layer_index, past_of
 from .surroundings import Surroundings
 
 
 class Step:
-    """One layer of one forward pass: what its branch is called with, so that it can be called again.
+    """One layer in one forward pass, with all that it takes to evaluate its branch again.
 
     Args:
         layer: The decoder layer.
         branch: Its branch function, `(layer, hidden, kwargs) -> tensor`.
-        kwargs: What the model's loop gives the layer beside the hidden state.
-        device: Where it runs.
-        evaluated_once: Whether nothing goes back through this pass.
+        kwargs: Arguments that the model's loop gives the layer beside the hidden state.
+        device: Device that the layer runs on.
+        evaluated_once: Whether there is no backward pass, and so no second evaluation.
+
+    Attributes:
+        layer: The decoder layer.
 
     Raises:
         ValueError: A module inside the layer was sharded by `fully_shard`.
-        TypeError: The cache is of a kind that both evaluations could not see alike.
+        TypeError: The cache is of a kind that two evaluations cannot read alike.
     """
 
     def __init__(
-        self, layer: nn.Module, branch: Callable, kwargs: dict, device: torch.device, *, evaluated_once: bool = False
+        self,
+        layer: nn.Module,
+        branch: Callable,
+        kwargs: dict[str, Any],
+        device: torch.device,
+        *,
+        evaluated_once: bool = False,
     ):
         if fsdp.is_sharded_inside(layer):
-            # Their hooks would see the inner backward pass, not the outer: each process would keep its own gradients.
+            # FSDP2's hooks on it would see the inner backward pass in place of the outer one, and gradients would not
+            # be reduced: each process would keep its own.
             raise ValueError(
                 f"fully_shard was called on a module inside a {type(layer).__name__}; shard reversible layers whole"
             )
         self.layer, self._branch = layer, branch
         self._surroundings = Surroundings(device)
         self._cache_name = cache_name(kwargs)
-        self._cache, self._past = None, ()
+        self._cache: Any = None
+        self._past: States = ()
         if self._cache_name is not None:
             kwargs = dict(kwargs)
             self._cache = kwargs.pop(self._cache_name)
@@ -50,7 +62,7 @@ class Step:
         self._evaluated_once = evaluated_once
         if evaluated_once:
             return
-        # Watched, not copied: an in-place change before the backward pass would make it reconstruct something else.
+        # Watched, not copied: after a change in place, the backward pass would reconstruct something else.
         self._parameters, self._modes, self._hooks = _watched_parts(layer)
         self._trainable = [p for p in self._parameters if p.requires_grad]
         self._watched = [
@@ -59,17 +71,24 @@ class Step:
             if not tensor.is_inference()
         ]
 
-    def _arguments(self):
+    def _arguments(self) -> list[torch.Tensor]:
         return [leaf for leaf in [*self._leaves, *self._past] if isinstance(leaf, torch.Tensor)]
 
     def inputs(self) -> list[torch.Tensor]:
-        """Tensors beside the hidden state that want a gradient: arguments, then parameters (after any unshard)."""
+        """Tensors that need a gradient beside the hidden state: arguments, then parameters (after any unshard)."""
         return [*(tensor for tensor in self._arguments() if tensor.requires_grad), *self._trainable]
 
-    def evaluate(self, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """Evaluate the branch for the first time: its value, and new keys and values, both without a graph."""
-        # With gradients on, as in the second evaluation: attention libraries choose their kernels by that. What
-        # autograd would save is let go at once, so that the layer's activations do not pile up.
+    def evaluate(self, hidden: torch.Tensor) -> tuple[torch.Tensor, States]:
+        """Evaluate the branch for the first time.
+
+        Args:
+            hidden: Input of the layer, `[batch, tokens, width]`.
+
+        Returns:
+            The branch's value, in the shape of the input, and new keys and values, all without a graph.
+        """
+        # Gradients are on, as in the second evaluation, because attention libraries choose their kernels by that. What
+        # autograd would save is dropped at once, so that the layers' activations do not pile up.
         leaf = hidden.detach().requires_grad_()
         leaf.register_hook(_refuse_capture)
         with self._surroundings.recorded(), torch.enable_grad(), _nothing_saved():
@@ -78,21 +97,21 @@ class Step:
             refuse_outside_tensors(f"a {type(self.layer).__name__}", (branch, *new_states), [leaf, *self.inputs()])
         return branch.detach(), tuple(state.detach() for state in new_states)
 
-    def evaluate_again(self, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple, list[torch.Tensor]]:
+    def evaluate_again(self, hidden: torch.Tensor) -> tuple[torch.Tensor, States, list[torch.Tensor]]:
         """Evaluate the branch a second time, with a graph.
 
         Args:
-            hidden: The reconstructed input, a leaf.
+            hidden: The reconstructed input, `[batch, tokens, width]`, a leaf.
 
         Returns:
-            The branch's value, new keys and values, and the leaves that gradients go to, in the order of
+            The branch's value, new keys and values, and the leaves that receive gradients, in the order of
             `[hidden, *inputs()]`.
 
         Raises:
             RuntimeError: A parameter, an argument or a setting of the layer was changed since the first evaluation.
         """
         self._check_unmodified()
-        substitutes = []
+        substitutes: list[torch.Tensor] = []
 
         def leaf_of(argument):
             if not (isinstance(argument, torch.Tensor) and argument.requires_grad):
@@ -107,13 +126,24 @@ class Step:
         return branch, new_states, [hidden, *substitutes, *self._trainable]
 
     def value_again(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Evaluate the branch a second time for its value alone, outside the layer's own backward pass."""
+        """Evaluate the branch a second time, outside the layer's own backward pass.
+
+        Args:
+            hidden: The reconstructed input, `[batch, tokens, width]`, a leaf.
+
+        Returns:
+            The branch's value alone, without a graph.
+        """
         with fsdp.gathered(self.layer):
             branch, _, _ = self.evaluate_again(hidden)
         return branch.detach()
 
-    def write_cache(self, new_states: Sequence[torch.Tensor]):
-        """Append the new keys and values, outputs of this layer's node, to the cache that the caller passed."""
+    def write_cache(self, new_states: Sequence[torch.Tensor]) -> None:
+        """Append new keys and values to the cache that the caller passed.
+
+        Args:
+            new_states: Keys and values, outputs of the layer's autograd node; () without a cache.
+        """
         if new_states:
             keys, values = new_states
             append_to(self._cache, keys, values, self._cache_index)
@@ -156,12 +186,12 @@ def _same_objects(left, right):
 
 
 def _watched_parts(layer):
-    """What a layer's second evaluation depends on: its parameters, modes and hooks, in one walk of its modules.
+    """Parameters, modes and hooks of a layer, on which the second evaluation depends.
 
-    Hooks that came after the first evaluation are no matter (transformers adds some to capture outputs), nor are those
-    of the layer itself, which run around the branch.
+    Hooks that are added after the first evaluation change nothing (transformers adds some to capture outputs), nor do
+    those of the layer itself, which run around the branch.
     """
-    # Walking takes a good part of the time that a small layer takes; `parameters()` would walk again.
+    # One walk over the modules: it takes a good part of a small layer's time, and `parameters()` would walk again.
     modules = list(layer.modules())
     parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
     modes = [(m.training, tuple(m.active_adapters) if "lora_A" in m._modules else None) for m in modules]
@@ -171,14 +201,20 @@ def _watched_parts(layer):
     return parameters, (modes, trainable), hooks
 
 
-def refuse_outside_tensors(where, outputs, known):
-    """Raise ValueError if a tensor that wants a gradient entered a layer or a segment by no argument and no parameter.
+def refuse_outside_tensors(where: str, outputs: Iterable[torch.Tensor], known: Sequence[torch.Tensor]) -> None:
+    """Refuse tensors that require a gradient, and are neither arguments nor parameters of a layer or a segment.
 
-    outputs: of the first evaluation. known: the tensors that gradients are delivered to.
+    Args:
+        where: Name of the layer or the segment, for the message.
+        outputs: Tensors that the first evaluation returned, with their graph.
+        known: Tensors that gradients are delivered to.
+
+    Raises:
+        ValueError: Such a tensor had a part in the outputs.
     """
     leaves = {id(tensor) for tensor in known}
-    # Behind an argument that is no leaf lies somebody else's graph.
-    seen = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    # The graph of an argument that is no leaf is somebody else's.
+    seen: set[Any] = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     waiting = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
     while waiting:
         node = waiting.pop()

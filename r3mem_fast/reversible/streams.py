@@ -84,7 +84,9 @@ class Streams:
         passed: What is known of each layer below `level`; None where autograd does not reach.
     """
 
-    def __init__(self, hidden: torch.Tensor, fraction_bits: int, recording=None, side_bits_on_host: bool = False):
+    def __init__(
+        self, hidden: torch.Tensor, fraction_bits: int, recording: Any = None, side_bits_on_host: bool = False
+    ):
         self.fraction_bits, self.dtype = fraction_bits, hidden.dtype
         self.flags = coupling.new_flags(hidden.device)
         self.position: Any

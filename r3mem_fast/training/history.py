@@ -1,4 +1,4 @@
-"""Training a memory network on long texts, segment by segment, with transformers' Trainer."""
+"""Trains a memory network on long texts, segment by segment, with transformers' Trainer."""
 
 import contextlib
 import dataclasses
@@ -30,15 +30,15 @@ _RUN = "run.json"
 
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
-    """What `train` did.
+    """Report of a training run.
 
     Attributes:
-        steps: Steps trained, with those before an interruption.
-        tokens: Tokens trained on, likewise.
-        windows: Windows that the texts were cut into.
+        steps: Number of steps, including those before an interruption.
+        tokens: Number of tokens trained on, including those before an interruption.
+        windows: Number of windows that the texts were cut into.
         seconds: Seconds that this process took.
-        losses: `(step, nats a token)`, a mean over the steps since the one before, or since it went on after an
-            interruption.
+        losses: Pairs `(step, loss)`, the loss in nats a token. It is a mean over the steps since the pair before, or
+            since the run went on after an interruption.
     """
 
     steps: int
@@ -47,16 +47,23 @@ class TrainReport:
     seconds: float
     losses: list[tuple[int, float]]
 
-    def __str__(self):
+    def __str__(self) -> str:
         loss = f", loss {self.losses[-1][1]:.4f}" if self.losses else ""
         return f"{self.steps} steps on {self.windows} windows, {self.tokens} tokens{loss}, {self.seconds:.0f} s"
 
 
 class Windows(Dataset):
-    """Token ids as rows of so many segments: of each text one after the other, from its start.
+    """Dataset of windows, into which the token ids of texts are cut from their start.
 
-    rows: token ids of texts. segment_length, segments: of a window. What is not longer than a segment is left out: it
-    reads no memory. Raises ValueError if nothing is left.
+    A window that is not longer than a segment is left out, as no memory would be read in it.
+
+    Args:
+        rows: Token ids of each text.
+        segment_length: Tokens of a segment.
+        segments: Segments of a window.
+
+    Raises:
+        ValueError: No window is left.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], segment_length: int, segments: int):
@@ -69,15 +76,22 @@ class Windows(Dataset):
                 "texts, or a shorter segment_length"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self._windows[index]}
 
 
-def collate_windows(windows: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """Windows as a batch, padded on the right: int64 `[B, T]` `input_ids`, `attention_mask`, `labels`."""
+def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Make a batch of windows, padded on the right.
+
+    Args:
+        windows: Items of `Windows`.
+
+    Returns:
+        `input_ids`, `attention_mask` (0 for padding) and `labels` (-100 for padding), int64 `[B, T]` each.
+    """
     ids = torch.nn.utils.rnn.pad_sequence([window["input_ids"] for window in windows], batch_first=True)
     lengths = torch.tensor([len(window["input_ids"]) for window in windows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64)
@@ -85,21 +99,36 @@ def collate_windows(windows: Sequence[dict]) -> dict[str, torch.Tensor]:
 
 
 def train(
-    model: R3MemModel, rows: Sequence[Sequence[int]], settings: TrainSettings | None = None, *, folder, progress=True
+    model: R3MemModel,
+    rows: Sequence[Sequence[int]],
+    settings: TrainSettings | None = None,
+    *,
+    folder: str | Path,
+    progress: bool = True,
 ) -> TrainReport:
-    """Train the adapters and memory tokens of `model` on long texts, through the memories of their segments.
+    """Train the adapters and memory tokens of a model on long texts, through the memories of their segments.
 
-    rows: token ids of texts, of any length. The loss is that of `R3MemModel.forward` with labels: nats a token, read
-    segment by segment, with the model's `distillation_weight`. folder: of checkpoints while it runs; a run of the
-    same texts and settings that was interrupted (Ctrl-C, a killed process) goes on from the last whole one, to the
-    same result. They are left there: `discard_checkpoints(folder)` once the model is saved. progress: show a bar.
-    If it is interrupted, or fails, the adapter is as it was before. On bfloat16 weights autocast to bfloat16 is on;
-    adapters and moments are float32.
+    The loss is that of `R3MemModel.forward` with labels, in nats a token, with the model's `distillation_weight`. With
+    weights in bfloat16, autocast to bfloat16 is on; adapters and the optimizer's moments are float32. A model without
+    memory tokens reads each window in one pass: an ordinary fine-tune, to compare with. If training is interrupted, or
+    fails, the adapter is as it was before.
 
-    A model without memory tokens reads each window in one pass: an ordinary fine-tune, to compare with.
+    Args:
+        model: The model.
+        rows: Token ids of each text, of any length.
+        settings: How it is trained; None: the defaults.
+        folder: Folder for checkpoints. A run of the same texts and settings that was interrupted (Ctrl-C, a killed
+            process) goes on from the last whole one, to the same result. Checkpoints are left there at the end: call
+            `discard_checkpoints(folder)` once the model is saved.
+        progress: Show a bar.
 
-    Raises ValueError for a model in float16, texts that are all too short, or a folder with
-    the checkpoints of another run; IntegrityError if a pass could not be trusted.
+    Returns:
+        A report.
+
+    Raises:
+        ValueError: The model is in float16 or on another device than Trainer's, all texts are too short, or the folder
+            holds the checkpoints of another run.
+        IntegrityError: A pass could not be trusted.
     """
     settings = TrainSettings() if settings is None else settings
     settings = dataclasses.replace(settings, steps=steps_at_most(settings.steps))
@@ -140,7 +169,7 @@ def train(
             f"the model is on {model.device}, and Trainer trains on {arguments.device}; choose a GPU by "
             "CUDA_VISIBLE_DEVICES"
         )
-    # With several GPUs in sight it would replicate the model, which has no parameters of its own then.
+    # With several GPUs Trainer would replicate the model, and replicas have no parameters of their own.
     arguments._n_gpu = 1
     if last is not None and _step_of(last) == settings.steps:  # killed on the way to saving
         model.load_state_dict(load_file(last / SAFE_WEIGHTS_NAME))
@@ -153,7 +182,7 @@ def train(
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         model.eval()
-        for name in ("forward", "_original_forward"):  # which accelerate put around it, to convert what it returns
+        for name in ("forward", "_original_forward"):  # accelerate wrapped the forward pass, to convert its output
             vars(model).pop(name, None)
     return _report(trainer.state, windows, time.monotonic() - started)
 
@@ -163,12 +192,14 @@ def _report(state, windows, seconds):
     return TrainReport(state.global_step, int(state.num_input_tokens_seen), len(windows), seconds, losses)
 
 
-def discard_checkpoints(folder):
+def discard_checkpoints(folder: str | Path) -> None:
     """Delete the checkpoints that `train` left in a folder."""
     shutil.rmtree(Path(folder) / TRAIN_CHECKPOINTS, ignore_errors=True)
 
 
 class _CheckIntegrity(TrainerCallback):
+    """Raises IntegrityError before a step of the optimizer if a pass could not be trusted."""
+
     def __init__(self, model):
         self._model = model
 
@@ -177,9 +208,9 @@ class _CheckIntegrity(TrainerCallback):
 
 
 def _prepared(checkpoints, identity):
-    """The last whole checkpoint of this run, None at its start. What a killed process left half-written is deleted."""
+    """The last whole checkpoint of this run; None at its start. Half-written ones of a killed process are deleted."""
     found = list(checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    # Written last of all.
+    # Trainer writes its state after all other files.
     whole = [path for path in found if _is_json(path / TRAINER_STATE_NAME)]
     run = checkpoints / _RUN
     if whole and not (_is_json(run) and json.loads(run.read_text(encoding="utf-8")) == identity):
@@ -207,7 +238,7 @@ def _is_json(path):
 
 
 def _identity(model, rows, settings):
-    """What checkpoints must agree in with the run that goes on from them."""
+    """Values for JSON that are the same for a run and for the checkpoints that it may go on from."""
     free = ("checkpoint_steps",)
     described = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     origin = model.origin()

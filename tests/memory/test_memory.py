@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from r3mem_fast import Memory
 from r3mem_fast.choices import PLACEMENTS
-from r3mem_fast.memory.memory import MemoryLayout, Origin, appended, empty_states
+from r3mem_fast.memory.layout import MemoryLayout, Origin
+from r3mem_fast.memory.states import appended, empty_states
 
 ORIGIN = Origin("base", "adapter", "tokenizer")
 

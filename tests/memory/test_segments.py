@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3mem_fast.memory.memory import Memory, MemoryLayout, Origin
+from r3mem_fast.memory.layout import MemoryLayout, Origin
+from r3mem_fast.memory.memory import Memory
 from r3mem_fast.memory.segments import IGNORED, advance, cut_segments
 
 LAYOUTS = st.builds(

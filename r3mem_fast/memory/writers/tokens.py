@@ -5,9 +5,10 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..memory import Memory, appended
+from ..memory import Memory
 from ..reader import MemoryReader
 from ..segments import Segment
+from ..states import appended
 
 
 def new_memory_embeddings(token_embeddings: torch.Tensor, count: int) -> nn.Parameter:

@@ -1,38 +1,52 @@
-"""Batches of contexts and queries by their lengths."""
+"""Makes batches of contexts and queries of like lengths."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 
-# Token ids of a context and of its query.
+# Token ids of a context, and those of its query.
 Row = tuple[list[int], list[int]]
 
 
 def all_predicted(logits: torch.Tensor, targets: torch.Tensor) -> list[bool]:
-    """Whether every token that counts is predicted, by row.
+    """Tell for each row whether all its tokens are predicted.
 
     Args:
-        logits: `[B, N, V]`.
-        targets: int64 `[B, N]`, -100 where none counts.
+        logits: Logits `[B, N, V]`.
+        targets: Tokens to be predicted, int64 `[B, N]`; -100 where it does not count.
     """
     return ((logits.argmax(-1) == targets) | (targets == -100)).all(1).tolist()
 
 
 def length(row: Row) -> int:
-    """Tokens that a context takes with its query, with those that separate and end."""
+    """Number of tokens that a context and its query take together, including those that separate and end them."""
     context, query = row
     return len(context) + len(query) + 3
 
 
 def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices of all lengths in batches of at most so many tokens, padding included; like lengths together."""
+    """Put items of like lengths into batches.
+
+    Args:
+        lengths: Length of each item, in tokens.
+        tokens: Tokens of a batch at most, padding included. A longer item is a batch of its own.
+
+    Returns:
+        Batches, each a list of indices into `lengths`.
+    """
     return packed(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, tokens)
 
 
 def packed(indices: Iterable[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices in batches of neighbours, of at most so many tokens, padding included.
+    """Put neighbouring items into batches.
 
-    What is longer than that is a batch of its own.
+    Args:
+        indices: Indices of the items, in order.
+        lengths: Length of each item, in tokens, by index.
+        tokens: Tokens of a batch at most, padding included. A longer item is a batch of its own.
+
+    Returns:
+        Batches, each a list of indices.
     """
     batches: list[list[int]] = []
     longest = 0

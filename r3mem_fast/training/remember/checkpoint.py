@@ -1,4 +1,4 @@
-"""Checkpoints of a run of `remember`, from which it goes on after an interruption."""
+"""Writes and reads checkpoints of a run of `remember`, to go on from after an interruption."""
 
 import dataclasses
 import hashlib
@@ -14,12 +14,16 @@ from ...files import replacing, unfinished_files
 from ...manifest import REMEMBER_CHECKPOINT
 
 _VERSION = 4
-# What a checkpoint holds of a run beside tensors.
+# Attributes of a `Run` that a checkpoint holds beside the tensors.
 _STATE = ("step", "epoch", "seconds", "queue", "known", "losses", "answered", "compress_loss", "divergence")
 
 
-def write(run: Any):
-    """Write the whole state of a run into one file: adapters, moments of the optimizer, and where it stands."""
+def write(run: Any) -> None:
+    """Write the whole state of a run into one file: adapters, the optimizer's moments, and its progress.
+
+    Args:
+        run: The `Run`.
+    """
     tensors = {}
     for name, parameter in run.parameters.items():
         tensors[f"parameter.{name}"] = parameter.detach()
@@ -40,8 +44,11 @@ def write(run: Any):
         )
 
 
-def read(run: Any):
-    """Put a run where its checkpoint says that it stood.
+def read(run: Any) -> None:
+    """Put a run into the state that its checkpoint holds.
+
+    Args:
+        run: The `Run`.
 
     Raises:
         ValueError: The checkpoint is damaged, or of another run.
@@ -63,7 +70,7 @@ def read(run: Any):
     with torch.no_grad():
         for name, parameter in run.parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
-            # What no term has reached has none; and what is reached now and then has made fewer steps.
+            # A parameter that has had no gradient yet has no moments.
             if f"step.{name}" in tensors:
                 run.optimizer.state[parameter] = {
                     "step": tensors[f"step.{name}"],
@@ -71,7 +78,7 @@ def read(run: Any):
                 }
 
 
-def discard_checkpoint(folder: Path):
+def discard_checkpoint(folder: Path) -> None:
     """Delete the checkpoint that a run left in a folder."""
     checkpoint = folder / REMEMBER_CHECKPOINT
     for leftover in (checkpoint, *unfinished_files(checkpoint)):
@@ -79,7 +86,7 @@ def discard_checkpoint(folder: Path):
 
 
 def _identity(run):
-    """What a checkpoint must agree in with the run that goes on from it."""
+    """Digest that is the same for a run and for the checkpoint that it may go on from."""
     settings = dataclasses.asdict(run.settings)
     for free in ("max_steps", "checkpoint_seconds"):
         del settings[free]

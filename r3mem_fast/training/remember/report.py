@@ -1,4 +1,4 @@
-"""`RememberReport`: what came of a run."""
+"""`RememberReport`: the result of a run."""
 
 import dataclasses
 
@@ -7,19 +7,19 @@ from ...hierarchy import Pair
 
 @dataclasses.dataclass(frozen=True)
 class RememberReport:
-    """What `remember` did.
+    """Report of what `remember` did.
 
     Attributes:
-        pairs: What was to be remembered.
-        exact: By pair, whether its context came back, token for token, by greedy recall.
-        steps: Steps of training, with those before an interruption.
-        seconds: Seconds of training, likewise.
-        expand_loss: Last loss of contexts from their queries, nats a token; None if it was never measured.
-        compress_loss: Last loss of queries from their contexts, likewise.
-        lost: Queries of earlier contexts that the adapter did not know any more when it was asked to remember others.
-        expanded: By pair, whether its context came back from its memory alone; None where that was not learned (no
+        pairs: Pairs that were to be remembered.
+        exact: For each pair, whether greedy recall gave its context back, token for token.
+        steps: Number of training steps, including those before an interruption.
+        seconds: Seconds of training, including those before an interruption.
+        expand_loss: Last loss of contexts given their queries, in nats a token; None if it was never measured.
+        compress_loss: Last loss of queries given their contexts, in nats a token; None if it was never measured.
+        lost: Queries of contexts that were remembered before, and that the adapter no longer knew when this run began.
+        expanded: For each pair, whether its context came back from its memory alone; None if that was not learned (no
             memory tokens, or no `cycle_weight`).
-        cycle_loss: Last loss of contexts from their memories, as `expand_loss`.
+        cycle_loss: Last loss of contexts given their memories, in nats a token; None if it was never measured.
     """
 
     pairs: list[Pair]
@@ -38,14 +38,14 @@ class RememberReport:
         return sum(self.exact) / len(self.exact)
 
     def by_level(self) -> dict[str, tuple[int, int]]:
-        """Count by level the contexts that came back exactly, and all of them."""
+        """Counts by level: contexts that came back exactly, and all contexts."""
         counts: dict[str, tuple[int, int]] = {}
         for pair, exact in zip(self.pairs, self.exact, strict=True):
             right, total = counts.get(pair.level, (0, 0))
             counts[pair.level] = (right + exact, total + 1)
         return counts
 
-    def __str__(self):
+    def __str__(self) -> str:
         levels = ", ".join(f"{level} {right}/{total}" for level, (right, total) in self.by_level().items())
         counted = f"{sum(self.exact)} of {len(self.exact)} contexts exact ({levels})"
         lost = f"; {len(self.lost)} of those remembered before were lost" if self.lost else ""

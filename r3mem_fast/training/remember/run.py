@@ -24,7 +24,7 @@ from . import checkpoint
 from .batches import all_predicted, by_length, length, packed
 from .report import RememberReport
 
-# At most so many times as long as a context is it together with its query, by what a query may have of its tokens.
+# A context and its query together are at most this many times as long as the context alone.
 MAX_QUERY_OF_CONTEXT = 1 + MAX_QUERY_SHARE
 
 
@@ -39,18 +39,22 @@ def remember(
 ) -> RememberReport:
     """Train the adapters of a model until greedy recall gives every pair's context back, or `max_steps` are done.
 
-    With memory tokens it goes on until each context comes back from its memory, too. A term of the objective that has
-    no weight in the model's config is not learned, and nothing waits for it. If training is interrupted, or fails, the
+    With memory tokens it goes on until each context comes back from its memory, too. A term of the objective without
+    a weight in the model's config is not learned, and nothing waits for it. If training is interrupted, or fails, the
     adapter is as it was before.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        pairs: What is learned.
-        settings: How; None: the defaults.
-        folder: Where a checkpoint is kept while it runs; None: nowhere. A run of the same pairs and settings that was
-            interrupted (Ctrl-C, a killed process) goes on from there, with the same result as if it had not been.
+        pairs: Pairs to be remembered.
+        settings: How they are learned; None: the defaults.
+        folder: Folder in which a checkpoint is kept meanwhile; None: there is none. A run of the same pairs and
+            settings that was interrupted (Ctrl-C, a killed process) goes on from it, with the same result as if it had
+            not been interrupted.
         progress: Show a bar.
+
+    Returns:
+        A report.
 
     Raises:
         ValueError: There are no pairs, a pair is too long for the model's positions, or the folder holds the
@@ -72,9 +76,43 @@ def remember(
 
 
 class Run:
-    """One run: what it learns, and where it stands. All that is random is drawn from the seed and the step."""
+    """One run: what it learns, and its progress. Everything random depends on the seed and the step alone.
 
-    def __init__(self, model, tokenizer, pairs, settings, folder):
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        pairs: Pairs to be remembered.
+        settings: How they are learned.
+        folder: Folder for a checkpoint; None: there is none. The run takes over the state of one that is there.
+
+    Attributes:
+        rows: Token ids of each pair.
+        decoys: Number of new decoys in a step that has some; 0: decoys are not learned.
+        parameters: Parameters that are trained, by name.
+        step: Number of steps done.
+        epoch: Number of epochs begun.
+        seconds: Seconds of training.
+        queue: Batches that are left of this epoch, lists of indices of pairs.
+        weights: Weights of the terms by which a context comes back: "expand" from its query, "cycle" from its memory.
+        known: For each term, which contexts were predicted to the last token when they were last seen.
+        losses: Running loss of each term, in nats a token; None before it was measured.
+        answered: Queries of decoys that were answered when they were last asked.
+        compress_loss: Last loss of queries given their contexts, in nats a token.
+        divergence: Running divergence from the base model, in nats a token.
+        checkpoint: File of the checkpoint; None: there is none.
+
+    Raises:
+        ValueError: A pair cannot come back, nothing can be trained, or the checkpoint is of another run.
+    """
+
+    def __init__(
+        self,
+        model: R3MemModel,
+        tokenizer: Any,
+        pairs: list[Pair],
+        settings: RememberSettings,
+        folder: Path | None,
+    ):
         self.model, self.tokenizer, self.pairs, self.settings = model, tokenizer, pairs, settings
         self.rows = [(self._ids(pair.context), self._ids(pair.query)) for pair in pairs]
         self.decoys = max(4, len(pairs) // 6) if settings.decoys is None else settings.decoys
@@ -87,29 +125,39 @@ class Run:
         )
         self.optimizer.zero_grad(set_to_none=True)  # what an earlier run may have left
         self.step, self.epoch, self.seconds = 0, 0, 0.0
-        self.queue = []  # batches that are left of this epoch, lists of indices of pairs
-        # The terms by which a context comes back; of each, which contexts were predicted to the last token when seen.
+        self.queue: list[list[int]] = []
         config = model.r3mem_config
         weights = {"expand": config.expand_weight, "cycle": config.cycle_weight if model.layout is not None else 0}
         self.weights = {term: weight for term, weight in weights.items() if weight}
         self.known = {term: [False] * len(pairs) for term in self.weights}
-        self.losses = dict.fromkeys(self.weights)
-        self.answered = []  # queries of decoys that were, as if they were known
-        self.compress_loss = None
-        self.divergence = None
-        self.bar = tqdm(disable=True)
+        self.losses: dict[str, float | None] = dict.fromkeys(self.weights)
+        self.answered: list[str] = []
+        self.compress_loss: float | None = None
+        self.divergence: float | None = None
+        self.bar: Any = tqdm(disable=True)
         self.checkpoint = None if folder is None else folder / REMEMBER_CHECKPOINT
         if self.checkpoint is not None and self.checkpoint.exists():
             checkpoint.read(self)
-        self.wanted = {}  # log-probabilities of the base model, by window
+        self.wanted: dict[int, torch.Tensor] = {}  # log-probabilities of the base model, by window
         # Adapters that act on memory tokens alone leave the forward direction as it is.
         free = settings.divergence is None or config.adapter_rows == "memory"
         self.anchor: Any = None if free else self._anchor()
 
-    def to_the_end(self, progress):
+    def to_the_end(self, progress: bool) -> RememberReport:
+        """Train until all contexts come back exactly, or `max_steps` are done.
+
+        Args:
+            progress: Show a bar.
+
+        Returns:
+            A report.
+
+        Raises:
+            IntegrityError: A pass could not be trusted.
+        """
         settings = self.settings
         started, saved = time.monotonic() - self.seconds, time.monotonic()
-        # Its end is the expected end: all contexts exact. When that comes, or how many steps it takes, nobody knows.
+        # The bar counts exact contexts, because nobody knows how many steps it takes until all are exact.
         layout = "{desc}: {n_fmt} of {total_fmt} exact |{bar}| {elapsed}{postfix}"
         bar = self.bar = tqdm(total=len(self.pairs), desc="Remembering", bar_format=layout, disable=not progress)
         self._show(bar)
@@ -147,11 +195,11 @@ class Run:
         )
 
     def _show(self, bar):
-        """How far it is: contexts that are exact, and what else has to be so before it ends."""
+        """Show the number of exact contexts, and what else must come true before training ends."""
         if bar.disable:
             return
         bar.n = sum(self._all_known())
-        parts = {"step": self.step}
+        parts: dict[str, Any] = {"step": self.step}
         if self._loss() is not None:
             parts["loss"] = f"{self._loss():.3f}"
         if self.divergence is not None and not self._is_near():
@@ -183,11 +231,11 @@ class Run:
         self.step += 1
 
     def _learn(self, term, batch, inputs):
-        """A backward term's gradient, and which of the batch's contexts are known by it."""
+        """Add the gradient of a backward term, and note which contexts of the batch are known by it."""
         logits, targets = self._predictions(term, inputs)
         losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
         counted = (targets != -100).sum()
-        # What is known well enough is left alone, and what is left of a context counts the more.
+        # Tokens that are known well enough teach nothing, and the others count the more.
         wanting = losses.detach() > self.settings.margin
         loss = (losses * wanting).sum() / wanting.sum().clamp_min(counted / 2)
         (self.weights[term] * loss).backward()
@@ -197,24 +245,24 @@ class Run:
         self.losses[term] = now if before is None else 0.7 * before + 0.3 * now
 
     def _refuse(self, foreign):
-        """The gradient of decoys, new ones and those that were answered when last asked: until they no longer are."""
+        """Add the gradient of decoys: new ones, and those that were answered when they were last asked."""
         queries = list(dict.fromkeys([*self.answered, *(pair.query for pair in foreign)]))
         queries, later = queries[: 2 * self.decoys], queries[2 * self.decoys : len(self.answered)]
         logits, targets = self._predictions("expand", self._batch([([], self._ids(query)) for query in queries]))
         losses = cross_entropy(logits[:, 0].float(), targets[:, 0], reduction="none")
-        # The few that are not known yet count, not the many that are.
+        # The mean is over the few decoys that are not learned yet, not over the many that are.
         wanting = losses.detach() > self.settings.margin
         ((losses * wanting).sum() / wanting.sum().clamp_min(len(queries) / 4)).backward()
         refused = all_predicted(logits, targets)
         self.answered = [query for query, right in zip(queries, refused, strict=True) if not right] + later
 
     def _predictions(self, term, inputs):
-        """Logits of the contexts, read backward from their queries or their memories, and their targets."""
+        """Logits of the contexts, read backward from their queries or from their memories, and their targets."""
         output = self.model(**inputs, terms=[term])
         return (output.cycle_logits if term == "cycle" else output.logits), output.targets
 
     def _stay_near(self, index):
-        """The gradient of the divergence from the base model, forward."""
+        """Add the gradient of the divergence from the base model in the forward direction."""
         window = self.anchor[index][None]
         if index not in self.wanted:
             with torch.no_grad(), evaluating(self.model), self.model.disable_adapters():
@@ -227,23 +275,25 @@ class Run:
         self.divergence = now if self.divergence is None else 0.8 * self.divergence + 0.2 * now
 
     def _is_near(self):
-        return self.anchor is None or (self.divergence is not None and self.divergence <= self.settings.divergence)
+        """Whether the forward direction is as near to the base model as it has to be."""
+        limit = self.settings.divergence
+        return self.anchor is None or limit is None or (self.divergence is not None and self.divergence <= limit)
 
     def _loss(self):
-        """The larger of the terms' losses, None before the first step."""
+        """The larger of the terms' losses; None before the first step."""
         return max((loss for loss in self.losses.values() if loss is not None), default=None)
 
     def _pace(self):
-        """The learning rate's factor: 1 while little is learned, down to 0.1."""
+        """Factor of the learning rate: 1 while little is learned, then falling to 0.1."""
         loss = self._loss()
         return 1.0 if loss is None else min(1.0, max(0.1, loss / 0.3))
 
     def _all_known(self):
-        """Whether each context is known by every term."""
+        """For each context, whether it is known by every term."""
         return [all(known) for known in zip(*self.known.values(), strict=True)] or [False] * len(self.pairs)
 
     def _begin_epoch(self):
-        """Batches of like lengths: all pairs that are not known, and half of the others, lest they be forgotten."""
+        """Fill the queue with pairs that are not known, and with half of the others, lest they be forgotten."""
         generator = random.Random(f"{self.settings.seed}/epoch {self.epoch}")
         chosen = [i for i, known in enumerate(self._all_known()) if generator.random() < 0.5 or not known]
         lengths = [length(row) for row in self.rows]
@@ -254,7 +304,7 @@ class Run:
         self.epoch += 1
 
     def _verified(self):
-        """Whether greedy recall gives every context, by every term, and new decoys are refused; else learn on."""
+        """Whether greedy recall gives every context back by every term, and new decoys are refused."""
         self.known = {term: self._predicted(term, self.rows) for term in self.weights}
         if self.decoys and "expand" in self.weights:
             new = decoys(self.pairs, len(self.pairs), random.Random(f"{self.settings.seed}/verify {self.step}"))
@@ -266,7 +316,7 @@ class Run:
         return False
 
     def _predicted(self, term, rows):
-        """Whether each token of a row's context is predicted from those before it, by row; cheaper than recall."""
+        """For each row, whether every token of its context is predicted from those before it; cheaper than recall."""
         right = [False] * len(rows)
         self.model.eval()
         for batch in by_length([length(row) for row in rows], 4 * self.settings.tokens_per_step):
@@ -278,16 +328,17 @@ class Run:
         return right
 
     def _recall_all(self):
+        """Find out by greedy recall which contexts are known by each term."""
         self.known = {term: self._recalled(term) for term in self.weights}
 
     def _recalled(self, term):
-        """Whether greedy recall gives a pair's context, from its query or from its memory, by pair."""
+        """For each pair, whether greedy recall gives its context back, from its query or from its memory."""
         exact = [False] * len(self.pairs)
         batches = by_length([len(context) for context, _ in self.rows], 32 * 64)
         for number, batch in enumerate(batches, 1):
             self.bar.set_description_str(f"Recalling all, {number} of {len(batches)}")
             inputs = self._batch([self.rows[index] for index in batch])
-            # One more than the longest: that it ends there is part of it.
+            # One token more than the longest: a context must end where it ends.
             longest = inputs["input_ids"].shape[1] + 1
             if term == "cycle":
                 memory = self.model.compress(inputs["input_ids"], inputs["attention_mask"], finish=True)
@@ -301,7 +352,7 @@ class Run:
         return exact
 
     def _anchor(self):
-        """Text that the base model writes, from its start token: int64 `[windows, tokens]`."""
+        """Windows of text that the base model writes from its start token: int64 `[windows, tokens]`."""
         settings, model = self.settings, self.model
         starts = torch.full((settings.anchor_windows, 1), model.start_token_id, device=model.device)
         tokens = settings.anchor_tokens - 1
@@ -318,6 +369,7 @@ class Run:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _refuse_what_cannot_come_back(self):
+        """Raise ValueError for a pair that is too long, or a context with the end token in it."""
         limit = self.model.max_tokens
         for index, pair in enumerate(self.pairs):
             if self.model.end_token_id in self.rows[index][0]:

@@ -1,0 +1,44 @@
+"""What belongs to a memory beside its values: the layout that it shares with others, and what it was made with."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLayout:
+    """Sizes and settings that memories must share to be read by one model.
+
+    Attributes:
+        num_memory_tokens: Memory tokens that are written after each segment.
+        segment_length: Tokens of a segment, without those that are read again.
+        readable_segments: Number of segments whose memory is kept; the last ones are.
+        keeps_all: Whether one segment more is an error. If not, the oldest one is forgotten.
+        placement: "every_layer" or "input", see `R3MemConfig.memory_placement`.
+        segment_overlap: Number of tokens, directly before a segment, that are read again with it.
+    """
+
+    num_memory_tokens: int
+    segment_length: int
+    readable_segments: int
+    keeps_all: bool
+    placement: str
+    segment_overlap: int = 0
+
+    @property
+    def first_position(self) -> int:
+        """Position of a segment's first token, with whatever memory before it."""
+        return self.readable_segments * self.num_memory_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Fingerprints of what a memory was made with.
+
+    Attributes:
+        base: Fingerprint of the base model.
+        adapter: Fingerprint of the adapters, the memory tokens and the settings.
+        tokenizer: Fingerprint of the tokenizer; None for a memory that was made from token ids.
+    """
+
+    base: str
+    adapter: str
+    tokenizer: str | None = None
