@@ -34,7 +34,7 @@ class TextCodec:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def count(self, text: str) -> int:
-        """Number of tokens of a text."""
+        """Number of tokens of a text, without special tokens."""
         return len(self.ids(text))
 
     def queries(self, queries: str | Sequence[str]) -> list[list[int]]:

@@ -61,7 +61,7 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
         device: A device or its name.
 
     Returns:
-        torch.bfloat16 if the device computes in it natively, else torch.float32.
+        torch.bfloat16 if the device has instructions for it, else torch.float32; on a CPU too.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -140,7 +140,11 @@ class Network(nn.Module):
         return list(order) != sorted(order)
 
     def reading_backward(self) -> contextlib.AbstractContextManager[None]:
-        """Read the model backward in the block, with the core and form of its config: a context manager."""
+        """Run the layers of the core from last to first in the block: a context manager.
+
+        That is the direction in which a query is continued with its context, and has nothing to do with gradients. The
+        core and the form are those of the config; when the block ends, or fails, the layers are in order again.
+        """
         config = self.r3mem_config
         return reading_backward(
             self.peft_model, config.core, form=config.backward, backward_momentum=config.backward_momentum

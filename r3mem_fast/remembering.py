@@ -35,8 +35,10 @@ def remember_documents(
         codec: Codec with its tokenizer.
         documents: Texts by name. One that is too long is cut into several.
         entries: Entries for what the adapter remembers. Those of a document with the same name are replaced.
-        recall: Function that recalls the contexts of queries.
-        folder: Folder in which a checkpoint is kept meanwhile; None: there is none.
+        recall: Function that recalls the contexts of queries. Before training it is asked for what the adapter
+            remembers, of which no text is kept, so that this can be learned again.
+        folder: Folder in which a checkpoint is kept, from which an interrupted run goes on when it is started again;
+            None: there is none.
         settings: How pairs are learned; None: the defaults.
         progress: Show bars.
         hierarchy: More arguments of `hierarchy.build_pairs`.
@@ -68,7 +70,8 @@ def rehearsed_pairs(entries: Sequence[Entry], recall: Callable[[list[str]], list
 
     Args:
         entries: Entries for what it remembers.
-        recall: Function that recalls the contexts of queries.
+        recall: Function that recalls the contexts of queries. Before training it is asked for what the adapter
+            remembers, of which no text is kept, so that this can be learned again.
 
     Returns:
         Pairs for the contexts that come back without a change.

@@ -1,4 +1,10 @@
-"""The inverse form of the coupling: the functions to call. Formulas in `reference.py`.
+"""The inverse form of the coupling: the functions to call. More on the formulas in `reference.py`.
+
+A layer with the residual branch f takes the streams, position x and velocity u, to
+
+    u' = (u + (1 - m) f(x)) / m        x' = x + u'        m = 2**-bits
+
+A prime marks what stands behind the layer, and g_z is the gradient of the loss by z.
 
 These functions run in PyTorch on every device: the form is not the default, and has no kernel.
 """

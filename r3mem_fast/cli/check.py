@@ -125,14 +125,15 @@ def _env(options: argparse.Namespace) -> int:
     import torch
 
     from ..kernels.attention import dispatch
+    from ..kernels.attention.arguments import AttentionInputs, AttentionSettings
     from ..kernels.common.dispatch import choose
 
     device = device_of(options)
     sample = torch.zeros(1, 1, 1, 64, device=device)
-    settings = {"window": None, "softcap": None, "query_offset": 0}
+    attention = AttentionInputs(sample, sample, sample), AttentionSettings(scale=1.0)
     choices = {
         "coupling": choose(device),
-        "attention of a segment": dispatch.choose(sample, sample, None, None, None, None, **settings),
+        "attention of a segment": dispatch.choose(*attention),
         "attention in decoding": dispatch.choose_for_decoding(sample),
     }
     report["kernels"] = {name: f"{choice.implementation} ({choice.why})" for name, choice in choices.items()}

@@ -91,11 +91,12 @@ def segment_mask(
         kwargs: Further arguments of `sdpa_mask`; not needed.
 
     Returns:
-        The mask, without a memory.
+        The mask. A `PrefixCache` puts its memory into it, layer by layer.
 
     Raises:
-        ValueError: No `SegmentMask` can say this: `attention_mask` has holes, the mask function is neither causal nor
-            that of a causal sliding window, or the cache has room for more keys than there are (StaticCache).
+        ValueError: A `SegmentMask` cannot express this: `attention_mask` has holes, the mask function is neither
+            causal nor that of a causal sliding window, or the cache has room for more keys than there are
+            (StaticCache).
     """
     window = _window_of(mask_function)
     if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length != q_offset + q_length:

@@ -45,8 +45,10 @@ def gathered(layer: nn.Module) -> Iterator[None]:
         yield
         return
     layer.unshard()
-    yield
-    layer.reshard()
+    try:
+        yield
+    finally:
+        layer.reshard()
 
 
 @contextlib.contextmanager

@@ -64,13 +64,14 @@ class MemoryReader:
     def decode(
         self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Run the decoder on embeddings behind a cache; no logits are computed.
+        """Run the decoder on embeddings behind a memory; no logits are computed.
 
         Args:
-            embeddings: `[batch, tokens, width]`.
-            mask: int64 `[batch, tokens]`, 0 for padding.
-            cache: What they are read behind.
-            positions: int64 `[batch, tokens]`, counted from the cache's first one; None: from a row's first token on.
+            embeddings: `[batch, tokens, width]`, as `embeddings_of` gives them.
+            mask: int64 `[batch, tokens]`, 0 for padding among these tokens; the memory is not in it.
+            cache: The memory, as `read` made it. If it keeps keys and values, those of the tokens are appended to it.
+            positions: int64 `[batch, tokens]`; 0 is the place right behind the memory. None: each row's first token
+                that is no padding has it, and the others follow.
 
         Returns:
             The last hidden states, `[batch, tokens, hidden_size]`.

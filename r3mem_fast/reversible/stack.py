@@ -125,10 +125,10 @@ class ReversibleStack:
 
     @contextlib.contextmanager
     def must_read(self, cache: PassCache) -> Iterator[None]:
-        """Make sure that each pass of the decoder in the block is given a cache, and that one runs: a context manager.
+        """Check that a pass of the decoder runs in the block, and that each is given this cache: a context manager.
 
         Args:
-            cache: The cache.
+            cache: A cache that holds a memory.
 
         Yields:
             Nothing.

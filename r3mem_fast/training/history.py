@@ -173,6 +173,7 @@ def train(
     arguments._n_gpu = 1
     if last is not None and _step_of(last) == settings.steps:  # killed on the way to saving
         model.load_state_dict(load_file(last / SAFE_WEIGHTS_NAME))
+        model.eval()
         return _report(TrainerState.load_from_json(last / TRAINER_STATE_NAME), windows, 0.0)
     trainer = Trainer(model, arguments, collate_windows, train_dataset=windows, callbacks=[_CheckIntegrity(model)])
     trainer.remove_callback(PrinterCallback)
