@@ -10,8 +10,8 @@ One record a kernel, target, dtype and number of side bits or head_dim, through 
                    only, cuda:89 with 99 KiB, as compute capability 8.6, 8.9 and 12.x have
     vector_bytes   the widest access to global memory
     fused          of the coupling: fused multiply-adds, which would make the inverse inexact
-    matrix         of attention: the instructions of matrix products: `wgmma` (cuda:90), `tcgen05` (cuda:100), `mma`,
-                   `mfma` (gfx942); null: none, as for float32, whose products are exact
+    matrix         of attention and matching: the instructions of matrix products: `wgmma` (cuda:90), `tcgen05`
+                   (cuda:100), `mma`, `mfma` (gfx942); null: none, as for float32, whose products are exact
 
 Exit status 1 if a kernel fails to compile, spills (but for those in `_SPILLS`), exceeds its shared memory, has no
 16-byte access, if a coupling kernel fuses, or if attention in bfloat16 or float16 does without matrix instructions:
@@ -30,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from .attention_cases import attention_cases
 from .coupling_cases import DTYPES, cases
+from .matching_cases import matching_cases
 from .records import add_output_option, write_records
 
 _SHARED_LIMIT = {"cuda:80": 163, "cuda:89": 99, "cuda:90": 227, "cuda:100": 227, "hip:gfx942": 64}  # KiB
@@ -72,6 +73,9 @@ _SPILLS = {
     ("attention_key/packed", "cuda:80", "float32", 128): 16,
     ("attention_memory/packed", "cuda:80", "float32", 128): 16,
     ("attention_key/packed", "cuda:90", "bfloat16", 128): 16,
+    ("matching_cross/plain", "cuda:80", "float32", 256): 128,
+    ("matching_cross/plain", "cuda:90", "float32", 256): 152,
+    ("matching_cross/plain", "cuda:100", "float32", 256): 176,
 }
 
 
@@ -203,7 +207,7 @@ def main(arguments=None):
         if unknown := [value for value in given if value not in known]:
             parser.error(f"unknown {name} {unknown[0]!r}; there are {', '.join(known)}")
     dtypes = [DTYPES[name] for name in options.dtypes]
-    everything = [*cases(dtypes), *attention_cases(dtypes)]
+    everything = [*cases(dtypes), *attention_cases(dtypes), *matching_cases(dtypes)]
     wanted = [case for case in everything if any(part in case.name for part in options.kernel)]
     if options.head_dims:
         wanted = [case for case in wanted if getattr(case, "head_dim", None) in options.head_dims]

@@ -11,9 +11,9 @@ One record a kernel, dtype and number of side bits:
     eager_ratio   the same for the reference in eager PyTorch as it runs on a GPU: every tensor that an ATen operator
                   reads or writes, once each, views aside
 
-Of attention, one record a kernel and head_dim, with the blocks of cuda:90: least is what FlashAttention moves with
-these blocks, so that keys and values (backward: queries, too) are read once for each block that sees them;
-`once_ratio` is moved over every input and output once.
+Of attention and matching, one record a kernel and head_dim, with the blocks of cuda:90: least is what FlashAttention
+moves with these blocks, so that keys and values (backward, and matching: queries, too) are read once for each block
+that sees them; `once_ratio` is moved over every input and output once.
 
 Exit status 1 if a ratio is above 1.05. bfloat16 is counted too, which the interpreter computes wrongly: what a kernel
 loads and stores does not depend on values.
@@ -21,6 +21,7 @@ loads and stores does not depend on values.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -34,6 +35,8 @@ from r3mem_fast.kernels.coupling import TILE, reference
 
 from .attention_cases import KERNELS, AttentionCase
 from .coupling_cases import DTYPES, cases
+from .matching_cases import KERNELS as MATCHING_KERNELS
+from .matching_cases import MatchingCase, Shape
 from .records import add_output_option, write_records
 
 LIMIT = 1.05
@@ -41,6 +44,7 @@ LIMIT = 1.05
 _NUMEL = 8 * TILE + 16 * 37
 # Rows, query heads, key heads, tokens, memory tokens: several blocks, the last ones short.
 _ATTENTION_SHAPE = (2, 4, 1, 600, 160)
+_MATCHING_SHAPE = Shape(rows=2, heads=6, key_heads=2, queries=288, keys=352, kept=144, few=48)
 
 
 class Traffic:
@@ -147,6 +151,24 @@ def count_attention(case, shape=_ATTENTION_SHAPE) -> dict:
     }
 
 
+def count_matching(case, shape=_MATCHING_SHAPE) -> dict:
+    """The record of one matching kernel, in a variant without a window, softcap or sinks."""
+    traffic = Traffic()
+    launch = case.launch("cuda:90", "cpu", shape)
+    with traffic.counted():
+        launch.run()
+    least, moved = case.least_bytes(launch, shape), traffic.loaded + traffic.stored
+    tensors = {id(t): t for t in launch.arguments.values() if isinstance(t, torch.Tensor)}
+    return {
+        **case.fields,
+        "shape": dataclasses.asdict(shape),
+        "least_bytes": least,
+        "moved_bytes": moved,
+        "ratio": round(moved / least, 4),
+        "once_ratio": round(moved / sum(_nbytes(tensor) for tensor in tensors.values()), 4),
+    }
+
+
 def table(records) -> str:
     """Return the records as lines of text."""
     lines = [f"{'kernel':28} {'dtype':9} {'head_dim':>8} {'least, bytes':>16} {'ratio':>7} {'once':>6}"]
@@ -179,9 +201,16 @@ def main(arguments=None):
     wanted = [case for case in cases(DTYPES.values()) if options.kernel in case.name]
     of_attention = [AttentionCase(kernel, "plain", dim, torch.bfloat16) for kernel in KERNELS for dim in (64, 128)]
     of_attention = [case for case in of_attention if options.kernel in case.name]
-    if not wanted and not of_attention:
+    of_matching = [
+        MatchingCase(kernel, "plain", dim, torch.bfloat16) for kernel in MATCHING_KERNELS for dim in (64, 128)
+    ]
+    more = (("forward", "missing"), ("system", "few"))
+    of_matching += [MatchingCase(*kernel, dim, torch.bfloat16) for kernel in more for dim in (64, 128)]
+    of_matching = [case for case in of_matching if options.kernel in case.name]
+    if not wanted and not of_attention and not of_matching:
         parser.error(f"no kernel's name contains {options.kernel!r}")
     records = [count(case) for case in wanted] + [count_attention(case) for case in of_attention]
+    records += [count_matching(case) for case in of_matching]
     if options.json:
         print("\n".join(json.dumps(record) for record in records))
     else:

@@ -71,7 +71,7 @@ def _save(model, folder, manifest, adapter_dtype):
         # Embeddings belong to the base model. PEFT would ask a model hub about them, if it were left to choose.
         model.peft_model.save_pretrained(staging, save_embedding_layers=False)
         files = list(ADAPTER_FILES)
-        if model.layout is not None:
+        if model.memory_embeddings is not None:
             save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / MEMORY_TOKENS)
             files.append(MEMORY_TOKENS)
         if adapter_dtype is not None:
@@ -176,7 +176,10 @@ def load(
     folder = find(folder, revision=revision, token=token)
     manifest = read_manifest(folder)
     config = R3MemConfig.from_dict(manifest["r3mem_config"])
-    for name in (*ADAPTER_FILES, *([MEMORY_TOKENS] if config.num_memory_tokens else [])):
+    for name in (
+        *ADAPTER_FILES,
+        *([MEMORY_TOKENS] if config.num_memory_tokens and config.memory_writer == "tokens" else []),
+    ):
         if not (folder / name).is_file():
             raise OSError(f"{folder} is incomplete: {name} is missing")
         if _digest(folder / name) != manifest["files"].get(name):
@@ -197,7 +200,7 @@ def load(
         )
     model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
     model.set_base_fingerprint(found)
-    if model.layout is not None:
+    if model.memory_embeddings is not None:
         with torch.no_grad():
             model.memory_embeddings.copy_(load_file(folder / MEMORY_TOKENS)["embeddings"])
     return model.eval()

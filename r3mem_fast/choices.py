@@ -4,6 +4,10 @@
 FORMS = ("reversed", "inverse")
 # What a memory consists of: keys and values in every layer, or embeddings before the first layer.
 PLACEMENTS = ("every_layer", "input")
+# How a memory is written: by learned memory tokens, or by kept keys with values that match the attention to all keys.
+WRITERS = ("tokens", "matched")
+# What happens to a matched memory beyond its budget: it is matched again, its oldest slots go, or it is an error.
+BEYOND_BUDGET = ("rematch", "forget", "error")
 # Where training keeps what a segment computed until the backward pass; "none": it runs the segment again.
 KEPT_SEGMENTS = ("none", "device", "host")
 # Tokens that the adapters act on in the forward direction: all, or memory tokens alone.

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .choices import ADAPTER_ROWS, FORMS, KEPT_SEGMENTS, PLACEMENTS
+from .choices import ADAPTER_ROWS, BEYOND_BUDGET, FORMS, KEPT_SEGMENTS, PLACEMENTS, WRITERS
 from .settings import check, described, names_of_group, setting
 
 if TYPE_CHECKING:
@@ -85,6 +85,30 @@ class R3MemConfig:
         option="memory-tokens",
         least=0,
         most=1024,
+    )
+    memory_writer: str = setting(
+        "tokens",
+        "How a memory is written. `tokens`: by learned memory tokens behind a segment; `matched`: with no training, "
+        "by the keys of a segment that are attended most, with values that match the attention to all of them.",
+        group=MEMORY,
+        option="memory-writer",
+        choices=WRITERS,
+    )
+    memory_budget: int | None = setting(
+        None,
+        "Slots of a matched memory at most, in each layer.",
+        group=MEMORY,
+        option="memory-budget",
+        least=1,
+        unset="`num_memory_tokens` for each of `max_memory_segments`",
+    )
+    beyond_budget: str = setting(
+        "rematch",
+        "What happens to a matched memory beyond its budget. `rematch`: what is old and what is new are matched again "
+        "together; `forget`: the oldest slots go; `error`: compressing raises.",
+        group=MEMORY,
+        option="beyond-budget",
+        choices=BEYOND_BUDGET,
     )
     segment_length: int = setting(
         256,
@@ -195,9 +219,19 @@ class R3MemConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for models with memory tokens (num_memory_tokens)"
                 )
+        if self.memory_writer == "matched":
+            self._check_matched()
         for name in ("core", "target_modules", "bits"):  # JSON gives lists
             if isinstance(getattr(self, name), (list, set, frozenset)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def _check_matched(self):
+        wrong = [name for name in ("memory_dropout", "distillation_weight", "bptt_segments") if getattr(self, name)]
+        wrong += ["memory_placement"] if self.memory_placement != "every_layer" else []
+        if wrong:
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} is for memory tokens, not for matched memories")
+        if self.max_memory_segments is None and self.memory_budget is None:
+            raise ValueError("max_memory_segments=None is for memory tokens; give a memory_budget, in slots")
 
     def coupling(self) -> "MomentumCoupling":
         """The momentum coupling of these settings."""
@@ -221,7 +255,7 @@ class R3MemConfig:
         reach = core_of(core, num_layers)
         first = self.first_adapted_layer
         if first is None:
-            first = 0 if self.num_memory_tokens else reach.start
+            first = 0 if self.num_memory_tokens and self.memory_writer == "tokens" else reach.start
         if not 0 <= first < num_layers:
             raise ValueError(f"first_adapted_layer must lie in 0..{num_layers - 1}, got {first!r}")
         return dataclasses.replace(self, core=(reach.start, reach.stop), first_adapted_layer=first)
@@ -237,6 +271,8 @@ class R3MemConfig:
         written, segments = self.num_memory_tokens, self.max_memory_segments
         if not written:
             return None
+        if self.memory_writer == "matched":
+            return self._matched_layout(max_tokens)
         rest = self.segment_overlap + self.segment_length + written
         if segments is None:
             if max_tokens is None:
@@ -257,9 +293,41 @@ class R3MemConfig:
             self.segment_overlap,
         )
 
+    def _matched_layout(self, max_tokens):
+        from .memory import MemoryLayout
+
+        # Half of the positions are before a pass, for slots; the other half for what is read, and written.
+        reach = _REACH if max_tokens is None else max_tokens // 2
+        budget = self.memory_budget
+        if budget is None:
+            assert self.max_memory_segments is not None, "see _check_matched"
+            budget = self.num_memory_tokens * self.max_memory_segments
+        if budget < self.num_memory_tokens or reach + self.segment_overlap + self.segment_length > 2 * reach:
+            raise ValueError(
+                f"a budget of {budget} slots, {self.num_memory_tokens} for a segment of {self.segment_length} with "
+                f"{self.segment_overlap} from before it do not fit together, or not into half of the model's "
+                f"{max_tokens} positions"
+            )
+        return MemoryLayout(
+            num_memory_tokens=self.num_memory_tokens,
+            segment_length=self.segment_length,
+            readable_segments=max(1, budget // self.num_memory_tokens),
+            keeps_all=False,
+            placement=self.memory_placement,
+            segment_overlap=self.segment_overlap,
+            writer=self.memory_writer,
+            budget=budget,
+            beyond_budget=self.beyond_budget,
+            reach=reach,
+        )
+
     def to_dict(self) -> dict:
-        """The settings by name, as values for JSON."""
-        return dataclasses.asdict(self)
+        """The settings by name, as values for JSON.
+
+        Those that came later are left out at their defaults, so that fingerprints and checkpoints stay what they were.
+        """
+        values, defaults = dataclasses.asdict(self), {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in _LATER or value != defaults[name]}
 
     @classmethod
     def from_dict(cls, values: dict) -> "R3MemConfig":
@@ -272,6 +340,27 @@ class R3MemConfig:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown settings {unknown}: written by a newer version of r3mem_fast?")
         return cls(**values)
+
+
+# Settings of later versions.
+_LATER = ("memory_writer", "memory_budget", "beyond_budget")
+# Positions before a pass of a model that names no limit.
+_REACH = 4096
+
+
+def default_matched(max_tokens: int | None) -> "MemoryLayout | None":
+    """Layout of the matched memories of a model that has learned none; None for one of too few positions."""
+    positions = 2 * _REACH if max_tokens is None else max_tokens
+    length = min(256, positions // 4)
+    if length < 16:
+        return None
+    return R3MemConfig(
+        memory_writer="matched",
+        num_memory_tokens=length // 4,
+        memory_budget=length,
+        segment_length=length,
+        segment_overlap=length // 8,
+    ).memory_layout(max_tokens)
 
 
 # How a model is trained, and nothing about what it computes.

@@ -1,5 +1,6 @@
 """Fingerprints of base models, adapters and tokenizers: digests that tell by values what belongs together."""
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import TRAINING_SETTINGS, R3MemConfig
 from .integrations.peft import own_parameters
-from .memory.layout import Origin
+from .memory.layout import MemoryLayout, Origin
 from .reversible.convert import text_config
 
 # Settings of a model that change what the same weights compute.
@@ -93,12 +94,12 @@ def adapter_fingerprint(model: Any, settings: Any) -> str:
         BLAKE2 digest, 32 hexadecimal digits.
     """
     # A setting that was added later is left out while it has its default, so that older memories still fit.
-    values, defaults = model.r3mem_config.to_dict(), R3MemConfig().to_dict()
+    values, defaults = model.r3mem_config.to_dict(), dataclasses.asdict(R3MemConfig())
     added = {"segment_overlap"}
     values = {k: v for k, v in values.items() if k not in TRAINING_SETTINGS and not (k in added and v == defaults[k])}
     described = [values, settings]
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
-    tensors = {} if model.layout is None else {"memory_embeddings": model.memory_embeddings}
+    tensors = {} if model.memory_embeddings is None else {"memory_embeddings": model.memory_embeddings}
     for adapter in model.peft_model.active_adapters:
         # Without embeddings: the base model's fingerprint covers them, and PEFT would ask a model hub about them.
         found = get_peft_model_state_dict(model.peft_model, adapter_name=adapter, save_embedding_layers=False)
@@ -108,6 +109,12 @@ def adapter_fingerprint(model: Any, settings: Any) -> str:
         tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def layout_fingerprint(layout: MemoryLayout) -> str:
+    """Fingerprint of what matched memories of a base model depend on beside it."""
+    described = json.dumps(layout.to_dict(), sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
 class FingerprintCache:

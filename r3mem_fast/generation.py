@@ -51,7 +51,12 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
     others |= cache_argument(base, cache)
-    with evaluating(network), temporarily(base, generation_config=own), network.must_read(cache):
+    with (
+        evaluating(network),
+        temporarily(base, generation_config=own),
+        network.behind_memory(),
+        network.must_read(cache),
+    ):
         output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
     found = output if isinstance(output, torch.Tensor) else output.sequences
     prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)

@@ -5,11 +5,50 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import R3MemConfig
 from .reversible.convert import find_decoder_layers
+
+
+def check_adapters(base: PeftModel, config: R3MemConfig) -> None:
+    """Check the adapters that a PeftModel brings.
+
+    Args:
+        base: The PeftModel.
+        config: Settings of the memory network that it is to become.
+
+    Raises:
+        ValueError: They are not of a kind that all directions read alike.
+    """
+    if base.active_adapter != "default":
+        raise ValueError(f"the PeftModel's adapter must be called 'default', not {base.active_adapter!r}")
+    if base.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "the PeftModel learns a prompt, which some of the methods here would read and others not; use an "
+            "adapter inside the layers, such as LoRA"
+        )
+    if config.adapter_rows == "memory":
+        check_tokens_can_be_chosen(base)
+
+
+def lora_config(base: nn.Module, config: R3MemConfig) -> LoraConfig:
+    """Configuration of new adapters for PEFT.
+
+    Args:
+        base: The model that gets them.
+        config: Settings of the memory network.
+    """
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_pattern(base, config.target_modules, config.first_adapted_layer or 0),
+    )
 
 
 def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) -> str:

@@ -10,23 +10,25 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
-from .config import R3MemConfig
-from .fingerprints import FingerprintCache, adapters_are_off
+from .config import R3MemConfig, default_matched
+from .fingerprints import FingerprintCache, adapters_are_off, layout_fingerprint
 from .integrations.compat import cache_argument
 from .integrations.scoped import requiring_gradients_as_before, returning, temporarily
-from .lora import check_tokens_can_be_chosen, let_adapters_choose_tokens, target_pattern
+from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
 from .memory.layout import Origin
 from .memory.memory import Memory
 from .memory.reader import MemoryReader
 from .memory.states import empty_states
-from .memory.writers.tokens import new_memory_embeddings
+from .memory.writers import Writer
+from .memory.writers.matched import MatchedWriter
+from .memory.writers.tokens import TokenWriter, new_memory_embeddings
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers, text_config
 from .reversible.stack import Mode
@@ -43,7 +45,8 @@ class Network(nn.Module):
     Attributes:
         peft_model: The base model with its adapters.
         r3mem_config: The settings, with a core that fits the depth.
-        layout: Sizes and settings that its memories share; None without memory tokens.
+        layout: Sizes and settings that its memories share; None if it has too few positions for any.
+        learns_memories: Whether its config has memory tokens. If not, its memories are matched ones of its base model.
         memory_embeddings: Learned embeddings of memory tokens, `[num_memory_tokens, width]`; None without any.
         stack: The stack of the reversible layers.
         layers: The reversible layers, in order.
@@ -60,18 +63,21 @@ class Network(nn.Module):
         super().__init__()
         config = R3MemConfig() if config is None else config
         if isinstance(base, PeftModel):
-            _check_adapters(base, config)
+            check_adapters(base, config)
         plain = base.get_base_model() if isinstance(base, PeftModel) else base
         # Everything is checked before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
         self.layout = config.memory_layout(_positions_of(plain))
+        self.learns_memories = self.layout is not None
+        if self.layout is None:
+            self.layout = default_matched(_positions_of(plain))
         self.end_token_id = _first_id(plain.config.eos_token_id)
         self.start_token_id = _first_id(plain.config.bos_token_id, self.end_token_id)
         if self.end_token_id is None:
             raise ValueError("the model's config has no eos_token_id, which ends a recalled context; set it")
         if not isinstance(base, PeftModel):
-            base = get_peft_model(base, _lora_config(base, self.r3mem_config))
+            base = get_peft_model(base, lora_config(base, self.r3mem_config))
         self.peft_model = make_reversible(
             base, self.r3mem_config.coupling(), offload_side_bits=config.offload_side_bits
         )
@@ -80,10 +86,11 @@ class Network(nn.Module):
         self._reader: MemoryReader | None = None
         self.memory_embeddings: nn.Parameter | None = None
         if self.layout is not None:
-            vocabulary = plain.get_input_embeddings().weight
-            self.memory_embeddings = new_memory_embeddings(vocabulary, self.layout.num_memory_tokens)
+            if self.layout.writer == "tokens":
+                vocabulary = plain.get_input_embeddings().weight
+                self.memory_embeddings = new_memory_embeddings(vocabulary, self.layout.num_memory_tokens)
             self._reader = MemoryReader(self.peft_model, self.stack, self.decoder, self.layout)
-        if self.r3mem_config.adapter_rows == "memory":
+        if self.r3mem_config.adapter_rows == "memory" and self.memory_embeddings is not None:
             let_adapters_choose_tokens(self.layers)
         self._fingerprints = FingerprintCache()
 
@@ -124,6 +131,12 @@ class Network(nn.Module):
         return cast(MemoryReader, self._reader)
 
     @property
+    def memories_are_of_base(self) -> bool:
+        """Whether memories are written and read by the base model, whatever the adapters have learned."""
+        matched = self.layout is not None and self.layout.writer == "matched"
+        return matched and not (self.learns_memories and self.adapts_tokens)
+
+    @property
     def adapts_tokens(self) -> bool:
         """Whether adapters act on all tokens of the forward direction, or on memory tokens alone."""
         return self.r3mem_config.adapter_rows == "all"
@@ -156,6 +169,20 @@ class Network(nn.Module):
         It disables adapters that act on memory tokens alone.
         """
         return contextlib.nullcontext() if self.adapts_tokens else self.disable_adapters()
+
+    def behind_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Read the model forward, behind memories or to write them, in the block: a context manager."""
+        return self.disable_adapters() if self.memories_are_of_base else contextlib.nullcontext()
+
+    def writer(self, *, dropout: float = 0.0) -> Writer:
+        """Writer of memories.
+
+        Args:
+            dropout: Probability with which a row does not see its memory, for memory tokens that learn.
+        """
+        if self.memory_embeddings is None:
+            return MatchedWriter(self.reader)
+        return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
 
     @contextlib.contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -267,10 +294,7 @@ class Network(nn.Module):
     def check_memories(self) -> None:
         """Raise ValueError for a model that makes and reads no memories."""
         if self.layout is None:
-            raise ValueError(
-                "the model has no memory tokens; make it with R3MemConfig(num_memory_tokens=16), or remember with "
-                "--memory-tokens 16"
-            )
+            raise ValueError(f"a model of {self.max_tokens} positions is too small for memories")
 
     def check_memory(self, memory: Memory, rows: int | None = None) -> None:
         """Check that a memory was made with this very model.
@@ -305,6 +329,7 @@ class Network(nn.Module):
             origin: Fingerprints that it carries; None: it is used within one pass, and nobody asks for them.
         """
         layout = self.reader.layout
+        matched = layout.writer == "matched"
         states = empty_states(layout, rows, self.reader.state_sizes(), dtype=self.dtype, device=self.device)
         return Memory(
             states=states,
@@ -315,6 +340,10 @@ class Network(nn.Module):
             labels=(None,) * rows,
             layout=layout,
             origin=cast(Origin, origin),
+            ages=torch.zeros(*states.shape[:1], *states.shape[2:5], dtype=torch.int32, device=self.device)
+            if matched
+            else None,
+            slots=torch.zeros(rows, dtype=torch.int64) if matched else None,
         )
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:
@@ -325,7 +354,7 @@ class Network(nn.Module):
             keep: Whether the tokens' own keys and values are kept.
             forward: Whether this is the forward direction, in which adapters may act on memory tokens alone.
         """
-        held = forward and not self.adapts_tokens
+        held = forward and not self.adapts_tokens and self.memory_embeddings is not None
         return self.reader.read(self.reader.new_cache(keep=keep, adapted_tokens=0 if held else None), memory)
 
     def origin(self) -> Origin:
@@ -345,6 +374,8 @@ class Network(nn.Module):
             raise RuntimeError("memories are made, and caches of them, before the model is read backward")
         if not self.adapts_tokens:
             check_tokens_can_be_chosen(self.peft_model)
+        if self.memories_are_of_base:
+            return Origin(self.base_fingerprint(), layout_fingerprint(self.reader.layout))
         return self._fingerprints.origin(self, adapters_off)
 
     def base_fingerprint(self) -> str:
@@ -354,28 +385,6 @@ class Network(nn.Module):
     def set_base_fingerprint(self, fingerprint: str) -> None:
         """Take over the fingerprint of the base model as it is now, which has just been computed."""
         self._fingerprints.set_base(self.peft_model, fingerprint)
-
-
-def _check_adapters(base, config):
-    if base.active_adapter != "default":
-        raise ValueError(f"the PeftModel's adapter must be called 'default', not {base.active_adapter!r}")
-    if base.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            "the PeftModel learns a prompt, which some of the methods here would read and others not; use an "
-            "adapter inside the layers, such as LoRA"
-        )
-    if config.adapter_rows == "memory":
-        check_tokens_can_be_chosen(base)
-
-
-def _lora_config(base, config):
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=target_pattern(base, config.target_modules, config.first_adapted_layer),
-    )
 
 
 def _positions_of(model):

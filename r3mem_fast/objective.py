@@ -68,6 +68,11 @@ def history_loss(
     if num_items is None:
         num_items = max(1, sum(int((segment.targets != IGNORED).sum()) for segment in segments))
     training = trains_through(network, segments)
+    if network.memory_embeddings is None and network.training and torch.is_grad_enabled():
+        raise ValueError(
+            "matched memories are written and read with no gradient, so that nothing would learn from this loss: call "
+            'eval() to measure it, or let memory tokens learn (memory_writer="tokens")'
+        )
     teacher = _Teacher(network, memory, rows) if training and network.r3mem_config.distillation_weight else None
 
     def outcome(segment, hidden):
@@ -131,7 +136,7 @@ def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[
     if len(contexts.ids) != len(queries.ids):
         raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
     found, memory = R3MemOutput(), None
-    if network.layout is not None and set(terms) & {"compress", "cycle"}:
+    if network.learns_memories and set(terms) & {"compress", "cycle"}:
         empty = network.new_memory(len(contexts.ids), origin=None)
         memory = compress_rows(network, contexts.lists(), empty, finish=True)
     if "expand" in terms:
@@ -167,7 +172,9 @@ def pair_loss(network: Network, found: R3MemOutput) -> torch.Tensor:
 def term_weights(network: Network) -> dict[str, float]:
     """Weights of the terms that a model can learn; `cycle` needs memory tokens."""
     config = network.r3mem_config
-    terms = TERMS if network.layout is not None else TERMS[:2]
+    terms = TERMS if network.learns_memories else TERMS[:2]
+    if network.learns_memories and network.memories_are_of_base:
+        terms = TERMS[1:]  # forward nothing learns
     return {term: getattr(config, f"{term}_weight") for term in terms}
 
 

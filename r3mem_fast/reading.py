@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +12,6 @@ from .batching import Rows
 from .integrations.fsdp import largest_of_ranks
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
-from .memory.writers.tokens import read_and_write
 from .network import Network
 from .reversible.replay import replay
 
@@ -24,9 +23,9 @@ def is_one_pass(network: Network, rows: Rows) -> bool:
         network: The model.
         rows: The rows.
     """
-    if network.layout is None or network.is_plain:
+    if not network.learns_memories or network.is_plain:
         return True
-    return largest_of_ranks(network, int(rows.mask.sum(1).max())) <= network.layout.segment_length
+    return largest_of_ranks(network, int(rows.mask.sum(1).max())) <= network.reader.layout.segment_length
 
 
 def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = False) -> list[Segment]:
@@ -51,7 +50,7 @@ def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = 
         ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + IGNORED])
     segments = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length)
     for segment in segments:
-        written = network.reader.layout.num_memory_tokens if segment.writes else 0
+        written = 0 if network.memory_embeddings is None or not segment.writes else len(network.memory_embeddings)
         network.check_length(segment.ids.shape[1] + written, behind_memory=True)
     return segments
 
@@ -63,7 +62,8 @@ def trains_through(network: Network, segments: Sequence[Segment]) -> bool:
         network: The model.
         segments: The segments.
     """
-    return network.training and torch.is_grad_enabled() and len(segments) > 1
+    learns = network.memory_embeddings is not None  # a matched memory carries no gradient
+    return learns and network.training and torch.is_grad_enabled() and len(segments) > 1
 
 
 def read_segments(
@@ -72,7 +72,7 @@ def read_segments(
     memory: Memory,
     outcome: Callable[[Segment, torch.Tensor], Any],
     on_tokens: Callable[[int], Any] | None = None,
-) -> tuple[list[Any], torch.Tensor]:
+) -> tuple[list[Any], Memory]:
     """Read segments one after the other, each behind the memory of those before it.
 
     Args:
@@ -86,43 +86,38 @@ def read_segments(
             none. It is not called where segments are run again in the backward pass.
 
     Returns:
-        The results of `outcome`, one for each segment, and the states of the memory after the last one.
+        The results of `outcome`, one for each segment, and the memory after the last one; what it carries as tokens is
+        left to `segments.advance`.
     """
     config = network.r3mem_config
-    states = memory.states.to(network.device, network.dtype)
+    memory = memory.to(network.device, network.dtype)
     training = trains_through(network, segments)
-
-    def read(segment, states):
-        before = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
-        return read_and_write(
-            network.reader,
-            segment,
-            before,
-            cast(torch.Tensor, network.memory_embeddings),
-            adapts_tokens=network.adapts_tokens,
-            dropout=config.memory_dropout if training else 0.0,
-        )
+    writer = network.writer(dropout=config.memory_dropout if training else 0.0)
 
     def step(segment, states):
-        hidden, states = read(segment, states)
-        return outcome(segment, hidden), states
+        before = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
+        hidden, after = writer.read(segment, before)
+        return outcome(segment, hidden), after.states
 
     if training and config.kept_segments == "none":
-        return replay(network, step, segments, states, bptt_segments=config.bptt_segments)
+        outcomes, states = replay(network, step, segments, memory.states, bptt_segments=config.bptt_segments)
+        return outcomes, dataclasses.replace(memory, states=states)
     outcomes = []
-    for index, segment in enumerate(segments):
-        if training and index and config.bptt_segments is not None and index % config.bptt_segments == 0:
-            states = states.detach()
-        on_host = training and config.kept_segments == "host"
-        with network.stack.on_host() if on_host else contextlib.nullcontext():
-            hidden, states = read(segment, states)
-            if training:  # the logits take as much memory as all else that a segment computes
-                outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
-            else:
-                outcomes.append(outcome(segment, hidden))
-        if on_tokens is not None:
-            on_tokens(sum(end - start for start, end in segment.own))
-    return outcomes, states
+    on_host = training and config.kept_segments == "host"
+    with network.behind_memory():
+        for index, segment in enumerate(segments):
+            if training and index and config.bptt_segments is not None and index % config.bptt_segments == 0:
+                memory = memory.detach()
+            with network.stack.on_host() if on_host else contextlib.nullcontext():
+                before = dataclasses.replace(memory, num_segments=segment.num_segments)
+                hidden, memory = writer.read(segment, before)
+                if training:  # the logits take as much memory as all else that a segment computes
+                    outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
+                else:
+                    outcomes.append(outcome(segment, hidden))
+            if on_tokens is not None:
+                on_tokens(sum(end - start for start, end in segment.own))
+    return outcomes, memory
 
 
 def compress_rows(
@@ -164,8 +159,8 @@ def compress_rows(
             f"max_memory_segments=None keeps {readable} segments within the model's positions, and this is more "
             "(to expand a memory compresses what is unfinished in it); use a number, or longer segments"
         )
-    _, states = read_segments(network, segments, memory, lambda segment, hidden: (), on_tokens)
-    return dataclasses.replace(memory, states=states, **carried)
+    _, after = read_segments(network, segments, memory, lambda segment, hidden: (), on_tokens)
+    return dataclasses.replace(after, **carried)
 
 
 def placed(rows: Rows, segments: Sequence[Segment], found: Sequence[torch.Tensor]) -> torch.Tensor:

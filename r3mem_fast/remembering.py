@@ -87,6 +87,6 @@ def _cut(model, codec, documents, taken):
     """Cut documents that are longer than the model's positions; see `cut_to_length` for what is returned."""
     if model.max_tokens is None:
         return documents, {}
-    before = 0 if model.layout is None else model.layout.first_position
+    before = model.reader.layout.first_position if model.learns_memories else 0
     most = max(1, int((model.max_tokens - before) / MAX_QUERY_OF_CONTEXT) - 16)
     return cut_to_length(documents, codec.count, most, taken)

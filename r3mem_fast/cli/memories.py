@@ -2,18 +2,24 @@
 
 import argparse
 import json
+import os
 from typing import Any
 
 from .common import adapter_of, begin, pipeline_of, say, texts_of
 from .options import add_adapter, add_row_options, add_run_options, positive
+
+_MODEL = "a folder or hub id; of an adapter: its base model (smollm2-135m; where it was when the adapter was made)"
 
 
 def add_commands(commands: Any) -> None:
     """Add the commands `compress`, `expand` and `generate`."""
     compress = commands.add_parser("compress", help="compress texts of any length into a memory file")
     compress.set_defaults(run=_compress)
-    add_adapter(compress, "folder of an adapter with memory tokens")
-    compress.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a row each")
+    what = (
+        "UTF-8 text files, a row each; before them the FOLDER of an adapter, or its hub id, whose memories are learned"
+    )
+    compress.add_argument("words", metavar="TEXT", nargs="+", help=what)
+    compress.add_argument("--model", help=_MODEL)
     compress.add_argument(
         "--output", "-o", required=True, metavar="FILE", help="the memory file, replaced if it is there"
     )
@@ -36,8 +42,9 @@ def add_commands(commands: Any) -> None:
 
     generate = commands.add_parser("generate", help="continue a prompt, with or without a memory before it")
     generate.set_defaults(run=_generate)
-    add_adapter(generate, "folder of the adapter that the memory was made with")
-    generate.add_argument("prompt", metavar="PROMPT", help="what is continued, behind every row of the memory")
+    what = "what is continued, behind every row of the memory; before it the FOLDER of an adapter, or its hub id"
+    generate.add_argument("words", metavar="PROMPT", nargs="+", help=what)
+    generate.add_argument("--model", help=_MODEL)
     generate.add_argument("--memory", metavar="FILE", help="a memory file; of several rows, each is continued")
     add_row_options(generate)
     generate.add_argument("--max-new-tokens", type=positive, default=64, help="tokens at most (%(default)s)")
@@ -53,6 +60,9 @@ def add_commands(commands: Any) -> None:
 def _compress(options: argparse.Namespace) -> int:
     from ..files import locked_file
 
+    # A word before the texts that is no file names an adapter.
+    first, *others = options.words
+    options.folder, options.texts = (first, others) if others and not os.path.isfile(first) else (None, options.words)
     with locked_file(options.output):
         return _compress_to(options)
 
@@ -60,12 +70,7 @@ def _compress(options: argparse.Namespace) -> int:
 def _compress_to(options: argparse.Namespace) -> int:
     import time
 
-    if not adapter_of(options)["r3mem_config"].get("num_memory_tokens"):
-        raise ValueError(
-            f"{options.folder} has no memory tokens, so it makes no memories; `r3mem remember --memory-tokens 16` or "
-            "`r3mem train` makes an adapter that does"
-        )
-    begin(options, f"Loading {options.folder}")
+    _begin(options)
     from .. import Memory
 
     # The line break that ends a file is left out, and put before what continues it.
@@ -76,7 +81,7 @@ def _compress_to(options: argparse.Namespace) -> int:
     memory = None if options.memory is None else Memory.load(options.memory)
     if memory is not None and {label and label[1] for label in memory.labels} != named.keys():
         texts = list(named.values())  # the names are other ones: go by the order of the rows
-    pipeline = pipeline_of(options, options.folder, base=options.model)
+    pipeline = _pipeline(options)
     started = time.perf_counter()
     memory = pipeline.compress(
         texts,
@@ -112,6 +117,9 @@ def _expand(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
+    if len(options.words) > 2:
+        raise ValueError(f"one prompt, and the folder of an adapter before it: got {options.words}; quote the prompt")
+    options.folder, options.prompt = [None, *options.words][-2:]
     pipeline, memory = _with_memory(options)
     torch.manual_seed(options.seed)
     settings = {"do_sample": options.temperature is not None or options.top_p is not None}
@@ -130,24 +138,40 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _begin(options: argparse.Namespace) -> None:
+    """Say what is loaded, once the adapter that is asked for is known to be there."""
+    if options.folder is not None:
+        adapter_of(options)
+    begin(options, f"Loading {_model(options)}")
+
+
+def _model(options: argparse.Namespace) -> str:
+    return options.folder or options.model or "smollm2-135m"
+
+
+def _pipeline(options: argparse.Namespace) -> Any:
+    """The pipeline of an adapter with its base model, or of a model alone."""
+    base = {} if options.folder is None else {"base": options.model}
+    return pipeline_of(options, _model(options), **base)
+
+
 def _with_memory(options: argparse.Namespace) -> tuple[Any, Any]:
     """The pipeline of a folder, and the rows of the memory that are asked for; None without a memory."""
-    adapter_of(options)
-    begin(options, f"Loading {options.folder}")
+    _begin(options)
     from .. import Memory
 
     wanted = (options.level, options.name) != (None, None)
     if options.memory is None:
         if wanted:
             raise ValueError("--level and --name choose rows of a memory; pass --memory")
-        return pipeline_of(options, options.folder, base=options.model), None
+        return _pipeline(options), None
     memory = Memory.load(options.memory)  # before the model, so that a damaged file is reported at once
     if wanted:
         try:
             memory = memory.select(options.level, options.name)
         except KeyError as error:
             raise ValueError(error.args[0]) from None
-    pipeline = pipeline_of(options, options.folder, base=options.model)
+    pipeline = _pipeline(options)
     return pipeline, memory.to(pipeline.model.device)
 
 

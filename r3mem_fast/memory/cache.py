@@ -1,13 +1,14 @@
 """`PrefixCache`: a key-value cache with a memory before its tokens."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 
 from ..integrations import attention
+from ..integrations.capture import implementation_of
 from ..reversible.past import MemoryNotReadError, PassCache, States
 from .rotary import Rotation
 
@@ -49,9 +50,10 @@ class PrefixCache(PassCache):
         self._prefix: torch.Tensor | None = None
         self._visible: torch.Tensor | None = None
         self._all_visible = True
+        self._ages: torch.Tensor | None = None
         self._placed: dict[int, States] = {}  # the memory by layer, at its positions
         self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
-        self._rotation: Any = None
+        self.rotation: Any = None
         self._positions: torch.Tensor | None = None  # of the captured tokens
         self._widened: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # masks of this pass
         self._apart = False  # whether masks carry the memory
@@ -62,17 +64,21 @@ class PrefixCache(PassCache):
         self._attended: set[int] = set()
         self.passes = 0
 
-    def read(self, prefix: torch.Tensor, visible: torch.Tensor, all_visible: bool) -> "PrefixCache":
+    def read(
+        self, prefix: torch.Tensor, visible: torch.Tensor, all_visible: bool, ages: torch.Tensor | None = None
+    ) -> "PrefixCache":
         """Set the memory; returns the cache.
 
         Args:
             prefix: Keys without positions, and values, `[layers, 2, B, kv_heads, N, head_dim]`.
             visible: Which of them each row has, the last ones, bool `[B, N]`.
             all_visible: Whether all of `visible` is true; to ask its device would synchronise.
+            ages: Tokens from each key to the cache's first token, `[layers, B, kv_heads, N]`; None: the keys stand
+                right before it, in order.
         """
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed = prefix, visible, {}
-            self._all_visible = all_visible
+            self._all_visible, self._ages = all_visible, ages
         return self
 
     @property
@@ -101,12 +107,13 @@ class PrefixCache(PassCache):
         config = decoder.config
         if self._decoder not in (None, decoder):
             raise ValueError("the cache is of another model's memory; make one with memory.to_cache(model)")
-        if config._attn_implementation not in ("eager", "sdpa", attention.NAME):
+        implementation = implementation_of(config)
+        if implementation not in ("eager", "sdpa", attention.NAME):
             raise ValueError(
-                f"attn_implementation={config._attn_implementation!r} cannot read a memory, and would drop it; load "
+                f"attn_implementation={implementation!r} cannot read a memory, and would drop it; load "
                 f'the model with attn_implementation="sdpa", "eager" or "{attention.NAME}"'
             )
-        self._apart = config._attn_implementation == attention.NAME
+        self._apart = implementation == attention.NAME
         signature = inspect.signature(decoder.forward)
         if "position_ids" not in signature.parameters:
             raise ValueError(
@@ -127,17 +134,28 @@ class PrefixCache(PassCache):
         self._widened, self._written = {}, {}
         self._expected = set(range(len(layers)))  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
-        self._rotation = Rotation(decoder, layers, order, config)
+        self.rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
         if self._apart and self._visible is not None and not self._all_visible:
             self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
         if self._prefix is not None and not self._placed:
-            places = torch.arange(self.first_position - self.prefix_length, self.first_position, device=tokens.device)
-            tables = self._rotation.tables(places[None], self._prefix, seen_with=positions)
-            for index, (keys, values) in enumerate(self._prefix):
-                self._placed[index] = (self._rotation.rotated(keys, tables(index)), values)
+            self._place(self._prefix, positions)
         return arguments
+
+    def _place(self, prefix, positions):
+        """Put a memory's keys to their positions. positions: those of the pass, `[1 or B, T]`."""
+        first = self.first_position
+        if self._ages is None:
+            places = torch.arange(first - self.prefix_length, first, device=positions.device)
+            tables = self.rotation.tables(places[None], prefix, seen_with=positions)
+            for index, (keys, values) in enumerate(prefix):
+                self._placed[index] = (self.rotation.rotated(keys, tables(index)), values)
+            return
+        tables = position_tables(self.rotation, first, prefix, positions)
+        places = (first - self._ages.long()).clamp_min(0)
+        for index, (keys, values) in enumerate(prefix):
+            self._placed[index] = (self.rotation.rotated_to(keys, tables(index), places[index]), values)
 
     def end_pass(self):
         """Check that each layer of the decoder's call has read the memory, and written its own keys and values.
@@ -197,10 +215,10 @@ class PrefixCache(PassCache):
     def captured(self) -> torch.Tensor:
         """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
         some = self._written[0][0]
-        tables = self._rotation.tables(self._positions, some)
+        tables = self.rotation.tables(self._positions, some)
         layers = [self._written[index] for index in range(len(self._written))]
         return torch.stack(
-            [torch.stack([self._rotation.unrotated(k, tables(i)), v]) for i, (k, v) in enumerate(layers)]
+            [torch.stack([self.rotation.unrotated(k, tables(i)), v]) for i, (k, v) in enumerate(layers)]
         )
 
     def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
@@ -270,6 +288,21 @@ class PrefixCache(PassCache):
         if self._visible is not None and self._prefix is not None:
             self._visible, self._prefix = change(self._visible, 0), change(self._prefix, 2)
             self._placed = {i: tuple(change(t, 0) for t in pair) for i, pair in self._placed.items()}
+            self._ages = None if self._ages is None else change(self._ages, 1)
+
+
+def position_tables(rotation: Rotation, first: int, like: torch.Tensor, positions: torch.Tensor) -> Callable:
+    """Tables of all positions up to a pass's first one, for `Rotation.rotated_to`.
+
+    Args:
+        rotation: The model's.
+        first: That position.
+        like: A tensor of the model's dtype, on its device.
+        positions: Positions of the pass's tokens, int64 `[1 or B, T]`.
+    """
+    places = torch.arange(first + 1, device=positions.device)[None]
+    # For all rows alike: what some models choose by the largest position of a pass is that of the whole batch.
+    return rotation.tables(places, like, seen_with=positions.amax(0, keepdim=True))
 
 
 def _additive(visible, dtype):

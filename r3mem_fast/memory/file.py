@@ -14,6 +14,7 @@ import struct
 from typing import Any
 
 FORMAT_VERSION = 1
+MATCHED_VERSION = 2  # of a matched memory, which earlier versions cannot read
 KIND = "r3mem_fast memory"
 METADATA = "r3mem"
 NO_DIGEST = "0" * 64  # stands in the checksum's place while it is computed
@@ -122,10 +123,10 @@ def _header(content: Any) -> Header:
     try:
         tensors = json.loads(content[8:begin])
         metadata = json.loads(tensors.pop("__metadata__")[METADATA])
-        if metadata["kind"] != KIND or metadata["format_version"] != FORMAT_VERSION:
+        if metadata["kind"] != KIND or metadata["format_version"] not in (FORMAT_VERSION, MATCHED_VERSION):
             raise ValueError(
                 f"it is {metadata['kind']!r} of format {metadata['format_version']!r}; this version reads {KIND!r} of "
-                f"format {FORMAT_VERSION}"
+                f"format {FORMAT_VERSION} and {MATCHED_VERSION}"
             )
         integers: dict[str, list[int]] = {}
         nbytes = 0

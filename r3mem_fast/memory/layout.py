@@ -14,6 +14,10 @@ class MemoryLayout:
         keeps_all: Whether one segment more is an error. If not, the oldest one is forgotten.
         placement: "every_layer" or "input", see `R3MemConfig.memory_placement`.
         segment_overlap: Number of tokens, directly before a segment, that are read again with it.
+        writer: "tokens" or "matched", see `R3MemConfig.memory_writer`. What follows is of matched memories.
+        budget: Slots that a row's memory has at most.
+        beyond_budget: "rematch", "forget" or "error", see `R3MemConfig.beyond_budget`.
+        reach: Largest age of a slot, in tokens; what is older keeps this age.
     """
 
     num_memory_tokens: int
@@ -22,11 +26,27 @@ class MemoryLayout:
     keeps_all: bool
     placement: str
     segment_overlap: int = 0
+    writer: str = "tokens"
+    budget: int = 0
+    beyond_budget: str = "rematch"
+    reach: int = 0
 
     @property
     def first_position(self) -> int:
         """Position of a segment's first token, with whatever memory before it."""
-        return self.readable_segments * self.num_memory_tokens
+        return self.reach if self.writer == "matched" else self.readable_segments * self.num_memory_tokens
+
+    @property
+    def most_slots(self) -> int:
+        """Slots that a row's memory has at most."""
+        return self.budget if self.writer == "matched" else self.readable_segments * self.num_memory_tokens
+
+    def to_dict(self) -> dict:
+        """Its fields as values for JSON; format 1 of memory files has those alone that memory tokens need."""
+        fields = dataclasses.asdict(self)
+        if self.writer == "tokens":
+            fields = {name: fields[name] for name in list(fields)[:6]}
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from ..choices import PLACEMENTS
+from ..choices import PLACEMENTS, WRITERS
 from ..files import replacing
 from . import file as memory_file
 from .layout import MemoryLayout, Origin
-from .states import BATCH, SLOTS, widened
+from .states import BATCH, SLOTS, joined_ages, widened
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +34,9 @@ class Memory:
         labels: Label of each row, `(level, name)` such as ("document", "chapter 1"), or None.
         layout: Sizes and settings that it was made with.
         origin: Fingerprints of what it was made with.
+        ages: Tokens from each slot of a matched memory to the first token behind it, int32
+            `[layers, B, kv_heads, N]`, on the states' device; None: the slots stand right before it, in order.
+        slots: Slots that each row of a matched memory has, int64 `[B]`, on the CPU; None: its segments say it.
     """
 
     states: torch.Tensor
@@ -44,6 +47,8 @@ class Memory:
     labels: tuple[tuple[str, str] | None, ...]
     layout: MemoryLayout
     origin: Origin
+    ages: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.num_segments)
@@ -71,7 +76,7 @@ class Memory:
         Returns:
             `states`, `num_segments`, `tokens_seen`, `unfinished` (the ids of all rows, joined) and
             `unfinished_lengths` (their number in each row, int64 `[B]`); with a segment overlap also `recent` and
-            `recent_lengths`.
+            `recent_lengths`; of a matched memory also `ages` and `slots`.
         """
         ragged = {"unfinished": self.unfinished}
         if self.layout.segment_overlap:
@@ -80,6 +85,8 @@ class Memory:
         for name, rows in ragged.items():
             found[name] = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
             found[f"{name}_lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        if self.ages is not None and self.slots is not None:
+            found |= {"ages": self.ages, "slots": self.slots}
         return found
 
     def visible(self) -> torch.Tensor:
@@ -89,7 +96,9 @@ class Memory:
     def visible_on_host(self) -> torch.Tensor:
         """Mask of the memory tokens that each row has: bool `[B, N]`, on the CPU."""
         slots = self.states.shape[SLOTS[self.layout.placement]]
-        kept = self.num_segments.clamp_max(self.layout.readable_segments) * self.layout.num_memory_tokens
+        kept = self.slots
+        if kept is None:
+            kept = self.num_segments.clamp_max(self.layout.readable_segments) * self.layout.num_memory_tokens
         return torch.arange(slots) >= slots - kept[:, None]
 
     def to(self, *args: Any, **kwargs: Any) -> "Memory":
@@ -99,7 +108,9 @@ class Memory:
             args: Arguments of `Tensor.to`.
             kwargs: Keyword arguments of `Tensor.to`.
         """
-        return dataclasses.replace(self, states=self.states.to(*args, **kwargs))
+        states = self.states.to(*args, **kwargs)
+        ages = None if self.ages is None else self.ages.to(states.device)
+        return dataclasses.replace(self, states=states, ages=ages)
 
     def detach(self) -> "Memory":
         """Copy of it with states that carry no gradient."""
@@ -166,6 +177,8 @@ class Memory:
             unfinished=tuple(self.unfinished[i] for i in pick),
             recent=tuple(self.recent[i] for i in pick),
             labels=tuple(self.labels[i] for i in pick),
+            ages=None if self.ages is None else self.ages.index_select(1, chosen.to(self.device)),
+            slots=None if self.slots is None else self.slots[chosen],
         )
 
     def __getitem__(self, row: int | slice | tuple[str | None, str | None]) -> "Memory":
@@ -212,6 +225,8 @@ class Memory:
             unfinished=sum((m.unfinished for m in memories), ()),
             recent=sum((m.recent for m in memories), ()),
             labels=sum((m.labels for m in memories), ()),
+            ages=joined_ages([m.ages for m in memories], slots),
+            slots=None if first.slots is None else torch.cat([m.slots for m in memories if m.slots is not None]),
         )
 
     def save(self, path: str | Path) -> None:
@@ -222,9 +237,9 @@ class Memory:
         """
         metadata = {
             "kind": memory_file.KIND,
-            "format_version": memory_file.FORMAT_VERSION,
+            "format_version": memory_file.FORMAT_VERSION if self.slots is None else memory_file.MATCHED_VERSION,
             "digest": memory_file.NO_DIGEST,
-            "layout": dataclasses.asdict(self.layout),
+            "layout": self.layout.to_dict(),
             "origin": dataclasses.asdict(self.origin),
             "labels": self.labels,
         }
@@ -275,7 +290,11 @@ def _from_tensors(cls, metadata, tensors):
     """
     layout, origin = MemoryLayout(**metadata["layout"]), Origin(**metadata["origin"])
     numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments, layout.segment_overlap + 1)
-    if layout.placement not in PLACEMENTS or not all(type(number) is int and number > 0 for number in numbers):
+    if (
+        layout.writer not in WRITERS
+        or layout.placement not in PLACEMENTS
+        or not all(type(number) is int and number > 0 for number in numbers)
+    ):
         raise ValueError(f"its layout is {layout}")
     if not all(isinstance(part, str) for part in (origin.base, origin.adapter, origin.tokenizer or "")):
         raise ValueError(f"its origin is {origin}")
@@ -290,11 +309,17 @@ def _from_tensors(cls, metadata, tensors):
     recent = (torch.zeros(0, dtype=torch.int64),) * rows
     if layout.segment_overlap:
         recent = _ragged(tensors, "recent", rows, longest=layout.segment_overlap)
-    kept = int(segments.clamp_max(layout.readable_segments).max()) if rows else 0
+    matched = layout.writer == "matched"
+    ages, slots = (tensors["ages"], tensors["slots"].cpu()) if matched else (None, None)
+    kept = segments.clamp_max(layout.readable_segments) * layout.num_memory_tokens if slots is None else slots
     fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
     fits = fits and states.shape[BATCH[layout.placement]] == rows
-    fits = fits and states.shape[SLOTS[layout.placement]] >= kept * layout.num_memory_tokens
-    fits = fits and states.shape[SLOTS[layout.placement]] <= layout.first_position
+    fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64
+    fits = fits and states.shape[SLOTS[layout.placement]] >= (int(kept.max()) if rows else 0)
+    fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots
+    if fits and ages is not None:
+        fits = ages.dtype == torch.int32 and ages.shape == (states.shape[0], *states.shape[2:5])
+        fits = fits and bool((ages >= 0).all() and (ages <= layout.reach).all())
     if not fits or (layout.placement == "every_layer" and states.shape[1] != 2):
         raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {rows} rows of {layout}")
     return cls(
@@ -306,6 +331,8 @@ def _from_tensors(cls, metadata, tensors):
         tuple(label and tuple(label) for label in labels),
         layout,
         origin,
+        ages,
+        slots,
     )
 
 

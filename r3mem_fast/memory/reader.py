@@ -26,7 +26,7 @@ class MemoryReader:
     """
 
     def __init__(self, model: Any, stack: ReversibleStack, decoder: nn.Module, layout: MemoryLayout):
-        self._model, self._stack, self._decoder, self.layout = model, stack, decoder, layout
+        self._model, self._stack, self.decoder, self.layout = model, stack, decoder, layout
         self._measured: tuple[int, ...] | None = None
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class MemoryReader:
             settings: More arguments of `PrefixCache`.
         """
         first = self.layout.first_position if first_position is None else first_position
-        return PrefixCache(text_config(self._model.config), first_position=first, decoder=self._decoder, **settings)
+        return PrefixCache(text_config(self._model.config), first_position=first, decoder=self.decoder, **settings)
 
     def read(self, cache: PrefixCache, memory: Memory) -> PrefixCache:
         """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
@@ -59,7 +59,7 @@ class MemoryReader:
             places = torch.arange(count, device=device).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
             states = seen.captured()
-        return cache.read(states, visible, all_visible)
+        return cache.read(states, visible, all_visible, None if memory.ages is None else memory.ages.to(device))
 
     def decode(
         self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
@@ -77,9 +77,9 @@ class MemoryReader:
             The last hidden states, `[batch, tokens, hidden_size]`.
         """
         positions = positions_of_mask(mask) if positions is None else positions
-        given = cache_argument(self._decoder, cache)
+        given = cache_argument(self.decoder, cache)
         with self._stack.must_read(cache):
-            return self._decoder(
+            return self.decoder(
                 inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, **given
             ).last_hidden_state
 
@@ -112,7 +112,7 @@ class MemoryReader:
     def _refuse_keys_that_cannot_be_moved(self, keys, tokens):
         limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
         # Learned positions are part of what the tokens are, and nothing is moved.
-        step = min(37, (limit or 64) - tokens) if is_rotary(self._decoder) else 0
+        step = min(37, (limit or 64) - tokens) if is_rotary(self.decoder) else 0
         moved = self._keys_at(step).flatten(1) - keys.flatten(1)
         error = (moved.norm(dim=1) / keys.flatten(1).norm(dim=1)).max().item()
         if not error <= max(0.01, 16 * torch.finfo(self._model.dtype).eps):

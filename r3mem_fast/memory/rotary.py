@@ -110,6 +110,26 @@ class Rotation:
             return keys
         return self._turned(keys, *tables).to(keys.dtype)
 
+    def rotated_to(
+        self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None, places: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotate each key to a position of its own.
+
+        Args:
+            keys: Keys without rotation, `[B, kv_heads, N, head_dim]`.
+            tables: What a function that `tables` returned gives for the keys' layer, for positions `[1, T]`.
+            places: Place of each key's position among these, int64 `[B, kv_heads, N]`.
+
+        Returns:
+            The rotated keys, in the shape and dtype of `keys`.
+        """
+        if tables is None or not places.numel():
+            return keys
+        # Each head of each row as a row of its own: the model's function has positions by row.
+        cos, sin = (table[0][places].flatten(0, 1) for table in tables)
+        turned = self._turned(keys.flatten(0, 1)[:, None], cos, sin)
+        return turned[:, 0].reshape(keys.shape).to(keys.dtype)
+
     def unrotated(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """Take the rotation to the positions of the tables off keys; the inverse of `rotated`.
 

@@ -71,3 +71,16 @@ def widened(states: torch.Tensor, slots: int, placement: str) -> torch.Tensor:
     shape = list(states.shape)
     shape[dim] = slots - shape[dim]
     return torch.cat([states.new_zeros(shape), states], dim) if shape[dim] else states
+
+
+def joined_ages(ages: Sequence[torch.Tensor | None], slots: int) -> torch.Tensor | None:
+    """Join the ages of several memories.
+
+    Args:
+        ages: Ages of each, int32 `[layers, B, kv_heads, N]`; None: the memories have none.
+        slots: N of the result.
+    """
+    found = [given for given in ages if given is not None]
+    if not found:
+        return None
+    return torch.cat([torch.nn.functional.pad(given, (slots - given.shape[-1], 0)) for given in found], 1)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+from ..integrations.capture import implementation_of
 from ..integrations.compat import cache_name, captured_outputs
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
 from .inference import versioned_tensors
@@ -365,7 +366,7 @@ def _with_memory_in_mask(layer, hidden, kwargs):
         raise MemoryNotReadError(
             f"a {type(layer).__name__} is given no attention_mask, in which a memory would be let in"
         )
-    implementation = layer.reversible.decoder.config._attn_implementation
+    implementation = implementation_of(layer.reversible.decoder.config)
     mask = cache.widened(kwargs.get("attention_mask"), hidden, layer_index(layer), implementation)
     return {**kwargs, "attention_mask": mask}
 

@@ -26,45 +26,53 @@ def new_memory_embeddings(token_embeddings: torch.Tensor, count: int) -> nn.Para
     return nn.Parameter(known.mean(0) + known.std(0) * noise)
 
 
-def read_and_write(
-    reader: MemoryReader,
-    segment: Segment,
-    memory: Memory,
-    memory_embeddings: torch.Tensor,
-    *,
-    adapts_tokens: bool = True,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read a segment behind a memory, and write its own memory if the segment asks for it. Differentiable.
+class TokenWriter:
+    """Writes the memory of a segment with learned memory tokens behind it.
 
     Args:
-        reader: The decoder.
-        segment: A piece of A rows of a batch of B.
-        memory: What comes before, of B rows.
-        memory_embeddings: `[num_memory_tokens, width]`.
-        adapts_tokens: Whether adapters act on the segment's tokens, too, or on memory tokens alone.
-        dropout: Probability with which a row does not see the memory.
-
-    Returns:
-        The segment's last hidden states, `[A, n, hidden_size]`, and the memory's states after it.
+        reader: Reads memories with the model's decoder.
+        memory_embeddings: The memory tokens' embeddings, `[num_memory_tokens, width]`.
+        adapts_tokens: Whether adapters act on a segment's tokens, too, or on memory tokens alone.
+        dropout: Probability with which a row does not see its memory.
     """
-    rows = list(segment.rows)
-    read = memory.rows(rows) if len(rows) < len(memory) else memory
-    if dropout:
-        # Drawn within the segment, so that it is the same when the segment is run again.
-        seen = torch.rand(len(rows)) >= dropout
-        read = dataclasses.replace(read, num_segments=read.num_segments * seen)
-    embeddings = reader.embeddings_of(segment.ids)
-    mask, count = segment.mask.to(embeddings.device), 0
-    if segment.writes:
-        count = len(memory_embeddings)
-        written = memory_embeddings.to(embeddings.dtype).expand(len(rows), -1, -1)
-        embeddings = torch.cat([embeddings, written], 1)
-        mask = torch.cat([mask, mask.new_ones(len(rows), count)], 1)
-    cache = reader.new_cache(keep=False, capture=count, adapted_tokens=None if adapts_tokens else count)
-    hidden = reader.decode(embeddings, mask, reader.read(cache, read))
-    states = memory.states
-    if segment.writes:
-        written = hidden[:, -count:] if memory.layout.placement == "input" else cache.captured()
-        states = appended(states, written, rows, memory.layout)
-    return hidden[:, : hidden.shape[1] - count], states
+
+    def __init__(
+        self,
+        reader: MemoryReader,
+        memory_embeddings: torch.Tensor,
+        *,
+        adapts_tokens: bool = True,
+        dropout: float = 0.0,
+    ):
+        self._reader, self._embeddings = reader, memory_embeddings
+        self._adapts_tokens, self._dropout = adapts_tokens, dropout
+
+    def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
+        """Read a segment behind a memory, and write it into the memory if the segment asks for it. Differentiable.
+
+        Args:
+            segment: A piece of A rows of a batch of B.
+            memory: The memory of what comes before, of B rows.
+
+        Returns:
+            The segment's last hidden states, `[A, n, hidden_size]`, and the memory with the states after it.
+        """
+        reader, rows = self._reader, list(segment.rows)
+        read = memory.rows(rows) if len(rows) < len(memory) else memory
+        if self._dropout:
+            # Drawn within the segment, so that it is the same when the segment is run again.
+            seen = torch.rand(len(rows)) >= self._dropout
+            read = dataclasses.replace(read, num_segments=read.num_segments * seen)
+        embeddings = reader.embeddings_of(segment.ids)
+        mask, count = segment.mask.to(embeddings.device), 0
+        if segment.writes:
+            count = len(self._embeddings)
+            written = self._embeddings.to(embeddings.dtype).expand(len(rows), -1, -1)
+            embeddings = torch.cat([embeddings, written], 1)
+            mask = torch.cat([mask, mask.new_ones(len(rows), count)], 1)
+        cache = reader.new_cache(keep=False, capture=count, adapted_tokens=None if self._adapts_tokens else count)
+        hidden = reader.decode(embeddings, mask, reader.read(cache, read))
+        if segment.writes:
+            written = hidden[:, -count:] if memory.layout.placement == "input" else cache.captured()
+            memory = dataclasses.replace(memory, states=appended(memory.states, written, rows, memory.layout))
+        return hidden[:, : hidden.shape[1] - count], memory

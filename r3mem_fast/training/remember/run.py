@@ -16,6 +16,7 @@ from ...hierarchy.passage import MAX_QUERY_SHARE
 from ...integrations.scoped import evaluating, unchanged_on_failure
 from ...manifest import REMEMBER_CHECKPOINT
 from ...model import R3MemModel
+from ...objective import term_weights
 from ...reversible import check_integrity
 from ..collate import collate_ids
 from ..machine import steps_at_most, warn_if_busy
@@ -127,7 +128,7 @@ class Run:
         self.step, self.epoch, self.seconds = 0, 0, 0.0
         self.queue: list[list[int]] = []
         config = model.r3mem_config
-        weights = {"expand": config.expand_weight, "cycle": config.cycle_weight if model.layout is not None else 0}
+        weights = {"expand": config.expand_weight, "cycle": config.cycle_weight if model.learns_memories else 0}
         self.weights = {term: weight for term, weight in weights.items() if weight}
         self.known = {term: [False] * len(pairs) for term in self.weights}
         self.losses: dict[str, float | None] = dict.fromkeys(self.weights)
@@ -209,13 +210,14 @@ class Run:
         bar.set_postfix(parts)
 
     def _train_on(self, batch):
-        settings, config, model = self.settings, self.model.r3mem_config, self.model
+        settings, model = self.settings, self.model
         inputs = self._batch([self.rows[index] for index in batch])
         for term in self.weights:
             self._learn(term, batch, inputs)
-        if config.compress_weight and settings.compress_every and self.step % settings.compress_every == 0:
+        weight = term_weights(model).get("compress", 0.0)
+        if weight and settings.compress_every and self.step % settings.compress_every == 0:
             compress = model(**inputs, terms=["compress"]).compress_loss
-            (config.compress_weight * compress).backward()
+            (weight * compress).backward()
             self.compress_loss = compress.item()
         if self.decoys and "expand" in self.weights and self.step % settings.decoys_every == 0:
             self._refuse(decoys(self.pairs, self.decoys, random.Random(f"{settings.seed}/{self.step}")))
@@ -377,7 +379,7 @@ class Run:
                     f"document {pair.document!r}: a context ({pair.level}) has the model's end token in it, with "
                     "which every recall ends; take it out of the text"
                 )
-            before = 0 if self.model.layout is None else self.model.layout.first_position
+            before = self.model.reader.layout.first_position if self.model.learns_memories else 0
             if limit is not None and length(self.rows[index]) + before > limit:
                 raise ValueError(
                     f"document {pair.document!r}: a context of {len(self.rows[index][0])} tokens ({pair.level}) "

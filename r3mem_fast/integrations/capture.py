@@ -1,0 +1,95 @@
+"""What the attention of each layer asks in a pass: queries, at their positions, and the settings of the attention."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_SEPARATOR = "+r3mem-capture-"
+
+
+class AttentionCall(NamedTuple):
+    """One layer's attention in one pass.
+
+    Attributes:
+        query: Queries at their positions (rotated), `[B, heads, T, head_dim]`.
+        scale: Factor of `q · k`.
+        softcap: c of `c * tanh(scale * q · k / c)`; None: no cap.
+        window: Number of keys that a query sees, its own included; None: all before it.
+        sinks: One logit for each query head that takes part in the softmax and has no value, `[heads]`; None: none.
+    """
+
+    query: torch.Tensor
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: torch.Tensor | None
+
+    @property
+    def settings(self) -> tuple:
+        """What layers that can be computed together have in common."""
+        return self.scale, self.softcap, self.window, self.sinks is None
+
+
+def implementation_of(config: Any) -> str:
+    """Name of a model's attention, also while it is captured."""
+    return str(config._attn_implementation).partition(_SEPARATOR)[0]
+
+
+@contextlib.contextmanager
+def captured_attention(config: Any) -> Iterator[dict[int, AttentionCall]]:
+    """Note each layer's attention in the block, by the layer's index in the cache; the attention computes as always.
+
+    The model's attention goes by another name meanwhile, under which a function is registered that calls it.
+
+    Args:
+        config: Configuration of the decoder.
+
+    Raises:
+        ValueError: In the block: an attention is of a kind that is not known here.
+    """
+    name = config._attn_implementation
+    calls: dict[int, AttentionCall] = {}
+
+    def attention(module: Any, query: torch.Tensor, *tensors: torch.Tensor, **settings: Any) -> Any:
+        if settings.get("position_bias") is not None:
+            raise ValueError(
+                f"a {type(module).__name__} has a bias for each pair of positions, for which no memory can be matched"
+            )
+        if settings.get("sliding_window") is not None:
+            raise ValueError(
+                f"a {type(module).__name__} has a sliding window, beyond which a matched memory would let it see; "
+                'memory tokens (memory_writer="tokens") can be learned for this model'
+            )
+        scale = settings.get("scaling")
+        calls[module.layer_idx] = AttentionCall(
+            query.detach(),
+            query.shape[-1] ** -0.5 if scale is None else float(scale),
+            settings.get("softcap"),
+            settings.get("sliding_window"),
+            settings.get("s_aux"),
+        )
+        return _attention_of(module, name)(module, query, *tensors, **settings)
+
+    # A name of its own for each capture, so that captures in other threads do not meet.
+    captured = f"{name}{_SEPARATOR}{id(calls):x}"
+    AttentionInterface.register(captured, attention)
+    AttentionMaskInterface.register(captured, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    config._attn_implementation = captured
+    try:
+        yield calls
+    finally:
+        config._attn_implementation = name
+        AttentionInterface._global_mapping.pop(captured)
+        AttentionMaskInterface._global_mapping.pop(captured)
+
+
+def _attention_of(module: Any, name: str) -> Callable:
+    if name == "eager":  # a function of the model's own module
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]

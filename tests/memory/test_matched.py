@@ -1,0 +1,205 @@
+"""Matched memories: few keys with new values, for any model, with no training."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r3mem_fast import Memory, R3MemConfig, R3MemModel
+from r3mem_fast.memory.writers import matched
+from r3mem_fast.reversible.stack import Mode
+from tests.reversible.tiny import build
+
+SLOTS, LENGTH, OVERLAP = 6, 16, 4
+ROTARY = ("llama", "qwen2", "qwen3", "gpt_neox", "olmo2")
+ABSOLUTE = ("gpt2", "opt")
+
+
+def network(family="llama", seed=0, **changes):
+    settings = {"num_memory_tokens": SLOTS, "memory_budget": 2 * SLOTS, "segment_length": LENGTH}
+    settings |= {"segment_overlap": OVERLAP, "adapter_rows": "memory", "core": (1, 3), **changes}
+    base = build(family, scale=2.0, seed=seed)
+    return R3MemModel(base, R3MemConfig(memory_writer="matched", **settings)).eval()
+
+
+def ids_of(tokens, rows=1, seed=0):
+    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "r3mem"])
+@pytest.mark.parametrize("family", ROTARY)
+def test_where_nothing_is_left_out_nothing_is_lost(family, implementation):
+    """A memory with a slot for every token is the context: a control for all of positions, masks and reading."""
+    model = network(family, num_memory_tokens=LENGTH, memory_budget=4 * LENGTH)
+    model.plain_model.set_attn_implementation(implementation)
+    context, text = ids_of(40), ids_of(9, seed=1)
+    memory = model.compress(context, finish=True)
+    assert memory.slots.tolist() == [40 - OVERLAP]
+    behind = model(text, memory=memory).logits
+    with torch.no_grad(), model.disable_adapters():
+        whole = model.plain_model(torch.cat([context, text], 1)).logits[:, 40:]
+    assert (behind - whole).abs().max() < 2e-3 * whole.abs().max()
+
+
+@pytest.mark.parametrize("family", [*ROTARY, *ABSOLUTE])
+def test_the_base_model_reads_and_is_as_it_was(family):
+    model = network(family)
+    text = ids_of(9, seed=1)
+    with torch.no_grad(), model.disable_adapters():
+        before = model.plain_model(text).logits
+    implementation = model.plain_model.config._attn_implementation
+    memory = model.compress(ids_of(40), finish=True)
+    assert model.plain_model.config._attn_implementation == implementation
+    assert model.stack.mode is Mode.REVERSIBLE
+    assert torch.equal(model(text).logits, before)
+    assert not torch.equal(model(text, memory=memory).logits, before)
+    other = model.compress(ids_of(40, seed=2), finish=True)
+    assert not torch.equal(model(text, memory=memory).logits, model(text, memory=other).logits)
+
+
+def test_new_values_are_nearer_to_the_context_than_old_ones(monkeypatch):
+    """That of the kept keys, with their own values and with those in closed form: what the match is for."""
+    model = network()
+    context, text = ids_of(LENGTH + OVERLAP), ids_of(LENGTH, seed=1)
+    with torch.no_grad(), model.disable_adapters():
+        whole = model.plain_model(torch.cat([context, text], 1)).logits[:, context.shape[1] :]
+
+    def error():
+        return (model(text, memory=model.compress(context, finish=True)).logits - whole).pow(2).mean()
+
+    fitted = error()
+    monkeypatch.setattr(matched, "_solved", lambda gram, residual: torch.zeros_like(residual))
+    assert fitted < 0.8 * error()
+
+
+@settings(max_examples=12)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from(["rematch", "forget"]))
+def test_in_pieces_as_in_one(pieces, beyond):
+    model = network(beyond_budget=beyond)
+    ids = ids_of(sum(pieces))
+    whole, memory, start = model.compress(ids), None, 0
+    for piece in pieces:
+        memory = model.compress(ids[:, start : start + piece], memory=memory)
+        start += piece
+    assert torch.equal(memory.states, whole.states) and torch.equal(memory.ages, whole.ages)
+    assert memory.slots.tolist() == whole.slots.tolist() and memory.tokens_seen.tolist() == [len(ids[0])]
+    assert torch.equal(memory.unfinished[0], whole.unfinished[0]) and torch.equal(memory.recent[0], whole.recent[0])
+
+
+@pytest.mark.parametrize("beyond", ["rematch", "forget"])
+def test_rows_do_not_depend_on_the_rows_beside_them(beyond):
+    model = network(beyond_budget=beyond)
+    lengths = (70, 9, 33, 1)
+    rows = [ids_of(n, seed=n)[0] for n in lengths]
+    for side in ("left", "right"):
+        ids, mask = torch.zeros(2, len(rows), max(lengths), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            here = slice(0, len(row)) if side == "right" else slice(max(lengths) - len(row), max(lengths))
+            ids[index, here], mask[index, here] = row, 1
+        batch = model.compress(ids, mask, finish=True)
+        for index, row in enumerate(rows):
+            alone = model.compress(row[None], finish=True)
+            kept = int(alone.slots[0])
+            assert batch.slots[index] == kept and kept <= 2 * SLOTS
+            if kept:
+                assert torch.equal(batch.ages[:, index, :, -kept:], alone.ages[:, 0, :, -kept:])
+                difference = batch.states[:, :, index, :, -kept:] - alone.states[:, :, 0, :, -kept:]
+                assert difference.abs().max() < 1e-3 * alone.states.abs().max()
+
+
+def test_an_endless_stream_takes_constant_memory_and_positions():
+    model = network()
+    memory = model.compress(ids_of(LENGTH * 3))
+    for seed in range(12):
+        memory = model.compress(ids_of(LENGTH, seed=seed), memory=memory)
+        assert memory.states.shape[4] == 2 * SLOTS and memory.slots.tolist() == [2 * SLOTS]
+    assert int(memory.ages.max()) <= model.layout.reach == 64  # half of the model's positions
+    assert int(memory.ages.min()) >= 1
+    assert model(ids_of(20), memory=memory).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("beyond", ["forget", "rematch"])
+def test_what_happens_beyond_the_budget(beyond):
+    """The oldest slots go but the first; or all of them are matched again, and none of a segment must stay."""
+    model = network(beyond_budget=beyond)
+    ids = ids_of(LENGTH * 4 + OVERLAP)
+    memory = model.compress(ids)
+    ages = memory.ages[:, 0]
+    assert memory.slots.tolist() == [2 * SLOTS] and bool((ages.diff(dim=-1) < 0).all())  # oldest first
+    if beyond == "forget":
+        recent = (ages <= LENGTH).sum(-1)
+        assert bool((recent == SLOTS).all()) and bool((ages[..., 0] > 2 * LENGTH).all())
+    with pytest.raises(ValueError, match="its budget is 12: raise the budget"):
+        network(beyond_budget="error").compress(ids)
+
+
+def test_files(tmp_path):
+    model = network()
+    memory = model.compress(ids_of(50, rows=2), finish=False).labelled([("document", "a"), None])
+    memory.save(tmp_path / "memory.safetensors")
+    again = Memory.load(tmp_path / "memory.safetensors", model)
+    assert torch.equal(again.states, memory.states) and torch.equal(again.ages, memory.ages)
+    assert again.slots.tolist() == memory.slots.tolist() and again.layout == memory.layout
+    text = ids_of(5, rows=2, seed=3)
+    assert torch.equal(model(text, memory=again).logits, model(text, memory=memory).logits)
+    joined = Memory.cat([memory[1], memory[0]])
+    assert torch.equal(joined.ages, memory.ages[:, [1, 0]]) and joined.slots.tolist() == memory.slots.tolist()[::-1]
+    short = model.compress(ids_of(10), finish=True)
+    assert Memory.cat([short, memory]).ages.shape[-1] == memory.ages.shape[-1]
+    with pytest.raises(ValueError, match="of another base model"):
+        network(seed=1).check_memory(memory)
+    with pytest.raises(ValueError, match="made with other adapters or settings"):
+        network(segment_length=LENGTH + 1).check_memory(memory)
+
+
+def test_any_model_has_them_and_adapters_do_not_matter():
+    """A model without memory tokens: its base model writes and reads, whatever the adapters have learned."""
+    model = R3MemModel(build(scale=2.0), R3MemConfig(core=(1, 3))).eval()
+    assert not model.learns_memories and model.layout.writer == "matched" and model.memory_embeddings is None
+    memory = model.compress(ids_of(60), finish=True)
+    text = ids_of(7, seed=1)
+    before = model(text, memory=memory).logits
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    assert torch.equal(model(text, memory=memory).logits, before)
+    assert torch.equal(model.compress(ids_of(60), finish=True).states, memory.states)
+    found = model.generate(text, memory=memory, max_new_tokens=4, num_beams=2)
+    assert found.shape == (1, 11)
+
+
+def test_bad_input():
+    model = network()
+    for ids in (ids_of(1), ids_of(OVERLAP), torch.full((1, 300), 7)):
+        memory = model.compress(ids, finish=True)
+        assert model(ids_of(3), memory=memory).logits.isfinite().all()
+    with pytest.raises(ValueError, match="has a sliding window"):
+        network("mistral").compress(ids_of(40))
+    with pytest.raises(ValueError, match="do not fit together"):
+        network(memory_budget=SLOTS - 1)
+    with pytest.raises(ValueError, match="is for memory tokens, not for matched memories"):
+        R3MemConfig(memory_writer="matched", num_memory_tokens=4, memory_dropout=0.5)
+    with pytest.raises(ValueError, match="nothing would learn"):
+        model.train()(ids_of(60), labels=ids_of(60))
+    broken = network()
+    with torch.no_grad():
+        broken.plain_model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="could not be matched"):
+        memory = broken.compress(ids_of(40), finish=True)
+    assert memory.states.isnan().any()
+
+
+def test_backward_it_learns_to_read_them():
+    """The third term of the objective has a gradient, and the memory that it reads none."""
+    model = network(first_adapted_layer=0).train()
+    context, query = ids_of(30), ids_of(4, seed=1)
+    output = model(context, labels=context, query_input_ids=query, terms=["expand", "cycle"])
+    output.loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name and p.grad is not None]
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+    with pytest.raises(ValueError, match="terms must be some of"):
+        model(context, query_input_ids=query, terms=["compress"])
+    assert dataclasses.asdict(model.r3mem_config)["memory_writer"] == "matched"
