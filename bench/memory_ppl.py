@@ -29,12 +29,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemPipeline
-from r3mem_fast.data.text import read_text
 
+from .places import Place, foreign_of, interval, places_of, spread
 from .records import add_output_option, add_record
-
-CHAIN = 7
-_RESAMPLES = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,12 +57,14 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the record of the adapter, one for each arm, and one for each share."""
     pipeline = R3MemPipeline(options.adapter)
     config = pipeline.model.r3mem_config
-    places = _places(options, pipeline.tokenizer, config.segment_length)
+    places = places_of(
+        options.text, pipeline.tokenizer, config.segment_length, held_out=options.held_out, count=options.segments
+    )
     tail = config.segment_overlap
     if not tail:
         raise ValueError(f"{options.adapter} was made without a segment_overlap, so there is no tail to compare with")
     losses = _losses(options, pipeline.model, places, tail)
-    chains = _losses(options, pipeline.model, _spread(places, options.chains), tail, chains=True)
+    chains = _losses(options, pipeline.model, spread(places, options.chains), tail, chains=True)
     yield {
         "adapter": {
             name: getattr(config, name)
@@ -74,7 +73,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         },
         "memory_bytes": pipeline.model.compress(places[0].segments[:1], finish=True).nbytes,
         "segments": len(places),
-        "chains": len(_spread(places, options.chains)),
+        "chains": len(spread(places, options.chains)),
         "texts": len({place.text for place in places}),
     }  # fmt: skip
     for arm, values in losses.items():
@@ -90,44 +89,12 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"arm": f"{arm}, trained without memory", "nats_per_token": round(values.mean().item(), 4)}
         yield from _shares(losses, gap, "a model trained equally without memory")
         won, name = gap["tail"] - losses["memory"], "nats a token that the memory wins over the tail of that model"
-        yield {"difference": name, **_interval(won, torch.ones_like(won))}
-
-
-@dataclasses.dataclass
-class _Place:
-    """A segment to be read, with the seven before it.
-
-    Attributes:
-        text: Index of the text that it stands in.
-        segments: int64 `[8, segment_length]`.
-    """
-
-    text: int
-    segments: torch.Tensor
-
-
-def _places(options: argparse.Namespace, tokenizer: Any, length: int) -> list[_Place]:
-    """Cut the ends of the texts, which training did not see, into segments of `length` tokens."""
-    places: list[_Place] = []
-    for index, path in enumerate(options.text):
-        ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False).input_ids
-        ids = torch.tensor(ids[len(ids) - int(len(ids) * options.held_out) :])
-        segments = ids[: len(ids) // length * length].view(-1, length)
-        places += [_Place(index, segments[i - CHAIN : i + 1]) for i in range(CHAIN, len(segments))]
-    if len(places) < 2:
-        raise ValueError(f"the held-out texts have {len(places)} segments with {CHAIN} before them; 2 are needed")
-    return _spread(places, options.segments)
-
-
-def _spread(places: list[_Place], count: int) -> list[_Place]:
-    """Choose at most `count` of the places, at equal distances, so that they come from all texts."""
-    step = max(1.0, len(places) / count)
-    return [places[int(i * step)] for i in range(min(count, len(places)))]
+        yield {"difference": name, **interval(won, torch.ones_like(won))}
 
 
 @torch.no_grad()
 def _losses(
-    options: argparse.Namespace, model: Any, places: list[_Place], tail_length: int, chains: bool = False
+    options: argparse.Namespace, model: Any, places: list[Place], tail_length: int, chains: bool = False
 ) -> dict[str, torch.Tensor]:
     """Read segments in several ways.
 
@@ -148,7 +115,7 @@ def _losses(
         found = cross_entropy(logits[:, :-1].float().transpose(1, 2), segments[:, 1:], reduction="none").mean(1)
         arms.setdefault(arm, []).append(found)
 
-    foreign = _foreign(places)
+    foreign = foreign_of(places)
     device = model.device.type
     for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading"):
         context = torch.stack([place.segments for place in places[start : start + options.batch]]).to(model.device)
@@ -175,18 +142,6 @@ def _losses(
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
 
-def _foreign(places: list[_Place]) -> list[_Place]:
-    """Choose for each place one from another text: the first from half-way round the list on.
-
-    If there is only one text, it is the place half-way round.
-    """
-    found = []
-    for index, place in enumerate(places):
-        others = [places[(index + len(places) // 2 + i) % len(places)] for i in range(len(places))]
-        found.append(next((other for other in others if other.text != place.text), others[0]))
-    return found
-
-
 def _shares(losses: dict[str, torch.Tensor], gap: dict[str, torch.Tensor], of: str) -> Iterator[dict[str, Any]]:
     """Yield the shares that memories close of the gap between `tail` and `full`, which is that of the model `of`."""
     for name, arm in (
@@ -195,24 +150,16 @@ def _shares(losses: dict[str, torch.Tensor], gap: dict[str, torch.Tensor], of: s
         ("closed by the memory of the third segment before", "memory_of_third"),
     ):
         won, wanted = losses["tail"] - losses[arm], gap["tail"] - gap["full"]
-        yield {"share": name, "gap_of": of, **_interval(won, wanted)}
+        yield {"share": name, "gap_of": of, **interval(won, wanted)}
 
 
 def _chain_shares(losses: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
     """Yield what a memory of seven segments closes, and what it wins over that of one."""
     won, wanted = losses["tail"] - losses["memory_of_7"], losses["tail"] - losses["full_of_7"]
-    yield {"share": "closed by the memory of seven segments, of all seven", **_interval(won, wanted)}
+    yield {"share": "closed by the memory of seven segments, of all seven", **interval(won, wanted)}
     more = losses["memory"] - losses["memory_of_7"]
     name = "nats a token that the memory of seven segments wins over that of one"
-    yield {"difference": name, **_interval(more, torch.ones_like(more))}
-
-
-def _interval(won: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -> dict[str, float]:
-    """Return the mean of `won` over that of `wanted`, with the bootstrapped interval that holds it with 95 %."""
-    picks = torch.randint(len(won), (_RESAMPLES, len(won)), generator=torch.Generator().manual_seed(seed))
-    ratios = won[picks].mean(1) / wanted[picks].mean(1)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"mean": round((won.mean() / wanted.mean()).item(), 4), "low": round(low, 4), "high": round(high, 4)}
+    yield {"difference": name, **interval(more, torch.ones_like(more))}
 
 
 if __name__ == "__main__":

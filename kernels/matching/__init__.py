@@ -190,4 +190,6 @@ def _checked_settings(
         raise ValueError(f"window must be an integer of at least 1, or None, got {window!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, or None, got {softcap!r}")
-    return query.shape[-1] ** -0.5 if scale is None else float(scale), window or 0, float(softcap or 0.0)
+    # Positions are int32, so that a longer window sees no more.
+    window = min(window or 0, 2**31 - 1)
+    return query.shape[-1] ** -0.5 if scale is None else float(scale), window, float(softcap or 0.0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from r3mem_fast.kernels import matching
@@ -36,6 +36,8 @@ def system_of(inputs, target, case):
 
 @settings(max_examples=60)
 @given(cases(DTYPES, most=24))
+@example(Case(shared=2, group=3, queries=9, keys=11, ahead=9, sinks=True, softcap=2.0, key_padding=0.2))
+@example(Case(shared=2, group=3, queries=9, keys=11, sinks=True, window=4, dtype=torch.float64, query_padding=0.2))
 def test_it_is_what_a_loop_in_float64_gives(case):
     """In float64 to the last digits; in other dtypes within twice the error that eager has."""
     tensors = case.tensors()
@@ -97,6 +99,7 @@ def test_long_rows_are_cut_into_blocks(monkeypatch):
     case = Case(group=3, queries=50, keys=31, ahead=3, key_padding=0.2, sinks=True, window=25)
     inputs, target = case.tensors()
     whole = (*scores_of(inputs, case), *system_of(inputs, target, case))
+    assert case.queries * case.keys > 10 * 100
     monkeypatch.setattr(reference, "_BLOCK", 100)
     cut = (*scores_of(inputs, case), *system_of(inputs, target, case))
     for one, other in zip(whole, cut, strict=True):
@@ -151,6 +154,17 @@ def test_logits_of_any_size():
         scores, lse, output = scores_of(inputs._replace(query=inputs.query * factor), case)
         assert lse.isfinite().all() and output.isfinite().all()
         torch.testing.assert_close(scores.sum(-1), torch.full((2, 1), 3.0))
+
+
+def test_a_window_longer_than_any_position():
+    case = Case(queries=5, keys=6, query_padding=0.3)
+    inputs, _ = case.tensors()
+    for one, other in zip(
+        attention_scores(*inputs[:3], **options(inputs, case) | {"window": 10**12}),
+        scores_of(inputs, case),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
 
 
 def test_all_keys_kept_leave_no_residual():

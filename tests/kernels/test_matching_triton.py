@@ -16,7 +16,7 @@ DEVICE = "cuda" if GPU else "cpu"
 # The interpreter computes bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16][: 3 if GPU else 2]
 # Few, and not made smaller when they fail: interpreted or compiled, that would take minutes.
-several = settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+several = settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 
 

@@ -196,7 +196,7 @@ class _Match:
                 "key_positions": torch.cat([positions[index] for index in group]).to(torch.int32),
             }
             scores, _, target = attention_scores(asked, key, value, **where, **settings)
-            places = _best(scores, where["key_positions"], limit)
+            places = best_places(scores, where["key_positions"], limit)
             wide = places[..., None].expand(-1, -1, -1, key.shape[-1])
             kept = {
                 "query_positions": where["query_positions"],
@@ -206,7 +206,7 @@ class _Match:
             gram, residual = value_system(asked, key.gather(2, wide), values, target, **kept, **settings)
             # Where nothing is left out there is nothing to match.
             whole = (where["key_positions"] >= 0).sum(2, keepdim=True) <= limit
-            change = _solved(gram, residual).masked_fill(whole[..., None], 0)
+            change = solved(gram, residual).masked_fill(whole[..., None], 0)
             values = (values.float() + change).to(values.dtype)
             raw = torch.cat([slots.states[index, 0] for index in group]).gather(2, wide)
             kept_ages = torch.cat([slots.ages[index] for index in group]).gather(2, places)
@@ -284,8 +284,17 @@ def _places(slots, budget):
     return torch.stack([torch.nn.functional.pad(places, (width - len(places), 0), value=-1) for places in rows])
 
 
-def _best(scores, positions, limit):
-    """Places of the keys with the largest scores, in the order of their positions, int64 `[B, kv_heads, limit]`."""
+def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
+    """Places of the keys with the largest scores, in the order of their positions.
+
+    Args:
+        scores: Squared attention of each key, `[B, kv_heads, S]`.
+        positions: Positions of the keys, int32 `[B, kv_heads, S]`; -1 where there is none.
+        limit: Number of places.
+
+    Returns:
+        int64 `[B, kv_heads, limit]`.
+    """
     places = scores.masked_fill(positions < 0, -1).topk(limit, -1).indices
     order = positions.gather(2, places).sort(dim=-1, stable=True).indices
     return places.gather(2, order)
@@ -295,8 +304,16 @@ def _settings(call):
     return {"scale": call.scale, "softcap": call.softcap, "window": call.window, "sinks": call.sinks}
 
 
-def _solved(gram, residual):
-    """The change of the kept values; zero where the equations cannot be solved."""
+def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Solve for the change of kept values by ridge regression; zero where the equations cannot be solved.
+
+    Args:
+        gram: `X^T X`, `[B, kv_heads, t, t]`.
+        residual: `X^T (y - X V)`, `[B, kv_heads, t, head_dim]`.
+
+    Returns:
+        float32, the shape of `residual`.
+    """
     gram = gram.float()
     largest = torch.linalg.eigvalsh(gram)[..., -1, None, None]
     ridge = _RIDGE * largest + torch.finfo(gram.dtype).tiny
