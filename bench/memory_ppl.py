@@ -135,7 +135,7 @@ def _losses(
             for arm, ids in whole.items():
                 # Keep the logits of the segment alone: those of all tokens would take gigabytes.
                 add(arm, model(ids, logits_to_keep=length).logits, segment)
-            for arm, before in behind.items() if model.layout is not None else ():
+            for arm, before in behind.items() if model.learns_memories else ():
                 memory: Memory = model.compress(before, finish=True)
                 memory = dataclasses.replace(memory, recent=tuple(tail.cpu()))
                 add(arm, model(segment, memory=memory).logits, segment)

@@ -545,10 +545,13 @@ def test_what_a_memory_cannot_go_with_is_refused():
     ids = ids_of(5)
     other = made(num_memory_tokens=4)
     without = made(num_memory_tokens=0)
-    with pytest.raises(ValueError, match="has no memory tokens"):
-        without.compress(ids)
-    with pytest.raises(ValueError, match="has no memory tokens"):
+    with pytest.raises(ValueError, match="other adapters or settings"):
         without(ids, memory=memory)
+    with pytest.raises(ValueError, match="other adapters or settings"):
+        model(ids, memory=without.compress(ids))
+    small = R3MemModel(build(max_position_embeddings=32), R3MemConfig(core=(1, 3)))
+    with pytest.raises(ValueError, match="a model of 32 positions is too small for memories"):
+        small.compress(ids)
     with pytest.raises(ValueError, match="other adapters or settings"):
         other(ids, memory=memory)
     with pytest.raises(ValueError, match="2 rows of tokens and 1 of memory"):

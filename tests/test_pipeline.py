@@ -144,10 +144,10 @@ def test_more_rows_than_go_together_at_one_time(memorised):
 def test_bad_input_of_memories(memorised, remembered, folder, tmp_path):
     pipeline, _, _ = memorised
     memory = pipeline.compress({"a": "Some text.", "b": "Other text."}, progress=False)
-    with pytest.raises(ValueError, match="has no memory tokens"):
-        remembered[0].compress("text", progress=False)
-    with pytest.raises(ValueError, match="has no memory tokens"):
+    with pytest.raises(ValueError, match="other adapters or settings"):
         remembered[0].generate("text", memory=memory[0])
+    with pytest.raises(ValueError, match="other adapters or settings"):
+        pipeline.generate("text", memory=remembered[0].compress("text", progress=False))
     for arguments, settings, error, message in (
         (("",), {}, ValueError, "a text to compress is empty"),
         ((["a", 3],), {}, ValueError, "no text: int"),

@@ -119,7 +119,7 @@ def memory_attention_varlen(
             out. It is not compared with `cu_seqlens`, which would synchronise with the GPU.
         memory_key: `[N, Hkv, M, D]`, or `[1, Hkv, M, D]` for one memory that all segments read. M may be 0. None for
             no memory.
-        memory_value: Of the shape of `memory_key`; None for no memory.
+        memory_value: Tensor of the shape of `memory_key`; None for no memory.
         memory_lengths: int32 or int64 `[N]`, numbers of memory tokens, the last ones, that the segments read; None
             for all of them.
         sinks: Attention sinks, `[Hq]`: logits that take part in the softmax and have no value; float32, or in the
@@ -186,7 +186,7 @@ def memory_decode(
         value: Values of the cache, `[B, Hkv, S, D]`.
         memory_key: `[B, Hkv, M, D]`, or `[1, Hkv, M, D]` for one memory that all rows read. M may be 0. None for no
             memory.
-        memory_value: Of the shape of `memory_key`; None for no memory.
+        memory_value: Tensor of the shape of `memory_key`; None for no memory.
         lengths: int32 or int64 `[B]`, numbers of keys of the cache that are filled, those of the queries included;
             None for all S.
         memory_lengths: int32 or int64 `[B]`, numbers of memory tokens, the last ones, that the rows read; None for

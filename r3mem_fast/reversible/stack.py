@@ -1,7 +1,4 @@
-"""The reversible stack of one model: runs its layers, and carries the streams from layer to layer.
-
-The model's own loop calls the layers, and each layer calls `ReversibleStack.run`.
-"""
+"""The reversible stack of one model: runs the layers that the model's own loop calls, and carries the streams."""
 
 import collections
 import contextlib

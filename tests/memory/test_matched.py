@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r3mem_fast import Memory, R3MemConfig, R3MemModel
+from r3mem_fast import IntegrityError, Memory, R3MemConfig, R3MemModel
 from r3mem_fast.memory.writers import matched
 from r3mem_fast.reversible.stack import Mode
 from tests.reversible.tiny import build
@@ -187,9 +187,17 @@ def test_bad_input():
     broken = network()
     with torch.no_grad():
         broken.plain_model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(IntegrityError, match="look for non-finite weights"):
+        broken.compress(ids_of(40), finish=True)
+
+
+def test_equations_that_cannot_be_solved_change_nothing():
+    gram, residual = torch.eye(3).repeat(1, 3, 1, 1), torch.ones(1, 3, 3, 2)
+    gram[0, 1], residual[0, 2, 0, 0] = float("nan"), float("inf")
     with pytest.warns(UserWarning, match="could not be matched"):
-        memory = broken.compress(ids_of(40), finish=True)
-    assert memory.states.isnan().any()
+        change = matched.solved(gram, residual)
+    assert (change[0, 0] != 0).all() and not change[0, 1:].any()
+    assert not matched.solved(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).any()
 
 
 def test_backward_it_learns_to_read_them():

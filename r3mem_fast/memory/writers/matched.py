@@ -314,13 +314,14 @@ def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, the shape of `residual`.
     """
-    gram = gram.float()
+    eye = torch.eye(gram.shape[-1], dtype=torch.float32, device=gram.device)
+    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+    gram = torch.where(finite, gram.float(), eye)
     largest = torch.linalg.eigvalsh(gram)[..., -1, None, None]
     ridge = _RIDGE * largest + torch.finfo(gram.dtype).tiny
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
     change = torch.cholesky_solve(residual.float(), factor)
-    right = (failed == 0)[..., None, None] & change.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    right = finite & (failed == 0)[..., None, None] & change.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     if not bool(right.all()):
         warnings.warn(
             "some heads' values could not be matched (the equations are singular, or not finite), and stay what they "
