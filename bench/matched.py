@@ -36,8 +36,6 @@ from r3mem_fast.memory.writers import matched
 from .places import Place, foreign_of, interval, places_of, spread
 from .records import add_output_option, add_record
 
-LENGTH, TAIL = 256, 32
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark as the command line says, and return the exit status."""
@@ -51,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chains", type=int, default=24, help="of them, read behind seven others (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64], help="of a segment (%(default)s)")
     parser.add_argument("--budget", type=int, default=152, help="slots of seven segments (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a segment (%(default)s)")
+    parser.add_argument(
+        "--tail", type=int, default=32, help="tokens before it that are read as they are (%(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="segments at one time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
@@ -64,10 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base, tokenizer = load_model(options.model, dtype=options.dtype)
     model = R3MemModel(base).eval()
-    found = places_of(options.text, tokenizer, LENGTH, held_out=options.held_out, count=options.segments)
+    found = places_of(options.text, tokenizer, options.length, held_out=options.held_out, count=options.segments)
     chains = spread(found, options.chains)
     yield {
-        "kind": options.kind, "model": options.model, "dtype": options.dtype, "segment_length": LENGTH, "tail": TAIL,
+        "kind": options.kind, "model": options.model, "dtype": options.dtype, "segment_length": options.length,
+        "tail": options.tail,
         "segments": len(found), "chains": len(chains), "texts": len({place.text for place in found}),
     }  # fmt: skip
     losses = _losses(options, model, found)
@@ -99,17 +102,17 @@ def _losses(options: argparse.Namespace, model: R3MemModel, places: list[Place])
     for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading"):
         context = torch.stack([place.segments for place in places[start : start + options.batch]])
         others = torch.stack([place.segments for place in foreign[start : start + options.batch]])
-        before, segment, tail = context[:, -2], context[:, -1], context[:, -2, -TAIL:]
+        before, segment, tail = context[:, -2], context[:, -1], context[:, -2, -options.tail :]
         raw = {"tail": tail, "full": before, "foreign": torch.cat([others[:, -2], tail], 1)}
-        raw |= {f"raw_{slots}": before[:, -TAIL - slots :] for slots in options.slots}
+        raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
         for arm, ids in raw.items():
             _add(arms, arm, _raw_loss(model, ids, segment))
         for slots in options.slots:
             kinds = {"matched": contextlib.nullcontext(), "attended": _values_kept(), "even": _evenly_spaced()}
             for kind, choice in kinds.items():
                 with choice:
-                    _add(arms, f"{kind}_{slots}", _memory_loss(model, before, segment, slots, slots))
-            _add(arms, f"foreign_{slots}", _memory_loss(model, others[:, -2], segment, slots, slots, tail))
+                    _add(arms, f"{kind}_{slots}", _memory_loss(options, model, before, segment, slots, slots))
+            _add(arms, f"foreign_{slots}", _memory_loss(options, model, others[:, -2], segment, slots, slots, tail))
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
 
@@ -121,11 +124,15 @@ def _chain_losses(options: argparse.Namespace, model: R3MemModel, places: list[P
     for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading chains"):
         context = torch.stack([place.segments for place in places[start : start + options.batch]])
         before, segment = context[:, :-1].flatten(1), context[:, -1]
-        for arm, count in (("tail", TAIL), ("full_of_7", before.shape[1]), (f"raw_{budget}_of_7", TAIL + budget)):
+        for arm, count in (
+            ("tail", options.tail),
+            ("full_of_7", before.shape[1]),
+            (f"raw_{budget}_of_7", options.tail + budget),
+        ):
             _add(arms, arm, _raw_loss(model, before[:, -count:], segment))
-        for slots in (64, budget):
-            name = f"matched_{budget}_of_7" + ("" if slots == 64 else ", all slots from the first segment on")
-            _add(arms, name, _memory_loss(model, before, segment, slots, budget))
+        for slots in (options.slots[-1], budget):
+            name = f"matched_{budget}_of_7" + ("" if slots < budget else ", all slots from the first segment on")
+            _add(arms, name, _memory_loss(options, model, before, segment, slots, budget))
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
 
@@ -142,6 +149,7 @@ def _raw_loss(model: R3MemModel, before: torch.Tensor, segment: torch.Tensor) ->
 
 
 def _memory_loss(
+    options: argparse.Namespace,
     model: R3MemModel,
     before: torch.Tensor,
     segment: torch.Tensor,
@@ -152,14 +160,15 @@ def _memory_loss(
     """Nats a token of segments behind the memory of what is before them, and its last tokens, by row.
 
     Args:
+        options: Options of the command.
         model: Any memory network, whose base model is used.
         before: What is compressed, int64 `[B, T]`.
-        segment: What is read, int64 `[B, 256]`.
+        segment: What is read, int64 `[B, T]`.
         slots: Slots that a segment gets.
         budget: Slots at most.
-        tail: Other tokens to read before the segment, int64 `[B, 32]`; None: the last ones before it.
+        tail: Other tokens to read before the segment, int64 `[B, n]`; None: the last ones before it.
     """
-    with _slots_of(model, slots, budget):
+    with _slots_of(options, model, slots, budget):
         memory = model.compress(before, finish=True)
         if tail is not None:
             memory = dataclasses.replace(memory, recent=tuple(tail))
@@ -167,11 +176,11 @@ def _memory_loss(
 
 
 @contextlib.contextmanager
-def _slots_of(model: R3MemModel, slots: int, budget: int) -> Iterator[None]:
+def _slots_of(options: argparse.Namespace, model: R3MemModel, slots: int, budget: int) -> Iterator[None]:
     """Let a model's matched memories have so many slots in the block."""
     config = R3MemConfig(
-        memory_writer="matched", num_memory_tokens=slots, memory_budget=budget, segment_length=LENGTH,
-        segment_overlap=TAIL,
+        memory_writer="matched", num_memory_tokens=slots, memory_budget=budget, segment_length=options.length,
+        segment_overlap=options.tail,
     )  # fmt: skip
     layout = config.memory_layout(model.max_tokens)
     with temporarily(model, layout=layout), temporarily(model.reader, layout=layout):

@@ -203,7 +203,7 @@ def _refuse_layers(layers):
         if isinstance(vars(layer).get("reversible"), LayerLink):
             raise ValueError("the model is reversible already; call restore(model) first")
         own = vars(layer).get("forward")
-        # The class's own method, which transformers 5.0 leaves behind where it captured outputs, changes nothing.
+        # The class's own method, which accelerate leaves behind where it takes a hook off, changes nothing.
         if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
             raise ValueError(
                 f"layer {index} ({type(layer).__name__}) has a forward of its own, set on the instance (by an "
