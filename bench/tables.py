@@ -320,7 +320,7 @@ def matched_memories() -> str:
             arms = ("matched", "attended", "raw", "even", "foreign")
             cells = [closed[f"{arm}_{slots}", "full"] for arm in arms]
             rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
-    names = ("kind of text, segments", "slots", "**matched**", "most attended, own values", "raw tokens", "evenly spaced",
+    names = ("kind of text, segments", "slots", "**matched**", "most attended, own values", "raw tokens", "even",
              "matched, of another text")  # fmt: skip
     return _table(names, rows)
 
