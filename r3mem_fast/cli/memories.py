@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from ..choices import LEVELS
 from .common import adapter_of, begin, pipeline_of, say, texts_of
 from .options import add_adapter, add_row_options, add_run_options, positive
 
@@ -25,7 +26,7 @@ def add_commands(commands: Any) -> None:
     )
     compress.add_argument("--memory", metavar="FILE", help="go on from this memory: rows by name, or in order")
     levels = "rows of these levels (document); the parts of a text are rows of their own"
-    compress.add_argument("--levels", nargs="+", choices=["document", "paragraph", "entity"], help=levels)
+    compress.add_argument("--levels", nargs="+", choices=LEVELS, help=levels)
     compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
     add_run_options(compress)
 

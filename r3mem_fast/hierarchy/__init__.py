@@ -1,8 +1,9 @@
 """Splits documents into a hierarchy, and makes the context–query pairs that a model is to remember."""
 
+from ..choices import LEVELS
 from .builders import ExtractiveBuilder, InstructBuilder
 from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder
-from .pairs import LEVELS, Pair, build_pairs, contexts_of
+from .pairs import Pair, build_pairs, contexts_of
 from .passage import Passage, QueryBuilder
 from .split import Document, Paragraph, Span, cut_document, split_document
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
+from ..choices import LEVELS
 from .builders import ExtractiveBuilder
 from .entities import EntityFinder, default_entity_finder
 from .passage import MAX_QUERY_SHARE, MAX_SHARED_RUN, Passage, QueryBuilder
@@ -18,8 +19,6 @@ from .split import Document, split_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LEVELS = ("document", "paragraph", "entity")
 
 
 class Pair(NamedTuple):
