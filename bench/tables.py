@@ -19,6 +19,8 @@ from r3mem_fast.training.settings import RememberSettings, TrainSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+# Kinds of text that matched memories were measured on.
+MATCHED_KINDS = ("novels",)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 _BLOCK = re.compile(r"(<!-- table: ([a-z_0-9]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ARMS = {
@@ -308,7 +310,23 @@ def _settings(kind: type) -> str:
     return _table(("group", "setting", "default", "option", "what it does"), rows)
 
 
+def matched_memories() -> str:
+    """Return the table of matched memories and their rivals, by kind of text."""
+    rows = []
+    for kind in MATCHED_KINDS:
+        head, *found = records(f"matched_{kind}_smollm2")
+        closed = {(r["closed_by"], r["of"]): _interval(r) for r in found if "closed_by" in r}
+        for slots in (64, 16):
+            arms = ("matched", "attended", "raw", "even", "foreign")
+            cells = [closed[f"{arm}_{slots}", "full"] for arm in arms]
+            rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
+    names = ("kind of text, segments", "slots", "**matched**", "most attended, own values", "raw tokens", "even",
+             "matched, of another text")  # fmt: skip
+    return _table(names, rows)
+
+
 TABLES = {
+    "matched_memories": matched_memories,
     "cli": cli,
     "r3mem_config": lambda: _settings(R3MemConfig),
     "remember_settings": lambda: _settings(RememberSettings),

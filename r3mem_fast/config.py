@@ -297,11 +297,16 @@ class R3MemConfig:
         from .memory import MemoryLayout
 
         # Half of the positions are before a pass, for slots; the other half for what is read, and written.
-        reach = _REACH if max_tokens is None else max_tokens // 2
+        reach = _REACH if max_tokens is None else min(_REACH, max_tokens // 2)
         budget = self.memory_budget
         if budget is None:
             assert self.max_memory_segments is not None, "see _check_matched"
             budget = self.num_memory_tokens * self.max_memory_segments
+        if budget > _MOST_MATCHED and self.beyond_budget == "rematch":
+            raise ValueError(
+                f"a memory_budget of {budget} slots is too large to be matched together; {_MOST_MATCHED} at most can "
+                'be: use a smaller one, or beyond_budget="forget"'
+            )
         if budget < self.num_memory_tokens or reach + self.segment_overlap + self.segment_length > 2 * reach:
             raise ValueError(
                 f"a budget of {budget} slots, {self.num_memory_tokens} for a segment of {self.segment_length} with "
@@ -344,8 +349,8 @@ class R3MemConfig:
 
 # Settings of later versions.
 _LATER = ("memory_writer", "memory_budget", "beyond_budget")
-# Positions before a pass of a model that names no limit.
-_REACH = 4096
+# Positions before a pass at most; what is older than that has this age. And slots that are matched together.
+_REACH, _MOST_MATCHED = 4096, 1024
 
 
 def default_matched(max_tokens: int | None) -> "MemoryLayout | None":

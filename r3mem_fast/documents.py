@@ -72,7 +72,9 @@ def in_order(documents: Documents, labels: Sequence[tuple[str, str] | None]) -> 
         ValueError: There is not one for each row, or the names are other ones.
     """
     if isinstance(documents, Mapping):
-        names = ["" if label is None else label[1] for label in labels]
+        if None in labels:
+            raise ValueError("the memory has rows without a name: give the documents in their order, as a list")
+        names = [label[1] for label in labels if label is not None]
         if sorted(documents, key=str) != sorted(names, key=str):
             raise ValueError(f"the documents are {sorted(documents, key=str)}, the memory's rows {names}")
         return [_text_of(documents[name]) for name in names]

@@ -109,8 +109,11 @@ def _report(
     """Compare the logits of a prompt behind memories of two texts, behind none, and of the base model if given."""
     with evaluating(network):
         one, other = (network.compress(ids, finish=True) for ids in (first, second))
+        if not all(bool(memory.visible().any()) for memory in (one, other)):
+            raise ValueError("the texts are too short: all of them is read as it is, and nothing is in the memories")
         behind = [network(prompt, memory=memory).logits for memory in (one, other)]
-        alone = network(prompt).logits
+        with network.behind_memory():
+            alone = network(prompt).logits
         network.generate(prompt, memory=one, max_new_tokens=2)
     return MemoryReport(
         layers=len(network.layers),

@@ -166,6 +166,7 @@ class R3MemModel(TrainerInterface, Network):
                     input_ids=rows.ids, attention_mask=attention_mask, use_cache=False
                 ).last_hidden_state
             return self.with_idle_parameters(hidden.masked_fill(rows.mask[..., None] == 0, 0))
+        objective.refuse_to_learn(self)
         memory = self.new_memory(len(rows.ids), origin=None)
         segments = segments_of(self, memory, rows)
         found, _ = read_segments(self, segments, memory, lambda segment, hidden: hidden)
@@ -223,6 +224,7 @@ class R3MemModel(TrainerInterface, Network):
         else:
             rows = Rows(query_input_ids, query_attention_mask)
         self.check_memory(memory, len(rows.ids))
+        objective.refuse_raw_tail(self)
         finished = self.compress(None, memory=memory, finish=True)
         return generation.decode_backward(self, rows, finished, max_new_tokens)
 
@@ -316,6 +318,11 @@ class R3MemModel(TrainerInterface, Network):
     def cache_of(self, memory: Memory) -> PrefixCache:
         """A memory as the key-value cache of the base model, or of its `generate`; see `Memory.to_cache`."""
         self.check_memory(memory)
+        if self.memories_are_of_base and not self.is_plain:
+            raise ValueError(
+                "this memory is the base model's, and the adapters would read its cache: make and use it within "
+                "`with model.disable_adapters():`, or call generate of this model"
+            )
         return self.reading_cache(memory)
 
     def save_pretrained(self, folder: str | Path, *, adapter_dtype: torch.dtype | None = None, **details):

@@ -29,8 +29,9 @@ from .memory.states import empty_states
 from .memory.writers import Writer
 from .memory.writers.matched import MatchedWriter
 from .memory.writers.tokens import TokenWriter, new_memory_embeddings
+from .positions import original_positions_of, positions_for_memories, positions_of
 from .reversible import make_reversible, reading_backward
-from .reversible.convert import check_convertible, reversible_layers, text_config
+from .reversible.convert import check_convertible, reversible_layers
 from .reversible.stack import Mode
 
 
@@ -68,10 +69,9 @@ class Network(nn.Module):
         # Everything is checked before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
-        self.layout = config.memory_layout(_positions_of(plain))
+        self.layout = config.memory_layout(positions_for_memories(config, plain))
         self.learns_memories = self.layout is not None
-        if self.layout is None:
-            self.layout = default_matched(_positions_of(plain))
+        self.layout = self.layout or default_matched(original_positions_of(plain))
         self.end_token_id = _first_id(plain.config.eos_token_id)
         self.start_token_id = _first_id(plain.config.bos_token_id, self.end_token_id)
         if self.end_token_id is None:
@@ -122,7 +122,7 @@ class Network(nn.Module):
     @property
     def max_tokens(self) -> int | None:
         """Number of positions of the base model; None if it names no limit."""
-        return _positions_of(self.peft_model)
+        return positions_of(self.peft_model)
 
     @property
     def reader(self) -> MemoryReader:
@@ -369,6 +369,10 @@ class Network(nn.Module):
         """
         return self._origin(adapters_are_off(self.peft_model) or self.is_plain)
 
+    def origin_of_adapters(self) -> Origin:
+        """Fingerprints of base model and adapters, also where memories depend on the base model alone."""
+        return self._fingerprints.origin(self, adapters_are_off(self.peft_model) or self.is_plain)
+
     def _origin(self, adapters_off):
         if self.is_reading_backward:
             raise RuntimeError("memories are made, and caches of them, before the model is read backward")
@@ -387,12 +391,8 @@ class Network(nn.Module):
         self._fingerprints.set_base(self.peft_model, fingerprint)
 
 
-def _positions_of(model):
-    return getattr(text_config(model.config), "max_position_embeddings", None)
-
-
 def _first_id(*ids):
-    """The first argument that is an id, or the first id in it if it is a list; None if there is none."""
+    """The first argument that is an id, or a list of ids (then its first); None if there is none."""
     for given in ids:
         given = given[0] if isinstance(given, (list, tuple)) and given else given
         if isinstance(given, int):

@@ -68,11 +68,7 @@ def history_loss(
     if num_items is None:
         num_items = max(1, sum(int((segment.targets != IGNORED).sum()) for segment in segments))
     training = trains_through(network, segments)
-    if network.memory_embeddings is None and network.training and torch.is_grad_enabled():
-        raise ValueError(
-            "matched memories are written and read with no gradient, so that nothing would learn from this loss: call "
-            'eval() to measure it, or let memory tokens learn (memory_writer="tokens")'
-        )
+    refuse_to_learn(network)
     teacher = _Teacher(network, memory, rows) if training and network.r3mem_config.distillation_weight else None
 
     def outcome(segment, hidden):
@@ -102,9 +98,29 @@ def history_logits(network: Network, memory: Memory, rows: Rows) -> torch.Tensor
     Raises:
         ValueError: No row has a token, or they do not fit into the model's positions.
     """
+    refuse_to_learn(network)
     segments = _some_segments(network, memory, rows, in_one=True)
     outcomes, _ = read_segments(network, segments, memory, lambda segment, hidden: network.head(hidden).logits)
     return placed(rows, segments, outcomes)
+
+
+def refuse_to_learn(network: Network) -> None:
+    """Raise ValueError where matched memories would be read, without a gradient, by a network in training."""
+    if network.memory_embeddings is None and network.training and torch.is_grad_enabled():
+        raise ValueError(
+            "matched memories are written and read with no gradient, so that nothing would learn from this pass: call "
+            'eval() first, or let memory tokens learn (memory_writer="tokens")'
+        )
+
+
+def refuse_raw_tail(network: Network) -> None:
+    """Raise ValueError for memories that leave the end of a text raw, where a memory alone is read."""
+    layout = network.reader.layout
+    if layout.writer == "matched" and layout.segment_overlap:
+        raise ValueError(
+            f"matched memories with a segment_overlap leave out the last {layout.segment_overlap} tokens of a text, "
+            "which cannot be given back then; use segment_overlap=0"
+        )
 
 
 def _some_segments(network, memory, rows, in_one):
@@ -137,6 +153,7 @@ def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[
         raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
     found, memory = R3MemOutput(), None
     if network.learns_memories and set(terms) & {"compress", "cycle"}:
+        refuse_raw_tail(network)
         empty = network.new_memory(len(contexts.ids), origin=None)
         memory = compress_rows(network, contexts.lists(), empty, finish=True)
     if "expand" in terms:

@@ -173,6 +173,11 @@ def test_nonsense_is_said_and_no_success(folder, tmp_path, capsys, monkeypatch):
     assert "the model wrote nothing" in capsys.readouterr().err
     R3MemPipeline(str(folder), config=CONFIG).save(tmp_path / "plain")
     assert main(["compress", str(tmp_path / "plain"), str(text), "-o", memory, *device]) == 0
+    assert main(["generate", str(tmp_path / "plain"), *device]) == 2
+    assert "the prompt must follow it" in capsys.readouterr().err
+    assert (
+        main(["compress", str(tmp_path / "plain"), "-o", memory, str(text), *device]) == 0
+    )  # the text behind an option
     assert main(["expand", str(tmp_path / "plain"), memory, *device]) == 2
     assert "has not learned to give back a text" in capsys.readouterr().err
     assert main(["check", str(folder), "--device", "nothing"]) == 2

@@ -21,7 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status. 0: it is done. 1: it is done, and a check failed, or nothing came of it. 2: it cannot be done;
         the message says what to do. 130: it was interrupted.
     """
-    options = parser().parse_args(arguments)
+    commands = parser()
+    options, more = commands.parse_known_args(arguments)
+    # Words behind an option, which argparse does not add to those before it.
+    if more and (not hasattr(options, "words") or any(word.startswith("-") for word in more)):
+        commands.error(f"unrecognized arguments: {' '.join(more)}")
+    options.words = [*getattr(options, "words", ()), *more]
     try:
         with _plain_warnings():
             return options.run(options)

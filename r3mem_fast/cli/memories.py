@@ -62,6 +62,7 @@ def _compress(options: argparse.Namespace) -> int:
     from ..files import locked_file
 
     # A word before the texts that is no file names an adapter.
+    _refuse_adapter_alone(options.words, "the texts")
     first, *others = options.words
     options.folder, options.texts = (first, others) if others and not os.path.isfile(first) else (None, options.words)
     with locked_file(options.output):
@@ -118,6 +119,7 @@ def _expand(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
+    _refuse_adapter_alone(options.words, "the prompt")
     if len(options.words) > 2:
         raise ValueError(f"one prompt, and the folder of an adapter before it: got {options.words}; quote the prompt")
     options.folder, options.prompt = [None, *options.words][-2:]
@@ -137,6 +139,13 @@ def _generate(options: argparse.Namespace) -> int:
         say(options, "the model wrote nothing: it ended at once. Another prompt, or --temperature, may help")
         return 1
     return 0
+
+
+def _refuse_adapter_alone(words: list[str], what: str) -> None:
+    from ..manifest import is_adapter
+
+    if len(words) == 1 and (is_adapter(words[0]) or os.path.isdir(words[0])):
+        raise ValueError(f"{words[0]} is the folder of an adapter or a model: {what} must follow it")
 
 
 def _begin(options: argparse.Namespace) -> None:

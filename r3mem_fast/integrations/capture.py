@@ -78,8 +78,9 @@ def captured_attention(config: Any) -> Iterator[dict[int, AttentionCall]]:
 
     # A name of its own for each capture, so that captures in other threads do not meet.
     captured = f"{name}{_SEPARATOR}{id(calls):x}"
+    masks = ALL_MASK_ATTENTION_FUNCTIONS[name]
     AttentionInterface.register(captured, attention)
-    AttentionMaskInterface.register(captured, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    AttentionMaskInterface.register(captured, masks)
     config._attn_implementation = captured
     try:
         yield calls

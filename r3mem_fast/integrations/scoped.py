@@ -25,7 +25,11 @@ def temporarily(owner: Any, **values: Any) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    before = {name: vars(owner).get(name, _MISSING) for name in values}
+    # A configuration may keep an attribute under another name (`attribute_map`): then it is not the owner's own.
+    renamed = getattr(owner, "attribute_map", {})
+    before = {
+        name: getattr(owner, name, _MISSING) if name in renamed else vars(owner).get(name, _MISSING) for name in values
+    }
     try:
         for name, value in values.items():
             setattr(owner, name, value)

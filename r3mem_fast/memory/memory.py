@@ -314,7 +314,7 @@ def _from_tensors(cls, metadata, tensors):
     kept = segments.clamp_max(layout.readable_segments) * layout.num_memory_tokens if slots is None else slots
     fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
     fits = fits and states.shape[BATCH[layout.placement]] == rows
-    fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64
+    fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64 and bool((kept >= 0).all())
     fits = fits and states.shape[SLOTS[layout.placement]] >= (int(kept.max()) if rows else 0)
     fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots
     if fits and ages is not None:

@@ -136,6 +136,11 @@ def train(
         warn_if_busy(model.device)
     if model.peft_model.dtype == torch.float16:
         raise ValueError("training in float16 overflows without a scaled loss; load the model in bfloat16 or float32")
+    if model.learns_memories and model.memory_embeddings is None:
+        raise ValueError(
+            "matched memories need no training, and have nothing that could learn: compress with the model as "
+            'it is, or let memory tokens learn (memory_writer="tokens")'
+        )
     kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]
     windows = Windows(kept, model.r3mem_config.segment_length, settings.segments)
     checkpoints = Path(folder) / TRAIN_CHECKPOINTS
@@ -242,7 +247,7 @@ def _identity(model, rows, settings):
     """Values for JSON that are the same for a run and for the checkpoints that it may go on from."""
     free = ("checkpoint_steps",)
     described = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
-    origin = model.origin()
+    origin = model.origin_of_adapters()
     return {
         "settings": described,
         "model": [origin.base, origin.adapter, str(model.peft_model.dtype)],

@@ -169,6 +169,11 @@ def test_any_model_has_them_and_adapters_do_not_matter():
     assert torch.equal(model.compress(ids_of(60), finish=True).states, memory.states)
     found = model.generate(text, memory=memory, max_new_tokens=4, num_beams=2)
     assert found.shape == (1, 11)
+    with pytest.raises(ValueError, match="the adapters would read its cache"):
+        memory.to_cache(model)
+    with model.disable_adapters():
+        cache = memory.to_cache(model)
+    assert cache.prefix_length == memory.states.shape[4]
 
 
 def test_bad_input():
@@ -180,6 +185,8 @@ def test_bad_input():
         network("mistral").compress(ids_of(40))
     with pytest.raises(ValueError, match="do not fit together"):
         network(memory_budget=SLOTS - 1)
+    with pytest.raises(ValueError, match="too large to be matched together"):
+        network(memory_budget=1025)
     with pytest.raises(ValueError, match="is for memory tokens, not for matched memories"):
         R3MemConfig(memory_writer="matched", num_memory_tokens=4, memory_dropout=0.5)
     with pytest.raises(ValueError, match="nothing would learn"):
@@ -202,12 +209,14 @@ def test_equations_that_cannot_be_solved_change_nothing():
 
 def test_backward_it_learns_to_read_them():
     """The third term of the objective has a gradient, and the memory that it reads none."""
-    model = network(first_adapted_layer=0).train()
+    model = network(first_adapted_layer=0, segment_overlap=0).train()
     context, query = ids_of(30), ids_of(4, seed=1)
     output = model(context, labels=context, query_input_ids=query, terms=["expand", "cycle"])
     output.loss.backward()
     gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name and p.grad is not None]
     assert any(gradient.abs().sum() > 0 for gradient in gradients)
+    with pytest.raises(ValueError, match="leave out the last 4 tokens of a text"):
+        network().expand(network().compress(context))
     with pytest.raises(ValueError, match="terms must be some of"):
         model(context, query_input_ids=query, terms=["compress"])
     assert dataclasses.asdict(model.r3mem_config)["memory_writer"] == "matched"

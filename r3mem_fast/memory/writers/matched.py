@@ -103,6 +103,12 @@ class MatchedWriter:
             return reader.decode(embeddings, mask, cache), memory
         with captured_attention(reader.decoder.config) as calls:
             hidden = reader.decode(embeddings, mask, cache)
+        if missing := sorted(set(range(len(before.states))) - calls.keys()):
+            raise ValueError(
+                f"the attention of layers {missing} of a {type(reader.decoder).__name__} is none of transformers' "
+                "interchangeable functions, so no memory can be matched to it; let memory tokens learn "
+                '(memory_writer="tokens")'
+            )
         return hidden, replaced(memory, rows, self._written(before, segment, cache, calls))
 
     def _written(self, before, segment, cache, calls):
@@ -188,7 +194,7 @@ class _Match:
         for group in self._groups(layers):
             calls = [self._calls[index] for index in group]
             settings = _settings(calls[0])
-            asked = torch.cat([call.query[chosen] for call in calls])
+            asked = torch.cat([call.query[chosen] for call in calls]).to(slots.states.dtype)
             key = torch.cat([keys[index] for index in group])
             value = torch.cat([slots.states[index, 1] for index in group])
             where = {

@@ -1,0 +1,29 @@
+"""How many positions a model has."""
+
+from typing import Any
+
+from .config import R3MemConfig
+from .reversible.convert import text_config
+
+
+def positions_of(model: Any) -> int | None:
+    """Number of positions of a model; None if its configuration names no limit."""
+    return getattr(text_config(model.config), "max_position_embeddings", None)
+
+
+def original_positions_of(model: Any) -> int | None:
+    """Positions that a model was first trained on: beyond them some rotary embeddings change their frequencies."""
+    rope = getattr(text_config(model.config), "rope_parameters", None)
+    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    known = [count for count in (original, positions_of(model)) if count]
+    return int(min(known)) if known else None
+
+
+def positions_for_memories(config: R3MemConfig, model: Any) -> int | None:
+    """Positions that a model's memories share with what is read behind them.
+
+    Args:
+        config: Settings of the memory network.
+        model: The base model.
+    """
+    return original_positions_of(model) if config.memory_writer == "matched" else positions_of(model)
