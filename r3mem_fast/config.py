@@ -294,6 +294,8 @@ class R3MemConfig:
         )
 
     def _matched_layout(self, max_tokens):
+        from r3mem_fast.kernels.matching import MAX_KEPT
+
         from .memory import MemoryLayout
 
         # Half of the positions are before a pass, for slots; the other half for what is read, and written.
@@ -302,9 +304,9 @@ class R3MemConfig:
         if budget is None:
             assert self.max_memory_segments is not None, "see _check_matched"
             budget = self.num_memory_tokens * self.max_memory_segments
-        if budget > _MOST_MATCHED and self.beyond_budget == "rematch":
+        if budget > MAX_KEPT and self.beyond_budget == "rematch":
             raise ValueError(
-                f"a memory_budget of {budget} slots is too large to be matched together; {_MOST_MATCHED} at most can "
+                f"a memory_budget of {budget} slots is too large to be matched together; {MAX_KEPT} at most can "
                 'be: use a smaller one, or beyond_budget="forget"'
             )
         if budget < self.num_memory_tokens or reach + self.segment_overlap + self.segment_length > 2 * reach:
@@ -349,8 +351,8 @@ class R3MemConfig:
 
 # Settings of later versions.
 _LATER = ("memory_writer", "memory_budget", "beyond_budget")
-# Positions before a pass at most; what is older than that has this age. And slots that are matched together.
-_REACH, _MOST_MATCHED = 4096, 1024
+# Positions before a pass at most; what is older than that has this age.
+_REACH = 4096
 
 
 def default_matched(max_tokens: int | None) -> "MemoryLayout | None":

@@ -29,7 +29,7 @@ from .memory.states import empty_states
 from .memory.writers import Writer
 from .memory.writers.matched import MatchedWriter
 from .memory.writers.tokens import TokenWriter, new_memory_embeddings
-from .positions import original_positions_of, positions_for_memories, positions_of
+from .positions import first_id, original_positions_of, positions_for_memories, positions_of
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers
 from .reversible.stack import Mode
@@ -69,11 +69,11 @@ class Network(nn.Module):
         # Everything is checked before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
-        self.layout = config.memory_layout(positions_for_memories(config, plain))
-        self.learns_memories = self.layout is not None
-        self.layout = self.layout or default_matched(original_positions_of(plain))
-        self.end_token_id = _first_id(plain.config.eos_token_id)
-        self.start_token_id = _first_id(plain.config.bos_token_id, self.end_token_id)
+        learned = config.memory_layout(positions_for_memories(config, plain))
+        self.learns_memories = learned is not None
+        self.layout = learned or default_matched(original_positions_of(plain))
+        self.end_token_id = first_id(plain.config.eos_token_id)
+        self.start_token_id = first_id(plain.config.bos_token_id, self.end_token_id)
         if self.end_token_id is None:
             raise ValueError("the model's config has no eos_token_id, which ends a recalled context; set it")
         if not isinstance(base, PeftModel):
@@ -367,11 +367,15 @@ class Network(nn.Module):
             RuntimeError: The model is being read backward.
             ValueError: It has adapters that `adapter_rows="memory"` cannot hold to memory tokens.
         """
-        return self._origin(adapters_are_off(self.peft_model) or self.is_plain)
+        return self._origin(self._adapters_are_off)
 
     def origin_of_adapters(self) -> Origin:
         """Fingerprints of base model and adapters, also where memories depend on the base model alone."""
-        return self._fingerprints.origin(self, adapters_are_off(self.peft_model) or self.is_plain)
+        return self._fingerprints.origin(self, self._adapters_are_off)
+
+    @property
+    def _adapters_are_off(self):
+        return adapters_are_off(self.peft_model) or self.is_plain
 
     def _origin(self, adapters_off):
         if self.is_reading_backward:
@@ -389,12 +393,3 @@ class Network(nn.Module):
     def set_base_fingerprint(self, fingerprint: str) -> None:
         """Take over the fingerprint of the base model as it is now, which has just been computed."""
         self._fingerprints.set_base(self.peft_model, fingerprint)
-
-
-def _first_id(*ids):
-    """The first argument that is an id, or a list of ids (then its first); None if there is none."""
-    for given in ids:
-        given = given[0] if isinstance(given, (list, tuple)) and given else given
-        if isinstance(given, int):
-            return given
-    return None

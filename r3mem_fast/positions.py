@@ -1,4 +1,4 @@
-"""How many positions a model has."""
+"""What a model's configuration says of its positions and of the tokens that begin and end its texts."""
 
 from typing import Any
 
@@ -27,3 +27,12 @@ def positions_for_memories(config: R3MemConfig, model: Any) -> int | None:
         model: The base model.
     """
     return original_positions_of(model) if config.memory_writer == "matched" else positions_of(model)
+
+
+def first_id(*ids: Any) -> Any:
+    """The first argument that is an id, or a list of ids (then its first); None if there is none."""
+    for given in ids:
+        given = given[0] if isinstance(given, (list, tuple)) and given else given
+        if isinstance(given, int):
+            return given
+    return None

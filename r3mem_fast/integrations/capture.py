@@ -31,9 +31,9 @@ class AttentionCall(NamedTuple):
     sinks: torch.Tensor | None
 
     @property
-    def settings(self) -> tuple:
-        """What layers that can be computed together have in common."""
-        return self.scale, self.softcap, self.window, self.sinks is None
+    def settings(self) -> dict[str, Any]:
+        """The settings of the attention, as `kernels.matching` takes them."""
+        return {"scale": self.scale, "softcap": self.softcap, "window": self.window, "sinks": self.sinks}
 
 
 def implementation_of(config: Any) -> str:

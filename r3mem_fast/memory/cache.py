@@ -54,6 +54,8 @@ class PrefixCache(PassCache):
         self._placed: dict[int, States] = {}  # the memory by layer, at its positions
         self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
         self.rotation: Any = None
+        self._of_pass: Any = None  # positions of the pass's tokens
+        self._tables: Callable | None = None  # of all positions up to its first one
         self._positions: torch.Tensor | None = None  # of the captured tokens
         self._widened: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # masks of this pass
         self._apart = False  # whether masks carry the memory
@@ -134,6 +136,7 @@ class PrefixCache(PassCache):
         self._widened, self._written = {}, {}
         self._expected = set(range(len(layers)))  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
+        self._of_pass, self._tables = positions, None
         self.rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
@@ -152,10 +155,23 @@ class PrefixCache(PassCache):
             for index, (keys, values) in enumerate(prefix):
                 self._placed[index] = (self.rotation.rotated(keys, tables(index)), values)
             return
-        tables = position_tables(self.rotation, first, prefix, positions)
         places = (first - self._ages.long()).clamp_min(0)
         for index, (keys, values) in enumerate(prefix):
-            self._placed[index] = (self.rotation.rotated_to(keys, tables(index), places[index]), values)
+            self._placed[index] = (self.placed(keys, index, places[index]), values)
+
+    def placed(self, keys: torch.Tensor, layer_idx: int, places: torch.Tensor) -> torch.Tensor:
+        """Rotate keys of a layer, as the pass that runs or ran last would, to positions up to its first one.
+
+        Args:
+            keys: Keys without positions, `[B, kv_heads, N, head_dim]`.
+            layer_idx: The layer's index in the cache.
+            places: Positions of the keys, int64 `[B, kv_heads, N]`.
+        """
+        if self._tables is None:
+            known = torch.arange(self.first_position + 1, device=keys.device)[None]
+            # For all rows alike: what some models choose by the largest position of a pass is that of the whole batch.
+            self._tables = self.rotation.tables(known, keys, seen_with=self._of_pass.amax(0, keepdim=True))
+        return self.rotation.rotated_to(keys, self._tables(layer_idx), places)
 
     def end_pass(self):
         """Check that each layer of the decoder's call has read the memory, and written its own keys and values.
@@ -289,20 +305,6 @@ class PrefixCache(PassCache):
             self._visible, self._prefix = change(self._visible, 0), change(self._prefix, 2)
             self._placed = {i: tuple(change(t, 0) for t in pair) for i, pair in self._placed.items()}
             self._ages = None if self._ages is None else change(self._ages, 1)
-
-
-def position_tables(rotation: Rotation, first: int, like: torch.Tensor, positions: torch.Tensor) -> Callable:
-    """Tables of all positions up to a pass's first one, for `Rotation.rotated_to`.
-
-    Args:
-        rotation: The model's.
-        first: That position.
-        like: A tensor of the model's dtype, on its device.
-        positions: Positions of the pass's tokens, int64 `[1 or B, T]`.
-    """
-    places = torch.arange(first + 1, device=positions.device)[None]
-    # For all rows alike: what some models choose by the largest position of a pass is that of the whole batch.
-    return rotation.tables(places, like, seen_with=positions.amax(0, keepdim=True))
 
 
 def _additive(visible, dtype):

@@ -21,7 +21,7 @@ class PassCache(DynamicCache):
     """A cache that takes part in every pass of a reversible decoder; `memory.cache.PrefixCache` is one.
 
     The stack tells it where a pass begins and ends, lets it widen the layers' masks, and gives its keys and values to
-    both evaluations of a branch.
+    both evaluations of a branch. The methods that raise NotImplementedError here are a subclass's to define.
 
     Attributes:
         adapted_tokens: Number of tokens at the end of a pass that adapters act on; None: all.

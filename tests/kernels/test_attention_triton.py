@@ -131,7 +131,7 @@ def test_head_dims(head_dim):
 
 def test_the_memory_s_gradient_in_several_parts():
     """Of so many queries that they are shared out, and of rows that share a memory."""
-    # Of a GPU's blocks it takes more.
+    # A GPU's blocks hold more queries, so that it takes more of them to have several parts.
     case = Case(rows=2, group=2, tokens=2000 if GPU else 200, memory=20, one_memory=True, sinks=True)
     tensors = case.tensors(DEVICE)
     output, lse = expected(tensors, case)

@@ -95,7 +95,7 @@ def test_a_padded_row_is_the_row_alone_bit_for_bit(case):
 
 
 def test_long_rows_are_cut_into_blocks(monkeypatch):
-    """Of queries; and every run gives the same."""
+    """Blocks of queries give what all of them give at once, and the same at every run."""
     case = Case(group=3, queries=50, keys=31, ahead=3, key_padding=0.2, sinks=True, window=25)
     inputs, target = case.tensors()
     whole = (*scores_of(inputs, case), *system_of(inputs, target, case))

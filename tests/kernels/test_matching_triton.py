@@ -84,7 +84,7 @@ def test_it_is_the_reference_in_float32():
 
 
 def test_sums_in_several_parts_are_the_same_at_every_run():
-    # Of a GPU's blocks it takes more.
+    # A GPU's blocks hold more queries, so that it takes more of them to have several parts.
     case = Case(rows=1, group=4, queries=2000 if GPU else 36, keys=20, ahead=4, key_padding=0.1)
     inputs, target = case.tensors(DEVICE)
     launches, _ = kernels.plan_attention_scores(inputs, case.settings)

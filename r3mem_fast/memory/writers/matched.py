@@ -21,7 +21,7 @@ import torch
 from r3mem_fast.kernels.matching import attention_scores, value_system
 
 from ...integrations.capture import AttentionCall, captured_attention
-from ..cache import PrefixCache, position_tables
+from ..cache import PrefixCache
 from ..memory import Memory
 from ..reader import MemoryReader
 from ..segments import Segment
@@ -115,7 +115,7 @@ class MatchedWriter:
         """Slots of the segment's rows after it."""
         layout, first = self._layout, self._layout.first_position
         lengths = segment.mask.sum(1)
-        # Of the tokens that were read, those that will be read again stay raw.
+        # The overlap at the end of the segment stays raw, because the next segment reads it again.
         ends = segment.places[:, -1] + 1
         starts = ends - lengths
         fresh = torch.maximum(ends - layout.segment_overlap, starts) - starts
@@ -180,12 +180,9 @@ class _Match:
         if count == 0:
             return slots
         positions = torch.where(slots.ages >= 0, (self._first - slots.ages).clamp_min(0), -1)
-        rotation, tables = self._cache.rotation, None
-        keys = []
-        for index in range(layers):
-            raw = slots.states[index, 0]
-            tables = tables or position_tables(rotation, self._first, raw, self._queries.long().clamp_min(0))
-            keys.append(rotation.rotated_to(raw, tables(index), positions[index].clamp_min(0)))
+        keys = [
+            self._cache.placed(slots.states[index, 0], index, positions[index].clamp_min(0)) for index in range(layers)
+        ]
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=slots.ages.device)
         queries = self._queries[chosen]
         limit = min(limit, count)
@@ -193,7 +190,7 @@ class _Match:
         found_ages: dict[int, torch.Tensor] = {}
         for group in self._groups(layers):
             calls = [self._calls[index] for index in group]
-            settings = _settings(calls[0])
+            settings = calls[0].settings
             asked = torch.cat([call.query[chosen] for call in calls]).to(slots.states.dtype)
             key = torch.cat([keys[index] for index in group])
             value = torch.cat([slots.states[index, 1] for index in group])
@@ -204,10 +201,7 @@ class _Match:
             scores, _, target = attention_scores(asked, key, value, **where, **settings)
             places = best_places(scores, where["key_positions"], limit)
             wide = places[..., None].expand(-1, -1, -1, key.shape[-1])
-            kept = {
-                "query_positions": where["query_positions"],
-                "key_positions": where["key_positions"].gather(2, places),
-            }
+            kept = {**where, "key_positions": where["key_positions"].gather(2, places)}
             values = value.gather(2, wide)
             gram, residual = value_system(asked, key.gather(2, wide), values, target, **kept, **settings)
             # Where nothing is left out there is nothing to match.
@@ -229,7 +223,8 @@ class _Match:
         groups: dict[tuple, list[int]] = {}
         for index in range(layers):
             call = self._calls[index]
-            groups.setdefault((*call.settings, None if call.sinks is None else index), []).append(index)
+            alike = (call.scale, call.softcap, call.window, None if call.sinks is None else index)
+            groups.setdefault(alike, []).append(index)
         return list(groups.values())
 
 
@@ -304,10 +299,6 @@ def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> to
     places = scores.masked_fill(positions < 0, -1).topk(limit, -1).indices
     order = positions.gather(2, places).sort(dim=-1, stable=True).indices
     return places.gather(2, order)
-
-
-def _settings(call):
-    return {"scale": call.scale, "softcap": call.softcap, "window": call.window, "sinks": call.sinks}
 
 
 def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
