@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from r3mem_fast import R3MemConfig, R3MemModel, load_model
 from r3mem_fast.integrations.scoped import temporarily
-from r3mem_fast.memory.writers import matched
+from r3mem_fast.memory.writers import matching
 
 from .places import Place, foreign_of, interval, places_of, spread
 from .records import add_output_option, add_record
@@ -189,7 +189,7 @@ def _slots_of(options: argparse.Namespace, model: R3MemModel, slots: int, budget
 
 def _values_kept() -> contextlib.AbstractContextManager[None]:
     """Let kept keys keep their values."""
-    return temporarily(matched, solved=lambda gram, residual: torch.zeros_like(residual))
+    return temporarily(matching, solved=lambda gram, residual: torch.zeros_like(residual))
 
 
 @contextlib.contextmanager
@@ -203,7 +203,7 @@ def _evenly_spaced() -> Iterator[None]:
         steps = torch.linspace(0, count - 1, min(limit, count)).round().long()
         return order[..., steps]
 
-    with _values_kept(), temporarily(matched, best_places=spaced):
+    with _values_kept(), temporarily(matching, best_places=spaced):
         yield
 
 

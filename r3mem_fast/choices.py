@@ -8,6 +8,9 @@ PLACEMENTS = ("every_layer", "input")
 WRITERS = ("tokens", "matched")
 # What happens to a matched memory beyond its budget: it is matched again, its oldest slots go, or it is an error.
 BEYOND_BUDGET = ("rematch", "forget", "error")
+# Whose queries a matched memory is matched to: those of the pass that read the text, of another pass behind the first,
+# and of the questions that its hierarchy asks; or of several.
+QUERIES = ("own", "reread", "pairs", "own+reread", "own+pairs", "reread+pairs", "own+reread+pairs")
 # Where training keeps what a segment computed until the backward pass; "none": it runs the segment again.
 KEPT_SEGMENTS = ("none", "device", "host")
 # Tokens that the adapters act on in the forward direction: all, or memory tokens alone.

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .choices import ADAPTER_ROWS, BEYOND_BUDGET, FORMS, KEPT_SEGMENTS, PLACEMENTS, WRITERS
+from .choices import ADAPTER_ROWS, BEYOND_BUDGET, FORMS, KEPT_SEGMENTS, PLACEMENTS, QUERIES, WRITERS
 from .settings import check, described, names_of_group, setting
 
 if TYPE_CHECKING:
@@ -109,6 +109,15 @@ class R3MemConfig:
         group=MEMORY,
         option="beyond-budget",
         choices=BEYOND_BUDGET,
+    )
+    memory_queries: str = setting(
+        "own",
+        "Whose queries a matched memory is matched to. `own`: those of the pass that reads the text; `reread`: those "
+        "of a second pass over it, behind the first; `pairs`: those of the questions that the hierarchy asks; or "
+        "several, such as `own+pairs`.",
+        group=MEMORY,
+        option="memory-queries",
+        choices=QUERIES,
     )
     segment_length: int = setting(
         256,
@@ -309,7 +318,8 @@ class R3MemConfig:
                 f"a memory_budget of {budget} slots is too large to be matched together; {MAX_KEPT} at most can "
                 'be: use a smaller one, or beyond_budget="forget"'
             )
-        if budget < self.num_memory_tokens or reach + self.segment_overlap + self.segment_length > 2 * reach:
+        read = self.segment_overlap + self.segment_length
+        if budget < self.num_memory_tokens or (max_tokens is not None and reach + read > max_tokens):
             raise ValueError(
                 f"a budget of {budget} slots, {self.num_memory_tokens} for a segment of {self.segment_length} with "
                 f"{self.segment_overlap} from before it do not fit together, or not into half of the model's "
@@ -326,6 +336,7 @@ class R3MemConfig:
             budget=budget,
             beyond_budget=self.beyond_budget,
             reach=reach,
+            queries=self.memory_queries,
         )
 
     def to_dict(self) -> dict:
@@ -350,7 +361,7 @@ class R3MemConfig:
 
 
 # Settings of later versions.
-_LATER = ("memory_writer", "memory_budget", "beyond_budget")
+_LATER = ("memory_writer", "memory_budget", "beyond_budget", "memory_queries")
 # Positions before a pass at most; what is older than that has this age.
 _REACH = 4096
 

@@ -1,5 +1,6 @@
 """`R3MemModel`: a causal language model that reads forward, and backward from a query to its context."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,7 @@ class R3MemModel(TrainerInterface, Network):
         *,
         finish: bool = False,
         progress: bool = False,
+        pinned: int = 0,
     ) -> Memory:
         """Read a history segment by segment, and keep the memory of it alone (R3Mem, section 3).
 
@@ -284,6 +286,7 @@ class R3MemModel(TrainerInterface, Network):
             memory: The memory of what came before, of B rows; None: nothing did.
             finish: Compress what does not fill a segment, too, as a shorter one; what follows then starts a new one.
             progress: Show a bar, in tokens.
+            pinned: First tokens of each row that a matched memory keeps as they are, beside its budget.
 
         Raises:
             ValueError: The model has no memory tokens, the memory is another model's or of another number of rows, or
@@ -297,7 +300,9 @@ class R3MemModel(TrainerInterface, Network):
         else:
             rows = Rows(input_ids, attention_mask).lists()
         if memory is None:
-            memory = self.empty_memory(len(rows))
+            memory = self.empty_memory(len(rows), pinned=pinned)
+        elif pinned:
+            raise ValueError("what is pinned stands before all else; leave it out where there is a memory before")
         self.check_memory(memory, len(rows))
         total = sum(map(len, (*rows, *memory.unfinished)))
         with (
@@ -306,14 +311,10 @@ class R3MemModel(TrainerInterface, Network):
         ):
             return compress_rows(self, rows, memory, finish=finish, on_tokens=bar.update)
 
-    def empty_memory(self, rows: int = 1) -> Memory:
-        """The memory of nothing, of so many rows.
-
-        Raises:
-            ValueError: The model has no memory tokens.
-        """
+    def empty_memory(self, rows: int = 1, *, pinned: int = 0) -> Memory:
+        """The memory of nothing, of so many rows; `pinned` as in `compress`. Raises ValueError as that does."""
         self.check_memories()
-        return self.new_memory(rows, self.origin())
+        return self.new_memory(rows, self.origin(), pinned)
 
     def cache_of(self, memory: Memory) -> PrefixCache:
         """A memory as the key-value cache of the base model, or of its `generate`; see `Memory.to_cache`."""
@@ -377,10 +378,7 @@ class R3MemModel(TrainerInterface, Network):
             details: More of what `save_pretrained` takes.
             settings: `private`, `token`, `revision`, `commit_message`, see `hub.upload_adapter`.
         """
-
-        def save(folder):
-            self.save_pretrained(folder, adapter_dtype=adapter_dtype, **(details or {}))
-
+        save = functools.partial(self.save_pretrained, adapter_dtype=adapter_dtype, **(details or {}))
         return hub.upload_adapter(save, repo_id, **settings)
 
     def merge_and_unload(self) -> Any:

@@ -23,11 +23,10 @@ from .integrations.scoped import requiring_gradients_as_before, returning, tempo
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
 from .memory.layout import Origin
-from .memory.memory import Memory
+from .memory.memory import Memory, empty_memory
 from .memory.reader import MemoryReader
-from .memory.states import empty_states
 from .memory.writers import Writer
-from .memory.writers.matched import MatchedWriter
+from .memory.writers.matched import MatchedWriter, QuestionsOf
 from .memory.writers.tokens import TokenWriter, new_memory_embeddings
 from .positions import first_id, original_positions_of, positions_for_memories, positions_of
 from .reversible import make_reversible, reading_backward
@@ -54,6 +53,7 @@ class Network(nn.Module):
         slices_logits: Whether the base model can compute the logits of the last tokens alone (`logits_to_keep`).
         start_token_id: Token before and after a prompt of the backward direction.
         end_token_id: Token that ends every text that is written.
+        questions_of: Gives what will be asked of the token ids of a text, for `memory_queries` of "pairs".
 
     Raises:
         TypeError: The base is no model that can be made reversible. It is then as it was.
@@ -92,6 +92,7 @@ class Network(nn.Module):
             self._reader = MemoryReader(self.peft_model, self.stack, self.decoder, self.layout)
         if self.r3mem_config.adapter_rows == "memory" and self.memory_embeddings is not None:
             let_adapters_choose_tokens(self.layers)
+        self.questions_of: QuestionsOf | None = None
         self._fingerprints = FingerprintCache()
 
     @property
@@ -181,7 +182,7 @@ class Network(nn.Module):
             dropout: Probability with which a row does not see its memory, for memory tokens that learn.
         """
         if self.memory_embeddings is None:
-            return MatchedWriter(self.reader)
+            return MatchedWriter(self.reader, self.questions_of)
         return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
 
     @contextlib.contextmanager
@@ -321,29 +322,25 @@ class Network(nn.Module):
             raise ValueError(f"the memory's layout is {memory.layout}, the model's {self.layout}")
         self.reader.check_states(memory)
 
-    def new_memory(self, rows: int, origin: Origin | None) -> Memory:
+    def new_memory(self, rows: int, origin: Origin | None, pinned: int = 0) -> Memory:
         """Make a memory of nothing.
 
         Args:
             rows: Number of rows.
             origin: Fingerprints that it carries; None: it is used within one pass, and nobody asks for them.
+            pinned: Tokens at the beginning of each row whose slots stay as they are.
+
+        Raises:
+            ValueError: The memory is none whose slots could stay.
         """
         layout = self.reader.layout
-        matched = layout.writer == "matched"
-        states = empty_states(layout, rows, self.reader.state_sizes(), dtype=self.dtype, device=self.device)
-        return Memory(
-            states=states,
-            num_segments=torch.zeros(rows, dtype=torch.int64),
-            tokens_seen=torch.zeros(rows, dtype=torch.int64),
-            unfinished=(torch.zeros(0, dtype=torch.int64),) * rows,
-            recent=(torch.zeros(0, dtype=torch.int64),) * rows,
-            labels=(None,) * rows,
-            layout=layout,
-            origin=cast(Origin, origin),
-            ages=torch.zeros(*states.shape[:1], *states.shape[2:5], dtype=torch.int32, device=self.device)
-            if matched
-            else None,
-            slots=torch.zeros(rows, dtype=torch.int64) if matched else None,
+        if pinned and (layout.writer != "matched" or not 0 < pinned <= layout.reach):
+            raise ValueError(
+                f"pinned={pinned!r} tokens are for matched memories (memory_writer), and at most {layout.reach}"
+            )
+        made_with = cast(Origin, origin)
+        return empty_memory(
+            layout, made_with, rows, self.reader.state_sizes(), dtype=self.dtype, device=self.device, pinned=pinned
         )
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:

@@ -61,11 +61,6 @@ def captured_attention(config: Any) -> Iterator[dict[int, AttentionCall]]:
             raise ValueError(
                 f"a {type(module).__name__} has a bias for each pair of positions, for which no memory can be matched"
             )
-        if settings.get("sliding_window") is not None:
-            raise ValueError(
-                f"a {type(module).__name__} has a sliding window, beyond which a matched memory would let it see; "
-                'memory tokens (memory_writer="tokens") can be learned for this model'
-            )
         scale = settings.get("scaling")
         calls[module.layer_idx] = AttentionCall(
             query.detach(),

@@ -51,6 +51,8 @@ class PrefixCache(PassCache):
         self._visible: torch.Tensor | None = None
         self._all_visible = True
         self._ages: torch.Tensor | None = None
+        self._windows: Sequence[int | None] = ()
+        self._heads = 0
         self._placed: dict[int, States] = {}  # the memory by layer, at its positions
         self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
         self.rotation: Any = None
@@ -67,7 +69,12 @@ class PrefixCache(PassCache):
         self.passes = 0
 
     def read(
-        self, prefix: torch.Tensor, visible: torch.Tensor, all_visible: bool, ages: torch.Tensor | None = None
+        self,
+        prefix: torch.Tensor,
+        visible: torch.Tensor,
+        all_visible: bool,
+        ages: torch.Tensor | None = None,
+        windows: Sequence[int | None] = (),
     ) -> "PrefixCache":
         """Set the memory; returns the cache.
 
@@ -77,10 +84,12 @@ class PrefixCache(PassCache):
             all_visible: Whether all of `visible` is true; to ask its device would synchronise.
             ages: Tokens from each key to the cache's first token, `[layers, B, kv_heads, N]`; None: the keys stand
                 right before it, in order.
+            windows: Number of keys that a query of each layer sees, its own included, by their positions; None: all.
+                Empty: no window hides a part of the memory.
         """
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed = prefix, visible, {}
-            self._all_visible, self._ages = all_visible, ages
+            self._all_visible, self._ages, self._windows = all_visible, ages, windows
         return self
 
     @property
@@ -137,9 +146,15 @@ class PrefixCache(PassCache):
         self._expected = set(range(len(layers)))  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
         self._of_pass, self._tables = positions, None
+        self._heads = config.num_attention_heads
         self.rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
+        if self._apart and self._visible is not None and any(self._windows):
+            raise ValueError(
+                f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding window: '
+                'each head sees other slots; use "sdpa" or "eager"'
+            )
         if self._apart and self._visible is not None and not self._all_visible:
             self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
         if self._prefix is not None and not self._placed:
@@ -241,7 +256,8 @@ class PrefixCache(PassCache):
         """A layer's attention mask, which lets the memory in.
 
         Args:
-            mask: `[B, 1, T, K]`, or None where it is causal: columns for the memory are put before it. Or a
+            mask: `[B, 1, T, K]`, or None where it is causal: columns for the memory are put before it (for each head,
+                if a window hides slots from some). Or a
                 `SegmentMask`: it is to carry the layer's memory.
             hidden: The layer's input.
             layer_idx: The layer's index in the cache.
@@ -258,11 +274,12 @@ class PrefixCache(PassCache):
                 read=attention.LayerRead(self._attended, layer_idx),
             )
         tokens = hidden.shape[1]
-        if self._visible is None or (mask is None and tokens == 1 and self._all_visible):
+        window = self._windows[layer_idx] if self._windows else None
+        if self._visible is None or (mask is None and tokens == 1 and self._all_visible and window is None):
             return mask
         length = tokens if not self.keep else self.layers[layer_idx].get_mask_sizes(tokens)[0]
         known, widened = self._widened.get((id(mask), length), (None, None))
-        if widened is not None and known is mask:  # the same for all layers of a kind
+        if widened is not None and known is mask and window is None:  # the same for all layers of a kind
             return widened
         known = mask
         if known is None:
@@ -271,11 +288,22 @@ class PrefixCache(PassCache):
             if implementation == "eager":
                 known = _additive(known, hidden.dtype)
         visible = self._visible.to(hidden.device)[:, None, None].expand(-1, 1, tokens, -1)
+        if window is not None:
+            visible = visible & self._within(window, layer_idx)
         if known.dtype != torch.bool:
             visible = _additive(visible, known.dtype)
-        widened = torch.cat([visible, known.expand(len(visible), *known.shape[1:])], -1)
-        self._widened[id(mask), length] = (mask, widened)
+        widened = torch.cat([visible, known.expand(*visible.shape[:2], *known.shape[2:])], -1)
+        if window is None:
+            self._widened[id(mask), length] = (mask, widened)
         return widened
+
+    def _within(self, window, layer_idx):
+        """Whether each query of the pass has each slot in its window: bool `[B, heads, T, N]`."""
+        assert self._ages is not None
+        ages = self._ages[layer_idx]
+        later = (self._of_pass - self.first_position).to(ages.device)
+        seen = ages[:, :, None] + later[:, None, :, None] < window
+        return seen.repeat_interleave(self._heads // ages.shape[1], 1)
 
     def update(self, *args, **kwargs):
         """Raise RuntimeError: called by a model that does not know of the memory."""

@@ -15,9 +15,10 @@ class MemoryLayout:
         placement: "every_layer" or "input", see `R3MemConfig.memory_placement`.
         segment_overlap: Number of tokens, directly before a segment, that are read again with it.
         writer: "tokens" or "matched", see `R3MemConfig.memory_writer`. What follows is of matched memories.
-        budget: Slots that a row's memory has at most.
+        budget: Slots that a row's memory has at most, beside pinned ones.
         beyond_budget: "rematch", "forget" or "error", see `R3MemConfig.beyond_budget`.
         reach: Largest age of a slot, in tokens; what is older keeps this age.
+        queries: Whose queries they are matched to, see `R3MemConfig.memory_queries`.
     """
 
     num_memory_tokens: int
@@ -30,6 +31,7 @@ class MemoryLayout:
     budget: int = 0
     beyond_budget: str = "rematch"
     reach: int = 0
+    queries: str = "own"
 
     @property
     def first_position(self) -> int:
@@ -38,12 +40,14 @@ class MemoryLayout:
 
     @property
     def most_slots(self) -> int:
-        """Slots that a row's memory has at most."""
+        """Slots that a row's memory has at most, beside pinned ones."""
         return self.budget if self.writer == "matched" else self.readable_segments * self.num_memory_tokens
 
     def to_dict(self) -> dict:
         """Its fields as values for JSON; format 1 of memory files has those alone that memory tokens need."""
         fields = dataclasses.asdict(self)
+        if self.queries == "own":  # so that fingerprints of earlier memories stay what they were
+            del fields["queries"]
         if self.writer == "tokens":
             fields = {name: fields[name] for name in list(fields)[:6]}
         return fields

@@ -14,7 +14,7 @@ from ..choices import PLACEMENTS, WRITERS
 from ..files import replacing
 from . import file as memory_file
 from .layout import MemoryLayout, Origin
-from .states import BATCH, SLOTS, joined_ages, widened
+from .states import BATCH, SLOTS, empty_states, joined_ages, widened
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +37,8 @@ class Memory:
         ages: Tokens from each slot of a matched memory to the first token behind it, int32
             `[layers, B, kv_heads, N]`, on the states' device; None: the slots stand right before it, in order.
         slots: Slots that each row of a matched memory has, int64 `[B]`, on the CPU; None: its segments say it.
+        pinned: Tokens at the beginning of each row whose slots a matched memory keeps as they are, beside its budget,
+            int64 `[B]`, on the CPU; None: none.
     """
 
     states: torch.Tensor
@@ -49,6 +51,7 @@ class Memory:
     origin: Origin
     ages: torch.Tensor | None = None
     slots: torch.Tensor | None = None
+    pinned: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.num_segments)
@@ -76,7 +79,7 @@ class Memory:
         Returns:
             `states`, `num_segments`, `tokens_seen`, `unfinished` (the ids of all rows, joined) and
             `unfinished_lengths` (their number in each row, int64 `[B]`); with a segment overlap also `recent` and
-            `recent_lengths`; of a matched memory also `ages` and `slots`.
+            `recent_lengths`; of a matched memory also `ages` and `slots`, and `pinned` if any is.
         """
         ragged = {"unfinished": self.unfinished}
         if self.layout.segment_overlap:
@@ -87,7 +90,13 @@ class Memory:
             found[f"{name}_lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         if self.ages is not None and self.slots is not None:
             found |= {"ages": self.ages, "slots": self.slots}
+        if self.pinned is not None:
+            found["pinned"] = self.pinned
         return found
+
+    def pinned_slots(self) -> torch.Tensor:
+        """Tokens at the beginning of each row whose slots stay as they are, int64 `[B]`, on the CPU."""
+        return torch.zeros(len(self), dtype=torch.int64) if self.pinned is None else self.pinned
 
     def visible(self) -> torch.Tensor:
         """Mask of the memory tokens that each row has: bool `[B, N]`, on the memory's device."""
@@ -179,6 +188,7 @@ class Memory:
             labels=tuple(self.labels[i] for i in pick),
             ages=None if self.ages is None else self.ages.index_select(1, chosen.to(self.device)),
             slots=None if self.slots is None else self.slots[chosen],
+            pinned=None if self.pinned is None else self.pinned[chosen],
         )
 
     def __getitem__(self, row: int | slice | tuple[str | None, str | None]) -> "Memory":
@@ -227,6 +237,9 @@ class Memory:
             labels=sum((m.labels for m in memories), ()),
             ages=joined_ages([m.ages for m in memories], slots),
             slots=None if first.slots is None else torch.cat([m.slots for m in memories if m.slots is not None]),
+            pinned=torch.cat([m.pinned_slots() for m in memories])
+            if any(m.pinned is not None for m in memories)
+            else None,
         )
 
     def save(self, path: str | Path) -> None:
@@ -276,6 +289,35 @@ class Memory:
         return memory
 
 
+def empty_memory(
+    layout: MemoryLayout,
+    origin: Origin,
+    rows: int,
+    sizes: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    pinned: int = 0,
+) -> Memory:
+    """The memory of nothing.
+
+    Args:
+        layout: Its layout.
+        origin: What it is made with.
+        rows: Number of rows.
+        sizes: See `empty_states`.
+        dtype: Dtype of its states.
+        device: Their device.
+        pinned: See `Memory.pinned`; the same for all rows.
+    """
+    states, none = empty_states(layout, rows, sizes, dtype=dtype, device=device), torch.zeros(rows, dtype=torch.int64)
+    nothing = (none[:0],) * rows
+    matched = layout.writer == "matched"
+    ages = states.new_zeros(*states.shape[:1], *states.shape[2:5], dtype=torch.int32) if matched else None
+    slots, pins = none.clone() if matched else None, torch.full_like(none, pinned) if pinned else None
+    return Memory(states, none, none.clone(), nothing, nothing, (None,) * rows, layout, origin, ages, slots, pins)
+
+
 def _is_label(label):
     return label is None or (
         isinstance(label, (tuple, list)) and len(label) == 2 and all(isinstance(part, str) for part in label)
@@ -311,12 +353,15 @@ def _from_tensors(cls, metadata, tensors):
         recent = _ragged(tensors, "recent", rows, longest=layout.segment_overlap)
     matched = layout.writer == "matched"
     ages, slots = (tensors["ages"], tensors["slots"].cpu()) if matched else (None, None)
+    pinned = tensors["pinned"].cpu() if matched and "pinned" in tensors else None
     kept = segments.clamp_max(layout.readable_segments) * layout.num_memory_tokens if slots is None else slots
     fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
     fits = fits and states.shape[BATCH[layout.placement]] == rows
     fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64 and bool((kept >= 0).all())
     fits = fits and states.shape[SLOTS[layout.placement]] >= (int(kept.max()) if rows else 0)
-    fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots
+    fits = fits and (pinned is None or (pinned.shape == (rows,) and pinned.dtype == torch.int64 and min(pinned) >= 0))
+    more = 0 if pinned is None or not fits or not rows else int(pinned.max())
+    fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots + more
     if fits and ages is not None:
         fits = ages.dtype == torch.int32 and ages.shape == (states.shape[0], *states.shape[2:5])
         fits = fits and bool((ages >= 0).all() and (ages <= layout.reach).all())
@@ -333,6 +378,7 @@ def _from_tensors(cls, metadata, tensors):
         origin,
         ages,
         slots,
+        pinned,
     )
 
 

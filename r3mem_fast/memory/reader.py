@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument
 from ..integrations.scoped import evaluating
 from ..reversible.convert import text_config
@@ -28,6 +29,7 @@ class MemoryReader:
     def __init__(self, model: Any, stack: ReversibleStack, decoder: nn.Module, layout: MemoryLayout):
         self._model, self._stack, self.decoder, self.layout = model, stack, decoder, layout
         self._measured: tuple[int, ...] | None = None
+        self._windows: tuple[int | None, ...] = ()
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -59,7 +61,10 @@ class MemoryReader:
             places = torch.arange(count, device=device).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
             states = seen.captured()
-        return cache.read(states, visible, all_visible, None if memory.ages is None else memory.ages.to(device))
+        if memory.ages is None:
+            return cache.read(states, visible, all_visible)
+        self.state_sizes()  # so that the windows are known
+        return cache.read(states, visible, all_visible, memory.ages.to(device), self._windows)
 
     def decode(
         self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
@@ -98,6 +103,10 @@ class MemoryReader:
             keys = self._keys_at(0)
             layers, _, heads, tokens, width = keys.shape
             self._refuse_keys_that_cannot_be_moved(keys, tokens)
+            if self.layout.writer == "matched":
+                with captured_attention(self.decoder.config) as calls:
+                    self._keys_at(0)
+                self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
             self._measured = (layers, heads, width)
         return self._measured
 

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3mem_fast import IntegrityError, Memory, R3MemConfig, R3MemModel
-from r3mem_fast.memory.writers import matched
+from r3mem_fast.memory.writers import matching
 from r3mem_fast.reversible.stack import Mode
 from tests.reversible.tiny import build
 
 SLOTS, LENGTH, OVERLAP = 6, 16, 4
 ROTARY = ("llama", "qwen2", "qwen3", "gpt_neox", "olmo2")
 ABSOLUTE = ("gpt2", "opt")
+WINDOWED = (("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager"))  # gemma2 caps its logits, too
 
 
 def network(family="llama", seed=0, **changes):
@@ -41,6 +42,94 @@ def test_where_nothing_is_left_out_nothing_is_lost(family, implementation):
     with torch.no_grad(), model.disable_adapters():
         whole = model.plain_model(torch.cat([context, text], 1)).logits[:, 40:]
     assert (behind - whole).abs().max() < 2e-3 * whole.abs().max()
+
+
+@pytest.mark.parametrize(("family", "implementation"), WINDOWED)
+def test_a_window_hides_of_a_memory_what_it_would_hide_of_the_context(family, implementation):
+    """The same control: slots beyond a layer's window of 8 are hidden, from each query and in each head."""
+    model = network(family, num_memory_tokens=LENGTH, memory_budget=4 * LENGTH)
+    model.plain_model.set_attn_implementation(implementation)
+    context, text = ids_of(40), ids_of(9, seed=1)
+    memory = model.compress(context, finish=True)
+    behind = model(text, memory=memory).logits
+    with torch.no_grad(), model.disable_adapters():
+        whole = model.plain_model(torch.cat([context, text], 1)).logits[:, 40:]
+    assert (behind - whole).abs().max() < 2e-3 * whole.abs().max()
+    few = network(family)
+    few.plain_model.set_attn_implementation(implementation)
+    memory = few.compress(torch.cat([context] * 2), torch.tensor([[1] * 40, [0] * 10 + [1] * 30]))
+    both = few(torch.cat([text] * 2), memory=memory).logits
+    assert (both[0] - few(text, memory=memory[0]).logits[0]).abs().max() < 1e-4 * both.abs().max()
+    written = few.generate(text, memory=memory[0], max_new_tokens=12, do_sample=False)
+    read = few(written[:, :-1], memory=memory[0]).logits[:, text.shape[1] - 1 :]
+    assert torch.equal(read.argmax(-1), written[:, text.shape[1] :])
+    few.plain_model.set_attn_implementation("r3mem")
+    with pytest.raises(ValueError, match="cannot read a matched memory in layers with a sliding window"):
+        few(text, memory=memory[0])
+
+
+@pytest.mark.parametrize("beyond", ["rematch", "forget"])
+def test_pinned_tokens_stay_as_they_are(beyond):
+    model = network(beyond_budget=beyond)
+    ids = ids_of(LENGTH * 4)
+    raw = network(num_memory_tokens=LENGTH, memory_budget=4 * LENGTH).compress(ids, finish=True)
+    for pinned in (1, 5, LENGTH + 2):
+        memory = model.compress(ids, pinned=pinned, finish=True)
+        assert memory.slots.tolist() == [2 * SLOTS + pinned]
+        assert torch.equal(memory.ages[..., :pinned], raw.ages[..., :pinned])
+        if pinned < LENGTH:  # read behind nothing in both, so that they are the same to the last bit
+            assert torch.equal(memory.states[..., :pinned, :], raw.states[..., :pinned, :])
+        piece = model.compress(ids[:, 3:], memory=model.compress(ids[:, :3], pinned=pinned), finish=True)
+        assert torch.equal(piece.states, memory.states)
+    with pytest.raises(ValueError, match="leave it out where there is a memory before"):
+        model.compress(ids, memory=memory, pinned=2)
+    with pytest.raises(ValueError, match="pinned=-1 tokens are for matched memories"):
+        model.compress(ids, pinned=-1)
+
+
+def test_rows_with_other_pinned_tokens_go_together(tmp_path):
+    model = network()
+    ids = ids_of(50)
+    some = [model.compress(ids, pinned=pinned) for pinned in (0, 3)]
+    both = model.compress(torch.cat([ids_of(30, seed=2)] * 2), memory=Memory.cat(some), finish=True)
+    both.save(tmp_path / "memory")
+    both = Memory.load(tmp_path / "memory", model)
+    for row, memory in enumerate(some):
+        alone = model.compress(ids_of(30, seed=2), memory=memory, finish=True)
+        kept = int(alone.slots[0])
+        assert both.slots[row] == kept == 2 * SLOTS + 3 * row
+        difference = both.states[:, :, row, :, -kept:] - alone.states[:, :, 0]
+        assert difference.abs().max() < 1e-3 * alone.states.abs().max()
+
+
+@pytest.mark.parametrize("queries", ["reread", "pairs", "own+reread", "own+reread+pairs"])
+def test_queries_of_other_passes(queries):
+    """They change what is kept; and where nothing is left out, nothing."""
+    model = network(memory_queries=queries)
+    model.questions_of = lambda ids: [ids[:3], ids[4:9]]
+    ids = ids_of(60)
+    memory = model.compress(ids, finish=True)
+    assert not torch.equal(memory.states, network().compress(ids, finish=True).states)
+    whole = {"num_memory_tokens": LENGTH, "memory_budget": 4 * LENGTH}
+    all_of_it = network(memory_queries=queries, **whole)
+    all_of_it.questions_of = model.questions_of
+    assert torch.equal(all_of_it.compress(ids, finish=True).states, network(**whole).compress(ids, finish=True).states)
+    pieces = model.compress(ids[:, 33:], memory=model.compress(ids[:, :33]), finish=True)
+    assert torch.equal(pieces.states, memory.states)
+    rows = model.compress(torch.cat([ids, ids_of(60, seed=1)]), finish=True)
+    difference = rows.states[:, :, :1] - memory.states
+    assert difference.abs().max() < 1e-3 * memory.states.abs().max()
+
+
+def test_nothing_is_asked():
+    with pytest.raises(ValueError, match="nothing says what that is"):
+        network(memory_queries="pairs").compress(ids_of(40))
+    model = network(memory_queries="pairs")
+    model.questions_of = lambda ids: []
+    ids = ids_of(60)
+    assert torch.equal(model.compress(ids).states, network().compress(ids).states)  # its own queries, then
+    with pytest.raises(ValueError, match="memory_queries must be "):
+        network(memory_queries="all")
 
 
 @pytest.mark.parametrize("family", [*ROTARY, *ABSOLUTE])
@@ -70,7 +159,7 @@ def test_new_values_are_nearer_to_the_context_than_old_ones(monkeypatch):
         return (model(text, memory=model.compress(context, finish=True)).logits - whole).pow(2).mean()
 
     fitted = error()
-    monkeypatch.setattr(matched, "solved", lambda gram, residual: torch.zeros_like(residual))
+    monkeypatch.setattr(matching, "solved", lambda gram, residual: torch.zeros_like(residual))
     assert fitted < 0.8 * error()
 
 
@@ -181,8 +270,6 @@ def test_bad_input():
     for ids in (ids_of(1), ids_of(OVERLAP), torch.full((1, 300), 7)):
         memory = model.compress(ids, finish=True)
         assert model(ids_of(3), memory=memory).logits.isfinite().all()
-    with pytest.raises(ValueError, match="has a sliding window"):
-        network("mistral").compress(ids_of(40))
     with pytest.raises(ValueError, match="do not fit together"):
         network(memory_budget=SLOTS - 1)
     with pytest.raises(ValueError, match="too large to be matched together"):
@@ -202,9 +289,9 @@ def test_equations_that_cannot_be_solved_change_nothing():
     gram, residual = torch.eye(3).repeat(1, 3, 1, 1), torch.ones(1, 3, 3, 2)
     gram[0, 1], residual[0, 2, 0, 0] = float("nan"), float("inf")
     with pytest.warns(UserWarning, match="could not be matched"):
-        change = matched.solved(gram, residual)
+        change = matching.solved(gram, residual)
     assert (change[0, 0] != 0).all() and not change[0, 1:].any()
-    assert not matched.solved(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).any()
+    assert not matching.solved(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).any()
 
 
 def test_backward_it_learns_to_read_them():

@@ -1,0 +1,118 @@
+"""`Slots`: the keys and values of a matched memory while it is being written, with the places where they stand."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .memory import Memory
+
+
+class Slots(NamedTuple):
+    """Keys and values of some rows, with the places where they stand. The oldest come first.
+
+    Attributes:
+        states: Keys without positions, and values, `[layers, 2, A, kv_heads, N, head_dim]`.
+        ages: Tokens to the first token behind them, int64 `[layers, A, kv_heads, N]`; -1 where there is no slot.
+        counts: Slots of each row, int64 `[A]`, on the CPU.
+        pinned: How many of them, the first ones, stay what they are, int64 `[A]`, on the CPU.
+    """
+
+    states: torch.Tensor
+    ages: torch.Tensor
+    counts: torch.Tensor
+    pinned: torch.Tensor
+
+    def rows(self, rows: Sequence[int]) -> "Slots":
+        """The slots of some rows."""
+        chosen = torch.as_tensor(rows, dtype=torch.int64)
+        index = chosen.to(self.ages.device)
+        states, ages = self.states.index_select(2, index), self.ages.index_select(1, index)
+        return Slots(states, ages, self.counts[chosen], self.pinned[chosen])
+
+    def followed_by(self, others: "Slots") -> "Slots":
+        """These slots and, behind them, others of the same rows; those that exist may have gaps between them.
+
+        Args:
+            others: The other slots. They have pinned ones only where all of these are.
+        """
+        states, ages = torch.cat([self.states, others.states], 4), torch.cat([self.ages, others.ages], 3)
+        return Slots(states, ages, self.counts + others.counts, self.pinned + others.pinned)
+
+    def kept(self, places: torch.Tensor) -> "Slots":
+        """The slots at some places, the same for all layers and heads.
+
+        Args:
+            places: int64 `[A, n]`, on the CPU; -1 for none, which come first. The pinned slots are among them.
+        """
+        layers, _, _, heads, _, width = self.states.shape
+        index = places.clamp_min(0).to(self.ages.device)
+        missing = (places < 0).to(self.ages.device)[None, :, None]
+        states = self.states.gather(4, index[None, None, :, None, :, None].expand(layers, 2, -1, heads, -1, width))
+        ages = self.ages.gather(3, index[None, :, None].expand(layers, -1, heads, -1)).masked_fill(missing, -1)
+        return Slots(states, ages, (places >= 0).sum(1), self.pinned)
+
+    def within(self, budget: int) -> "Slots":
+        """The slots that stay within a budget, without gaps: pinned ones, the oldest, and as many of the youngest.
+
+        Args:
+            budget: Slots of a row at most, beside the pinned ones.
+        """
+        exists = (self.ages[0, :, 0] >= 0).cpu()
+        rows = []
+        for row, pinned in zip(exists, self.pinned.tolist(), strict=True):
+            places = torch.nonzero(row)[:, 0]
+            if len(places) > budget + pinned:
+                # Attention rests on a text's first token, whatever is asked: without it all other weights are wrong.
+                oldest = max(1, pinned)
+                places = torch.cat([places[:oldest], places[len(places) - (budget + pinned - oldest) :]])
+            rows.append(places)
+        width = max(map(len, rows))
+        return self.kept(torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]))
+
+
+def slots_of(memory: Memory, moved: torch.Tensor) -> Slots:
+    """A memory's slots, seen from some tokens later.
+
+    Args:
+        memory: A matched memory.
+        moved: How many tokens later, by row, int64 `[B]`, on the CPU.
+    """
+    assert memory.ages is not None and memory.slots is not None, "see MemoryLayout.writer"
+    visible = memory.visible()[None, :, None]
+    ages = (memory.ages.long() + moved.to(memory.device)[None, :, None, None]).clamp_max(memory.layout.reach)
+    pinned = torch.minimum(memory.slots, memory.pinned_slots())
+    return Slots(memory.states, torch.where(visible, ages, -1), memory.slots, pinned)
+
+
+def replaced(memory: Memory, rows: Sequence[int], parts: Sequence[tuple[Sequence[int], Slots]]) -> Memory:
+    """A memory with other slots for some rows.
+
+    Args:
+        memory: The memory of B rows.
+        rows: Its rows that have other slots.
+        parts: The slots, in parts: places in `rows`, and the slots of these, without gaps.
+    """
+    assert memory.ages is not None and memory.slots is not None, "see MemoryLayout.writer"
+    counts = memory.slots.clone()
+    for places, found in parts:
+        counts[[rows[place] for place in places]] = found.counts
+    width = int(counts.max())
+    layers, _, batch, heads, _, size = memory.states.shape
+    states = memory.states.new_zeros(layers, 2, batch, heads, width, size)
+    ages = memory.ages.new_zeros(layers, batch, heads, width)
+    last = min(width, memory.states.shape[4])
+    if last:
+        states[..., width - last :, :] = memory.states[..., memory.states.shape[4] - last :, :]
+        ages[..., width - last :] = memory.ages[..., memory.ages.shape[3] - last :]
+    for places, found in parts:
+        index = torch.as_tensor([rows[place] for place in places], device=memory.device)
+        last = min(width, found.states.shape[4])
+        states[:, :, index] = 0
+        ages[:, index] = 0
+        if last:
+            start = found.states.shape[4] - last
+            states[:, :, index, :, width - last :] = found.states[..., start:, :].to(states.dtype)
+            ages[:, index, :, width - last :] = found.ages[..., start:].clamp_min(0).to(ages.dtype)
+    return dataclasses.replace(memory, states=states, ages=ages, slots=counts)

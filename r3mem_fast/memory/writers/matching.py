@@ -1,0 +1,193 @@
+"""Matches slots to queries: few keys, with values that give the attention to all of them.
+
+Attention Matching (arXiv 2602.16284), by layer and key head. Of the keys K with values V that are to be held, at the
+positions where they will be read, the queries Q keep the keys with the largest root mean square attention, and get new
+values for them in closed form, by ridge regression:
+
+    a = softmax(Q K^T),  y = a V,  X = softmax(Q K_kept^T)
+    V_new = V_kept + (X^T X + lambda I)^-1 X^T (y - X V_kept)
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from r3mem_fast.kernels.matching import attention_scores, value_system
+
+from ...integrations.capture import AttentionCall
+from ..cache import PrefixCache
+from ..slots import Slots
+
+# Ridge, as a share of the largest eigenvalue.
+_RIDGE = 1e-3
+_POWER_STEPS = 12
+# Bytes of the equations that are held at once.
+_BYTES = 2**28
+
+
+class Queries:
+    """Queries of each layer, at the positions from where they ask.
+
+    Args:
+        calls: The attention of each layer in a pass.
+        positions: Positions of the pass's queries, int32 `[A, T]`, -1 for those that do not exist.
+    """
+
+    def __init__(self, calls: Mapping[int, AttentionCall], positions: torch.Tensor):
+        self.calls, self.positions = calls, positions
+
+    def and_those(self, others: "Queries") -> "Queries":
+        """These queries and others of the same rows."""
+        calls = {
+            index: call._replace(query=torch.cat([call.query, others.calls[index].query], 2))
+            for index, call in self.calls.items()
+        }
+        return Queries(calls, torch.cat([self.positions, others.positions], 1))
+
+    def of_parts(self, rows: int) -> "Queries":
+        """Queries of `rows` rows, which a pass of several times as many had, row after row, in parts."""
+        calls = {
+            index: call._replace(query=call.query.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3))
+            for index, call in self.calls.items()
+        }
+        return Queries(calls, self.positions.unflatten(0, (rows, -1)).flatten(1))
+
+
+class Match:
+    """Matches slots to queries.
+
+    Args:
+        queries: The queries, of A rows.
+        cache: A cache of the pass that read the slots' tokens, which knows how keys are rotated.
+        first: Position of the first token behind the slots.
+    """
+
+    def __init__(self, queries: Queries, cache: PrefixCache, first: int):
+        self._queries, self._cache, self._first = queries, cache, first
+
+    def __call__(self, slots: Slots, limit: int, rows: Sequence[int]) -> Slots:
+        """Keep `limit` slots at most of each row, beside the pinned ones, by layer and head, with new values.
+
+        Args:
+            slots: Slots of some rows, all of which have as many pinned ones.
+            limit: How many of them stay.
+            rows: These rows, of the A.
+        """
+        layers, _, _, heads, count, _ = slots.states.shape
+        if count == 0:
+            return slots
+        pinned = int(slots.pinned[0])
+        limit = min(limit + pinned, count)
+        chosen = torch.as_tensor(rows, dtype=torch.int64, device=slots.ages.device)
+        asked_from = self._queries.positions[chosen]
+        found_states: dict[int, torch.Tensor] = {}
+        found_ages: dict[int, torch.Tensor] = {}
+        for group in self._groups(layers, len(rows) * heads * 4 * limit**2):
+            settings = self._queries.calls[group[0]].settings
+            ages = torch.cat([slots.ages[index] for index in group])
+            positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1)
+            of_layer = positions.clamp_min(0).chunk(len(group))
+            keys = [
+                self._cache.placed(slots.states[index, 0], index, places)
+                for index, places in zip(group, of_layer, strict=True)
+            ]
+            asked = torch.cat([self._queries.calls[index].query[chosen] for index in group]).to(slots.states.dtype)
+            key, value = torch.cat(keys), torch.cat([slots.states[index, 1] for index in group])
+            where = {
+                "query_positions": asked_from.repeat(len(group), 1),
+                "key_positions": positions.to(torch.int32),
+            }
+            scores, _, target = attention_scores(asked, key, value, **where, **settings)
+            exists = ages >= 0
+            stays = exists & (exists.cumsum(-1) <= pinned)
+            places = best_places(scores.masked_fill(stays, torch.inf), where["key_positions"], limit)
+            wide = places[..., None].expand(-1, -1, -1, key.shape[-1])
+            kept = {**where, "key_positions": where["key_positions"].gather(2, places)}
+            values = value.gather(2, wide)
+            gram, residual = value_system(asked, key.gather(2, wide), values, target, **kept, **settings)
+            if pinned:
+                gram, residual = _without(gram, residual, stays.gather(2, places))
+            # Where nothing is left out there is nothing to match.
+            whole = exists.sum(2, keepdim=True) <= limit
+            change = solved(gram, residual).masked_fill(whole[..., None], 0)
+            values = (values.float() + change).to(values.dtype)
+            raw = torch.cat([slots.states[index, 0] for index in group]).gather(2, wide)
+            kept_ages = ages.gather(2, places)
+            for place, index in enumerate(group):
+                here = slice(place * len(rows), (place + 1) * len(rows))
+                found_states[index] = torch.stack([raw[here], values[here]])
+                found_ages[index] = kept_ages[here]
+        states = torch.stack([found_states[index] for index in range(layers)])
+        found = torch.stack([found_ages[index] for index in range(layers)])
+        return Slots(states, found, slots.counts.clamp_max(limit), slots.pinned)
+
+    def _groups(self, layers, nbytes):
+        """Layers that are matched at once: of the same settings, and of so many bytes each; with sinks one by one."""
+        groups: dict[tuple, list[int]] = {}
+        for index in range(layers):
+            call = self._queries.calls[index]
+            alike = (call.scale, call.softcap, call.window, None if call.sinks is None else index)
+            groups.setdefault(alike, []).append(index)
+        size = max(1, _BYTES // nbytes)
+        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+
+def _without(gram, residual, pinned):
+    """The equations of the values that may change; for pinned ones, bool `[B, kv_heads, t]`, the change is 0."""
+    gram = gram.masked_fill(pinned[..., None] | pinned[..., None, :], 0)
+    return gram + torch.diag_embed(pinned.to(gram.dtype)), residual.masked_fill(pinned[..., None], 0)
+
+
+def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
+    """Places of the keys with the largest scores, in the order in which they stand; before them, keys that are none.
+
+    Args:
+        scores: Squared attention of each key, `[B, kv_heads, S]`.
+        positions: Positions of the keys, int32 `[B, kv_heads, S]`; -1 where there is none.
+        limit: Number of places.
+
+    Returns:
+        int64 `[B, kv_heads, limit]`.
+    """
+    places = scores.masked_fill(positions < 0, -1).topk(limit, -1).indices.sort(-1).values
+    order = (positions.gather(2, places) >= 0).to(torch.int8).sort(dim=-1, stable=True).indices
+    return places.gather(2, order)
+
+
+def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Solve for the change of kept values by ridge regression; zero where the equations cannot be solved.
+
+    Args:
+        gram: `X^T X`, `[B, kv_heads, t, t]`; no element is negative.
+        residual: `X^T (y - X V)`, `[B, kv_heads, t, head_dim]`.
+
+    Returns:
+        float32, the shape of `residual`.
+    """
+    eye = torch.eye(gram.shape[-1], dtype=torch.float32, device=gram.device)
+    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+    gram = torch.where(finite, gram.float(), eye)
+    ridge = _RIDGE * _largest_eigenvalue(gram) + torch.finfo(gram.dtype).tiny
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+    change = torch.cholesky_solve(residual.float(), factor)
+    right = finite & (failed == 0)[..., None, None] & change.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    if not bool(right.all()):
+        warnings.warn(
+            "some heads' values could not be matched (the equations are singular, or not finite), and stay what they "
+            "were",
+            stacklevel=2,
+        )
+    return torch.where(right, change, 0.0)
+
+
+def _largest_eigenvalue(gram):
+    """The largest eigenvalue of matrices without negative elements, `[..., 1, 1]`, by power iteration."""
+    # Its eigenvector has no negative element (Perron), so a start of ones has a part of it.
+    vector = torch.ones_like(gram[..., :1])
+    size = torch.ones_like(gram[..., :1, :1])
+    for _ in range(_POWER_STEPS):
+        vector = gram @ vector
+        size = vector.norm(dim=-2, keepdim=True)
+        vector = vector / size.clamp_min(torch.finfo(gram.dtype).tiny)
+    return size
