@@ -1,6 +1,6 @@
 """What a matched memory is worth, beside rivals of the same number of slots: cross-entropy of text, no training.
 
-    python -m bench.matched --json --kind novels --text BOOK.txt OTHER.txt
+    python -m bench.matched --json --kind novels --data FOLDER
 
 Segments of 256 tokens at the ends of the texts are read, their first token not counted, behind the last 32 tokens of
 the segment before and
@@ -11,52 +11,73 @@ the segment before and
     even_N      N slots: evenly spaced keys, with their values
     attended_N  N slots: the keys that are attended most, with their values
     matched_N   N slots: the same keys, with values that match the attention to all of them (`memory_writer="matched"`)
+    matched_N by Q   the same, matched to other queries (`memory_queries`)
+    snapkv_N …  N slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
     foreign_N   the matched memory of a segment of another text
     foreign     the whole segment of another text
 
 and, at fewer places, of seven segments: `full_of_7`, `raw_B_of_7`, and `matched_B_of_7` in B slots, matched again and
-again. `closed` is the share of the gap between `tail` and `full` (or `full_of_7`) that an arm closes, with a
-bootstrapped interval of 95 % over segments.
+again; and, at places with 64 segments before them, also `matched_B_of_64`. `closed` is the share of the gap between
+`tail` and `full` (or `full_of_7`) that an arm closes, with a bootstrapped interval of 95 % over segments.
 """
 
 import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from r3mem_fast import R3MemConfig, R3MemModel, load_model
-from r3mem_fast.integrations.scoped import temporarily
-from r3mem_fast.memory.writers import matching
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
+from r3mem_fast.choices import QUERIES
+from r3mem_fast.codec import TextCodec
+from r3mem_fast.data.text import read_text
+from r3mem_fast.memory import MemoryLayout
+from r3mem_fast.memory.segments import advance, cut_segments
+from r3mem_fast.memory.writers.matched import MatchedWriter
+from r3mem_fast.questions import SegmentQuestions
 
-from .places import Place, foreign_of, interval, places_of, spread
+from .places import CHAIN, LONG, Place, foreign_of, interval, places_of
+from .presses import PRESSES, is_installed, keep_best, press_scores
 from .records import add_output_option, add_record
+from .rivals import evenly_spaced, laid_out, values_kept
+from .texts import KINDS, texts_of
+
+Losses = dict[str, torch.Tensor]
+# What KVzip puts between a text and its repetition.
+REPEAT = "\n\nRepeat the previous context exactly.\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.matched", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
-    parser.add_argument("--dtype", default="float32", help="(%(default)s)")
-    parser.add_argument("--kind", default="help", help="name of the kind of text (%(default)s)")
-    parser.add_argument("--text", nargs="+", default=[None], help="UTF-8 texts (Python's help topics)")
+    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--kind", default="help", help=f"{', '.join(KINDS)}, or a name for the texts (%(default)s)")
+    parser.add_argument("--data", type=Path, help="folder of the data sets, see bench/texts.py")
+    parser.add_argument("--text", nargs="+", help="UTF-8 texts, in place of those of the kind")
     parser.add_argument("--held-out", type=float, default=0.5, help="share at the end of each text (%(default)s)")
     parser.add_argument("--segments", type=int, default=200, help="that are read, at most (%(default)s)")
-    parser.add_argument("--chains", type=int, default=24, help="of them, read behind seven others (%(default)s)")
+    parser.add_argument("--chains", type=int, default=48, help="others, read behind seven others (%(default)s)")
+    parser.add_argument("--long", type=int, default=0, help="others, read behind 64 others (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64], help="of a segment (%(default)s)")
     parser.add_argument("--budget", type=int, default=152, help="slots of seven segments (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a segment (%(default)s)")
     parser.add_argument(
         "--tail", type=int, default=32, help="tokens before it that are read as they are (%(default)s)"
     )
+    parser.add_argument("--queries", nargs="*", choices=QUERIES, default=[], help="to match to, beside own")
+    parser.add_argument("--presses", nargs="*", choices=list(PRESSES), help="presses of kvpress (all, if installed)")
     parser.add_argument("--batch", type=int, default=8, help="segments at one time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
+    if options.presses is None:
+        options.presses = list(PRESSES) if is_installed() else []
     records: list[dict] = []
     for record in _records(options):
         add_record(record, records, options)
@@ -66,36 +87,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base, tokenizer = load_model(options.model, dtype=options.dtype)
     model = R3MemModel(base).eval()
-    found = places_of(options.text, tokenizer, options.length, held_out=options.held_out, count=options.segments)
-    chains = spread(found, options.chains)
+    model.questions_of = SegmentQuestions(TextCodec(tokenizer))
+    texts = [read_text(path) for path in options.text] if options.text else texts_of(options.kind, options.data)
+
+    def places(before: int, count: int) -> list[Place]:
+        held_out = options.held_out
+        if count == 0:
+            return []
+        return places_of(texts, tokenizer, options.length, held_out=held_out, count=count, before=before)
+
+    found, chains, long = places(1, options.segments), places(CHAIN, options.chains), places(LONG, options.long)
     yield {
         "kind": options.kind, "model": options.model, "dtype": options.dtype, "segment_length": options.length,
-        "tail": options.tail,
-        "segments": len(found), "chains": len(chains), "texts": len({place.text for place in found}),
+        "tail": options.tail, "segments": len(found), "chains": len(chains), "long_chains": len(long),
+        "texts": len({place.text for place in found}), "presses": options.presses,
     }  # fmt: skip
-    losses = _losses(options, model, found)
-    for arm, values in losses.items():
-        yield {"arm": arm, "nats_per_token": round(values.mean().item(), 4)}
-    wanted = losses["tail"] - losses["full"]
-    for arm in losses:
-        if arm not in ("tail", "full"):
-            yield {"closed_by": arm, "of": "full", **interval(losses["tail"] - losses[arm], wanted)}
+    losses = _losses(options, model, tokenizer, found)
+    yield from _means(losses)
+    yield from _closed(losses, "full")
     for slots in options.slots:
         mine = losses[f"matched_{slots}"]
-        for rival in ("raw", "even", "attended"):
-            more = losses[f"{rival}_{slots}"] - mine
-            yield {"nats_better_than": rival, "slots": slots, **interval(more, torch.ones_like(more))}
-    losses = _chain_losses(options, model, chains)
+        for rival in ("raw", "even", "attended", *options.presses):
+            yield _better(losses[f"{rival}_{slots}"], mine, rival, slots=slots)
+        for queries in options.queries:
+            name = f"matched by {queries}"
+            yield _better(losses[f"matched_{slots} by {queries}"], mine, name, slots=slots)
+    if chains:
+        losses = _chain_losses(options, model, chains, [CHAIN])
+        yield from _means(losses, places="chains")
+        yield from _closed(losses, "full_of_7")
+        rival, mine = (losses[f"{arm}_{options.budget}_of_7"] for arm in ("raw", "matched"))
+        yield _better(rival, mine, "raw", slots=options.budget, of=CHAIN)
+    if long:
+        losses = _chain_losses(options, model, long, [CHAIN, LONG])
+        yield from _means(losses, places="long chains")
+        shorter, mine = (losses[f"matched_{options.budget}_of_{count}"] for count in (CHAIN, LONG))
+        yield _better(shorter, mine, "matched, of 7 segments", slots=options.budget, of=LONG)
+
+
+def _means(losses: Losses, **about: Any) -> Iterator[dict[str, Any]]:
     for arm, values in losses.items():
-        yield {"arm": arm, "of_chains": True, "nats_per_token": round(values.mean().item(), 4)}
-    wanted = losses["tail"] - losses["full_of_7"]
+        yield {"arm": arm, **about, "nats_per_token": round(values.mean().item(), 4)}
+
+
+def _closed(losses: Losses, full: str) -> Iterator[dict[str, Any]]:
+    """Shares of the gap between the tail alone and all that is before a segment."""
+    wanted = losses["tail"] - losses[full]
     for arm in losses:
-        if arm not in ("tail", "full_of_7"):
-            yield {"closed_by": arm, "of": "full_of_7", **interval(losses["tail"] - losses[arm], wanted)}
+        if arm not in ("tail", full):
+            yield {"closed_by": arm, "of": full, **interval(losses["tail"] - losses[arm], wanted)}
+
+
+def _better(rival: torch.Tensor, mine: torch.Tensor, name: str, **about: Any) -> dict[str, Any]:
+    """How many nats a token a matched memory is better than a rival."""
+    return {"nats_better_than": name, **about, **interval(rival - mine, torch.ones_like(rival))}
 
 
 @torch.no_grad()
-def _losses(options: argparse.Namespace, model: R3MemModel, places: list[Place]) -> dict[str, torch.Tensor]:
+def _losses(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, places: list[Place]) -> Losses:
     """Read segments behind one segment: nats a token by arm, `[segments]` each."""
     arms: dict[str, list[torch.Tensor]] = {}
     foreign = foreign_of(places)
@@ -107,32 +156,66 @@ def _losses(options: argparse.Namespace, model: R3MemModel, places: list[Place])
         raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
         for arm, ids in raw.items():
             _add(arms, arm, _raw_loss(model, ids, segment))
+        for arm, memory in _memories(options, model, tokenizer, before):
+            _add(arms, arm, _loss_behind(options, model, memory, segment))
         for slots in options.slots:
-            kinds = {"matched": contextlib.nullcontext(), "attended": _values_kept(), "even": _evenly_spaced()}
-            for kind, choice in kinds.items():
-                with choice:
-                    _add(arms, f"{kind}_{slots}", _memory_loss(options, model, before, segment, slots, slots))
-            _add(arms, f"foreign_{slots}", _memory_loss(options, model, others[:, -2], segment, slots, slots, tail))
+            memory = _matched(options, model, others[:, -2], slots, slots)
+            memory = dataclasses.replace(memory, recent=tuple(tail))
+            _add(arms, f"foreign_{slots}", _loss_behind(options, model, memory, segment))
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
 
+def _memories(
+    options: argparse.Namespace, model: R3MemModel, tokenizer: Any, before: torch.Tensor
+) -> Iterator[tuple[str, Memory]]:
+    """Memories of segments, by arm, all of the same pass over them but those of another pass's queries."""
+    rows = list(before)
+    with model.disable_adapters(), laid_out(model, _layout(options, model, options.length, options.length)):
+        none = model.new_memory(len(rows), origin=None)
+        segments = cut_segments(none, rows, finish=True, writes_all=True)
+        found = MatchedWriter(model.reader).pass_over(segments[0], none)
+        whole = MatchedWriter(model.reader).written(found)
+    carried = advance(none, rows, segments)
+    kinds = {"matched": contextlib.nullcontext, "attended": values_kept, "even": evenly_spaced}
+    for slots in options.slots:
+        layout = _layout(options, model, slots, slots)
+        for kind, choice in kinds.items():
+            with model.disable_adapters(), choice(), laid_out(model, layout):
+                yield f"{kind}_{slots}", dataclasses.replace(MatchedWriter(model.reader).written(found), **carried)
+        for queries in options.queries:
+            asking = dataclasses.replace(layout, queries=queries)
+            with model.disable_adapters(), laid_out(model, asking):
+                memory = MatchedWriter(model.reader).written(found)
+                yield f"matched_{slots} by {queries}", dataclasses.replace(memory, **carried)
+    repeat = torch.tensor(tokenizer(REPEAT, add_special_tokens=False).input_ids)
+    for name in options.presses:
+        with model.disable_adapters():
+            scores = press_scores(model.plain_model, PRESSES[name](2 * options.tail), before, repeat_ids=repeat)
+        for slots in options.slots:
+            memory = keep_best(whole, scores[..., : -options.tail], slots)
+            yield f"{name}_{slots}", dataclasses.replace(memory, **carried)
+
+
 @torch.no_grad()
-def _chain_losses(options: argparse.Namespace, model: R3MemModel, places: list[Place]) -> dict[str, torch.Tensor]:
-    """Read segments behind seven segments: nats a token by arm, `[segments]` each."""
+def _chain_losses(
+    options: argparse.Namespace, model: R3MemModel, places: list[Place], lengths: Sequence[int]
+) -> Losses:
+    """Read segments behind so many segments: nats a token by arm, `[segments]` each."""
     arms: dict[str, list[torch.Tensor]] = {}
     budget = options.budget
     for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading chains"):
         context = torch.stack([place.segments for place in places[start : start + options.batch]])
-        before, segment = context[:, :-1].flatten(1), context[:, -1]
+        segment = context[:, -1]
+        seven = context[:, -1 - CHAIN : -1].flatten(1)
         for arm, count in (
             ("tail", options.tail),
-            ("full_of_7", before.shape[1]),
+            ("full_of_7", seven.shape[1]),
             (f"raw_{budget}_of_7", options.tail + budget),
         ):
-            _add(arms, arm, _raw_loss(model, before[:, -count:], segment))
-        for slots in (options.slots[-1], budget):
-            name = f"matched_{budget}_of_7" + ("" if slots < budget else ", all slots from the first segment on")
-            _add(arms, name, _memory_loss(options, model, before, segment, slots, budget))
+            _add(arms, arm, _raw_loss(model, seven[:, -count:], segment))
+        for count in lengths:
+            memory = _matched(options, model, context[:, -1 - count : -1].flatten(1), options.slots[-1], budget)
+            _add(arms, f"matched_{budget}_of_{count}", _loss_behind(options, model, memory, segment))
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
 
@@ -148,63 +231,31 @@ def _raw_loss(model: R3MemModel, before: torch.Tensor, segment: torch.Tensor) ->
     return _mean_loss(logits, segment)
 
 
-def _memory_loss(
-    options: argparse.Namespace,
-    model: R3MemModel,
-    before: torch.Tensor,
-    segment: torch.Tensor,
-    slots: int,
-    budget: int,
-    tail: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Nats a token of segments behind the memory of what is before them, and its last tokens, by row.
+def _matched(options: argparse.Namespace, model: R3MemModel, before: torch.Tensor, slots: int, budget: int) -> Memory:
+    """Matched memories of what is before segments, int64 `[B, T]`, with so many slots a segment, and in all."""
+    with laid_out(model, _layout(options, model, slots, budget)):
+        return model.compress(before, finish=True)
 
-    Args:
-        options: Options of the command.
-        model: Any memory network, whose base model is used.
-        before: What is compressed, int64 `[B, T]`.
-        segment: What is read, int64 `[B, T]`.
-        slots: Slots that a segment gets.
-        budget: Slots at most.
-        tail: Other tokens to read before the segment, int64 `[B, n]`; None: the last ones before it.
-    """
-    with _slots_of(options, model, slots, budget):
-        memory = model.compress(before, finish=True)
-        if tail is not None:
-            memory = dataclasses.replace(memory, recent=tuple(tail))
+
+def _loss_behind(
+    options: argparse.Namespace, model: R3MemModel, memory: Memory, segment: torch.Tensor
+) -> torch.Tensor:
+    """Nats a token of segments behind memories, and the last tokens before them, by row."""
+    # Layouts differ in numbers of slots, which only matter while a memory is made.
+    with laid_out(model, _layout(options, model, options.length, options.length)):
+        memory = dataclasses.replace(memory, layout=model.layout, origin=model.origin())
         return _mean_loss(model(segment, memory=memory).logits, segment)
 
 
-@contextlib.contextmanager
-def _slots_of(options: argparse.Namespace, model: R3MemModel, slots: int, budget: int) -> Iterator[None]:
-    """Let a model's matched memories have so many slots in the block."""
+def _layout(options: argparse.Namespace, model: R3MemModel, slots: int, budget: int) -> MemoryLayout:
+    """Layout of matched memories with so many slots a segment, and in all."""
     config = R3MemConfig(
         memory_writer="matched", num_memory_tokens=slots, memory_budget=budget, segment_length=options.length,
         segment_overlap=options.tail,
     )  # fmt: skip
     layout = config.memory_layout(model.max_tokens)
-    with temporarily(model, layout=layout), temporarily(model.reader, layout=layout):
-        yield
-
-
-def _values_kept() -> contextlib.AbstractContextManager[None]:
-    """Let kept keys keep their values."""
-    return temporarily(matching, solved=lambda gram, residual: torch.zeros_like(residual))
-
-
-@contextlib.contextmanager
-def _evenly_spaced() -> Iterator[None]:
-    """Keep evenly spaced keys, with their values."""
-
-    def spaced(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
-        # Existing keys have the first places in this order, by position.
-        order = torch.where(positions >= 0, positions, positions.max() + 1).sort(dim=-1, stable=True).indices
-        count = int((positions[0, 0] >= 0).sum())
-        steps = torch.linspace(0, count - 1, min(limit, count)).round().long()
-        return order[..., steps]
-
-    with _values_kept(), temporarily(matching, best_places=spaced):
-        yield
+    assert layout is not None
+    return layout
 
 
 def _mean_loss(logits: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:

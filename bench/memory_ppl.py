@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemPipeline
+from r3mem_fast.data.text import read_text
 
 from .places import Place, foreign_of, interval, places_of, spread
 from .records import add_output_option, add_record
@@ -58,7 +59,11 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     pipeline = R3MemPipeline(options.adapter)
     config = pipeline.model.r3mem_config
     places = places_of(
-        options.text, pipeline.tokenizer, config.segment_length, held_out=options.held_out, count=options.segments
+        [read_text(path) for path in options.text],
+        pipeline.tokenizer,
+        config.segment_length,
+        held_out=options.held_out,
+        count=options.segments,
     )
     tail = config.segment_overlap
     if not tail:

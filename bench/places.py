@@ -6,35 +6,47 @@ from typing import Any
 
 import torch
 
-from r3mem_fast.data.text import read_text
-
-CHAIN = 7
+CHAIN, LONG = 7, 64
 _RESAMPLES = 10_000
 
 
 @dataclasses.dataclass
 class Place:
-    """A segment to be read, with the seven before it.
+    """A segment to be read, with those before it.
 
     Attributes:
         text: Index of the text that it stands in.
-        segments: int64 `[8, segment_length]`.
+        segments: int64 `[n + 1, segment_length]`, the segment itself the last.
     """
 
     text: int
     segments: torch.Tensor
 
 
-def places_of(paths: Sequence[str | None], tokenizer: Any, length: int, *, held_out: float, count: int) -> list[Place]:
-    """Cut the ends of texts, which training did not see, into segments of `length` tokens; `count` at most."""
+def places_of(
+    texts: Sequence[str], tokenizer: Any, length: int, *, held_out: float, count: int, before: int = CHAIN
+) -> list[Place]:
+    """Cut the ends of texts, which training did not see, into segments of `length` tokens; `count` places at most.
+
+    Args:
+        texts: The texts.
+        tokenizer: Tokenizer of the model.
+        length: Tokens of a segment.
+        held_out: Share at the end of each text.
+        count: Number of places.
+        before: Segments before each place.
+
+    Raises:
+        ValueError: There are fewer than two places.
+    """
     places: list[Place] = []
-    for index, path in enumerate(paths):
-        ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False).input_ids
+    for index, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         ids = torch.tensor(ids[len(ids) - int(len(ids) * held_out) :])
         segments = ids[: len(ids) // length * length].view(-1, length)
-        places += [Place(index, segments[i - CHAIN : i + 1]) for i in range(CHAIN, len(segments))]
+        places += [Place(index, segments[i - before : i + 1]) for i in range(before, len(segments))]
     if len(places) < 2:
-        raise ValueError(f"the held-out texts have {len(places)} segments with {CHAIN} before them; 2 are needed")
+        raise ValueError(f"the held-out texts have {len(places)} segments with {before} before them; 2 are needed")
     return spread(places, count)
 
 

@@ -3,7 +3,7 @@
 from ..choices import LEVELS
 from .builders import ExtractiveBuilder, InstructBuilder
 from .entities import CapitalisedWords, EntityFinder, SpacyEntities, default_entity_finder
-from .pairs import Pair, build_pairs, contexts_of
+from .pairs import Pair, build_pairs, contexts_of, queries_of
 from .passage import Passage, QueryBuilder
 from .split import Document, Paragraph, Span, cut_document, split_document
 
@@ -24,5 +24,6 @@ __all__ = [
     "contexts_of",
     "cut_document",
     "default_entity_finder",
+    "queries_of",
     "split_document",
 ]

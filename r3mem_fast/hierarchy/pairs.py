@@ -114,6 +114,33 @@ def build_pairs(
     return pairs
 
 
+def queries_of(text: str, tokenizer: "PreTrainedTokenizerBase", language: str = "en") -> list[str]:
+    """Write the queries of a text's hierarchy, by the extractive builder; for parts for which none is fit, none.
+
+    Args:
+        text: Any text, also a piece of one.
+        tokenizer: Tokenizer of the model that is to be asked.
+        language: Language of the sentences, as pysbd names it.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def count_tokens(text: str) -> int:
+        return len(ids_of(text))
+
+    if not text.strip():
+        return []
+    document = split_document(text, "text", count_tokens, language)
+    passages = _passages(document, default_entity_finder()(document.span.text), LEVELS, count_tokens)
+    taken: set[str] = set()
+    for passage in passages:
+        chosen = _choose(passage, (ExtractiveBuilder(),), taken, ids_of)
+        if chosen is not None:
+            taken.add(chosen[0])
+    return sorted(taken)
+
+
 def mentioned(names: Iterable[str], text: str) -> list[str]:
     """Return the names that a text mentions as whole words.
 

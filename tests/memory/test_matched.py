@@ -116,6 +116,7 @@ def test_queries_of_other_passes(queries):
     assert torch.equal(all_of_it.compress(ids, finish=True).states, network(**whole).compress(ids, finish=True).states)
     pieces = model.compress(ids[:, 33:], memory=model.compress(ids[:, :33]), finish=True)
     assert torch.equal(pieces.states, memory.states)
+    model.questions_of = lambda found: [found[:3], found[4:9]] if found[0] in ids else []  # of the first row
     rows = model.compress(torch.cat([ids, ids_of(60, seed=1)]), finish=True)
     difference = rows.states[:, :, :1] - memory.states
     assert difference.abs().max() < 1e-3 * memory.states.abs().max()

@@ -5,11 +5,13 @@ beyond the budget. A pass begins at the same position however long the history i
 where the next one will ask; keys keep their distances, up to the layout's reach.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from ...integrations.capture import captured_attention
+from ...integrations.capture import AttentionCall, captured_attention
+from ..cache import PrefixCache
 from ..memory import Memory
 from ..reader import MemoryReader
 from ..segments import Segment
@@ -18,6 +20,26 @@ from .matching import Match, Queries
 
 # Gives what will be asked of a text: token ids, int64 `[n]` each, of the text's ids, int64 `[T]`.
 QuestionsOf = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+
+
+class Pass(NamedTuple):
+    """What a pass over a segment has left behind.
+
+    Attributes:
+        segment: The segment, of A rows of a batch of B.
+        memory: The memory before it, of B rows.
+        before: The same of the A rows.
+        cache: The pass's cache, with the segment's keys and values.
+        calls: The attention of each layer; none if the segment does not ask for a memory.
+        hidden: Last hidden states, `[A, n, hidden_size]`.
+    """
+
+    segment: Segment
+    memory: Memory
+    before: Memory
+    cache: PrefixCache
+    calls: Mapping[int, AttentionCall]
+    hidden: torch.Tensor
 
 
 class MatchedWriter:
@@ -37,7 +59,6 @@ class MatchedWriter:
                 "says what that is: an R3MemPipeline does, or set questions_of of the R3MemModel"
             )
 
-    @torch.no_grad()
     def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """Read a segment behind a memory, and match its keys and values if the segment asks for it.
 
@@ -52,6 +73,20 @@ class MatchedWriter:
             ValueError: The memory is beyond its budget, and that is to be an error; or no memory can be matched to
                 the model's attention.
         """
+        found = self.pass_over(segment, memory)
+        return found.hidden, self.written(found) if segment.writes else memory
+
+    @torch.no_grad()
+    def pass_over(self, segment: Segment, memory: Memory) -> Pass:
+        """Read a segment behind a memory, and note what can be matched if the segment asks for it.
+
+        Args:
+            segment: A piece of A rows of a batch of B.
+            memory: The memory of what comes before, of B rows.
+
+        Raises:
+            ValueError: No memory can be matched to the model's attention.
+        """
         rows = list(segment.rows)
         before = memory.rows(rows) if len(rows) < len(memory) else memory
         reader = self._reader
@@ -60,7 +95,7 @@ class MatchedWriter:
         cache = reader.new_cache(keep=False, capture=mask.shape[1] if segment.writes else 0)
         reader.read(cache, before)
         if not segment.writes:
-            return reader.decode(embeddings, mask, cache), memory
+            return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache))
         with captured_attention(reader.decoder.config) as calls:
             hidden = reader.decode(embeddings, mask, cache)
         if missing := sorted(set(range(len(before.states))) - calls.keys()):
@@ -69,10 +104,26 @@ class MatchedWriter:
                 "interchangeable functions, so no memory can be matched to it; let memory tokens learn "
                 '(memory_writer="tokens")'
             )
-        old, new = self._candidates(segment, before, cache)
-        queries = self._queries(segment, before, (old, new), Queries(calls, self._positions(mask)))
-        match = Match(queries, cache, self._layout.first_position)
-        return hidden, replaced(memory, rows, list(self._parts(old, new, match)))
+        return Pass(segment, memory, before, cache, calls, hidden)
+
+    @torch.no_grad()
+    def written(self, found: Pass) -> Memory:
+        """Match what a pass has read.
+
+        Args:
+            found: The pass, over a segment that asks for a memory.
+
+        Returns:
+            The memory after it.
+
+        Raises:
+            ValueError: The memory is beyond its budget, and that is to be an error.
+        """
+        segment, before = found.segment, found.before
+        old, new = self._candidates(segment, before, found.cache)
+        own = Queries(found.calls, self._positions(segment.mask.to(found.hidden.device)))
+        match = Match(self._queries(segment, before, (old, new), own), found.cache, self._layout.first_position)
+        return replaced(found.memory, segment.rows, list(self._parts(old, new, match)))
 
     def _positions(self, mask):
         """Positions of a pass's tokens, int32 `[A, T]`, -1 in padding."""
@@ -108,7 +159,7 @@ class MatchedWriter:
             if "reread" in self._sources:
                 found.append(self._asked(segment.ids, segment.mask, whole))
             if "pairs" in self._sources:
-                found.append(self._asked_questions(segment, whole) or own)
+                found.append(self._asked_questions(segment, whole, own))
         queries = found[0]
         for others in found[1:]:
             queries = queries.and_those(others)
@@ -124,22 +175,28 @@ class MatchedWriter:
             reader.decode(embeddings, mask, cache)
         return Queries(calls, self._positions(mask))
 
-    def _asked_questions(self, segment, whole):
-        """Queries of what will be asked of a segment; None if that is nothing in any row."""
+    def _asked_questions(self, segment, whole, own):
+        """Queries of what will be asked of a segment; the own ones of rows of which nothing will be."""
         assert self._questions_of is not None
         asked = [list(self._questions_of(ids[mask > 0])) for ids, mask in zip(segment.ids, segment.mask, strict=True)]
         most = max(map(len, asked))
         if most == 0:
-            return None
-        if not all(asked):
-            raise ValueError("nothing can be asked of some rows of a batch, and of others it can: compress them apart")
-        rows = [row[place] if place < len(row) else row[0][:0] for row in asked for place in range(most)]
+            return own
+        rows = [
+            row[place] if place < len(row) else torch.zeros(0, dtype=torch.int64)
+            for row in asked
+            for place in range(most)
+        ]
         width = max(map(len, rows))
         ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
         for place, row in enumerate(rows):
             ids[place, width - len(row) :], mask[place, width - len(row) :] = row, 1
         of_rows = whole.rows([row for row in range(len(asked)) for _ in range(most)])
-        return self._asked(ids, mask, of_rows).of_parts(len(asked))
+        queries = self._asked(ids, mask, of_rows).of_parts(len(asked))
+        if all(asked):
+            return queries
+        has_some = torch.tensor([bool(row) for row in asked], device=own.positions.device)
+        return queries.and_those(Queries(own.calls, own.positions.masked_fill(has_some[:, None], -1)))
 
     def _parts(self, old: Slots, new: Slots, match: Match) -> Iterator[tuple[list[int], Slots]]:
         """Match slots as the budget says: places of rows, and their slots."""

@@ -1,0 +1,164 @@
+"""Presses of kvpress (github.com/NVIDIA/kvpress) as rivals: which keys of a context each of them would keep.
+
+A press scores the keys of each layer and head; those with the largest scores are kept, with their values. Only its
+score is used here, and read off one pass, because the hooks of kvpress 0.5 need a transformers older than 5.3. All
+presses keep the same number of keys for every head, so that their memories are as large as any other: KVzip would
+share its budget out among heads if it could.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from r3mem_fast.integrations.compat import cache_argument
+from r3mem_fast.integrations.scoped import temporarily
+from r3mem_fast.memory.memory import Memory
+from r3mem_fast.reversible.convert import find_decoder_layers
+
+_INSTALL = "kvpress is not installed; the benchmark needs it for its presses: pip install --no-deps kvpress==0.5.5"
+# Newest tokens of a context whose queries SnapKV looks at, and for how many positions ExpectedAttention looks ahead.
+_WINDOW, _FUTURE = 32, 256
+
+
+def snapkv(slots: int) -> Any:
+    """SnapKV: attention of the last queries of the context, which are always kept and at most half of what is."""
+    return _kvpress().SnapKVPress(window_size=max(1, min(_WINDOW, slots // 2)))
+
+
+def keydiff(slots: int) -> Any:
+    """KeyDiff: keys that are unlike the mean key."""
+    return _kvpress().KeyDiffPress()
+
+
+def expected(slots: int) -> Any:
+    """ExpectedAttention: attention of queries to come, as a Gaussian, times the norm of the value."""
+    return _kvpress().ExpectedAttentionPress(n_future_positions=_FUTURE)
+
+
+def kvzip(slots: int) -> Any:
+    """KVzip: largest attention of any query while the model repeats the context. It reads the context twice."""
+    kvpress = _kvpress()
+    with temporarily(
+        logging.getLogger("kvpress.presses.kvzip_press"), disabled=True
+    ):  # each one warns that it is slow
+        return kvpress.KVzipPress(layerwise=True)
+
+
+# Each makes a press for a number of slots.
+PRESSES: dict[str, Callable[[int], Any]] = {
+    "snapkv": snapkv, "keydiff": keydiff, "expected": expected, "kvzip": kvzip,
+}  # fmt: skip
+
+
+def is_installed() -> bool:
+    """Whether kvpress can be imported."""
+    try:
+        _kvpress()
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def press_scores(
+    model: Any, press: Any, input_ids: torch.Tensor, *, prefix: int = 0, repeat_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Score the keys of a text as a press does.
+
+    Args:
+        model: A transformers causal language model; the `plain_model` of an `R3MemModel` within its
+            `disable_adapters()` is one.
+        press: A press with a `score`, or a KVzipPress.
+        input_ids: The text, int64 `[B, T]`, without padding.
+        prefix: First tokens that KVzip does not repeat, such as a system prompt; their scores are zero then.
+        repeat_ids: Tokens between the text and its repetition, which ask for it, int64 `[R]`; KVzip needs them.
+
+    Returns:
+        float32 `[layers, B, kv_heads, T]`; of two keys, the one with the larger score is kept.
+
+    Raises:
+        ValueError: The press is KVzip, and there are no `repeat_ids`.
+    """
+    tokens, cache = input_ids.shape[1], DynamicCache()
+    repeats = hasattr(press, "score_kvzip")
+    if repeats and repeat_ids is None:
+        raise ValueError("KVzip asks the model to repeat the text: it needs repeat_ids")
+    scores: dict[int, torch.Tensor] = {}
+
+    def score(module, args, kwargs, output):
+        layer = cache.layers[module.layer_idx]
+        found = press.score(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
+        scores[module.layer_idx] = found.float()
+
+    with contextlib.nullcontext() if repeats else _hooked(model, score):
+        model(input_ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+    if repeats:
+        _score_by_repeating(model, press, input_ids, prefix, repeat_ids, cache)
+        return press.score_val.float()
+    assert all(found.shape[-1] == tokens for found in scores.values())
+    return torch.stack([scores[index] for index in range(len(scores))])
+
+
+def _score_by_repeating(model, press, input_ids, prefix, repeat_ids, cache):
+    """Let a KVzipPress score the keys in a cache while the model repeats the text behind it; `score_val` has them."""
+    batch, tokens = input_ids.shape
+    keys = cache.layers[0].keys
+    press.start_idx, press.end_idx, press.context_length = prefix, tokens, tokens
+    press.score_val = keys.new_zeros(len(cache.layers), batch, keys.shape[1], tokens)
+
+    def score(module, args, kwargs, output):
+        layer = cache.layers[module.layer_idx]
+        press.score_kvzip(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
+
+    asked = torch.cat([repeat_ids.expand(batch, -1), input_ids[:, prefix:]], 1)
+    with _hooked(model, score):
+        model(asked, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+
+
+@contextlib.contextmanager
+def _hooked(model: Any, score: Callable) -> Iterator[None]:
+    """Call a function after the attention of each layer, in the block; modules have what kvpress looks for there."""
+    decoder, layers = find_decoder_layers(model)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            # A method, because a module would be registered as a part of the attention.
+            stack.enter_context(temporarily(layer.self_attn, rotary_emb=decoder.rotary_emb.forward))
+            hook = layer.self_attn.register_forward_hook(score, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def keep_best(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:
+    """Keep the slots with the largest scores, with their values, by layer and head.
+
+    Args:
+        memory: A matched memory of which every row has as many slots as there are scores, in their order.
+        scores: float32 `[layers, B, kv_heads, N]`.
+        limit: Number of slots that stay, at most.
+
+    Returns:
+        A memory of the same layout, with `min(limit, N)` slots a row.
+    """
+    assert memory.ages is not None and memory.slots is not None
+    assert scores.shape == memory.ages.shape and bool((memory.slots == scores.shape[-1]).all())
+    places = scores.topk(min(limit, scores.shape[-1]), -1).indices.sort(-1).values
+    wide = places[:, None, ..., None].expand(-1, 2, -1, -1, -1, memory.states.shape[-1])
+    return dataclasses.replace(
+        memory,
+        states=memory.states.gather(4, wide),
+        ages=memory.ages.gather(3, places),
+        slots=torch.full_like(memory.slots, places.shape[-1]),
+    )
+
+
+def _kvpress() -> Any:
+    try:
+        import kvpress
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(_INSTALL, name=error.name) from error
+    return kvpress

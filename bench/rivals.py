@@ -1,0 +1,39 @@
+"""Rivals of matched memories with as many slots: other choices of keys, and values that stay what they are."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from r3mem_fast import R3MemModel
+from r3mem_fast.integrations.scoped import temporarily
+from r3mem_fast.memory import MemoryLayout
+from r3mem_fast.memory.writers import matching
+
+
+@contextlib.contextmanager
+def laid_out(model: R3MemModel, layout: MemoryLayout) -> Iterator[None]:
+    """Let a model make and read memories of a layout in the block: a context manager."""
+    with temporarily(model, layout=layout), temporarily(model.reader, layout=layout):
+        yield
+
+
+def values_kept() -> contextlib.AbstractContextManager[None]:
+    """Let kept keys keep their values in the block: a context manager."""
+    return temporarily(matching, solved=lambda gram, residual: torch.zeros_like(residual))
+
+
+@contextlib.contextmanager
+def evenly_spaced() -> Iterator[None]:
+    """Keep evenly spaced keys, beside the pinned ones, with their values in the block: a context manager."""
+
+    def spaced(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
+        # Keys that exist have the first places in this order.
+        order = (positions < 0).to(torch.int8).sort(dim=-1, stable=True).indices
+        count, pinned = int((positions[0, 0] >= 0).sum()), int((scores[0, 0] == torch.inf).sum())
+        chosen = min(limit, count) - pinned
+        steps = torch.linspace(pinned, count - 1, chosen).round().long()
+        return order[..., torch.cat([torch.arange(pinned), steps])]
+
+    with values_kept(), temporarily(matching, best_places=spaced):
+        yield
