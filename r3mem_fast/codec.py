@@ -37,6 +37,45 @@ class TextCodec:
         """Number of tokens of a text, without special tokens."""
         return len(self.ids(text))
 
+    @functools.cached_property
+    def turn(self) -> tuple[list[int], list[int]]:
+        """Token ids of what the chat template puts before a user's words, and after them, up to the answer.
+
+        Raises:
+            ValueError: The tokenizer has no chat template, or one that changes a user's words.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template, so that nothing can stand in a user's turn")
+        words = "\u2047words\u2047"  # what no template holds
+        talk = [{"role": "user", "content": words}]
+        text = self.tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+        if text.count(words) != 1:
+            raise ValueError("the tokenizer's chat template does not hold a user's words as they are")
+        before, after = text.split(words)
+        return self.ids(before), self.ids(after)
+
+    def prompts(self, prompts: Sequence[str], *, chat: bool | None, in_turn: bool | None) -> list[list[int]]:
+        """Token ids of prompts that are to be continued.
+
+        Args:
+            prompts: The prompts.
+            chat: Whether each stands in a user's turn, which an answer follows; None: if a text before it does.
+            in_turn: Whether the text of the memory before them stands in a user's turn; None: there is no memory.
+
+        Raises:
+            ValueError: A prompt is empty, or there is none; or it cannot stand in a turn.
+        """
+        if not prompts or not all(prompts):
+            raise ValueError("the prompt is empty")
+        if chat and in_turn is False:
+            raise ValueError("the memory's text stands in no user's turn; compress it with chat=True (--chat)")
+        if not (in_turn if chat is None else chat):
+            return [self.ids(text) for text in prompts]
+        before, after = self.turn
+        if in_turn:
+            return [self.ids(f"\n\n{text}") + after for text in prompts]
+        return [before + self.ids(text) + after for text in prompts]
+
     def queries(self, queries: str | Sequence[str]) -> list[list[int]]:
         """Token ids of each query. A run of white space counts as a single space.
 

@@ -19,6 +19,7 @@ from .hierarchy import LEVELS, EntityFinder, QueryBuilder
 from .loading import load
 from .manifest import REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS
 from .memory.memory import Memory
+from .questions import SegmentQuestions
 from .remembering import remember_documents
 from .training.collate import padded
 from .training.history import TrainReport, discard_checkpoints, train
@@ -35,10 +36,10 @@ class R3MemPipeline:
     >>> report = pipeline.remember(page)
     >>> pipeline.recall(report.pairs[0].query) == report.pairs[0].context
 
-    With memory tokens (`config=R3MemConfig(num_memory_tokens=16)`) it also makes memories:
+    It also makes memories, with no training, and with memory tokens (`config=R3MemConfig(num_memory_tokens=16)`) some
+    that can be expanded:
 
-    >>> memory = pipeline.compress(book)
-    >>> pipeline.generate("Who owns Pemberley?", memory=memory)
+    >>> pipeline.generate("Who owns Pemberley?", memory=pipeline.compress(book, chat=True))
     >>> pipeline.expand(pipeline.compress(page)) == page  # of a page that was remembered
 
     Args:
@@ -77,21 +78,15 @@ class R3MemPipeline:
         **settings,
     ):
         loaded = load(
-            model,
-            tokenizer,
-            base=base,
-            config=config,
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            seed=seed,
-            **settings,
-        )
+            model, tokenizer, base=base, config=config, device=device, dtype=dtype,
+            attn_implementation=attn_implementation, seed=seed, **settings,
+        )  # fmt: skip
         self.model, self.tokenizer, self.remembered = loaded.model.eval(), loaded.tokenizer, loaded.remembered
         self._own = OwnFolder()
         if loaded.folder is not None:
             self._own.seen(loaded.folder)
         self.codec = TextCodec(loaded.tokenizer)
+        self.model.questions_of = self.model.questions_of or SegmentQuestions(self.codec)
 
     def __repr__(self):
         model = self.model
@@ -131,7 +126,7 @@ class R3MemPipeline:
         paragraphs (`hierarchy.cut_document`). What was remembered before is recalled first and learned again along
         with them, so that it is not forgotten; a document of the same name is replaced.
 
-        What could not be learned in `settings.max_steps` is no error: `report.exact` says so of each pair.
+        What was not learned in `settings.max_steps` is no error: `report.exact` says so of each pair.
 
         Args:
             documents: A text, several, or texts by name; a `Path` is a UTF-8 text file, which is read.
@@ -241,6 +236,7 @@ class R3MemPipeline:
         memory: Memory | str | Path | None = None,
         levels: Sequence[str] = ("document",),
         finish: bool = False,
+        chat: bool = False,
         progress: bool = True,
     ) -> Memory:
         """Compress texts of any length into a memory, a row each, labelled with level and name.
@@ -254,22 +250,25 @@ class R3MemPipeline:
             levels: Levels that are compressed, a row each: "document", and the paragraphs ("paragraph") and passages
                 ("entity") of each document, named "NAME, paragraph 1" and so on; these only without a memory before.
             finish: See `R3MemModel.compress`.
+            chat: Whether a text stands in a user's turn: what the chat template puts before it is kept as it is, and
+                `generate` asks its prompt in the same turn. For matched memories; a memory before says it itself.
             progress: Show a bar.
 
         Raises:
-            ValueError: A text is empty, rows or names do not agree, the model has no memory tokens, or the memory is
-                another model's or tokenizer's.
+            ValueError: A text is empty, rows or names do not agree, the memory is another model's, or there is no chat
+                template.
         """
         self.model.check_memories()
         memory = None if memory is None else self._memory(memory)
         rows_before = None if memory is None else memory.labels
         texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
-        rows = [self.codec.ids(text) for text in texts]
+        before = self.codec.turn[0] if chat else []
+        rows = [before + self.codec.ids(text) for text in texts]
         parts = []
         for start in range(0, len(rows), _BATCH):
-            before = None if memory is None else memory[start : start + _BATCH]
+            some = None if memory is None else memory[start : start + _BATCH]
             ids, mask = padded(rows[start : start + _BATCH])
-            parts.append(self.model.compress(ids, mask, memory=before, finish=finish, progress=progress))
+            parts.append(self.model.compress(ids, mask, some, finish=finish, progress=progress, pinned=len(before)))
         joined = Memory.cat(parts)
         origin = dataclasses.replace(joined.origin, tokenizer=self.codec.fingerprint)
         return dataclasses.replace(joined, origin=origin).labelled(labels)
@@ -283,8 +282,7 @@ class R3MemPipeline:
     ) -> str | list[str]:
         """The text that a memory was made of, read backward, greedily.
 
-        It is exact for what was remembered by a model with memory tokens; for other text it is what the adapter has
-        learned to write.
+        It is exact for what was remembered with memories; for other text it is what the adapter has learned to write.
 
         Args:
             memory: A memory, or the file of one.
@@ -295,7 +293,7 @@ class R3MemPipeline:
             The text, a list of them for a memory of several rows.
 
         Raises:
-            ValueError: The memory is another model's or tokenizer's, or there are not as many queries as rows.
+            ValueError: The memory is another model's, or there are not as many queries as rows.
         """
         if not self.learned_to_expand:
             warnings.warn(
@@ -317,13 +315,19 @@ class R3MemPipeline:
         return texts[0] if len(memory) == 1 else texts
 
     def generate(
-        self, prompt: str | Sequence[str], *, memory: Memory | str | Path | None = None, **settings
+        self,
+        prompt: str | Sequence[str],
+        *,
+        memory: Memory | str | Path | None = None,
+        chat: bool | None = None,
+        **settings,
     ) -> str | list[str]:
         """What the model writes behind a memory and a prompt, read forward.
 
         Args:
             prompt: A prompt, or several.
             memory: A memory, or the file of one, of as many rows as prompts; one of one row serves all of them.
+            chat: Whether the prompt stands in a user's turn, which an answer follows; None: if the memory's text does.
             settings: Arguments of `transformers`' `generate`: `do_sample`, `num_beams`, `streamer` and others; 64 new
                 tokens if no length is among them, and no generation_config.
 
@@ -331,16 +335,13 @@ class R3MemPipeline:
             The text, without the prompt; a list of them for several prompts.
 
         Raises:
-            ValueError: A prompt is empty, the memory is another model's or tokenizer's, or there are more tokens than
-                positions.
+            ValueError: A prompt is empty, the memory is another model's, or there are more tokens than positions.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows = [self.codec.ids(text) for text in prompts]
-        if not rows or not all(rows):
-            raise ValueError("the prompt is empty")
         if memory is not None:
             memory = self._memory(memory)
-            memory = memory.rows([0] * len(rows)) if len(memory) == 1 else memory
+            memory = memory.rows([0] * len(prompts)) if len(memory) == 1 else memory
+        rows = self.codec.prompts(prompts, chat=chat, in_turn=None if memory is None else memory.pinned is not None)
         ids, mask = self._batch(rows)
         if not settings.keys() & {"max_new_tokens", "max_length", "generation_config"}:
             settings["max_new_tokens"] = _NEW_TOKENS

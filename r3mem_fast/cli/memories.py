@@ -27,6 +27,8 @@ def add_commands(commands: Any) -> None:
     compress.add_argument("--memory", metavar="FILE", help="go on from this memory: rows by name, or in order")
     levels = "rows of these levels (document); the parts of a text are rows of their own"
     compress.add_argument("--levels", nargs="+", choices=LEVELS, help=levels)
+    chat = "the texts stand in a user's turn, in which `generate` asks its prompt (for models that chat)"
+    compress.add_argument("--chat", action="store_true", help=chat)
     compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
     add_run_options(compress)
 
@@ -48,6 +50,8 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--model", help=_MODEL)
     generate.add_argument("--memory", metavar="FILE", help="a memory file; of several rows, each is continued")
     add_row_options(generate)
+    chat = "the prompt stands in a user's turn, and is answered (if the text of the memory does, too)"
+    generate.add_argument("--chat", action="store_true", default=None, help=chat)
     generate.add_argument("--max-new-tokens", type=positive, default=64, help="tokens at most (%(default)s)")
     generate.add_argument("--temperature", type=float, help="sample with this temperature (greedy)")
     generate.add_argument(
@@ -90,6 +94,7 @@ def _compress_to(options: argparse.Namespace) -> int:
         memory=None if memory is None else memory.to(pipeline.model.device),
         levels=options.levels or ("document",),
         finish=options.finish,
+        chat=options.chat,
         progress=not options.json,
     )
     seconds = time.perf_counter() - started
@@ -130,6 +135,7 @@ def _generate(options: argparse.Namespace) -> int:
     texts = pipeline.generate(
         [options.prompt] * (1 if memory is None else len(memory)),
         memory=memory,
+        chat=options.chat,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.beams,
         **settings,

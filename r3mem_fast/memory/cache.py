@@ -152,8 +152,8 @@ class PrefixCache(PassCache):
         self._lengths = None
         if self._apart and self._visible is not None and any(self._windows):
             raise ValueError(
-                f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding window: '
-                'each head sees other slots; use "sdpa" or "eager"'
+                f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding window '
+                '(each head sees other slots); use "sdpa" or "eager"'
             )
         if self._apart and self._visible is not None and not self._all_visible:
             self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
