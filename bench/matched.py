@@ -173,19 +173,19 @@ def _memories(
     with model.disable_adapters(), laid_out(model, _layout(options, model, options.length, options.length)):
         none = model.new_memory(len(rows), origin=None)
         segments = cut_segments(none, rows, finish=True, writes_all=True)
-        found = MatchedWriter(model.reader).pass_over(segments[0], none)
-        whole = MatchedWriter(model.reader).written(found)
+        found = _writer(model).pass_over(segments[0], none)
+        whole = _writer(model).written(found)
     carried = advance(none, rows, segments)
     kinds = {"matched": contextlib.nullcontext, "attended": values_kept, "even": evenly_spaced}
     for slots in options.slots:
         layout = _layout(options, model, slots, slots)
         for kind, choice in kinds.items():
             with model.disable_adapters(), choice(), laid_out(model, layout):
-                yield f"{kind}_{slots}", dataclasses.replace(MatchedWriter(model.reader).written(found), **carried)
+                yield f"{kind}_{slots}", dataclasses.replace(_writer(model).written(found), **carried)
         for queries in options.queries:
             asking = dataclasses.replace(layout, queries=queries)
             with model.disable_adapters(), laid_out(model, asking):
-                memory = MatchedWriter(model.reader).written(found)
+                memory = _writer(model).written(found)
                 yield f"matched_{slots} by {queries}", dataclasses.replace(memory, **carried)
     repeat = torch.tensor(tokenizer(REPEAT, add_special_tokens=False).input_ids)
     for name in options.presses:
@@ -229,6 +229,10 @@ def _raw_loss(model: R3MemModel, before: torch.Tensor, segment: torch.Tensor) ->
         ids = torch.cat([before, segment], 1)
         logits = model.plain_model(ids, logits_to_keep=segment.shape[1], use_cache=False).logits
     return _mean_loss(logits, segment)
+
+
+def _writer(model: R3MemModel) -> MatchedWriter:
+    return MatchedWriter(model.reader, model.questions_of)
 
 
 def _matched(options: argparse.Namespace, model: R3MemModel, before: torch.Tensor, slots: int, budget: int) -> Memory:

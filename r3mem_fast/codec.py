@@ -44,7 +44,7 @@ class TextCodec:
         Raises:
             ValueError: The tokenizer has no chat template, or one that changes a user's words.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
+        if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("the tokenizer has no chat template, so that nothing can stand in a user's turn")
         words = "\u2047words\u2047"  # what no template holds
         talk = [{"role": "user", "content": words}]

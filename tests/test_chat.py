@@ -1,0 +1,104 @@
+"""Memories in a user's turn: the template's tokens stay, the text is compressed, the question follows in the same turn."""
+
+import pytest
+import torch
+
+from r3mem_fast import Memory, R3MemPipeline
+from r3mem_fast.cli import main
+from r3mem_fast.questions import SegmentQuestions
+
+TEMPLATE = "S:be brief.{% for m in messages %}U:{{ m.content }}.{% endfor %}A:"
+TEXT = "Anna took the blue key to the mill. " * 3
+
+
+@pytest.fixture
+def pipeline(folder):
+    found = R3MemPipeline(str(folder))
+    found.tokenizer.chat_template = TEMPLATE
+    return found
+
+
+def test_a_memory_with_all_slots_is_the_turn(pipeline):
+    """The control for what is pinned, where the question stands and what follows it: the rendered template itself."""
+    pipeline.model.layout = pipeline.model.reader.layout = long_segments(pipeline)
+    text = "Anna took the key."
+    memory = pipeline.compress(text, chat=True, finish=True, progress=False)
+    turn = [{"role": "user", "content": f"{text}\n\nWho?"}]
+    whole = pipeline.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert whole == f"S:be brief.U:{text}\n\nWho?.A:"
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    asked, raw = (pipeline.generate("Who?", memory=memory, chat=chat, **settings) for chat in (None, False))
+    with pipeline.model.disable_adapters():  # the base model, which reads these memories
+        assert asked == pipeline.generate(whole, **settings)
+        assert raw == pipeline.generate(f"S:be brief.U:{text}Who?", **settings)
+        alone = pipeline.generate("Who?", chat=True, **settings)
+        assert alone == pipeline.generate("S:be brief.U:Who?.A:", **settings)
+
+
+def long_segments(pipeline):
+    from r3mem_fast import R3MemConfig
+
+    config = R3MemConfig(memory_writer="matched", num_memory_tokens=48, memory_budget=48, segment_length=48)
+    return config.memory_layout(pipeline.model.max_tokens)
+
+
+def test_the_template_is_pinned_in_streams_and_files(pipeline, tmp_path):
+    before = len(pipeline.codec.turn[0])
+    memory = pipeline.compress(TEXT, chat=True, progress=False)
+    assert memory.pinned.tolist() == [before] and memory.tokens_seen.tolist() == [before + len(TEXT)]
+    pieces = pipeline.compress(TEXT[:7], chat=True, progress=False)
+    pieces.save(tmp_path / "m")
+    pieces = pipeline.compress(TEXT[7:], memory=tmp_path / "m", progress=False)
+    assert torch.equal(pieces.states, memory.states) and pieces.pinned.tolist() == [before]
+    both = pipeline.compress([TEXT, TEXT[:50]], chat=True, progress=False)
+    answers = pipeline.generate(["Who?", "What?"], memory=both, max_new_tokens=5)
+    assert answers[0] == pipeline.generate("Who?", memory=memory, max_new_tokens=5)
+    assert Memory.load(tmp_path / "m").pinned.tolist() == [before]
+    with pytest.raises(ValueError, match="leave it out where there is a memory before"):
+        pipeline.compress(TEXT, memory=memory, chat=True, progress=False)
+
+
+def test_bad_input(pipeline):
+    plain = pipeline.compress(TEXT, progress=False)
+    with pytest.raises(ValueError, match="stands in no user's turn"):
+        pipeline.generate("Who?", memory=plain, chat=True)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        pipeline.generate("", chat=True)
+    pipeline.tokenizer.chat_template = "nothing of the words"
+    pipeline.codec.__dict__.pop("turn", None)
+    with pytest.raises(ValueError, match="does not hold a user's words as they are"):
+        pipeline.compress(TEXT, chat=True, progress=False)
+    pipeline.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        pipeline.generate("Who?", chat=True)
+
+
+def test_the_commands(folder, tmp_path, capsys):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    chats = tmp_path / "model"
+    shutil.copytree(folder, chats)
+    tokenizer = AutoTokenizer.from_pretrained(chats)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(chats)
+    text, memory = tmp_path / "text.txt", str(tmp_path / "m")
+    text.write_text(TEXT)
+    run = ["--device", "cpu", "--model", str(chats)]
+    assert main(["compress", str(text), "-o", memory, "--chat", *run]) == 0
+    assert main(["generate", "Who?", "--memory", memory, "--max-new-tokens", "4", *run]) in (0, 1)
+    assert main(["generate", "Who?", "--chat", "--max-new-tokens", "4", *run]) in (0, 1)
+    capsys.readouterr()
+    assert main(["compress", str(text), "-o", memory, "--chat", "--device", "cpu", "--model", str(folder)]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_questions_of_segments(pipeline):
+    """Queries of the pairs that the hierarchy makes of a segment; a pipeline lets its model ask them."""
+    assert isinstance(pipeline.model.questions_of, SegmentQuestions)
+    ids = torch.tensor(pipeline.codec.ids("Anna met Boris at the mill.\n\nThey spoke of Clara."))
+    questions = [pipeline.codec.text(question) for question in pipeline.model.questions_of(ids)]
+    assert questions and len(set(questions)) == len(questions)
+    assert all(len(question) < len(ids) for question in questions)
+    assert pipeline.model.questions_of(torch.tensor(pipeline.codec.ids(" \n"))) == []
