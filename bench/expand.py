@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, check_integrity, load_model
+from r3mem_fast.choices import PLACEMENTS, WRITERS
 from r3mem_fast.data.text import pages_of, read_text, token_windows
 from r3mem_fast.devices import default_dtype
 from r3mem_fast.training.collate import collate_ids
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", nargs="+", default=[None], help="UTF-8 texts to learn from (Python's help topics)")
     parser.add_argument("--held-out", help="a UTF-8 text for unseen windows (the last tenth of the last text)")
     parser.add_argument("--memory-tokens", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--memory-writer", choices=WRITERS, default="tokens", help="(%(default)s)")
     parser.add_argument("--documents", type=int, default=20, help="of the suite seen (%(default)s)")
     parser.add_argument("--tokens", type=int, default=100, help="of such a document, about (%(default)s)")
     parser.add_argument("--max-steps", type=int, default=600, help="of the same (%(default)s)")
@@ -75,7 +77,7 @@ class _Bench:
     def seen(self) -> None:
         """Learn documents until each comes back from its memory, and expand their memories."""
         options = self.options
-        for placement in ("every_layer", "input"):
+        for placement in PLACEMENTS if options.memory_writer == "tokens" else PLACEMENTS[:1]:
             config = self._config(memory_placement=placement, segment_length=2 * options.tokens)
             pipeline = R3MemPipeline(options.model, config=config, seed=options.seed)
             pages = pages_of(self.texts[0], pipeline.tokenizer, options.documents, tokens=options.tokens, offset=20)
@@ -108,6 +110,7 @@ class _Bench:
         """
         return R3MemConfig(
             num_memory_tokens=self.options.memory_tokens,
+            memory_writer=self.options.memory_writer,
             adapter_rows="memory",
             compress_weight=0.0,
             expand_weight=0.0,
@@ -168,6 +171,7 @@ class _Bench:
                 "rows": len(rows),
                 "tokens": sum(map(len, rows)),
                 "memory_tokens": self.options.memory_tokens,
+                "writer": self.options.memory_writer,
                 "exact": sum(ids == row for ids, row in zip(texts, rows, strict=True)),
                 "edit_distance": round(distances[control].mean().item(), 4),
                 **details,
