@@ -5,10 +5,9 @@ them anew from `bench/results/`, so that no figure is copied by hand; a test ass
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from r3mem_fast.config import R3MemConfig
 from r3mem_fast.settings import default_text, settings_of
 from r3mem_fast.training.settings import RememberSettings, TrainSettings
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
-# Kinds of text that matched memories were measured on.
-MATCHED_KINDS = ("novels",)
+from . import memory_tables
+from .markdown import ROOT, interval, records, table
+
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 _BLOCK = re.compile(r"(<!-- table: ([a-z_0-9]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ARMS = {
@@ -43,12 +41,6 @@ def generated(text: str) -> str:
     return _BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
-def records(name: str) -> list[dict]:
-    """Return the records of a result file, without the first line, which says what they were measured on."""
-    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return lines[1:]
-
-
 def training() -> str:
     """Tabulate what arms of training keep, and how long their steps take."""
     head = ("", "kept by the layers", "of checkpointing", "step, s", "of checkpointing (quartiles)",
@@ -61,7 +53,7 @@ def training() -> str:
             f"{record['step_seconds']:.2f}", f"{record['step_ratio']:.2f} ({low:.2f}–{high:.2f})",
             f"{record['loss']:.3f}",
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def recall_arms() -> str:
@@ -76,7 +68,7 @@ def recall_arms() -> str:
         )
         for record in sorted(records("recall_arms_smollm2"), key=lambda record: _ORDER.index(record["arm"]))
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 _ORDER = ("reversed", "inverse", "reversed, the inverse's core", "forward", "reversed, all layers")
@@ -87,7 +79,7 @@ def recall_controls() -> str:
     head = ("what is asked", "exact", "nothing", "half of it like")
     controls = records("recall_pages_smollm2")[1:]
     rows = [(r["control"], *(str(r[count]) for count in ("exact", "empty", "similar_0.5"))) for r in controls]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def expand() -> str:
@@ -103,7 +95,7 @@ def expand() -> str:
                 f"{record['edit_distance']:.3f}",
                 f"{more['mean']:.3f} ({low:.3f} to {high:.3f})" if more else "–",
             ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def history() -> str:
@@ -120,7 +112,7 @@ def history() -> str:
             str(record["segments"]), str(record["tokens"]), f"{record['peak_bytes'] / 1e6:.0f}",
             f"{record['seconds_per_token']:.5f}", ratio,
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def memory_worth() -> str:
@@ -144,7 +136,7 @@ def memory_worth() -> str:
         ),
         ("the whole segment before it", nats["full"], "1"),
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def memory_adapters() -> str:
@@ -161,21 +153,21 @@ def memory_adapters() -> str:
     for what, name in files.items():
         measured = records(name)
         shares, behind = _shares(measured), _values(measured)["memory"]
-        won = next((_interval(r) for r in measured if "of that model" in r.get("difference", "")), None)
+        won = next((interval(r) for r in measured if "of that model" in r.get("difference", "")), None)
         won = won or f"{tail['tail, trained without memory'] - behind:.3f}"
         rows.append((what, f"{behind:.4f}", shares["closed"], shares["closed by a foreign memory"], won))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def ablation() -> str:
     """Tabulate what each part of the method is worth."""
     head = ("instead of the default", "page from its query", "page from its memory", "query from the memory")
     rows = [
-        (record["arm"], *(_interval(record[name]) for name in ("expand_nats", "cycle_nats", "compress_nats")))
+        (record["arm"], *(interval(record[name]) for name in ("expand_nats", "cycle_nats", "compress_nats")))
         for record in records("ablation_smollm2")
         if "minus" in record
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def coupling_kernels() -> str:
@@ -193,7 +185,7 @@ def coupling_kernels() -> str:
             " / ".join(str(variant["registers"]) for variant in compiled),
             str(max(variant["shared_bytes"] for variant in compiled)),
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def attention_kernels() -> str:
@@ -215,7 +207,7 @@ def attention_kernels() -> str:
             " / ".join(f"{r['shared_bytes'] / 1024:.0f}" for r in compiled),
             " / ".join(r["matrix"] or "–" for r in compiled),
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _place(item: tuple[tuple[str, int], dict]) -> tuple[int, int, int]:
@@ -234,7 +226,7 @@ def attention_spills() -> str:
         for r in _compiled_attention()
         if r["spills"]
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def attention_cpu() -> str:
@@ -248,7 +240,7 @@ def attention_cpu() -> str:
         others = (f"{arms[name]['ratio']:.2f} ×" if name in arms else "–" for name in ("reference", "sdpa", "copy"))
         ours = f"{arms['r3mem']['milliseconds']:.2f} ({arms['r3mem']['runs']})"
         rows.append((f"{passed}, T = {tokens}, M = {memory}", ours, *others))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def attention_logits() -> str:
@@ -264,7 +256,7 @@ def attention_logits() -> str:
         )
         for record in records("logits_smollm2")
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def cli() -> str:
@@ -280,7 +272,7 @@ def cli() -> str:
             for action in command._actions
             if action.dest != "help"
         ]
-        parts.append(f"## r3mem {name} {positional}".rstrip() + f"\n\n{_sentence(helps[name])}\n\n" + _table(
+        parts.append(f"## r3mem {name} {positional}".rstrip() + f"\n\n{_sentence(helps[name])}\n\n" + table(
             ("argument", "meaning (default)"), rows
         ))  # fmt: skip
     return "\n\n".join(parts)
@@ -307,26 +299,11 @@ def _settings(kind: type) -> str:
         choices = "" if about.choices is None else f" ({', '.join(map(str, about.choices))})"
         cells = (about.group, f"`{name}`", f"{default_text(field, about)}{choices}", option, about.help)
         rows.append(tuple(cell.replace("|", "\\|") for cell in cells))
-    return _table(("group", "setting", "default", "option", "what it does"), rows)
-
-
-def matched_memories() -> str:
-    """Return the table of matched memories and their rivals, by kind of text."""
-    rows = []
-    for kind in MATCHED_KINDS:
-        head, *found = records(f"matched_{kind}_smollm2")
-        closed = {(r["closed_by"], r["of"]): _interval(r) for r in found if "closed_by" in r}
-        for slots in (64, 16):
-            arms = ("matched", "attended", "raw", "even", "foreign")
-            cells = [closed[f"{arm}_{slots}", "full"] for arm in arms]
-            rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
-    names = ("kind of text, segments", "slots", "**matched**", "most attended, own values", "raw tokens", "even",
-             "matched, of another text")  # fmt: skip
-    return _table(names, rows)
+    return table(("group", "setting", "default", "option", "what it does"), rows)
 
 
 TABLES = {
-    "matched_memories": matched_memories,
+    **memory_tables.TABLES,
     "cli": cli,
     "r3mem_config": lambda: _settings(R3MemConfig),
     "remember_settings": lambda: _settings(RememberSettings),
@@ -362,21 +339,11 @@ def _nats(measured: list[dict]) -> dict[str, str]:
 
 def _shares(measured: list[dict]) -> dict[str, str]:
     """Return the shares of the gap that memories close, by their names."""
-    return {r["share"]: _interval(r) for r in measured if r.get("gap_of") == "the same model"}
-
-
-def _interval(record: dict[str, float]) -> str:
-    return f"{record['mean']:.3f} ({record['low']:.3f} to {record['high']:.3f})"
+    return {r["share"]: interval(r) for r in measured if r.get("gap_of") == "the same model"}
 
 
 def _or_dash(value: object) -> str:
     return "–" if value is None else str(value)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("|  |", "| |")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

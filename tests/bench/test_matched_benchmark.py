@@ -2,7 +2,9 @@
 
 import json
 
-from bench import matched
+import pytest
+
+from bench import compress_speed, matched, texts
 
 
 def test_arms_and_shares(folder, tmp_path):
@@ -30,3 +32,29 @@ def test_arms_and_shares(folder, tmp_path):
     better = {(r["nats_better_than"], r["slots"]) for r in found if "nats_better_than" in r}
     singles = {(rival, slots) for rival in ("raw", "even", "attended") for slots in (3, 12)}
     assert better == {*singles, ("raw", 16)}
+
+
+def test_the_speed_of_compressing(folder, tmp_path):
+    """Both arms run, in pairs, and the share of tokens that are read twice is the overlap's."""
+    output = tmp_path / "out.jsonl"
+    arguments = ["--model", str(folder), "--dtype", "float32", "--segments", "3", "--length", "16", "--overlap", "4"]
+    arguments += ["--slots", "4", "--budgets", "4", "--rows", "2", "--pairs", "2", "--output", str(output)]
+    assert compress_speed.main(arguments) == 0
+    _, record = [json.loads(line) for line in output.read_text().splitlines()]
+    assert record["tokens"] == 96 and record["again"] == round(8 / 48, 4)
+    assert record["lowest"] <= record["of_prefill"] <= record["highest"]
+
+
+@pytest.mark.parametrize("kind", ["code", "help"])
+def test_texts_that_every_machine_has(kind):
+    found = texts.texts_of(kind)
+    assert all(text.strip() for text in found) and sum(map(len, found)) > 200_000
+
+
+def test_texts_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match="lie in a folder of data sets"):
+        texts.texts_of("novels")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        texts.texts_of("poems")
+    with pytest.raises(FileNotFoundError):
+        texts.texts_of("dialogue", tmp_path)

@@ -1,0 +1,89 @@
+"""Compressing a history into a matched memory, against plain prefill of the same segments: ratios of paired runs.
+
+    python -m bench.compress_speed --json
+
+The rival reads the same tokens in the same segments, each alone, by the base model's decoder with its key-value cache:
+no memory before them, no logits. `again` is the share of tokens that are read twice, as the overlap of segments; both
+arms read them.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from r3mem_fast import R3MemConfig, R3MemModel, load_model
+from r3mem_fast.data.text import read_text, token_windows
+from r3mem_fast.integrations.compat import cache_argument
+
+from .records import add_output_option, add_record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compress_speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], help="(%(default)s)")
+    parser.add_argument("--text", help="a UTF-8 text (Python's help topics)")
+    parser.add_argument("--segments", type=int, default=12, help="of a history (%(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a segment (%(default)s)")
+    parser.add_argument("--overlap", type=int, default=32, help="of these read again with the next (%(default)s)")
+    parser.add_argument("--slots", type=int, default=64, help="of a segment (%(default)s)")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 256], help="slots in all (%(default)s)")
+    parser.add_argument("--rows", type=int, default=1, help="histories at one time (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=5, help="of runs, alternating (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    records: list[dict] = []
+    for dtype in options.dtype:
+        for budget in options.budgets:
+            add_record(_compare(options, dtype, budget), records, options)
+    return 0
+
+
+@torch.no_grad()
+def _compare(options: argparse.Namespace, dtype: str, budget: int) -> dict:
+    base, tokenizer = load_model(options.model, dtype=dtype)
+    settings = {"segment_length": options.length, "segment_overlap": options.overlap, "memory_budget": budget}
+    config = R3MemConfig(memory_writer="matched", num_memory_tokens=options.slots, **settings)
+    model = R3MemModel(base, config).eval()
+    tokens = options.segments * options.length
+    ids = token_windows(tokenizer, read_text(options.text), tokens=tokens, count=options.rows)
+    starts = [max(0, index * options.length - options.overlap) for index in range(options.segments)]
+    pieces = [ids[:, start : (index + 1) * options.length] for index, start in enumerate(starts)]
+
+    def prefill() -> None:
+        with model.disable_adapters():
+            for piece in pieces:
+                cache = DynamicCache(config=model.config)
+                model.decoder(input_ids=piece, use_cache=True, **cache_argument(model.decoder, cache))
+
+    def compress() -> None:
+        model.compress(ids)
+
+    arms: dict[str, Callable[[], None]] = {"prefill": prefill, "compress": compress}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(options.pairs + 1):
+        for arm, run in arms.items():
+            started = time.perf_counter()
+            run()
+            if number:  # the first pair warms up
+                seconds[arm].append(time.perf_counter() - started)
+    ratios = sorted(a / b for a, b in zip(seconds["prefill"], seconds["compress"], strict=True))
+    total = tokens * options.rows
+    read = sum(piece.numel() for piece in pieces)
+    return {
+        "dtype": dtype, "slots": options.slots, "budget": budget, "segment_length": options.length,
+        "rows": options.rows, "tokens": total, "again": round(read / total - 1, 4), "threads": torch.get_num_threads(),
+        **{f"{arm}_tokens_per_second": round(total / statistics.median(times), 1) for arm, times in seconds.items()},
+        "of_prefill": round(statistics.median(ratios), 4), "lowest": round(ratios[0], 4),
+        "highest": round(ratios[-1], 4), "pairs": options.pairs,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

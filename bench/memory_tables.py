@@ -1,0 +1,56 @@
+"""The tables of matched memories and their rivals: what they close, by kind of text, and what they answer."""
+
+from .markdown import interval, records, table
+
+# Kinds of text that matched memories were measured on.
+MATCHED_KINDS = ("novels",)
+_RIVALS = {
+    "attended": "most attended, own values",
+    "raw": "raw tokens",
+    "snapkv": "SnapKV",
+    "expected": "Expected Attention",
+    "keydiff": "KeyDiff",
+    "even": "evenly spaced",
+}
+
+
+def closed_by(name: str) -> dict[tuple[str, str], dict]:
+    """Return what each arm of a result file closes of the gap to `full` or `full_of_7`, by arm and gap."""
+    return {(r["closed_by"], r["of"]): r for r in records(name) if "closed_by" in r}
+
+
+def matched_memories() -> str:
+    """Return the table of what matched memories, and the strongest rival of as many slots, close of the gap."""
+    rows = []
+    for kind in MATCHED_KINDS:
+        head, *found = records(f"matched_{kind}_smollm2")
+        closed = closed_by(f"matched_{kind}_smollm2")
+        better = {(r["nats_better_than"], r["slots"]): r for r in found if "nats_better_than" in r and "of" not in r}
+        for slots in (64, 16):
+            rivals = [arm for arm in _RIVALS if (f"{arm}_{slots}", "full") in closed]
+            best = max(rivals, key=lambda arm: closed[f"{arm}_{slots}", "full"]["mean"])
+            cells = [
+                interval(closed[f"matched_{slots}", "full"]),
+                f"{_RIVALS[best]}: {interval(closed[f'{best}_{slots}', 'full'])}",
+            ]
+            cells += [interval(better[best, slots]), interval(closed[f"raw_{slots}", "full"])]
+            cells += [interval(closed[f"foreign_{slots}", "full"])]
+            rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
+    names = ("kind of text, segments", "slots", "**matched**", "best rival", "matched is better by, nats a token",
+             "raw tokens", "matched, of another text")  # fmt: skip
+    return table(names, rows)
+
+
+def matched_rivals() -> str:
+    """Return the table of all rivals on novels."""
+    closed = closed_by("matched_novels_smollm2")
+    arms = {"matched": "**matched**", **_RIVALS}
+    rows = [
+        (what, *(interval(closed[f"{arm}_{slots}", "full"]) for slots in (64, 16)))
+        for arm, what in arms.items()
+        if (f"{arm}_64", "full") in closed
+    ]
+    return table(("kept", "64 slots", "16 slots"), rows)
+
+
+TABLES = {"matched_memories": matched_memories, "matched_rivals": matched_rivals}
