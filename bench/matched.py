@@ -232,7 +232,7 @@ def _raw_loss(model: R3MemModel, before: torch.Tensor, segment: torch.Tensor) ->
 
 
 def _writer(model: R3MemModel) -> MatchedWriter:
-    return MatchedWriter(model.reader, model.questions_of)
+    return MatchedWriter(model.reader, model.reader.layout, model.questions_of)
 
 
 def _matched(options: argparse.Namespace, model: R3MemModel, before: torch.Tensor, slots: int, budget: int) -> Memory:

@@ -225,7 +225,7 @@ class R3MemModel(TrainerInterface, Network):
         else:
             rows = Rows(query_input_ids, query_attention_mask)
         self.check_memory(memory, len(rows.ids))
-        objective.refuse_raw_tail(self)
+        objective.refuse_raw_tail(memory.layout)
         finished = self.compress(None, memory=memory, finish=True)
         return generation.decode_backward(self, rows, finished, max_new_tokens)
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any, cast
@@ -22,7 +23,7 @@ from .integrations.compat import cache_argument
 from .integrations.scoped import requiring_gradients_as_before, returning, temporarily
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
-from .memory.layout import Origin
+from .memory.layout import MemoryLayout, Origin
 from .memory.memory import Memory, empty_memory
 from .memory.reader import MemoryReader
 from .memory.writers import Writer
@@ -175,14 +176,15 @@ class Network(nn.Module):
         """Read the model forward, behind memories or to write them, in the block: a context manager."""
         return self.disable_adapters() if self.memories_are_of_base else contextlib.nullcontext()
 
-    def writer(self, *, dropout: float = 0.0) -> Writer:
+    def writer(self, layout: MemoryLayout, *, dropout: float = 0.0) -> Writer:
         """Writer of memories.
 
         Args:
+            layout: Their layout: the network's, or for memories of the base model any with the same reach.
             dropout: Probability with which a row does not see its memory, for memory tokens that learn.
         """
         if self.memory_embeddings is None:
-            return MatchedWriter(self.reader, self.questions_of)
+            return MatchedWriter(self.reader, layout, self.questions_of)
         return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
 
     @contextlib.contextmanager
@@ -311,6 +313,10 @@ class Network(nn.Module):
         if rows not in (None, len(memory)):
             raise ValueError(f"{rows} rows of tokens and {len(memory)} of memory: one of each a row")
         mine, its = self.origin(), memory.origin
+        # The base model reads whatever was matched with it, of whatever size, if slots stand where it looks for them.
+        of_base = self.memories_are_of_base and memory.layout.writer == "matched"
+        if of_base and memory.layout.reach == self.reader.layout.reach:
+            mine = dataclasses.replace(mine, adapter=layout_fingerprint(memory.layout))
         if its.base != mine.base:
             raise ValueError(
                 f"the memory is of another base model ({its.base[:12]}…) than this one ({mine.base[:12]}…)"
@@ -318,7 +324,7 @@ class Network(nn.Module):
         # While its adapters are off, it may still read what it wrote with them.
         if its.adapter != mine.adapter and its.adapter != self._origin(adapters_off=False).adapter:
             raise ValueError("the memory was made with other adapters or settings than the model has; compress again")
-        if memory.layout != self.layout:
+        if memory.layout != self.layout and not of_base:
             raise ValueError(f"the memory's layout is {memory.layout}, the model's {self.layout}")
         self.reader.check_states(memory)
 

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from .batching import Rows, nothing_before, prompt_of
 from .integrations.compat import cache_argument
 from .integrations.scoped import evaluating
+from .memory.layout import MemoryLayout
 from .memory.memory import Memory
 from .memory.reader import positions_of_mask
 from .memory.segments import IGNORED, Segment
@@ -113,9 +114,8 @@ def refuse_to_learn(network: Network) -> None:
         )
 
 
-def refuse_raw_tail(network: Network) -> None:
+def refuse_raw_tail(layout: MemoryLayout) -> None:
     """Raise ValueError for memories that leave the end of a text raw, where a memory alone is read."""
-    layout = network.reader.layout
     if layout.writer == "matched" and layout.segment_overlap:
         raise ValueError(
             f"matched memories with a segment_overlap leave out the last {layout.segment_overlap} tokens of a text, "
@@ -153,7 +153,7 @@ def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[
         raise ValueError(f"{len(contexts.ids)} contexts and {len(queries.ids)} queries: one of each a row")
     found, memory = R3MemOutput(), None
     if network.learns_memories and set(terms) & {"compress", "cycle"}:
-        refuse_raw_tail(network)
+        refuse_raw_tail(network.reader.layout)
         empty = network.new_memory(len(contexts.ids), origin=None)
         memory = compress_rows(network, contexts.lists(), empty, finish=True)
     if "expand" in terms:

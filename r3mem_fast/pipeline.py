@@ -86,7 +86,7 @@ class R3MemPipeline:
         if loaded.folder is not None:
             self._own.seen(loaded.folder)
         self.codec = TextCodec(loaded.tokenizer)
-        self.model.questions_of = self.model.questions_of or SegmentQuestions(self.codec)
+        self.model.questions_of = SegmentQuestions(self.codec)
 
     def __repr__(self):
         model = self.model
@@ -280,9 +280,7 @@ class R3MemPipeline:
         *,
         max_new_tokens: int | None = None,
     ) -> str | list[str]:
-        """The text that a memory was made of, read backward, greedily.
-
-        It is exact for what was remembered with memories; for other text it is what the adapter has learned to write.
+        """The text that a memory was made of, read backward, greedily: exact for what was remembered with memories.
 
         Args:
             memory: A memory, or the file of one.
@@ -345,8 +343,8 @@ class R3MemPipeline:
         ids, mask = self._batch(rows)
         if not settings.keys() & {"max_new_tokens", "max_length", "generation_config"}:
             settings["max_new_tokens"] = _NEW_TOKENS
-        found = self.model.generate(ids, mask, memory=memory, **settings)
-        found = found if isinstance(found, torch.Tensor) else found.sequences
+        output = self.model.generate(ids, mask, memory=memory, **settings)
+        found = output if isinstance(output, torch.Tensor) else output.sequences
         texts = self.codec.continuations(found[:, ids.shape[1] :])
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
 

@@ -92,7 +92,7 @@ def read_segments(
     config = network.r3mem_config
     memory = memory.to(network.device, network.dtype)
     training = trains_through(network, segments)
-    writer = network.writer(dropout=config.memory_dropout if training else 0.0)
+    writer = network.writer(memory.layout, dropout=config.memory_dropout if training else 0.0)
 
     def step(segment, states):
         before = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
@@ -145,7 +145,7 @@ def compress_rows(
         ValueError: There are more segments than `max_memory_segments=None` can keep, or processes of FSDP2 have
             different numbers of them.
     """
-    layout = network.reader.layout
+    layout = memory.layout
     segments = cut_segments(memory, rows, finish=finish, writes_all=True)
     if largest_of_ranks(network, len(segments)) + largest_of_ranks(network, -len(segments)):
         raise ValueError(

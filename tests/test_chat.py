@@ -1,4 +1,4 @@
-"""Memories in a user's turn: the template's tokens stay, the text is compressed, the question follows in the same turn."""
+"""Memories in a user's turn: the template's tokens stay, a text is compressed, a question follows in the same turn."""
 
 import pytest
 import torch
@@ -89,6 +89,10 @@ def test_the_commands(folder, tmp_path, capsys):
     assert main(["compress", str(text), "-o", memory, "--chat", *run]) == 0
     assert main(["generate", "Who?", "--memory", memory, "--max-new-tokens", "4", *run]) in (0, 1)
     assert main(["generate", "Who?", "--chat", "--max-new-tokens", "4", *run]) in (0, 1)
+    sizes = ["--memory-tokens", "3", "--memory-budget", "5", "--segment-length", "16", "--segment-overlap", "2"]
+    assert main(["compress", str(text), "-o", memory, *sizes, "--memory-queries", "own+pairs", *run]) == 0
+    assert Memory.load(memory).slots.tolist() == [5] and Memory.load(memory).layout.queries == "own+pairs"
+    assert main(["generate", "Who?", "--memory", memory, "--max-new-tokens", "4", *run]) in (0, 1)
     capsys.readouterr()
     assert main(["compress", str(text), "-o", memory, "--chat", "--device", "cpu", "--model", str(folder)]) == 2
     assert "has no chat template" in capsys.readouterr().err

@@ -6,9 +6,15 @@ import os
 from typing import Any
 
 from ..choices import LEVELS
+from ..config import R3MemConfig
 from .common import adapter_of, begin, pipeline_of, say, texts_of
-from .options import add_adapter, add_row_options, add_run_options, positive
+from .options import add_adapter, add_row_options, add_run_options, add_settings, given_settings, positive
 
+# Settings of matched memories: those that can be chosen, and what they are if one is.
+_OF_MATCHED = (
+    "num_memory_tokens", "memory_budget", "beyond_budget", "memory_queries", "segment_length", "segment_overlap",
+)  # fmt: skip
+_MATCHED = {"num_memory_tokens": 64, "memory_budget": 256, "segment_length": 256, "segment_overlap": 32}
 _MODEL = "a folder or hub id; of an adapter: its base model (smollm2-135m; where it was when the adapter was made)"
 
 
@@ -27,6 +33,7 @@ def add_commands(commands: Any) -> None:
     compress.add_argument("--memory", metavar="FILE", help="go on from this memory: rows by name, or in order")
     levels = "rows of these levels (document); the parts of a text are rows of their own"
     compress.add_argument("--levels", nargs="+", choices=LEVELS, help=levels)
+    add_settings(compress, R3MemConfig, _OF_MATCHED, defaults=_MATCHED)
     chat = "the texts stand in a user's turn, in which `generate` asks its prompt (for models that chat)"
     compress.add_argument("--chat", action="store_true", help=chat)
     compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
@@ -87,7 +94,7 @@ def _compress_to(options: argparse.Namespace) -> int:
     memory = None if options.memory is None else Memory.load(options.memory)
     if memory is not None and {label and label[1] for label in memory.labels} != named.keys():
         texts = list(named.values())  # the names are other ones: go by the order of the rows
-    pipeline = _pipeline(options)
+    pipeline = _pipeline(options, _config(options))
     started = time.perf_counter()
     memory = pipeline.compress(
         texts,
@@ -154,6 +161,18 @@ def _refuse_adapter_alone(words: list[str], what: str) -> None:
         raise ValueError(f"{words[0]} is the folder of an adapter or a model: {what} must follow it")
 
 
+def _config(options: argparse.Namespace) -> R3MemConfig | None:
+    """Settings of matched memories, if some are asked for; None for the defaults, or the settings of an adapter."""
+    given = given_settings(options, R3MemConfig, _OF_MATCHED)
+    if not given:
+        return None
+    if options.folder is not None:
+        raise ValueError(f"{options.folder} was made for memories of its own size: leave out the options of sizes")
+    slots = given.get("num_memory_tokens", _MATCHED["num_memory_tokens"])
+    defaults = {**_MATCHED, "memory_budget": max(slots, _MATCHED["memory_budget"])}
+    return R3MemConfig(memory_writer="matched", adapter_rows="memory", **{**defaults, **given})
+
+
 def _begin(options: argparse.Namespace) -> None:
     """Say what is loaded, once the adapter that is asked for is known to be there."""
     if options.folder is not None:
@@ -165,10 +184,10 @@ def _model(options: argparse.Namespace) -> str:
     return options.folder or options.model or "smollm2-135m"
 
 
-def _pipeline(options: argparse.Namespace) -> Any:
-    """The pipeline of an adapter with its base model, or of a model alone."""
-    base = {} if options.folder is None else {"base": options.model}
-    return pipeline_of(options, _model(options), **base)
+def _pipeline(options: argparse.Namespace, config: R3MemConfig | None = None) -> Any:
+    """The pipeline of an adapter with its base model, or of a model alone, with settings."""
+    others: dict[str, Any] = {"config": config} if options.folder is None else {"base": options.model}
+    return pipeline_of(options, _model(options), **others)
 
 
 def _with_memory(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -241,7 +241,21 @@ def test_files(tmp_path):
     with pytest.raises(ValueError, match="of another base model"):
         network(seed=1).check_memory(memory)
     with pytest.raises(ValueError, match="made with other adapters or settings"):
-        network(segment_length=LENGTH + 1).check_memory(memory)
+        network(adapter_rows="all").check_memory(memory)
+
+
+def test_a_memory_of_another_size_is_read_and_goes_on_in_its_own(tmp_path):
+    """The base model made it, so any network of the same base reads it; what follows is cut and matched as before."""
+    model, other = network(memory_queries="reread"), R3MemModel(build(scale=2.0), R3MemConfig(core=(1, 3))).eval()
+    ids, text = ids_of(70), ids_of(5, seed=1)
+    model.compress(ids[:, :40]).save(tmp_path / "memory")
+    memory = Memory.load(tmp_path / "memory", other)
+    assert torch.equal(other(text, memory=memory).logits, model(text, memory=memory).logits)
+    memory, whole = other.compress(ids[:, 40:], memory=memory), model.compress(ids)
+    assert torch.equal(memory.states, whole.states) and memory.layout == whole.layout != other.layout
+    moved = dataclasses.replace(memory, layout=dataclasses.replace(memory.layout, reach=32))
+    with pytest.raises(ValueError, match="made with other adapters or settings"):
+        other.check_memory(moved)
 
 
 def test_any_model_has_them_and_adapters_do_not_matter():

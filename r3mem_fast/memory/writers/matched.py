@@ -12,6 +12,7 @@ import torch
 
 from ...integrations.capture import AttentionCall, captured_attention
 from ..cache import PrefixCache
+from ..layout import MemoryLayout
 from ..memory import Memory
 from ..reader import MemoryReader
 from ..segments import Segment
@@ -43,19 +44,20 @@ class Pass(NamedTuple):
 
 
 class MatchedWriter:
-    """Writes matched memories, in the layout of its reader.
+    """Writes matched memories.
 
     Args:
         reader: Reads memories with the model's decoder.
+        layout: Layout of the memories; its reach is that of the reader's.
         questions_of: Gives what will be asked of a segment, for a layout with queries of "pairs".
     """
 
-    def __init__(self, reader: MemoryReader, questions_of: QuestionsOf | None = None):
-        self._reader, self._layout, self._questions_of = reader, reader.layout, questions_of
-        self._sources = reader.layout.queries.split("+")
+    def __init__(self, reader: MemoryReader, layout: MemoryLayout, questions_of: QuestionsOf | None = None):
+        self._reader, self._layout, self._questions_of = reader, layout, questions_of
+        self._sources = layout.queries.split("+")
         if "pairs" in self._sources and questions_of is None:
             raise ValueError(
-                f"memory_queries={reader.layout.queries!r} asks a memory what will be asked of its text, and nothing "
+                f"memory_queries={layout.queries!r} asks a memory what will be asked of its text, and nothing "
                 "says what that is: an R3MemPipeline does, or set questions_of of the R3MemModel"
             )
 
