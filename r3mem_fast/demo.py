@@ -29,6 +29,22 @@ _TIMING_ROUNDS = 3
 # Numbers of windows: held out from fine-tuning, and read behind memories.
 _HELD_OUT = 4
 _MEMORY_WINDOWS = 12
+# A text that no model has seen, and what it says: prompts, and how they go on.
+_NOTE = """The Lantern is a small ship that carries mail between the northern islands. Captain Ines Morau has commanded
+it for eleven years. She grew up on Tarsk, where her father repaired nets, and she still keeps one of his
+needles in her cabin. The crew is five: the mate Olin Bask, the engineer Petra Vale, two sailors and a cook
+who is called Dumpling, although his name is Henrik. On the third of March the Lantern left Tarsk with
+forty-two sacks of mail and a crate of oranges for the school at Brennick. In the evening the wind rose, and
+the rudder chain broke off the Grey Cape. Petra Vale mended it with a part of the anchor chain while Olin
+Bask held the bow to the waves with the smaller sail. They reached Brennick a day late. No sack was lost,
+but the oranges had frozen; the teacher, Mrs Adler, made marmalade of them. Since then the children of
+Brennick paint an orange on every letter that they send by the Lantern.\n\n"""
+_FACTS = {
+    "The crate that the Lantern carried to the school was full of": " oranges",
+    "The rudder chain was mended by": " the engineer Petra Vale",
+    "The captain of the Lantern is": " Ines Morau",
+    "The teacher, Mrs Adler, made": " marmalade",
+}
 
 
 def run_demo(
@@ -119,6 +135,10 @@ def run_demo(
     title = f"{model_name}, {tokens} tokens, {dtype}, LoRA"
     _draw(output, measured, losses, held_out=(loss_before, loss_after), bits=bits, title=title)
     print(f"Picture: {output}")
+    if positions >= 1024:
+        _write_behind_a_memory(model_name, device)
+    else:
+        print(f"\nWith {positions} positions {model_name} is too small for the text to be compressed: not shown.")
     _remember_a_page(model_name, page, remember_steps, device)
     if model_name == EMBEDDED_MODEL:
         _read_behind_memories(EMBEDDED_ADAPTER, text, device)
@@ -164,6 +184,41 @@ def _read_behind_memories(adapter: str, text: str, device: torch.device | str, c
         ("full", f"all of its {length} tokens"),
     ):
         print(f"  {what:44} {statistics.fmean(losses[name]):.4f} nats a token")
+
+
+def _write_behind_a_memory(
+    model_name: str, device: torch.device | str, note: str = _NOTE, facts: dict[str, str] = _FACTS
+) -> None:
+    """Compress a text with no training, and print what the model writes behind the memory, and without it."""
+    pipeline = R3MemPipeline(model_name, device=device)
+    memory = pipeline.compress(note, finish=True, progress=False)
+    assert memory.slots is not None
+    print(
+        f"\nCompressing a text of {pipeline.codec.count(note)} tokens into {int(memory.slots[0])} slots a layer and "
+        f"its last {len(memory.recent[0])} tokens, with no training ({model_name}):"
+    )
+    nats: dict[str, list[float]] = {name: [] for name in ("behind the memory", "without it", "behind the whole text")}
+    with pipeline.model.disable_adapters():
+        for prompt, answer in facts.items():
+            settings = {"max_new_tokens": 8, "do_sample": False}
+            written = pipeline.generate(prompt, memory=memory, **settings), pipeline.generate(prompt, **settings)
+            print(f"  {prompt} ...")
+            for where, text in zip(nats, written, strict=False):
+                print(f"    {where + ':':19} ...{' '.join(str(text).split())}")
+            for where, before in zip(nats, (memory, None, note), strict=True):
+                nats[where].append(_nats_of(pipeline, before, prompt, answer))
+    print("  What the text says itself, in nats a token:", end=" ")
+    print(", ".join(f"{statistics.fmean(values):.2f} {where}" for where, values in nats.items()))
+
+
+def _nats_of(pipeline: R3MemPipeline, before: Any, prompt: str, answer: str) -> float:
+    """Return the surprise of an answer to a prompt behind a memory, a text or nothing, in nats a token."""
+    text, memory = (before, None) if isinstance(before, str) else ("", before)
+    asked, wanted = pipeline.codec.ids(text + prompt), pipeline.codec.ids(answer)
+    ids = torch.tensor([asked + wanted], device=pipeline.model.device)
+    with torch.no_grad():
+        logits = pipeline.model(ids, memory=memory).logits[0, len(asked) - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits.float(), ids[0, len(asked) :]).item()
 
 
 def _loss(model: torch.nn.Module, windows: torch.Tensor) -> float:

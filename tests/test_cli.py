@@ -8,7 +8,7 @@ import torch
 from r3mem_fast import R3MemConfig, R3MemPipeline, load_model
 from r3mem_fast.cli import main
 from r3mem_fast.data.text import read_text, token_windows
-from r3mem_fast.demo import _read_behind_memories
+from r3mem_fast.demo import _read_behind_memories, _write_behind_a_memory
 
 
 def test_check(folder, capsys):
@@ -70,6 +70,20 @@ def test_demo_on_a_tiny_model(folder, tmp_path, capsys):
     assert "exact, bit for bit" in printed and "3 reversible steps" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+
+
+def test_the_demo_writes_behind_a_memory(folder, capsys):
+    """With and without it, of a text that the model's positions have room for."""
+    _write_behind_a_memory(str(folder), "cpu", "A key lies in the mill. ", {"The key lies": " in the mill"})
+    first, prompt, behind, without, nats = capsys.readouterr().out.strip().splitlines()
+    assert "24 tokens into 8 slots a layer and its last 4 tokens" in first and "The key lies" in prompt
+    assert "behind the memory:" in behind and "without it:" in without
+    ids = torch.tensor([[ord(letter) - 32 for letter in "A key lies in the mill. The key lies in the mill"]])
+    base, _ = load_model(str(folder), dtype=torch.float32)
+    with torch.no_grad():
+        logits = base(ids).logits[0, -13:-1]
+    whole = torch.nn.functional.cross_entropy(logits, ids[0, -12:]).item()
+    assert float(nats.split()[-5]) == pytest.approx(whole, abs=0.05)
 
 
 def test_the_demo_reads_behind_memories(folder, tmp_path, capsys):
