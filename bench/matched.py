@@ -47,6 +47,8 @@ from .records import add_output_option, add_record
 from .rivals import evenly_spaced, laid_out, values_kept
 from .texts import KINDS, texts_of
 
+# Kinds of rivals beside presses.
+RIVALS = ("raw", "even", "attended")
 Losses = dict[str, torch.Tensor]
 # What KVzip puts between a text and its repetition.
 REPEAT = "\n\nRepeat the previous context exactly.\n"
@@ -71,11 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tail", type=int, default=32, help="tokens before it that are read as they are (%(default)s)"
     )
     parser.add_argument("--queries", nargs="*", choices=QUERIES, default=[], help="to match to, beside own")
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), help="(all)")
+    parser.add_argument(
+        "--foreign", type=int, nargs="*", help="slots of memories of another text (those of the others)"
+    )
     parser.add_argument("--presses", nargs="*", choices=list(PRESSES), help="presses of kvpress (all, if installed)")
     parser.add_argument("--batch", type=int, default=8, help="segments at one time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
+    if options.foreign is None:
+        options.foreign = options.slots
     if options.presses is None:
         options.presses = list(PRESSES) if is_installed() else []
     records: list[dict] = []
@@ -107,7 +115,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield from _closed(losses, "full")
     for slots in options.slots:
         mine = losses[f"matched_{slots}"]
-        for rival in ("raw", "even", "attended", *options.presses):
+        for rival in (*options.rivals, *options.presses):
             yield _better(losses[f"{rival}_{slots}"], mine, rival, slots=slots)
         for queries in options.queries:
             name = f"matched by {queries}"
@@ -153,12 +161,13 @@ def _losses(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, plac
         others = torch.stack([place.segments for place in foreign[start : start + options.batch]])
         before, segment, tail = context[:, -2], context[:, -1], context[:, -2, -options.tail :]
         raw = {"tail": tail, "full": before, "foreign": torch.cat([others[:, -2], tail], 1)}
-        raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
+        if "raw" in options.rivals:
+            raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
         for arm, ids in raw.items():
             _add(arms, arm, _raw_loss(model, ids, segment))
         for arm, memory in _memories(options, model, tokenizer, before):
             _add(arms, arm, _loss_behind(options, model, memory, segment))
-        for slots in options.slots:
+        for slots in options.foreign:
             memory = _matched(options, model, others[:, -2], slots, slots)
             memory = dataclasses.replace(memory, recent=tuple(tail))
             _add(arms, f"foreign_{slots}", _loss_behind(options, model, memory, segment))
@@ -177,6 +186,7 @@ def _memories(
         whole = _writer(model).written(found)
     carried = advance(none, rows, segments)
     kinds = {"matched": contextlib.nullcontext, "attended": values_kept, "even": evenly_spaced}
+    kinds = {kind: choice for kind, choice in kinds.items() if kind in ("matched", *options.rivals)}
     for slots in options.slots:
         layout = _layout(options, model, slots, slots)
         for kind, choice in kinds.items():
