@@ -88,6 +88,11 @@ def test_the_commands(folder, tmp_path, capsys):
     run = ["--device", "cpu", "--model", str(chats)]
     assert main(["compress", str(text), "-o", memory, "--chat", *run]) == 0
     assert main(["generate", "Who?", "--memory", memory, "--max-new-tokens", "4", *run]) in (0, 1)
+    capsys.readouterr()
+    assert main(["inspect", memory]) == 0
+    shown = capsys.readouterr().out
+    assert "8 slots a segment of 32 and the 4 before it, 32 at most, beyond which it is to rematch" in shown
+    assert f"slots, {len('S:be brief.U:')} pinned" in shown
     assert main(["generate", "Who?", "--chat", "--max-new-tokens", "4", *run]) in (0, 1)
     sizes = ["--memory-tokens", "3", "--memory-budget", "5", "--segment-length", "16", "--segment-overlap", "2"]
     assert main(["compress", str(text), "-o", memory, *sizes, "--memory-queries", "own+pairs", *run]) == 0

@@ -180,15 +180,25 @@ def _inspect_memory(options: argparse.Namespace) -> int:
         print(json.dumps(described))
         return 0
     print(f"memory of {len(rows)} rows, {header.nbytes} bytes, {header.dtype}, whole")
+    matched = layout.get("writer") == "matched"
+    segment = f"a segment of {layout['segment_length']}{_overlap(layout)}"
+    if matched:
+        print(
+            f"matched to queries of its {layout.get('queries', 'own')} passes: {layout['num_memory_tokens']} slots "
+            f"{segment}, {layout['budget']} at most, beyond which it is to {layout['beyond_budget']}"
+        )
+    else:
+        print(
+            f"{layout['num_memory_tokens']} tokens {segment}, {layout['placement']}; "
+            f"of {layout['readable_segments']} segments at most"
+        )
+    made_by = "its layout" if matched else "adapters"
     print(
-        f"{layout['num_memory_tokens']} tokens a segment of {layout['segment_length']}{_overlap(layout)}, "
-        f"{layout['placement']}; "
-        f"of {layout['readable_segments']} segments at most"
-    )
-    print(
-        f"made with base model {origin['base']}, adapters {origin['adapter']}, tokenizer {origin['tokenizer'] or '-'}"
+        f"made with base model {origin['base']}, {made_by} {origin['adapter']}, tokenizer {origin['tokenizer'] or '-'}"
     )
     for row in rows:
         label = f"{row['level']:9}  {row['name']}" if row["level"] else "(no label)"
+        if matched:
+            label = f"{row['slots']:4} slots, {row['pinned']} pinned  {label}"
         print(f"{row['tokens']:8} tokens  {row['segments']:5} segments  {row['unfinished']:4} unfinished  {label}")
     return 0

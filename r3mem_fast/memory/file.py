@@ -43,15 +43,22 @@ class Header:
         """Rows of the memory, each a dictionary with `level`, `name`, `segments`, `tokens` and `unfinished`.
 
         `level` and `name` are None for a row without a label. The others are numbers: compressed segments, tokens
-        seen, and tokens of the segment that is not finished.
+        seen, and tokens of the segment that is not finished; of a matched memory also `slots` and `pinned`.
         """
-        names = ("num_segments", "tokens_seen", "unfinished_lengths")
-        columns = zip(self.metadata["labels"], *(self.integers[name] for name in names), strict=True)
+        names = {"segments": "num_segments", "tokens": "tokens_seen", "unfinished": "unfinished_lengths"}
+        columns = {name: self.integers[tensor] for name, tensor in names.items()}
+        labels = self.metadata["labels"]
+        if "slots" in self.integers:
+            none = [0] * len(labels)
+            columns |= {"slots": self.integers["slots"], "pinned": self.integers.get("pinned", none)}
         return [
-            {"level": label and label[0], "name": label and label[1], "segments": segments, "tokens": tokens,
-             "unfinished": unfinished}
-            for label, segments, tokens, unfinished in columns
-        ]  # fmt: skip
+            {
+                "level": label and label[0],
+                "name": label and label[1],
+                **{n: values[row] for n, values in columns.items()},
+            }
+            for row, label in enumerate(labels)
+        ]
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -1,0 +1,383 @@
+"""Questions about a text, answered behind a memory of it and behind rivals of as many slots; no training.
+
+    python -m bench.memory_answers --json --data ../shared/data --kind xquad --ratios 4 8 16 --questions 320
+
+A prompt is what the chat template puts before a user's words, the text, the question, and what the template puts after
+it. All arms have the template's tokens and the question as they are. Of n tokens of text they have
+
+    full        all
+    nothing     none
+    raw_R       the last n/R (rounded up), as they are, and never read the others
+    even_R      n/R slots: evenly spaced keys, with their values
+    attended_R  n/R slots: the keys that are attended most, with their values
+    matched_R   n/R slots: the same keys, with values that match the attention to all of them
+    snapkv_R …  n/R slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
+
+Answers are written greedily. `f1` and `contains` grade them by the references, `nats_per_answer_token` is how
+surprising the first reference is. `gained` is the share of the difference between `nothing` and `full` that an arm
+makes up for. Intervals of 95 % are bootstrapped over texts.
+
+Every arm is a key-value cache behind which the same questions are read, in the same batches. A memory of all slots is
+the text itself, key by key, so that `full`, `nothing` and `raw` are caches of the base model's own states.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
+from r3mem_fast.integrations.compat import cache_argument
+from r3mem_fast.memory import MemoryLayout
+
+from .answers_data import (
+    Question,
+    chosen_groups,
+    contains,
+    f1,
+    read_pairs,
+    read_qmsum,
+    read_xquad,
+    template_parts,
+)
+from .places import interval
+from .presses import PRESSES, is_installed, keep_best, press_scores
+from .records import add_output_option, add_record
+from .rivals import evenly_spaced, laid_out, values_kept
+
+# What KVzip puts between a text and its repetition.
+_REPEAT = "\n\nRepeat the previous context exactly."
+_EXAMPLE = (
+    "The bridge over the Lune was opened in 1849 by Joseph Locke. It cost 12,000 pounds and carried two tracks until "
+    "a storm destroyed it.\n\n"
+)
+_MEASURES = ("f1", "contains", "nats")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How questions of a data set are put.
+
+    Attributes:
+        instruction: What is said before each question.
+        opener: How each answer begins, which a small model would not do of itself; it ends with the quotation mark.
+        new_tokens: Tokens of an answer, at most.
+        segment: Tokens of a text that are read, and compressed, at once; None: all.
+        examples: Texts with a question, and answers, that come before as turns of the conversation.
+    """
+
+    instruction: str
+    opener: str
+    new_tokens: int
+    segment: int | None = None
+    examples: tuple[tuple[str, str], ...] = ()
+
+
+KINDS = {
+    # Of eight wordings the one with which the model that comes with this package answers best with the whole text.
+    "xquad": Kind(
+        "Answer with a short phrase from the text.\n",
+        'The answer is "',
+        24,
+        examples=(
+            (f"{_EXAMPLE}Question: Who opened the bridge?", "Joseph Locke"),
+            (f"{_EXAMPLE}Question: How much did the bridge cost?", "12,000 pounds"),
+        ),
+    ),
+    "qmsum": Kind("Answer the question in two sentences, using the meeting above.\n", "", 64, segment=256),
+    "pairs": Kind("Answer with the value from the JSON object above, and nothing else.\n", 'The value is "', 48),
+}
+
+
+@dataclasses.dataclass
+class Prompt:
+    """Tokens of the questions about one text.
+
+    Attributes:
+        questions: The questions.
+        before: Tokens before the text, int64 `[1, P]`.
+        context: The text, int64 `[1, n]`.
+        asked: Tokens of each question and what follows it, up to the answer.
+        answers: Tokens of the first reference of each.
+        repeat: Tokens that ask for a repetition of the text.
+    """
+
+    questions: list[Question]
+    before: torch.Tensor
+    context: torch.Tensor
+    asked: list[list[int]]
+    answers: list[list[int]]
+    repeat: list[int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.memory_answers", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, see bench/answers_data.py")
+    parser.add_argument("--kind", choices=list(KINDS), default="xquad", help="data set (%(default)s)")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[4, 8, 16], help="tokens of a slot (%(default)s)")
+    parser.add_argument("--questions", type=int, default=320, help="that are asked, at most (%(default)s)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16], help="of a text of pairs (%(default)s)")
+    parser.add_argument("--characters", type=int, default=8, help="of a key or a value, of 36 (%(default)s)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a meeting, at most (%(default)s)")
+    parser.add_argument("--instruction", help="before each question (one that fits the kind)")
+    parser.add_argument("--opener", help="of each answer (one that fits the kind)")
+    parser.add_argument("--presses", nargs="*", choices=list(PRESSES), help="presses of kvpress (all, if installed)")
+    parser.add_argument("--new-tokens", type=int, help="of an answer, at most (24; meetings: 64; pairs: 48)")
+    parser.add_argument("--batch", type=int, default=32, help="answers written at one time (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of texts (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    kind = KINDS[options.kind]
+    options.instruction = kind.instruction if options.instruction is None else options.instruction
+    options.opener = kind.opener if options.opener is None else options.opener
+    options.new_tokens = options.new_tokens or kind.new_tokens
+    if options.presses is None:
+        options.presses = list(PRESSES) if is_installed() else []
+    records: list[dict] = []
+    for record in _records(options):
+        add_record(record, records, options)
+    return 0
+
+
+def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    base, tokenizer = load_model(options.model, dtype=options.dtype)
+    model = R3MemModel(base).eval()
+    yield {
+        "kind": options.kind, "model": options.model, "dtype": options.dtype, "ratios": options.ratios,
+        "instruction": options.instruction, "opener": options.opener, "new_tokens": options.new_tokens,
+        "presses": options.presses,
+    }  # fmt: skip
+    if options.kind == "pairs":
+        for pairs in options.pairs:
+            for record in _records_of(
+                options, model, tokenizer, read_pairs(options.data, pairs, options.seed, options.characters)
+            ):
+                yield {"pairs": pairs, **record}
+        return
+    if options.kind == "xquad":
+        questions = read_xquad(options.data)
+    else:
+        questions = read_qmsum(options.data, lambda text: len(_ids(tokenizer, text)), options.context)
+    yield from _records_of(options, model, tokenizer, questions)
+
+
+def _records_of(options, model, tokenizer, questions: list[Question]) -> Iterator[dict[str, Any]]:
+    """Ask some of the questions, and say how each arm answered."""
+    groups = chosen_groups(questions, options.questions, options.seed)
+    prompts = [_prompt(options, tokenizer, group) for group in groups]
+    found = [_ask(options, model, tokenizer, prompt) for prompt in tqdm(prompts, disable=options.json, desc="Asking")]
+    # By arm and measure: sums over the questions of each text, [texts].
+    sums = {
+        (arm, name): torch.tensor([float(sum(grades[arm][name])) for grades in found])
+        for arm in found[0]
+        for name in _MEASURES
+    }
+    counts = torch.tensor([float(len(group)) for group in groups])
+    lengths = [prompt.context.shape[1] for prompt in prompts]
+    yield {"questions": int(counts.sum()), "contexts": len(groups), "context_tokens": sum(lengths) / len(lengths)}
+    means = {key: (values.sum() / counts.sum()).item() for key, values in sums.items()}
+    for arm in found[0]:
+        yield {
+            "arm": arm,
+            **{name: round(means[arm, name], 4) for name in ("f1", "contains")},
+            "nats_per_answer_token": round(means[arm, "nats"], 4),
+        }
+    for name in _MEASURES:
+        wanted = sums["full", name] - sums["nothing", name]
+        for arm in found[0]:
+            if arm not in ("full", "nothing"):
+                gained = sums[arm, name] - sums["nothing", name]
+                yield {"gained_by": arm, "of": name, **_interval(gained, wanted)}
+    for ratio in options.ratios:
+        for rival in ("raw", "even", "attended", *options.presses):
+            for name in _MEASURES:
+                better = sums[f"matched_{ratio}", name] - sums[f"{rival}_{ratio}", name]
+                better = -better if name == "nats" else better
+                yield {f"{name}_better_than": rival, "ratio": ratio, **_interval(better, counts)}
+
+
+def _interval(won: torch.Tensor, wanted: torch.Tensor) -> dict[str, float | None]:
+    """An interval of a share; what would be a share of nothing is None."""
+    found = interval(won, wanted)
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _prompt(options: argparse.Namespace, tokenizer: Any, questions: list[Question]) -> Prompt:
+    closing = '"' if options.opener.endswith('"') else ""
+    turns = [
+        (_worded(options, text), f"{options.opener}{answer}{closing}") for text, answer in KINDS[options.kind].examples
+    ]
+    before, after = template_parts(tokenizer, turns)
+    asked = [
+        f"\n\n{_worded(options, f'Question: {question.question}')}{after}{options.opener}" for question in questions
+    ]
+    return Prompt(
+        questions,
+        torch.tensor([_ids(tokenizer, before)], dtype=torch.int64),
+        torch.tensor([_ids(tokenizer, questions[0].context)]),
+        [_ids(tokenizer, text) for text in asked],
+        [_ids(tokenizer, question.answers[0]) for question in questions],
+        _ids(tokenizer, _REPEAT + after),
+    )
+
+
+def _worded(options: argparse.Namespace, text: str) -> str:
+    """Put the instruction before a text's question."""
+    return text.replace("Question: ", f"{options.instruction}Question: ", 1)
+
+
+@torch.no_grad()
+def _ask(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, prompt: Prompt) -> dict[str, dict]:
+    """Answer the questions about one text: by arm and measure, the grades of each."""
+    memories = _memories(options, model, prompt)
+    count = len(prompt.questions)
+    arms = sorted(memories, key=lambda arm: memories[arm].states.shape[4])  # rows of one batch are about as wide
+    size = max(1, options.batch // count)
+    grades: dict[str, dict] = {}
+    with laid_out(model, memories["full"].layout):
+        for start in range(0, len(arms), size):
+            some = arms[start : start + size]
+            memory = Memory.cat([memories[arm] for arm in some])
+            memory = memory.rows([row for row in range(len(some)) for _ in range(count)])
+            texts, nats = _answered(options, model, tokenizer, prompt, memory, len(some))
+            for index, arm in enumerate(some):
+                here = slice(index * count, (index + 1) * count)
+                answered = list(zip(texts[here], prompt.questions, strict=True))
+                grades[arm] = {
+                    "f1": [f1(text, question.answers) for text, question in answered],
+                    "contains": [contains(text, question.answers) for text, question in answered],
+                    "nats": nats[here],
+                }
+    return {arm: grades[arm] for arm in memories}
+
+
+def _answered(
+    options: argparse.Namespace, model: R3MemModel, tokenizer: Any, prompt: Prompt, memory: Memory, copies: int
+) -> tuple[list[str], list[float]]:
+    """Read each copy of the questions behind its row of a memory: the answers, and nats a token of the references."""
+    base = model.plain_model
+    ids, mask = _padded(prompt.asked * copies, left=True)
+    answers, counted = _padded(prompt.answers * copies)
+    with model.disable_adapters():
+        cache = memory.to_cache(model)
+
+        def read(tokens: torch.Tensor, mask: torch.Tensor, **settings: int) -> torch.Tensor:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+            settings |= cache_argument(base, cache)
+            return base(tokens, attention_mask=mask, position_ids=positions, use_cache=True, **settings).logits.float()
+
+        predicted = first = read(ids, mask, logits_to_keep=1)
+        if answers.shape[1] > 1:
+            predicted = torch.cat([first, read(answers[:, :-1], torch.cat([mask, counted[:, :-1]], 1))], 1)
+            cache.crop(1 - answers.shape[1])
+        nats = cross_entropy(predicted.transpose(1, 2), answers, reduction="none")
+        nats = (nats * counted).sum(1) / counted.sum(1)
+        written: list[list[int]] = [[] for _ in ids]
+        rows, next_tokens = list(range(len(ids))), first[:, -1].argmax(-1)
+        for step in range(options.new_tokens):
+            going = []
+            for place, (row, token) in enumerate(zip(rows, next_tokens.tolist(), strict=True)):
+                written[row].append(token)
+                if token != model.end_token_id and not _closes(options, tokenizer.decode([token])):
+                    going.append(place)
+            if not going or step == options.new_tokens - 1:
+                break
+            if len(going) < len(rows):  # an answer that has ended costs nothing
+                cache.batch_select_indices(torch.tensor(going))
+                rows, mask = [rows[place] for place in going], mask[going]
+            mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
+            next_tokens = read(next_tokens[going][:, None], mask)[:, -1].argmax(-1)
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [(text.partition('"')[0] if _closes(options, text) else text).strip() for text in texts], nats.tolist()
+
+
+def _closes(options: argparse.Namespace, text: str) -> bool:
+    """Whether a text has the quotation mark that ends an answer."""
+    return options.opener.endswith('"') and '"' in text
+
+
+def _padded(rows: list[list[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join rows of tokens: their ids and mask, int64 `[B, T]`, with zeros for padding."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        here = slice(width - len(row), width) if left else slice(len(row))
+        ids[index, here], mask[index, here] = torch.tensor(row), 1
+    return ids, mask
+
+
+def _memories(options: argparse.Namespace, model: R3MemModel, prompt: Prompt) -> dict[str, Memory]:
+    """Memories of a text by arm, of one row each and in one layout: that of a memory of the whole text."""
+    prefix, tokens = prompt.before.shape[1], prompt.context.shape[1]
+    with laid_out(model, _layout(model, prefix + tokens, prefix + tokens)):
+        whole, origin = model.layout, model.origin()
+        nothing = model.compress(prompt.before, pinned=prefix, finish=True) if prefix else model.empty_memory()
+        found = {"full": model.compress(prompt.context, memory=nothing, finish=True), "nothing": nothing}
+        for ratio in options.ratios:
+            last = prompt.context[:, tokens - math.ceil(tokens / ratio) :]
+            found[f"raw_{ratio}"] = model.compress(last, memory=nothing, finish=True)
+    kinds: dict[str, Callable] = {
+        "matched": contextlib.nullcontext, "attended": values_kept, "even": evenly_spaced,
+    }  # fmt: skip
+    for ratio in options.ratios:
+        layout = _layout(model, tokens, math.ceil(tokens / ratio), KINDS[options.kind].segment)
+        for kind, choice in kinds.items():
+            # Layouts differ in numbers of slots alone, which matter while a memory is made.
+            with choice(), laid_out(model, layout):
+                start = dataclasses.replace(nothing, layout=layout, origin=model.origin())
+                memory = model.compress(prompt.context, memory=start, finish=True)
+            found[f"{kind}_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
+    ids, repeat = torch.cat([prompt.before, prompt.context], 1), torch.tensor(prompt.repeat)
+    scores: dict[str, torch.Tensor] = {}  # by the settings of a press: most are the same for all numbers of slots
+    for ratio in options.ratios:
+        slots = math.ceil(tokens / ratio)
+        for name in options.presses:
+            press = PRESSES[name](slots)
+            settings = repr(press)
+            if settings not in scores:
+                with model.disable_adapters():
+                    scores[settings] = press_scores(model.plain_model, press, ids, prefix=prefix, repeat_ids=repeat)
+                scores[settings][..., :prefix] = torch.inf
+            found[f"{name}_{ratio}"] = keep_best(found["full"], scores[settings], prefix + slots)
+    return found
+
+
+def _layout(model: R3MemModel, tokens: int, slots: int, segment: int | None = None) -> MemoryLayout:
+    """Layout of a memory of so many tokens.
+
+    Args:
+        model: The model.
+        tokens: Tokens of a text.
+        slots: Slots of it, beside those that are pinned. If there are as many as tokens, they are what they were.
+        segment: Tokens that are read at once; None: all, if something is to be matched.
+    """
+    if slots == tokens:
+        # No more than about a thousand slots can be matched at a time, and here nothing is.
+        segment = 256
+    length = min(segment or tokens, tokens)
+    config = R3MemConfig(
+        memory_writer="matched", num_memory_tokens=min(slots, math.ceil(length * slots / tokens)), memory_budget=slots,
+        segment_length=length, segment_overlap=0, beyond_budget="forget" if slots == tokens else "rematch",
+    )  # fmt: skip
+    layout = config.memory_layout(model.max_tokens)
+    assert layout is not None
+    return layout
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""`bench.memory_answers`: its data, grades and arms, on a tiny model and made-up questions."""
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+
+from bench import answers_data, memory_answers
+from bench.answers_data import Question
+from bench.presses import PRESSES, is_installed
+from bench.rivals import laid_out
+from r3mem_fast import R3MemModel, load_model
+
+WORDS = "abcdefghij klmno pqrst uvwxyz"
+
+
+def text_of(seed, length):
+    letters = random.Random(seed)
+    return "".join(letters.choice(WORDS) for _ in range(length)).strip()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with as little of each data set as there can be."""
+    root = tmp_path_factory.mktemp("data")
+    for name in ("xquad", "qmsum", "lost_in_the_middle"):
+        (root / name).mkdir()
+    paragraphs = [
+        {
+            "context": text_of(index, 40),
+            "qas": [{"question": f"which{asked}", "answers": [{"text": text_of(asked, 4)}]} for asked in range(3)],
+        }
+        for index in range(3)
+    ]
+    (root / answers_data.XQUAD).write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    turns = [{"speaker": "S", "content": f"{text_of(index, 12)} {{disfmarker}}"} for index in range(8)]
+    meeting = {
+        "meeting_transcripts": turns,
+        "general_query_list": [{"query": "all", "answer": "abc"}],
+        "specific_query_list": [{"query": "part", "answer": "def", "relevant_text_span": [["5", "6"]]}],
+    }
+    (root / answers_data.QMSUM).write_text(json.dumps(meeting) + "\n")
+    records = []
+    for row in range(3):
+        pairs = [[f"k{row}{index}", f"v{row}{index}"] for index in range(6)]
+        records.append({"ordered_kv_records": pairs, "key": pairs[5][0], "value": pairs[5][1]})
+    with gzip.open(root / answers_data.PAIRS, "wt") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+    return root
+
+
+def test_grades_are_those_of_squad():
+    assert answers_data.normalised("The  Cat, a DOG!") == "cat dog"
+    assert answers_data.f1("the cat sat", ["a cat", "bird"]) == pytest.approx(2 / 3)
+    assert answers_data.f1("dog", ["cat"]) == 0 and answers_data.f1("", ["cat"]) == 0
+    assert answers_data.contains("It was in 1849, they say", ["1850", "in 1849"]) == 1
+    assert answers_data.contains("anything", ["the"]) == 0
+
+
+def test_readers(data):
+    xquad = answers_data.read_xquad(data)
+    assert len(xquad) == 9 and xquad[4] == Question(text_of(1, 40), "which1", (text_of(1, 4),))
+    for question in answers_data.read_pairs(data, 4):
+        pairs = json.loads(question.context)
+        asked = question.question.split('"')[1]
+        assert len(pairs) == 4 and pairs[asked] == question.answers[0]
+    with pytest.raises(ValueError, match="fewer than 7"):
+        answers_data.read_pairs(data, 7)
+
+
+def test_a_meeting_is_cut_around_what_is_asked(data):
+    turn = len(f"S: {text_of(0, 12)}\n")
+    whole, part = answers_data.read_qmsum(data, len, 3 * turn + 2)
+    lines = [f"S: {text_of(index, 12)}".strip() for index in range(8)]
+    assert whole.context.splitlines() == lines[:3] and part.context.splitlines() == lines[5:8]
+    assert "disfmarker" not in part.context
+    (_, narrow) = answers_data.read_qmsum(data, len, 1)
+    assert narrow.context.splitlines() == lines[5:6]
+
+
+def test_groups_hold_all_questions_of_a_context(data):
+    groups = answers_data.chosen_groups(answers_data.read_xquad(data), 5)
+    assert [len(group) for group in groups] == [3, 2]
+    assert all(len({question.context for question in group}) == 1 for group in groups)
+
+
+def test_template_parts_surround_the_words():
+    class Tokenizer:
+        chat_template = "some"
+
+        def apply_chat_template(self, talk, **settings):
+            return "".join(f"[{turn['role']}]{turn['content']}" for turn in talk) + "[assistant]"
+
+    assert answers_data.template_parts(Tokenizer()) == ("[user]", "[assistant]")
+    before, _ = answers_data.template_parts(Tokenizer(), [("q", "a")])
+    assert before == "[user]q[assistant]a[user]"
+
+
+def options_of(monkeypatch, *arguments):
+    found = []
+    monkeypatch.setattr(memory_answers, "_records", lambda options: found.append(options) or iter(()))
+    memory_answers.main(["--data", ".", *arguments])
+    return found[0]
+
+
+@torch.no_grad()
+def test_arms_of_all_slots_are_the_text_itself(folder, monkeypatch):
+    """Answers and nats are those of the base model, which reads prefix, text and question in one pass."""
+    options = options_of(monkeypatch, "--ratios", "1", "--instruction", "", "--opener", "", "--new-tokens", "5")
+    base, tokenizer = load_model(folder)
+    group = [
+        Question(text_of(3, 40), f"what{index}" * (1 + index), (text_of(index, 2 + index),)) for index in range(2)
+    ]
+    plain, model = load_model(folder)[0].eval(), R3MemModel(base).eval()
+    monkeypatch.setattr(memory_answers, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
+    prompt = memory_answers._prompt(options, tokenizer, group)
+    memories = memory_answers._memories(options, model, prompt)
+    with laid_out(model, memories["full"].layout):
+        for arm in memories:
+            texts, nats = memory_answers._answered(options, model, tokenizer, prompt, memories[arm].rows([0, 0]), 1)
+            context = prompt.context[:, :0] if arm == "nothing" else prompt.context
+            for index, (asked, answer) in enumerate(zip(prompt.asked, prompt.answers, strict=True)):
+                ids = torch.cat([prompt.before, context, torch.tensor([asked])], 1)
+                whole = torch.cat([ids, torch.tensor([answer])], 1)
+                logits = plain(whole).logits[0, ids.shape[1] - 1 : -1]
+                expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item()
+                assert nats[index] == pytest.approx(expected, abs=1e-3), arm
+                settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+                output = plain.generate(ids, **settings, pad_token_id=0)
+                expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+                assert texts[index] == expected.strip(), arm
+
+
+@torch.no_grad()
+def test_arms_of_a_ratio_have_the_same_number_of_slots(folder, monkeypatch):
+    options = options_of(monkeypatch, "--ratios", "4", "--instruction", "", "--opener", "")
+    base, tokenizer = load_model(folder)
+    model = R3MemModel(base).eval()
+    monkeypatch.setattr(memory_answers, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
+    prompt = memory_answers._prompt(options, tokenizer, [Question("x" + text_of(5, 40) + "x", "why", ("ab",))])
+    memories = memory_answers._memories(options, model, prompt)
+    slots = -(-prompt.context.shape[1] // 4)
+    expected = {"full": prompt.context.shape[1], "nothing": 0}
+    assert {arm: int(memory.slots[0]) - 7 for arm, memory in memories.items()} == {
+        arm: expected.get(arm, slots) for arm in memories
+    }
+    for memory in memories.values():  # the prefix is in front of all of them, as it is
+        torch.testing.assert_close(memory.states[..., :7, :], memories["nothing"].states)
+
+
+@pytest.mark.parametrize("kind", memory_answers.KINDS)
+def test_records(kind, data, folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    settings = {"kind": kind, "questions": 4, "context": 40, "new-tokens": 3, "batch": 8, "pairs": 2}
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    arguments += ["--ratios", "2", "4", "--instruction", "", "--model", str(folder), "--dtype", "float32"]
+    assert memory_answers.main(["--data", str(data), "--output", str(output), *arguments]) == 0
+    head, size, *found = [json.loads(line) for line in output.read_text().splitlines()][1:]
+    presses = list(PRESSES) if is_installed() else []
+    assert head["kind"] == kind and head["presses"] == presses
+    assert size["questions"] == {"xquad": 4, "qmsum": 2, "pairs": 3}[kind]
+    kinds = ("raw", "even", "attended", "matched", *presses)
+    arms = [record["arm"] for record in found if "arm" in record]
+    assert arms[:2] == ["full", "nothing"]
+    assert set(arms[2:]) == {f"{arm}_{ratio}" for arm in kinds for ratio in (2, 4)}
+    gained = {(record["gained_by"], record["of"]) for record in found if "gained_by" in record}
+    assert gained == {(arm, measure) for arm in arms[2:] for measure in ("f1", "contains", "nats")}
+    better = {(r["nats_better_than"], r["ratio"]) for r in found if "nats_better_than" in r}
+    assert better == {(rival, ratio) for rival in kinds if rival != "matched" for ratio in (2, 4)}
