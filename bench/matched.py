@@ -160,7 +160,9 @@ def _losses(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, plac
         context = torch.stack([place.segments for place in places[start : start + options.batch]])
         others = torch.stack([place.segments for place in foreign[start : start + options.batch]])
         before, segment, tail = context[:, -2], context[:, -1], context[:, -2, -options.tail :]
-        raw = {"tail": tail, "full": before, "foreign": torch.cat([others[:, -2], tail], 1)}
+        raw = {"tail": tail, "full": before}
+        if len(options.foreign) == len(options.slots):
+            raw["foreign"] = torch.cat([others[:, -2], tail], 1)
         if "raw" in options.rivals:
             raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
         for arm, ids in raw.items():
