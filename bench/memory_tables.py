@@ -53,4 +53,20 @@ def matched_rivals() -> str:
     return table(("kept", "64 slots", "16 slots"), rows)
 
 
-TABLES = {"matched_memories": matched_memories, "matched_rivals": matched_rivals}
+def memory_answers() -> str:
+    """Return the table of what questions about paragraphs gain from memories of them, and from rivals."""
+    gained = {(r["gained_by"], r["of"]): r for r in records("answers_xquad_smollm2") if "gained_by" in r}
+    arms = {"matched": "**matched**", **_RIVALS, "kvzip": "KVzip"}
+    rows = []
+    for arm, what in arms.items():
+        if (f"{arm}_4", "nats") in gained:
+            nats = [interval(gained[f"{arm}_{ratio}", "nats"]) for ratio in (4, 8, 16)]
+            rows.append((what, *nats, interval(gained[f"{arm}_4", "f1"])))
+    return table(("kept", "1/4, nats", "1/8, nats", "1/16, nats", "1/4, F1"), rows)
+
+
+TABLES = {
+    "matched_memories": matched_memories,
+    "matched_rivals": matched_rivals,
+    "memory_answers": memory_answers,
+}
