@@ -53,6 +53,7 @@ _LINES = {
     "snapkv": ("SnapKV (kvpress)", "#d98c5f", "s--"),
     "raw": ("raw tokens in their place", "#9aa5b1", "o-"),
     "keydiff": ("KeyDiff (kvpress)", "#c9b458", "s--"),
+    "kvzip": ("KVzip (kvpress)", "#6b6ecf", "s--"),
     "even": ("evenly spaced keys", "#c2c8cf", "o-"),
     "foreign": ("matched, of another text", "#c0504d", "x:"),
 }
@@ -61,6 +62,7 @@ _LINES = {
 def memory(path: Path) -> None:
     """Draw what memories of as many slots close of the gap between the last tokens and the whole segment before."""
     closed = closed_by("matched_slots_smollm2")
+    counts = sorted({int(key.split("_")[1]) for key, _ in closed if re.fullmatch(r"matched_\d+", key)})
     figure, axis = pyplot.subplots(figsize=(7.2, 3.8), layout="constrained")
     for arm, (name, colour, style) in _LINES.items():
         found = [(int(key[len(arm) + 1 :]), r) for (key, _), r in closed.items() if re.fullmatch(rf"{arm}_\d+", key)]
@@ -72,7 +74,7 @@ def memory(path: Path) -> None:
     axis.axhline(1, color="black", linewidth=0.8)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(slots, [str(count) for count in slots])
+    axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_xlabel("slots for 224 tokens, in each layer and head", fontsize=9)
     axis.set_ylabel("share of the gap that is closed", fontsize=9)
     axis.tick_params(labelsize=8)

@@ -42,7 +42,7 @@ from r3mem_fast.memory.writers.matched import MatchedWriter
 from r3mem_fast.questions import SegmentQuestions
 
 from .places import CHAIN, LONG, Place, foreign_of, interval, places_of
-from .presses import PRESSES, is_installed, keep_best, press_scores
+from .presses import PRESSES, REPEAT, is_installed, keep_best, press_scores
 from .records import add_output_option, add_record
 from .rivals import evenly_spaced, laid_out, values_kept
 from .texts import KINDS, texts_of
@@ -50,8 +50,6 @@ from .texts import KINDS, texts_of
 # Kinds of rivals beside presses.
 RIVALS = ("raw", "even", "attended")
 Losses = dict[str, torch.Tensor]
-# What KVzip puts between a text and its repetition.
-REPEAT = "\n\nRepeat the previous context exactly.\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,7 +159,7 @@ def _losses(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, plac
         others = torch.stack([place.segments for place in foreign[start : start + options.batch]])
         before, segment, tail = context[:, -2], context[:, -1], context[:, -2, -options.tail :]
         raw = {"tail": tail, "full": before}
-        if len(options.foreign) == len(options.slots):
+        if options.foreign == options.slots:
             raw["foreign"] = torch.cat([others[:, -2], tail], 1)
         if "raw" in options.rivals:
             raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
@@ -199,7 +197,7 @@ def _memories(
             with model.disable_adapters(), laid_out(model, asking):
                 memory = _writer(model).written(found)
                 yield f"matched_{slots} by {queries}", dataclasses.replace(memory, **carried)
-    repeat = torch.tensor(tokenizer(REPEAT, add_special_tokens=False).input_ids)
+    repeat = torch.tensor(tokenizer(f"{REPEAT}\n", add_special_tokens=False).input_ids)
     for name in options.presses:
         with model.disable_adapters():
             scores = press_scores(model.plain_model, PRESSES[name](2 * options.tail), before, repeat_ids=repeat)
@@ -226,7 +224,7 @@ def _chain_losses(
         ):
             _add(arms, arm, _raw_loss(model, seven[:, -count:], segment))
         for count in lengths:
-            memory = _matched(options, model, context[:, -1 - count : -1].flatten(1), options.slots[-1], budget)
+            memory = _matched(options, model, context[:, -1 - count : -1].flatten(1), max(options.slots), budget)
             _add(arms, f"matched_{budget}_of_{count}", _loss_behind(options, model, memory, segment))
     return {arm: torch.cat(found) for arm, found in arms.items()}
 

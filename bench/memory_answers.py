@@ -48,12 +48,10 @@ from .answers_data import (
     template_parts,
 )
 from .places import interval
-from .presses import PRESSES, is_installed, keep_best, press_scores
+from .presses import PRESSES, REPEAT, is_installed, keep_best, press_scores
 from .records import add_output_option, add_record
 from .rivals import evenly_spaced, laid_out, values_kept
 
-# What KVzip puts between a text and its repetition.
-_REPEAT = "\n\nRepeat the previous context exactly."
 _EXAMPLE = (
     "The bridge over the Lune was opened in 1849 by Joseph Locke. It cost 12,000 pounds and carried two tracks until "
     "a storm destroyed it.\n\n"
@@ -63,14 +61,14 @@ _MEASURES = ("f1", "contains", "nats")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How questions of a data set are put.
+    """Words around the questions of a data set.
 
     Attributes:
         instruction: What is said before each question.
         opener: How each answer begins, which a small model would not do of itself; it ends with the quotation mark.
         new_tokens: Tokens of an answer, at most.
         segment: Tokens of a text that are read, and compressed, at once; None: all.
-        examples: Texts with a question, and answers, that come before as turns of the conversation.
+        examples: Questions about an example's text, and answers, that come before as turns of the conversation.
     """
 
     instruction: str
@@ -87,8 +85,8 @@ KINDS = {
         'The answer is "',
         24,
         examples=(
-            (f"{_EXAMPLE}Question: Who opened the bridge?", "Joseph Locke"),
-            (f"{_EXAMPLE}Question: How much did the bridge cost?", "12,000 pounds"),
+            ("Who opened the bridge?", "Joseph Locke"),
+            ("How much did the bridge cost?", "12,000 pounds"),
         ),
     ),
     "qmsum": Kind("Answer the question in two sentences, using the meeting above.\n", "", 64, segment=256),
@@ -220,25 +218,26 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _prompt(options: argparse.Namespace, tokenizer: Any, questions: list[Question]) -> Prompt:
     closing = '"' if options.opener.endswith('"') else ""
     turns = [
-        (_worded(options, text), f"{options.opener}{answer}{closing}") for text, answer in KINDS[options.kind].examples
+        (f"{_EXAMPLE}{options.instruction}Question: {question}", f"{options.opener}{answer}{closing}")
+        for question, answer in KINDS[options.kind].examples
     ]
     before, after = template_parts(tokenizer, turns)
+    context, segment = _ids(tokenizer, questions[0].context), KINDS[options.kind].segment
+    if segment is not None and len(context) > segment:
+        # Whole segments, of which each gets its share of the slots: otherwise the last, short one would be matched
+        # together with all others.
+        context = context[: len(context) // segment * segment]
     asked = [
-        f"\n\n{_worded(options, f'Question: {question.question}')}{after}{options.opener}" for question in questions
+        f"\n\n{options.instruction}Question: {question.question}{after}{options.opener}" for question in questions
     ]
     return Prompt(
         questions,
         torch.tensor([_ids(tokenizer, before)], dtype=torch.int64),
-        torch.tensor([_ids(tokenizer, questions[0].context)]),
+        torch.tensor([context]),
         [_ids(tokenizer, text) for text in asked],
         [_ids(tokenizer, question.answers[0]) for question in questions],
-        _ids(tokenizer, _REPEAT + after),
+        _ids(tokenizer, REPEAT + after),
     )
-
-
-def _worded(options: argparse.Namespace, text: str) -> str:
-    """Put the instruction before a text's question."""
-    return text.replace("Question: ", f"{options.instruction}Question: ", 1)
 
 
 @torch.no_grad()
@@ -363,7 +362,7 @@ def _layout(model: R3MemModel, tokens: int, slots: int, segment: int | None = No
     Args:
         model: The model.
         tokens: Tokens of a text.
-        slots: Slots of it, beside those that are pinned. If there are as many as tokens, they are what they were.
+        slots: Slots of it, beside those that are pinned. If there are as many as tokens, nothing is left out.
         segment: Tokens that are read at once; None: all, if something is to be matched.
     """
     if slots == tokens:

@@ -10,6 +10,7 @@ _RIVALS = {
     "snapkv": "SnapKV",
     "expected": "Expected Attention",
     "keydiff": "KeyDiff",
+    "kvzip": "KVzip",
     "even": "evenly spaced",
 }
 
@@ -42,8 +43,8 @@ def matched_memories() -> str:
 
 
 def matched_rivals() -> str:
-    """Return the table of all rivals on novels."""
-    closed = closed_by("matched_novels_smollm2")
+    """Return the table of all rivals, at fewer segments of novels."""
+    closed = closed_by("matched_slots_smollm2")
     arms = {"matched": "**matched**", **_RIVALS}
     rows = [
         (what, *(interval(closed[f"{arm}_{slots}", "full"]) for slots in (64, 16)))
@@ -56,7 +57,7 @@ def matched_rivals() -> str:
 def memory_answers() -> str:
     """Return the table of what questions about paragraphs gain from memories of them, and from rivals."""
     gained = {(r["gained_by"], r["of"]): r for r in records("answers_xquad_smollm2") if "gained_by" in r}
-    arms = {"matched": "**matched**", **_RIVALS, "kvzip": "KVzip"}
+    arms = {"matched": "**matched**", **_RIVALS}
     rows = []
     for arm, what in arms.items():
         if (f"{arm}_4", "nats") in gained:

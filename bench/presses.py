@@ -20,6 +20,8 @@ from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.memory.memory import Memory
 from r3mem_fast.reversible.convert import find_decoder_layers
 
+# What KVzip puts between a text and its repetition.
+REPEAT = "\n\nRepeat the previous context exactly."
 _INSTALL = "kvpress is not installed; the benchmark needs it for its presses: pip install --no-deps kvpress==0.5.5"
 # Newest tokens of a context whose queries SnapKV looks at, and for how many positions ExpectedAttention looks ahead.
 _WINDOW, _FUTURE = 32, 256
@@ -99,7 +101,9 @@ def press_scores(
         model(input_ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
     if repeats:
         _score_by_repeating(model, press, input_ids, prefix, repeat_ids, cache)
-        return press.score_val.float()
+        found = press.score_val.float()
+        found[..., : press.n_sink] = found.amax() + 1  # which it always keeps
+        return found
     assert all(found.shape[-1] == tokens for found in scores.values())
     return torch.stack([scores[index] for index in range(len(scores))])
 

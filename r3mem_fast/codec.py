@@ -54,27 +54,33 @@ class TextCodec:
         before, after = text.split(words)
         return self.ids(before), self.ids(after)
 
-    def prompts(self, prompts: Sequence[str], *, chat: bool | None, in_turn: bool | None) -> list[list[int]]:
+    def prompts(self, prompts: Sequence[str], *, chat: bool | None, pinned: Sequence[int] | None) -> list[list[int]]:
         """Token ids of prompts that are to be continued.
 
         Args:
             prompts: The prompts.
             chat: Whether each stands in a user's turn, which an answer follows; None: if a text before it does.
-            in_turn: Whether the text of the memory before them stands in a user's turn; None: there is no memory.
+            pinned: Pinned tokens of the memories before them: as many as stand before a user's words in the template,
+                if a memory's text stands in a user's turn. None: there is no memory.
 
         Raises:
             ValueError: A prompt is empty, or there is none; or it cannot stand in a turn.
         """
         if not prompts or not all(prompts):
             raise ValueError("the prompt is empty")
-        if chat and in_turn is False:
-            raise ValueError("the memory's text stands in no user's turn; compress it with chat=True (--chat)")
-        if not (in_turn if chat is None else chat):
+        if chat is None:
+            chat = pinned is not None and any(pinned) and len(self.turn[0]) in pinned
+        if not chat:
             return [self.ids(text) for text in prompts]
         before, after = self.turn
-        if in_turn:
-            return [self.ids(f"\n\n{text}") + after for text in prompts]
-        return [before + self.ids(text) + after for text in prompts]
+        if pinned is None:
+            return [before + self.ids(text) + after for text in prompts]
+        if any(count != len(before) for count in pinned):
+            raise ValueError(
+                "a memory's text stands in no user's turn, or in that of another template; compress it with chat=True "
+                "(--chat), or ask with chat=False"
+            )
+        return [self.ids(f"\n\n{text}") + after for text in prompts]
 
     def queries(self, queries: str | Sequence[str]) -> list[list[int]]:
         """Token ids of each query. A run of white space counts as a single space.

@@ -200,8 +200,10 @@ def _write_behind_a_memory(
     nats: dict[str, list[float]] = {name: [] for name in ("behind the memory", "without it", "behind the whole text")}
     with pipeline.model.disable_adapters():
         for prompt, answer in facts.items():
-            settings = {"max_new_tokens": 8, "do_sample": False}
-            written = pipeline.generate(prompt, memory=memory, **settings), pipeline.generate(prompt, **settings)
+            written = [
+                pipeline.generate(prompt, memory=before, max_new_tokens=8, do_sample=False)
+                for before in (memory, None)
+            ]
             print(f"  {prompt} ...")
             for where, text in zip(nats, written, strict=False):
                 print(f"    {where + ':':19} ...{' '.join(str(text).split())}")

@@ -302,7 +302,7 @@ class R3MemModel(TrainerInterface, Network):
         if memory is None:
             memory = self.empty_memory(len(rows), pinned=pinned)
         elif pinned:
-            raise ValueError("what is pinned stands before all else; leave it out where there is a memory before")
+            raise ValueError("pinned tokens (chat) begin a row: leave them out where a memory goes on")
         self.check_memory(memory, len(rows))
         total = sum(map(len, (*rows, *memory.unfinished)))
         with (

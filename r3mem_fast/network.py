@@ -17,6 +17,8 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
+from r3mem_fast.kernels.matching import MAX_KEPT
+
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, adapters_are_off, layout_fingerprint
 from .integrations.compat import cache_argument
@@ -337,17 +339,16 @@ class Network(nn.Module):
             pinned: Tokens at the beginning of each row whose slots stay as they are.
 
         Raises:
-            ValueError: The memory is none whose slots could stay.
+            ValueError: There are pinned tokens and no matched memories, or too many.
         """
         layout = self.reader.layout
-        if pinned and (layout.writer != "matched" or not 0 < pinned <= layout.reach):
-            raise ValueError(
-                f"pinned={pinned!r} tokens are for matched memories (memory_writer), and at most {layout.reach}"
-            )
-        made_with = cast(Origin, origin)
-        return empty_memory(
-            layout, made_with, rows, self.reader.state_sizes(), dtype=self.dtype, device=self.device, pinned=pinned
-        )
+        if pinned and layout.writer != "matched":
+            raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
+        most = min(layout.reach // 2, MAX_KEPT - layout.most_matched)
+        if not 0 <= pinned <= most:
+            raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
+        made, sizes = cast(Origin, origin), self.reader.state_sizes()
+        return empty_memory(layout, made, rows, sizes, dtype=self.dtype, device=self.device, pinned=pinned)
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:
         """A cache that holds a memory, to read tokens behind it.

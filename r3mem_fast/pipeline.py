@@ -86,7 +86,7 @@ class R3MemPipeline:
         if loaded.folder is not None:
             self._own.seen(loaded.folder)
         self.codec = TextCodec(loaded.tokenizer)
-        self.model.questions_of = SegmentQuestions(self.codec)
+        self.model.questions_of = self.model.questions_of or SegmentQuestions(self.codec)
 
     def __repr__(self):
         model = self.model
@@ -339,7 +339,8 @@ class R3MemPipeline:
         if memory is not None:
             memory = self._memory(memory)
             memory = memory.rows([0] * len(prompts)) if len(memory) == 1 else memory
-        rows = self.codec.prompts(prompts, chat=chat, in_turn=None if memory is None else memory.pinned is not None)
+        pinned = None if memory is None else memory.pinned_slots().tolist()
+        rows = self.codec.prompts(prompts, chat=chat, pinned=pinned)
         ids, mask = self._batch(rows)
         if not settings.keys() & {"max_new_tokens", "max_length", "generation_config"}:
             settings["max_new_tokens"] = _NEW_TOKENS

@@ -26,13 +26,32 @@ def test_a_memory_with_all_slots_is_the_turn(pipeline):
     turn = [{"role": "user", "content": f"{text}\n\nWho?"}]
     whole = pipeline.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     assert whole == f"S:be brief.U:{text}\n\nWho?.A:"
+    prompt = torch.tensor(pipeline.codec.prompts(["Who?"], chat=None, pinned=memory.pinned.tolist()))
+    behind = pipeline.model(prompt, memory=memory).logits[0]
+    ids = torch.tensor([pipeline.codec.ids(whole)])
     settings = {"max_new_tokens": 8, "do_sample": False}
     asked, raw = (pipeline.generate("Who?", memory=memory, chat=chat, **settings) for chat in (None, False))
-    with pipeline.model.disable_adapters():  # the base model, which reads these memories
-        assert asked == pipeline.generate(whole, **settings)
+    with torch.no_grad(), pipeline.model.disable_adapters():  # the base model, which reads these memories
+        logits = pipeline.model.plain_model(ids).logits[0, -len(behind) :]
+        assert (behind - logits).abs().max() < 2e-2 * logits.abs().max()
+        assert asked == pipeline.generate(whole, **settings) != raw
         assert raw == pipeline.generate(f"S:be brief.U:{text}Who?", **settings)
         alone = pipeline.generate("Who?", chat=True, **settings)
         assert alone == pipeline.generate("S:be brief.U:Who?.A:", **settings)
+
+
+def test_memories_in_a_turn_and_others_go_apart(pipeline):
+    plain, chat = (pipeline.compress(TEXT, chat=chat, progress=False) for chat in (False, True))
+    both = Memory.cat([plain, chat])
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    assert pipeline.generate("Who?", memory=both[0], **settings) == pipeline.generate("Who?", memory=plain, **settings)
+    assert pipeline.generate("Who?", memory=both[1], **settings) == pipeline.generate("Who?", memory=chat, **settings)
+    with pytest.raises(ValueError, match="stands in no user's turn"):
+        pipeline.generate(["Who?", "What?"], memory=both, **settings)
+    one = pipeline.model.compress(torch.tensor([[5, 6, 7]]), pinned=1)  # a first token that is no template
+    assert pipeline.generate("Who?", memory=one, **settings) == pipeline.generate(
+        "Who?", memory=one, chat=False, **settings
+    )
 
 
 def long_segments(pipeline):
@@ -54,7 +73,7 @@ def test_the_template_is_pinned_in_streams_and_files(pipeline, tmp_path):
     answers = pipeline.generate(["Who?", "What?"], memory=both, max_new_tokens=5)
     assert answers[0] == pipeline.generate("Who?", memory=memory, max_new_tokens=5)
     assert Memory.load(tmp_path / "m").pinned.tolist() == [before]
-    with pytest.raises(ValueError, match="leave it out where there is a memory before"):
+    with pytest.raises(ValueError, match="leave them out where a memory goes on"):
         pipeline.compress(TEXT, memory=memory, chat=True, progress=False)
 
 
@@ -91,7 +110,7 @@ def test_the_commands(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", memory]) == 0
     shown = capsys.readouterr().out
-    assert "8 slots a segment of 32 and the 4 before it, 32 at most, beyond which it is to rematch" in shown
+    assert "8 slots a segment of 32 and the 4 before it, 32 at most, beyond which: rematch" in shown
     assert f"slots, {len('S:be brief.U:')} pinned" in shown
     assert main(["generate", "Who?", "--chat", "--max-new-tokens", "4", *run]) in (0, 1)
     sizes = ["--memory-tokens", "3", "--memory-budget", "5", "--segment-length", "16", "--segment-overlap", "2"]

@@ -166,6 +166,10 @@ def _config(options: argparse.Namespace) -> R3MemConfig | None:
     given = given_settings(options, R3MemConfig, _OF_MATCHED)
     if not given:
         return None
+    if options.memory is not None:
+        raise ValueError(f"{options.memory} goes on in its own size: leave out the options of sizes")
+    if given.get("num_memory_tokens") == 0:
+        raise ValueError("--memory-tokens must be at least 1 here")
     if options.folder is not None:
         raise ValueError(f"{options.folder} was made for memories of its own size: leave out the options of sizes")
     slots = given.get("num_memory_tokens", _MATCHED["num_memory_tokens"])

@@ -184,8 +184,8 @@ def _inspect_memory(options: argparse.Namespace) -> int:
     segment = f"a segment of {layout['segment_length']}{_overlap(layout)}"
     if matched:
         print(
-            f"matched to queries of its {layout.get('queries', 'own')} passes: {layout['num_memory_tokens']} slots "
-            f"{segment}, {layout['budget']} at most, beyond which it is to {layout['beyond_budget']}"
+            f"matched to queries: {layout.get('queries', 'own')}; {layout['num_memory_tokens']} slots {segment}, "
+            f"{layout['budget']} at most, beyond which: {layout['beyond_budget']}"
         )
     else:
         print(

@@ -82,12 +82,7 @@ def build_pairs(
     if not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must be some of {LEVELS}, got {levels!r}")
 
-    def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    def count_tokens(text: str) -> int:
-        return len(ids_of(text))
-
+    ids_of, count_tokens = _readers(tokenizer)
     pairs: list[Pair] = []
     taken = set(taken)
     total = sum(len(text) for text in documents.values() if isinstance(text, str))
@@ -122,15 +117,9 @@ def queries_of(text: str, tokenizer: "PreTrainedTokenizerBase", language: str = 
         tokenizer: Tokenizer of the model that is to be asked.
         language: Language of the sentences, as pysbd names it.
     """
-
-    def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    def count_tokens(text: str) -> int:
-        return len(ids_of(text))
-
     if not text.strip():
         return []
+    ids_of, count_tokens = _readers(tokenizer)
     document = split_document(text, "text", count_tokens, language)
     passages = _passages(document, default_entity_finder()(document.span.text), LEVELS, count_tokens)
     taken: set[str] = set()
@@ -139,6 +128,15 @@ def queries_of(text: str, tokenizer: "PreTrainedTokenizerBase", language: str = 
         if chosen is not None:
             taken.add(chosen[0])
     return sorted(taken)
+
+
+def _readers(tokenizer):
+    """Functions that give the token ids of a text, and their number."""
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    return ids_of, lambda text: len(ids_of(text))
 
 
 def mentioned(names: Iterable[str], text: str) -> list[str]:

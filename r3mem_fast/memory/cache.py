@@ -52,7 +52,7 @@ class PrefixCache(PassCache):
         self._all_visible = True
         self._ages: torch.Tensor | None = None
         self._windows: Sequence[int | None] = ()
-        self._heads = 0
+        self._config: Any = None
         self._placed: dict[int, States] = {}  # the memory by layer, at its positions
         self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
         self.rotation: Any = None
@@ -146,7 +146,7 @@ class PrefixCache(PassCache):
         self._expected = set(range(len(layers)))  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
         self._of_pass, self._tables = positions, None
-        self._heads = config.num_attention_heads
+        self._config = config
         self.rotation = Rotation(decoder, layers, order, config)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
@@ -303,7 +303,7 @@ class PrefixCache(PassCache):
         ages = self._ages[layer_idx]
         later = (self._of_pass - self.first_position).to(ages.device)
         seen = ages[:, :, None] + later[:, None, :, None] < window
-        return seen.repeat_interleave(self._heads // ages.shape[1], 1)
+        return seen.repeat_interleave(self._config.num_attention_heads // ages.shape[1], 1)
 
     def update(self, *args, **kwargs):
         """Raise RuntimeError: called by a model that does not know of the memory."""

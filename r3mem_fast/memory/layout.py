@@ -43,6 +43,11 @@ class MemoryLayout:
         """Slots that a row's memory has at most, beside pinned ones."""
         return self.budget if self.writer == "matched" else self.readable_segments * self.num_memory_tokens
 
+    @property
+    def most_matched(self) -> int:
+        """Slots of a row that are matched together at most, beside pinned ones."""
+        return self.budget if self.beyond_budget == "rematch" else self.num_memory_tokens
+
     def to_dict(self) -> dict:
         """Its fields as values for JSON; format 1 of memory files has those alone that memory tokens need."""
         fields = dataclasses.asdict(self)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from ..choices import PLACEMENTS, WRITERS
+from ..choices import BEYOND_BUDGET, PLACEMENTS, QUERIES, WRITERS
 from ..files import replacing
 from . import file as memory_file
 from .layout import MemoryLayout, Origin
@@ -334,6 +334,8 @@ def _from_tensors(cls, metadata, tensors):
     numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments, layout.segment_overlap + 1)
     if (
         layout.writer not in WRITERS
+        or layout.queries not in QUERIES
+        or layout.beyond_budget not in BEYOND_BUDGET
         or layout.placement not in PLACEMENTS
         or not all(type(number) is int and number > 0 for number in numbers)
     ):
@@ -359,9 +361,12 @@ def _from_tensors(cls, metadata, tensors):
     fits = fits and states.shape[BATCH[layout.placement]] == rows
     fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64 and bool((kept >= 0).all())
     fits = fits and states.shape[SLOTS[layout.placement]] >= (int(kept.max()) if rows else 0)
-    fits = fits and (pinned is None or (pinned.shape == (rows,) and pinned.dtype == torch.int64 and min(pinned) >= 0))
-    more = 0 if pinned is None or not fits or not rows else int(pinned.max())
-    fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots + more
+    if fits and pinned is not None:
+        fits = pinned.shape == (rows,) and pinned.dtype == torch.int64 and bool((pinned >= 0).all())
+    if fits:
+        beside = torch.zeros_like(kept) if pinned is None else pinned
+        fits = bool((kept <= layout.most_slots + beside).all())
+        fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots + (int(beside.max()) if rows else 0)
     if fits and ages is not None:
         fits = ages.dtype == torch.int32 and ages.shape == (states.shape[0], *states.shape[2:5])
         fits = fits and bool((ages >= 0).all() and (ages <= layout.reach).all())

@@ -100,13 +100,11 @@ class MemoryReader:
         if self.layout.placement == "input":
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
-            keys = self._keys_at(0)
+            with captured_attention(self.decoder.config) as calls:
+                keys = self._keys_at(0)
             layers, _, heads, tokens, width = keys.shape
             self._refuse_keys_that_cannot_be_moved(keys, tokens)
-            if self.layout.writer == "matched":
-                with captured_attention(self.decoder.config) as calls:
-                    self._keys_at(0)
-                self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
+            self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
             self._measured = (layers, heads, width)
         return self._measured
 

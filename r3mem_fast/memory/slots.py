@@ -35,7 +35,7 @@ class Slots(NamedTuple):
         """These slots and, behind them, others of the same rows; those that exist may have gaps between them.
 
         Args:
-            others: The other slots. They have pinned ones only where all of these are.
+            others: The other slots. They may have pinned ones only if all of these are pinned.
         """
         states, ages = torch.cat([self.states, others.states], 4), torch.cat([self.ages, others.ages], 3)
         return Slots(states, ages, self.counts + others.counts, self.pinned + others.pinned)
@@ -80,10 +80,14 @@ def slots_of(memory: Memory, moved: torch.Tensor) -> Slots:
         moved: How many tokens later, by row, int64 `[B]`, on the CPU.
     """
     assert memory.ages is not None and memory.slots is not None, "see MemoryLayout.writer"
-    visible = memory.visible()[None, :, None]
-    ages = (memory.ages.long() + moved.to(memory.device)[None, :, None, None]).clamp_max(memory.layout.reach)
+    visible = memory.visible_on_host()
     pinned = torch.minimum(memory.slots, memory.pinned_slots())
-    return Slots(memory.states, torch.where(visible, ages, -1), memory.slots, pinned)
+    # Pinned slots keep their order at the end of the reach, and stay before all others.
+    oldest = memory.layout.reach - torch.minimum(visible.cumsum(1) - 1, pinned[:, None])
+    ages = memory.ages.long() + moved.to(memory.device)[None, :, None, None]
+    ages = torch.minimum(ages, oldest.to(memory.device)[None, :, None])
+    ages = torch.where(visible.to(memory.device)[None, :, None], ages, -1)
+    return Slots(memory.states, ages, memory.slots, pinned)
 
 
 def replaced(memory: Memory, rows: Sequence[int], parts: Sequence[tuple[Sequence[int], Slots]]) -> Memory:

@@ -62,9 +62,13 @@ def test_a_window_hides_of_a_memory_what_it_would_hide_of_the_context(family, im
     context, text = ids_of(40), ids_of(9, seed=1)
     few = network(family)
     few.plain_model.set_attn_implementation(implementation)
-    memory = few.compress(torch.cat([context] * 2), torch.tensor([[1] * 40, [0] * 10 + [1] * 30]))
+    memory = few.compress(torch.cat([context] * 2), torch.tensor([[1] * 40, [0] * 10 + [1] * 30]), pinned=2)
     both = few(torch.cat([text] * 2), memory=memory).logits
-    assert (both[0] - few(text, memory=memory[0]).logits[0]).abs().max() < 1e-4 * both.abs().max()
+    for row, alone in enumerate((context, context[:, 10:])):
+        alone = few.compress(alone, pinned=2)
+        assert (both[row] - few(text, memory=alone).logits[0]).abs().max() < 1e-3 * both.abs().max()
+    beams = few.generate(text, memory=memory[0], max_new_tokens=5, num_beams=3, do_sample=False)
+    assert beams.shape == (1, text.shape[1] + 5)
     written = few.generate(text, memory=memory[0], max_new_tokens=12, do_sample=False)
     read = few(written[:, :-1], memory=memory[0]).logits[:, text.shape[1] - 1 :]
     assert torch.equal(read.argmax(-1), written[:, text.shape[1] :])
@@ -86,10 +90,27 @@ def test_pinned_tokens_stay_as_they_are(beyond):
             assert torch.equal(memory.states[..., :pinned, :], raw.states[..., :pinned, :])
         piece = model.compress(ids[:, 3:], memory=model.compress(ids[:, :3], pinned=pinned), finish=True)
         assert torch.equal(piece.states, memory.states)
-    with pytest.raises(ValueError, match="leave it out where there is a memory before"):
+    with pytest.raises(ValueError, match="leave them out where a memory goes on"):
         model.compress(ids, memory=memory, pinned=2)
-    with pytest.raises(ValueError, match="pinned=-1 tokens are for matched memories"):
+    with pytest.raises(ValueError, match="pinned must be 0 to 32 tokens, beside a budget of 12; got -1"):
         model.compress(ids, pinned=-1)
+    with pytest.raises(ValueError, match="pinned must be 0 to 4 tokens"):
+        network(memory_budget=1020).compress(ids, pinned=5)
+    learned = R3MemModel(build(), R3MemConfig(num_memory_tokens=2, segment_length=LENGTH, core=(1, 3)))
+    with pytest.raises(ValueError, match="not for memory tokens that learned"):
+        learned.compress(ids, pinned=1)
+    with pytest.raises(ValueError, match="its budget is 12"):
+        network(beyond_budget="error").compress(ids, pinned=3)
+
+
+def test_pinned_tokens_keep_their_order_beyond_the_reach():
+    model = network()
+    memory = model.compress(ids_of(LENGTH * 12), pinned=5, finish=True)
+    assert model.layout.reach == 64
+    assert int(memory.ages[..., 5].max()) == 59
+    assert torch.equal(memory.ages[..., :5], torch.arange(64, 59, -1, dtype=torch.int32).expand(4, 1, 2, -1))
+    raw = network(num_memory_tokens=LENGTH, memory_budget=4 * LENGTH).compress(ids_of(LENGTH * 2), finish=True)
+    assert torch.equal(memory.states[..., :5, :], raw.states[..., :5, :])
 
 
 def test_rows_with_other_pinned_tokens_go_together(tmp_path):
@@ -130,6 +151,7 @@ def test_queries_of_other_passes(queries):
 def test_nothing_is_asked():
     with pytest.raises(ValueError, match="nothing says what that is"):
         network(memory_queries="pairs").compress(ids_of(40))
+    network(memory_queries="pairs").compress(ids_of(4))  # nothing is matched yet
     model = network(memory_queries="pairs")
     model.questions_of = lambda ids: []
     ids = ids_of(60)
@@ -256,6 +278,7 @@ def test_a_memory_of_another_size_is_read_and_goes_on_in_its_own(tmp_path):
     model.compress(ids[:, :40]).save(tmp_path / "memory")
     memory = Memory.load(tmp_path / "memory", other)
     assert torch.equal(other(text, memory=memory).logits, model(text, memory=memory).logits)
+    assert torch.equal(other(text, memory=memory, labels=text).loss, model(text, memory=memory, labels=text).loss)
     memory, whole = other.compress(ids[:, 40:], memory=memory), model.compress(ids)
     assert torch.equal(memory.states, whole.states) and memory.layout == whole.layout != other.layout
     moved = dataclasses.replace(memory, layout=dataclasses.replace(memory.layout, reach=32))

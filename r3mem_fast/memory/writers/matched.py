@@ -1,8 +1,8 @@
 """`MatchedWriter`: matched memories, the keys of a segment that will be asked for, with values to stand for all of it.
 
 How slots are matched to queries is `matching`'s. This file decides which queries those are, and what happens to slots
-beyond the budget. A pass begins at the same position however long the history is, so the queries of this one ask from
-where the next one will ask; keys keep their distances, up to the layout's reach.
+beyond the budget. Every pass begins at the same position, however long the history is, so that queries of this one
+have the positions that those of the next one will have; keys keep their distances, up to the layout's reach.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from ..memory import Memory
 from ..reader import MemoryReader
 from ..segments import Segment
 from ..slots import Slots, replaced, slots_of
-from .matching import Match, Queries
+from .matching import Match, Queries, joined
 
 # Gives what will be asked of a text: token ids, int64 `[n]` each, of the text's ids, int64 `[T]`.
 QuestionsOf = Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -29,7 +29,7 @@ class Pass(NamedTuple):
     Attributes:
         segment: The segment, of A rows of a batch of B.
         memory: The memory before it, of B rows.
-        before: The same of the A rows.
+        before: The memory before it, of the A rows alone.
         cache: The pass's cache, with the segment's keys and values.
         calls: The attention of each layer; none if the segment does not ask for a memory.
         hidden: Last hidden states, `[A, n, hidden_size]`.
@@ -55,11 +55,6 @@ class MatchedWriter:
     def __init__(self, reader: MemoryReader, layout: MemoryLayout, questions_of: QuestionsOf | None = None):
         self._reader, self._layout, self._questions_of = reader, layout, questions_of
         self._sources = layout.queries.split("+")
-        if "pairs" in self._sources and questions_of is None:
-            raise ValueError(
-                f"memory_queries={layout.queries!r} asks a memory what will be asked of its text, and nothing "
-                "says what that is: an R3MemPipeline does, or set questions_of of the R3MemModel"
-            )
 
     def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """Read a segment behind a memory, and match its keys and values if the segment asks for it.
@@ -89,6 +84,11 @@ class MatchedWriter:
         Raises:
             ValueError: No memory can be matched to the model's attention.
         """
+        if segment.writes and "pairs" in self._sources and self._questions_of is None:
+            raise ValueError(
+                f"memory_queries={self._layout.queries!r} asks a memory what will be asked of its text, and nothing "
+                "says what that is: an R3MemPipeline does, or set questions_of of the R3MemModel"
+            )
         rows = list(segment.rows)
         before = memory.rows(rows) if len(rows) < len(memory) else memory
         reader = self._reader
@@ -123,6 +123,7 @@ class MatchedWriter:
         """
         segment, before = found.segment, found.before
         old, new = self._candidates(segment, before, found.cache)
+        self._check_budget(old, new)
         own = Queries(found.calls, self._positions(segment.mask.to(found.hidden.device)))
         match = Match(self._queries(segment, before, (old, new), own), found.cache, self._layout.first_position)
         return replaced(found.memory, segment.rows, list(self._parts(old, new, match)))
@@ -133,13 +134,10 @@ class MatchedWriter:
         return torch.where(mask > 0, positions, -1).to(torch.int32)
 
     def _candidates(self, segment, before, cache):
-        """What there is to be held: the slots so far, and the segment's tokens but those that will be read again."""
+        """The slots so far, and those of the segment's tokens, without the tokens that will be read again."""
         states, mask = cache.captured(), segment.mask
-        lengths = mask.sum(1)
-        # The overlap at the end of the segment stays raw, because the next segment reads it again.
-        ends = segment.places[:, -1] + 1
-        starts = ends - lengths
-        fresh = torch.maximum(ends - self._layout.segment_overlap, starts) - starts
+        lengths, fresh = mask.sum(1), self._fresh(segment)
+        starts = segment.places[:, -1] + 1 - lengths
         offsets = torch.arange(mask.shape[1]) - (mask.shape[1] - lengths)[:, None]
         exists = (offsets >= 0) & (offsets < fresh[:, None])
         ages = torch.where(exists, fresh[:, None] - offsets, -1).to(states.device)
@@ -159,65 +157,88 @@ class MatchedWriter:
             together = together.within(int(together.counts.max()))
             whole = replaced(before, range(len(before)), [(range(len(before)), together)])
             if "reread" in self._sources:
-                found.append(self._asked(segment.ids, segment.mask, whole))
+                everyone = torch.ones(len(before), dtype=torch.bool)
+                found.append(self._asked([(segment.ids, segment.mask, everyone)], whole))
             if "pairs" in self._sources:
-                found.append(self._asked_questions(segment, whole, own))
-        queries = found[0]
-        for others in found[1:]:
-            queries = queries.and_those(others)
-        return queries
+                found += self._asked_questions(segment, whole, own)
+        return joined(found)
 
-    def _asked(self, ids, mask, whole):
-        """Queries of tokens that are read behind all that there is to be held."""
+    def _asked(self, texts, whole):
+        """Queries of texts that are read, each alone, behind all that there is to be held.
+
+        texts: (ids, mask, exists) each: int64 `[A, T]` twice, and which rows the text is of, bool `[A]`.
+        """
         reader = self._reader
-        embeddings = reader.embeddings_of(ids)
-        mask = mask.to(embeddings.device)
         cache = reader.read(reader.new_cache(keep=False), whole)
-        with captured_attention(reader.decoder.config) as calls:
-            reader.decode(embeddings, mask, cache)
-        return Queries(calls, self._positions(mask))
+        found = []
+        for ids, mask, exists in texts:
+            embeddings = reader.embeddings_of(ids)
+            mask = mask.to(embeddings.device)
+            with captured_attention(reader.decoder.config) as calls:
+                reader.decode(embeddings, mask, cache)
+            positions = self._positions(mask).masked_fill(~exists.to(mask.device)[:, None], -1)
+            found.append(Queries(calls, positions))
+        return joined(found)
 
     def _asked_questions(self, segment, whole, own):
-        """Queries of what will be asked of a segment; the own ones of rows of which nothing will be."""
-        assert self._questions_of is not None
-        asked = [list(self._questions_of(ids[mask > 0])) for ids, mask in zip(segment.ids, segment.mask, strict=True)]
-        most = max(map(len, asked))
-        if most == 0:
-            return own
-        rows = [
-            row[place] if place < len(row) else torch.zeros(0, dtype=torch.int64)
-            for row in asked
-            for place in range(most)
+        """Queries of what will be asked of a segment, and for rows without a question the segment's own: a list."""
+        assert self._questions_of is not None, "see pass_over"
+        fresh = [
+            ids[mask > 0][: int(count)]
+            for ids, mask, count in zip(segment.ids, segment.mask, self._fresh(segment), strict=True)
         ]
-        width = max(map(len, rows))
-        ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            ids[place, width - len(row) :], mask[place, width - len(row) :] = row, 1
-        of_rows = whole.rows([row for row in range(len(asked)) for _ in range(most)])
-        queries = self._asked(ids, mask, of_rows).of_parts(len(asked))
-        if all(asked):
-            return queries
-        has_some = torch.tensor([bool(row) for row in asked], device=own.positions.device)
-        return queries.and_those(Queries(own.calls, own.positions.masked_fill(has_some[:, None], -1)))
+        asked = [list(self._questions_of(ids)) for ids in fresh]
+        has_some = torch.tensor([bool(row) for row in asked])
+        texts = []
+        for place in range(max(map(len, asked))):
+            # A row without such a question reads another text in its place, whose queries do not count.
+            rows = [
+                row[place] if place < len(row) else (row or [ids[:1]])[0]
+                for row, ids in zip(asked, segment.ids, strict=True)
+            ]
+            width = max(map(len, rows))
+            ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+            for index, row in enumerate(rows):
+                ids[index, width - len(row) :], mask[index, width - len(row) :] = row, 1
+            texts.append((ids, mask, torch.tensor([place < len(row) for row in asked])))
+        found = [self._asked(texts, whole)] if texts else []
+        if not bool(has_some.all()) and "own" not in self._sources:
+            hidden = has_some.to(own.positions.device)[:, None]
+            found.append(Queries(own.calls, own.positions.masked_fill(hidden, -1)))
+        return found
+
+    def _fresh(self, segment):
+        """How many tokens of each row, the first ones, will not be read again with the next segment."""
+        lengths = segment.mask.sum(1)
+        ends = segment.places[:, -1] + 1
+        return torch.maximum(ends - self._layout.segment_overlap, ends - lengths) - (ends - lengths)
+
+    def _check_budget(self, old, new):
+        layout = self._layout
+        if layout.beyond_budget == "error":
+            found = int((old.counts - old.pinned + self._gained(new)).max())
+            if found > layout.budget:
+                raise ValueError(
+                    f"a memory has {found} slots, and its budget is {layout.budget}: raise the budget "
+                    '(memory_budget), or choose beyond_budget="rematch" or "forget"'
+                )
+
+    def _gained(self, new):
+        return (new.counts - new.pinned).clamp_max(self._layout.num_memory_tokens)
 
     def _parts(self, old: Slots, new: Slots, match: Match) -> Iterator[tuple[list[int], Slots]]:
         """Match slots as the budget says: places of rows, and their slots."""
         layout = self._layout
-        used, pinned = old.counts - old.pinned, old.pinned + new.pinned
-        gained = (new.counts - new.pinned).clamp_max(layout.num_memory_tokens)
-        beyond = used + gained > layout.budget
-        if layout.beyond_budget == "error" and bool(beyond.any()):
-            raise ValueError(
-                f"a memory has {int((used + gained).max())} slots, and its budget is {layout.budget}: raise the "
-                'budget (memory_budget), or choose beyond_budget="rematch" or "forget"'
-            )
-        joint = beyond & (layout.beyond_budget == "rematch")
-        alike: dict[tuple, list[int]] = {}
-        for row, kind in enumerate(zip(joint.tolist(), new.pinned.tolist(), pinned.tolist(), strict=True)):
-            alike.setdefault(kind, []).append(row)
-        for (together, _, _), rows in alike.items():
+        beyond = old.counts - old.pinned + self._gained(new) > layout.budget
+        alike: dict[tuple[bool, int], list[int]] = {}
+        together = (beyond & (layout.beyond_budget == "rematch")).tolist()
+        for row, (is_joint, earlier, later) in enumerate(
+            zip(together, old.pinned.tolist(), new.pinned.tolist(), strict=True)
+        ):
+            alike.setdefault((is_joint, later + (earlier if is_joint else 0)), []).append(row)
+        for (is_joint, _), rows in alike.items():
             some_old, some_new = old.rows(rows), new.rows(rows)
-            if together:
+            if is_joint:
                 yield rows, match(some_old.followed_by(some_new), layout.budget, rows)
             else:
                 found = match(some_new, layout.num_memory_tokens, rows)

@@ -19,8 +19,8 @@ from ...integrations.capture import AttentionCall
 from ..cache import PrefixCache
 from ..slots import Slots
 
-# Ridge, as a share of the largest eigenvalue. Of 0.001 to 1 this reads on as well as the best, and what was kept for
-# questions that nobody has asked yet changes less than with smaller ones (bench.matched, bench.memory_answers).
+# Ridge, as a share of the largest eigenvalue. From 0.001 to 0.1 text behind a memory is read as well; questions about
+# it, which no query has asked, are answered better with larger ones, which change values less.
 _RIDGE = 0.1
 _POWER_STEPS = 12
 # Bytes of the equations that are held at once.
@@ -38,21 +38,21 @@ class Queries:
     def __init__(self, calls: Mapping[int, AttentionCall], positions: torch.Tensor):
         self.calls, self.positions = calls, positions
 
-    def and_those(self, others: "Queries") -> "Queries":
-        """These queries and others of the same rows."""
-        calls = {
-            index: call._replace(query=torch.cat([call.query, others.calls[index].query], 2))
-            for index, call in self.calls.items()
-        }
-        return Queries(calls, torch.cat([self.positions, others.positions], 1))
 
-    def of_parts(self, rows: int) -> "Queries":
-        """Queries of `rows` rows, which a pass of several times as many had, row after row, in parts."""
-        calls = {
-            index: call._replace(query=call.query.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3))
-            for index, call in self.calls.items()
-        }
-        return Queries(calls, self.positions.unflatten(0, (rows, -1)).flatten(1))
+def joined(queries: Sequence[Queries]) -> Queries:
+    """Join queries of the same rows.
+
+    Args:
+        queries: One at least.
+    """
+    if len(queries) == 1:
+        return queries[0]
+    first = queries[0]
+    calls = {
+        index: call._replace(query=torch.cat([some.calls[index].query for some in queries], 2))
+        for index, call in first.calls.items()
+    }
+    return Queries(calls, torch.cat([some.positions for some in queries], 1))
 
 
 class Match:
@@ -76,9 +76,9 @@ class Match:
             rows: These rows, of the A.
         """
         layers, _, _, heads, count, _ = slots.states.shape
-        if count == 0:
-            return slots
         pinned = int(slots.pinned[0])
+        if int(slots.counts.max()) <= limit + pinned:  # nothing is left out
+            return slots.within(limit)
         limit = min(limit + pinned, count)
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=slots.ages.device)
         asked_from = self._queries.positions[chosen]
@@ -135,9 +135,9 @@ class Match:
 
 
 def _without(gram, residual, pinned):
-    """The equations of the values that may change; for pinned ones, bool `[B, kv_heads, t]`, the change is 0."""
+    """The equations without the values of pinned slots, bool `[B, kv_heads, t]`, whose change comes out as 0."""
     gram = gram.masked_fill(pinned[..., None] | pinned[..., None, :], 0)
-    return gram + torch.diag_embed(pinned.to(gram.dtype)), residual.masked_fill(pinned[..., None], 0)
+    return gram, residual.masked_fill(pinned[..., None], 0)
 
 
 def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
@@ -166,6 +166,11 @@ def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, the shape of `residual`.
     """
+    with torch.autocast(gram.device.type, enabled=False):
+        return _solved(gram, residual)
+
+
+def _solved(gram, residual):
     eye = torch.eye(gram.shape[-1], dtype=torch.float32, device=gram.device)
     finite = gram.isfinite().all(-1).all(-1)[..., None, None]
     gram = torch.where(finite, gram.float(), eye)
@@ -177,7 +182,7 @@ def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         warnings.warn(
             "some heads' values could not be matched (the equations are singular, or not finite), and stay what they "
             "were",
-            stacklevel=2,
+            stacklevel=3,
         )
     return torch.where(right, change, 0.0)
 
