@@ -25,7 +25,10 @@ def values_kept() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def evenly_spaced() -> Iterator[None]:
-    """Keep evenly spaced keys, beside the pinned ones, with their values in the block: a context manager."""
+    """Keep evenly spaced keys, beside the pinned ones, with their values in the block: a context manager.
+
+    All rows must have as many keys, as the rows of a benchmark's batch do.
+    """
 
     def spaced(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
         # Keys that exist have the first places in this order.

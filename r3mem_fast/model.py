@@ -289,8 +289,8 @@ class R3MemModel(TrainerInterface, Network):
             pinned: First tokens of each row that a matched memory keeps as they are, beside its budget.
 
         Raises:
-            ValueError: The model has no memory tokens, the memory is another model's or of another number of rows, or
-                there are more segments than `max_memory_segments=None` can keep.
+            ValueError: The model makes no memories, or none with so many pinned tokens, the memory is another model's
+                or of another number of rows, or it is beyond its budget and that is to be an error.
         """
         self.check_memories()
         if input_ids is None:
