@@ -3,7 +3,7 @@
 from .markdown import interval, records, table
 
 # Kinds of text that matched memories were measured on.
-MATCHED_KINDS = ("novels",)
+MATCHED_KINDS = ("novels", "wikipedia")
 _RIVALS = {
     "attended": "most attended, own values",
     "raw": "raw tokens",
@@ -43,8 +43,8 @@ def matched_memories() -> str:
 
 
 def matched_rivals() -> str:
-    """Return the table of all rivals, at fewer segments of novels."""
-    closed = closed_by("matched_slots_smollm2")
+    """Return the table of all rivals on novels."""
+    closed = closed_by("matched_novels_smollm2")
     arms = {"matched": "**matched**", **_RIVALS}
     rows = [
         (what, *(interval(closed[f"{arm}_{slots}", "full"]) for slots in (64, 16)))

@@ -159,14 +159,20 @@ def test_what_a_memory_is_worth():
 def test_what_a_matched_memory_is_worth():
     head, *found = records("matched_novels_smollm2.jsonl")
     closed = {(r["closed_by"], r["of"]): r for r in found if "closed_by" in r}
-    matched, raw = closed["matched_64", "full"]["mean"], closed["raw_64", "full"]["mean"]
+    better = {(r["nats_better_than"], r["slots"], r.get("of")): r for r in found if "nats_better_than" in r}
+    matched, attended, raw = (closed[f"{arm}_64", "full"]["mean"] for arm in ("matched", "attended", "raw"))
     short, text = text_of("README.md"), text_of("docs/memory.md")
     assert f"closes {matched:.3f} of the gap" in short and f"64 more raw tokens close {raw:.3f}" in short
-    assert f"{head['segments']} segments of novels" in short and f"{head['segments']} segments of novels" in text
-    seven, rival = closed["matched_152_of_7", "full_of_7"], closed["raw_152_of_7", "full_of_7"]
-    for record in (seven, rival):
+    assert f"with their own values close {attended:.3f}" in short and f"{head['segments']} segments of novels" in short
+    for record in (closed["matched_152_of_7", "full_of_7"], closed["raw_152_of_7", "full_of_7"]):
         assert f"{record['mean']:.2f} ({record['low']:.2f} to {record['high']:.2f})" in text
-    assert f"over {head['chains']} places" in text
+    assert f"over {head['chains']} places" in text and f"over {head['long_chains']} places" in text
+    for record in (
+        better["attended", 64, None],
+        better["attended", 16, None],
+        better["matched, of 7 segments", 152, 64],
+    ):
+        assert interval(record) in text
 
 
 def test_memories_trained_otherwise():
