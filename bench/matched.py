@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
-from r3mem_fast.choices import QUERIES
+from r3mem_fast.choices import BEYOND_BUDGET, QUERIES
 from r3mem_fast.codec import TextCodec
 from r3mem_fast.data.text import read_text
 from r3mem_fast.memory import MemoryLayout
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--long", type=int, default=0, help="others, read behind 64 others (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64], help="of a segment (%(default)s)")
     parser.add_argument("--budget", type=int, default=152, help="slots of seven segments (%(default)s)")
+    parser.add_argument("--beyond", choices=BEYOND_BUDGET, default="forget", help="the budget (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a segment (%(default)s)")
     parser.add_argument(
         "--tail", type=int, default=32, help="tokens before it that are read as they are (%(default)s)"
@@ -107,6 +108,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "kind": options.kind, "model": options.model, "dtype": options.dtype, "segment_length": options.length,
         "tail": options.tail, "segments": len(found), "chains": len(chains), "long_chains": len(long),
         "texts": len({place.text for place in found}), "presses": options.presses,
+        "beyond_budget": options.beyond,
     }  # fmt: skip
     losses = _losses(options, model, tokenizer, found)
     yield from _means(losses)
@@ -265,7 +267,7 @@ def _layout(options: argparse.Namespace, model: R3MemModel, slots: int, budget: 
     """Layout of matched memories with so many slots a segment, and in all."""
     config = R3MemConfig(
         memory_writer="matched", num_memory_tokens=slots, memory_budget=budget, segment_length=options.length,
-        segment_overlap=options.tail,
+        segment_overlap=options.tail, beyond_budget=options.beyond,
     )  # fmt: skip
     layout = config.memory_layout(model.max_tokens)
     assert layout is not None

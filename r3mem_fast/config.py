@@ -103,9 +103,10 @@ class R3MemConfig:
         unset="`num_memory_tokens` for each of `max_memory_segments`",
     )
     beyond_budget: str = setting(
-        "rematch",
-        "What happens to a matched memory beyond its budget. `rematch`: what is old and what is new are matched again "
-        "together; `forget`: the oldest slots go; `error`: compressing raises.",
+        "forget",
+        "What happens to a matched memory beyond its budget. `forget`: the oldest slots go, but the first; `rematch`: "
+        "what is old and what is new are matched again together, which loses more and more the oftener it is done; "
+        "`error`: compressing raises.",
         group=MEMORY,
         option="beyond-budget",
         choices=BEYOND_BUDGET,

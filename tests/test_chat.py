@@ -110,7 +110,7 @@ def test_the_commands(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", memory]) == 0
     shown = capsys.readouterr().out
-    assert "8 slots a segment of 32 and the 4 before it, 32 at most, beyond which: rematch" in shown
+    assert "8 slots a segment of 32 and the 4 before it, 32 at most, beyond which: forget" in shown
     assert f"slots, {len('S:be brief.U:')} pinned" in shown
     assert main(["generate", "Who?", "--chat", "--max-new-tokens", "4", *run]) in (0, 1)
     sizes = ["--memory-tokens", "3", "--memory-budget", "5", "--segment-length", "16", "--segment-overlap", "2"]
