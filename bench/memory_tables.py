@@ -35,7 +35,8 @@ def matched_memories() -> str:
                 f"{_RIVALS[best]}: {interval(closed[f'{best}_{slots}', 'full'])}",
             ]
             cells += [interval(better[best, slots]), interval(closed[f"raw_{slots}", "full"])]
-            cells += [interval(closed[f"foreign_{slots}", "full"])]
+            foreign = closed.get((f"foreign_{slots}", "full"))
+            cells += ["–" if foreign is None else interval(foreign)]
             rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
     names = ("kind of text, segments", "slots", "**matched**", "best rival", "matched is better by, nats a token",
              "raw tokens", "matched, of another text")  # fmt: skip

@@ -173,6 +173,11 @@ def test_what_a_matched_memory_is_worth():
         better["matched, of 7 segments", 152, 64],
     ):
         assert interval(record) in text
+    head, *found = records("matched_forget_smollm2.jsonl")
+    assert f"over {head['chains']} places" in text and f"over {head['long_chains']} places" in text
+    seven = next(r for r in found if r.get("closed_by") == "matched_152_of_7")
+    assert f"{seven['mean']:.2f} ({seven['low']:.2f} to {seven['high']:.2f})" in text
+    assert interval(next(r for r in found if r.get("of") == 64)) in text
 
 
 def test_memories_trained_otherwise():
