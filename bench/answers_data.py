@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from r3mem_fast.codec import around_words
+
 XQUAD = "xquad/xquad.en.json"
 QMSUM = "qmsum/val.jsonl"
 PAIRS = "lost_in_the_middle/kv-retrieval-75_keys.jsonl.gz"
@@ -176,12 +178,4 @@ def template_parts(tokenizer: Any, turns: Sequence[tuple[str, str]] = ()) -> tup
     """
     if not getattr(tokenizer, "chat_template", None):
         return "", "\n"
-    words = "WORDS-OF-THE-USER"
-    talk = [
-        {"role": role, "content": content}
-        for turn in [*turns, (words, "")]
-        for role, content in zip(("user", "assistant"), turn, strict=True)
-    ]
-    text = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, tokenize=False)
-    before, _, after = text.partition(words)
-    return before, after
+    return around_words(tokenizer, turns)

@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(options: argparse.Namespace, dtype: str, budget: int) -> dict:
     base, tokenizer = load_model(options.model, dtype=dtype)
     settings = {"segment_length": options.length, "segment_overlap": options.overlap, "memory_budget": budget}
-    config = R3MemConfig(memory_writer="matched", num_memory_tokens=options.slots, **settings)
+    # The base model makes these memories, as it does by default.
+    settings |= {"memory_writer": "matched", "adapter_rows": "memory", "num_memory_tokens": options.slots}
+    config = R3MemConfig(**settings)
     model = R3MemModel(base, config).eval()
     tokens = options.segments * options.length
     ids = token_windows(tokenizer, read_text(options.text), tokens=tokens, count=options.rows)

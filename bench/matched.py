@@ -42,7 +42,7 @@ from r3mem_fast.memory.writers.matched import MatchedWriter
 from r3mem_fast.questions import SegmentQuestions
 
 from .places import CHAIN, LONG, Place, foreign_of, interval, places_of
-from .presses import PRESSES, REPEAT, is_installed, keep_best, press_scores
+from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
 from .records import add_output_option, add_record
 from .rivals import evenly_spaced, laid_out, values_kept
 from .texts import KINDS, texts_of
@@ -76,15 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--foreign", type=int, nargs="*", help="slots of memories of another text (those of the others)"
     )
-    parser.add_argument("--presses", nargs="*", choices=list(PRESSES), help="presses of kvpress (all, if installed)")
+    add_presses_option(parser)
     parser.add_argument("--batch", type=int, default=8, help="segments at one time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
     if options.foreign is None:
         options.foreign = options.slots
-    if options.presses is None:
-        options.presses = list(PRESSES) if is_installed() else []
     records: list[dict] = []
     for record in _records(options):
         add_record(record, records, options)

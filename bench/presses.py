@@ -6,6 +6,7 @@ presses keep the same number of keys for every head, so that their memories are 
 share its budget out among heads if it could.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import logging
@@ -64,6 +65,13 @@ def is_installed() -> bool:
     except ModuleNotFoundError:
         return False
     return True
+
+
+def add_presses_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the presses that are rivals: all of them, where kvpress is installed."""
+    default = list(PRESSES) if is_installed() else []
+    text = "presses of kvpress (all, if installed)"
+    parser.add_argument("--presses", nargs="*", choices=list(PRESSES), default=default, help=text)
 
 
 @torch.no_grad()

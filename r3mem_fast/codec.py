@@ -9,6 +9,34 @@ import torch
 
 from .fingerprints import tokenizer_fingerprint
 
+# Stand for a user's words in a chat template; no template holds them.
+_WORDS = "\u2047words\u2047"
+
+
+def around_words(tokenizer: Any, turns: Sequence[tuple[str, str]] = ()) -> tuple[str, str]:
+    """What a tokenizer's chat template puts before a user's words, and after them, up to the answer.
+
+    Args:
+        tokenizer: The tokenizer.
+        turns: What a user has said, and what was answered, earlier in the conversation.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or one that changes a user's words.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("the tokenizer has no chat template, so that nothing can stand in a user's turn")
+    talk = [
+        {"role": role, "content": said}
+        for turn in turns
+        for role, said in zip(("user", "assistant"), turn, strict=True)
+    ]
+    talk.append({"role": "user", "content": _WORDS})
+    text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    if text.count(_WORDS) != 1:
+        raise ValueError("the tokenizer's chat template does not hold a user's words as they are")
+    before, after = text.split(_WORDS)
+    return before, after
+
 
 class TextCodec:
     """Encodes texts of any length as a memory network reads them, without special tokens, and decodes them.
@@ -44,14 +72,7 @@ class TextCodec:
         Raises:
             ValueError: The tokenizer has no chat template, or one that changes a user's words.
         """
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError("the tokenizer has no chat template, so that nothing can stand in a user's turn")
-        words = "\u2047words\u2047"  # what no template holds
-        talk = [{"role": "user", "content": words}]
-        text = self.tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
-        if text.count(words) != 1:
-            raise ValueError("the tokenizer's chat template does not hold a user's words as they are")
-        before, after = text.split(words)
+        before, after = around_words(self.tokenizer)
         return self.ids(before), self.ids(after)
 
     def prompts(self, prompts: Sequence[str], *, chat: bool | None, pinned: Sequence[int] | None) -> list[list[int]]:
