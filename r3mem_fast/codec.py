@@ -90,7 +90,8 @@ class TextCodec:
         if not prompts or not all(prompts):
             raise ValueError("the prompt is empty")
         if chat is None:
-            chat = pinned is not None and any(pinned) and len(self.turn[0]) in pinned
+            chats = getattr(self.tokenizer, "chat_template", None) is not None
+            chat = chats and pinned is not None and any(pinned) and len(self.turn[0]) in pinned
         if not chat:
             return [self.ids(text) for text in prompts]
         before, after = self.turn

@@ -52,6 +52,11 @@ def test_memories_in_a_turn_and_others_go_apart(pipeline):
     assert pipeline.generate("Who?", memory=one, **settings) == pipeline.generate(
         "Who?", memory=one, chat=False, **settings
     )
+    pipeline.tokenizer.chat_template = None  # of a model that does not chat
+    pipeline.codec.__dict__.pop("turn", None)
+    assert pipeline.generate("Who?", memory=one, **settings) == pipeline.generate(
+        "Who?", memory=one, chat=False, **settings
+    )
 
 
 def long_segments(pipeline):
