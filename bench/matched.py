@@ -13,6 +13,7 @@ the segment before and
     matched_N   N slots: the same keys, with values that match the attention to all of them (`memory_writer="matched"`)
     matched_N by Q   the same, matched to other queries (`memory_queries`)
     snapkv_N …  N slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
+    learned_N   the memory of a trained adapter of N memory tokens, and its `learned_tail` (with --adapter)
     foreign_N   the matched memory of a segment of another text
     foreign     the whole segment of another text
 
@@ -32,7 +33,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, load_model
 from r3mem_fast.choices import BEYOND_BUDGET, QUERIES
 from r3mem_fast.codec import TextCodec
 from r3mem_fast.data.text import read_text
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--foreign", type=int, nargs="*", help="slots of memories of another text (those of the others)"
     )
     add_presses_option(parser)
+    parser.add_argument("--adapter", help="folder of a trained adapter with memory tokens, whose memories are a rival")
     parser.add_argument("--batch", type=int, default=8, help="segments at one time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
@@ -102,22 +104,15 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return places_of(texts, tokenizer, options.length, held_out=held_out, count=count, before=before)
 
     found, chains, long = places(1, options.segments), places(CHAIN, options.chains), places(LONG, options.long)
+    learned = R3MemPipeline(options.adapter, dtype=options.dtype).model if options.adapter else None
     yield {
         "kind": options.kind, "model": options.model, "dtype": options.dtype, "segment_length": options.length,
         "tail": options.tail, "segments": len(found), "chains": len(chains), "long_chains": len(long),
         "texts": len({place.text for place in found}), "presses": options.presses,
         "beyond_budget": options.beyond,
     }  # fmt: skip
-    losses = _losses(options, model, tokenizer, found)
-    yield from _means(losses)
-    yield from _closed(losses, "full")
-    for slots in options.slots:
-        mine = losses[f"matched_{slots}"]
-        for rival in (*options.rivals, *options.presses):
-            yield _better(losses[f"{rival}_{slots}"], mine, rival, slots=slots)
-        for queries in options.queries:
-            name = f"matched by {queries}"
-            yield _better(losses[f"matched_{slots} by {queries}"], mine, name, slots=slots)
+    if found:
+        yield from _compared(options, _losses(options, model, learned, tokenizer, found))
     if chains:
         losses = _chain_losses(options, model, chains, [CHAIN])
         yield from _means(losses, places="chains")
@@ -129,6 +124,21 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from _means(losses, places="long chains")
         shorter, mine = (losses[f"matched_{options.budget}_of_{count}"] for count in (CHAIN, LONG))
         yield _better(shorter, mine, "matched, of 7 segments", slots=options.budget, of=LONG)
+
+
+def _compared(options: argparse.Namespace, losses: Losses) -> Iterator[dict[str, Any]]:
+    """Records of all arms behind one segment."""
+    yield from _means(losses)
+    yield from _closed(losses, "full")
+    for slots in options.slots:
+        mine = losses[f"matched_{slots}"]
+        for rival in (*options.rivals, *options.presses):
+            yield _better(losses[f"{rival}_{slots}"], mine, rival, slots=slots)
+        for queries in options.queries:
+            name = f"matched by {queries}"
+            yield _better(losses[f"matched_{slots} by {queries}"], mine, name, slots=slots)
+        if f"learned_{slots}" in losses:
+            yield _better(losses[f"learned_{slots}"], mine, "learned", slots=slots)
 
 
 def _means(losses: Losses, **about: Any) -> Iterator[dict[str, Any]]:
@@ -150,7 +160,9 @@ def _better(rival: torch.Tensor, mine: torch.Tensor, name: str, **about: Any) ->
 
 
 @torch.no_grad()
-def _losses(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, places: list[Place]) -> Losses:
+def _losses(
+    options: argparse.Namespace, model: R3MemModel, learned: R3MemModel | None, tokenizer: Any, places: list[Place]
+) -> Losses:
     """Read segments behind one segment: nats a token by arm, `[segments]` each."""
     arms: dict[str, list[torch.Tensor]] = {}
     foreign = foreign_of(places)
@@ -159,7 +171,7 @@ def _losses(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, plac
         others = torch.stack([place.segments for place in foreign[start : start + options.batch]])
         before, segment, tail = context[:, -2], context[:, -1], context[:, -2, -options.tail :]
         raw = {"tail": tail, "full": before}
-        if options.foreign == options.slots:
+        if options.foreign:
             raw["foreign"] = torch.cat([others[:, -2], tail], 1)
         if "raw" in options.rivals:
             raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
@@ -171,6 +183,14 @@ def _losses(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, plac
             memory = _matched(options, model, others[:, -2], slots, slots)
             memory = dataclasses.replace(memory, recent=tuple(tail))
             _add(arms, f"foreign_{slots}", _loss_behind(options, model, memory, segment))
+        if learned is not None:
+            # Compute as in training, where adapters ran in bfloat16, too.
+            with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):
+                memory = dataclasses.replace(learned.compress(before, finish=True), recent=tuple(tail))
+                logits = learned(segment, memory=memory).logits
+                _add(arms, f"learned_{learned.r3mem_config.num_memory_tokens}", _mean_loss(logits, segment))
+                logits = learned(torch.cat([tail, segment], 1), logits_to_keep=options.length).logits
+                _add(arms, "learned_tail", _mean_loss(logits, segment))
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
 
