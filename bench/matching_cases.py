@@ -103,7 +103,7 @@ class MatchingCase:
             launches, _ = kernels.plan_attention_scores(inputs, settings, target=target)
         else:
             wanted = values(*query.shape, dtype=torch.float32)
-            launches, _ = kernels.plan_value_system(inputs, wanted, settings, target=target)
+            launches, *_ = kernels.plan_value_system(inputs, wanted, settings, target=target)
         return next(found for found in launches if found.kernel.__name__ == f"matching_{self.kernel}_kernel")
 
     def least_bytes(self, launch: Launch, shape: Shape) -> int:
@@ -127,7 +127,7 @@ class MatchingCase:
             whole = self.variant == "few"  # reads values and makes lse itself
             written = 4 * sum(min(block_n, keys - first) ** 2 for first in range(0, keys, block_n)) + keys * wide
             read = keys * (of_key + (line if whole else 0))
-            return pairs * (splits * (read + written) + blocks * lines * (of_line + wide + (0 if whole else 4)))
+            return pairs * (splits * (read + written) + blocks * lines * (of_line + wide + 4))
         crossed = range(0, keys, block_n)
         sizes = [(min(block_n, keys - i), min(block_n, keys - j)) for i in crossed for j in crossed if j < i]
         of_blocks = sum((left + right) * of_key + 2 * 4 * left * right for left, right in sizes)

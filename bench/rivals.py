@@ -19,8 +19,14 @@ def laid_out(model: R3MemModel, layout: MemoryLayout) -> Iterator[None]:
 
 
 def values_kept() -> contextlib.AbstractContextManager[None]:
-    """Let kept keys keep their values in the block: a context manager."""
-    return temporarily(matching, solved=lambda gram, residual: torch.zeros_like(residual))
+    """Let kept keys stay what they are, with their values, in the block: a context manager."""
+
+    def moved_by_nothing(query: torch.Tensor, missing: torch.Tensor, key_heads: int, scale: float) -> torch.Tensor:
+        return torch.zeros(len(query), key_heads, query.shape[-1], device=query.device)
+
+    return temporarily(
+        matching, solved=lambda gram, residual: torch.zeros_like(residual), move_for_mass=moved_by_nothing
+    )
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 `reference.py` is the specification, where formulas and their sources stand; `triton/` implements it for GPUs. The
 functions below validate their arguments and call the operators `torch.ops.r3mem.matching_*`, which run one of the two
 (`kernels/common/dispatch.py`). `attention_scores` says which keys count and what attention to all of them gives;
-`value_system` makes the normal equations of the values with which the kept keys give the same.
+`value_system` makes the normal equations of the values with which the kept keys give the same, and says how much of
+the softmax's mass they have.
 
 Shapes: B is the number of rows (batch items; layers may be rows, too), H and KV the numbers of query and key heads (H
 a multiple of KV), n, S and t the numbers of queries, keys and kept keys, and D the head_dim, up to `MAX_HEAD_DIM`.
@@ -82,7 +83,7 @@ def value_system(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     window: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Make the normal equations of the values with which attention to the kept keys gives the target.
 
     With `change` from `(gram + ridge) change = residual`, `value + change` are these values. The formulas are in
@@ -104,9 +105,10 @@ def value_system(
         window: A query at position p sees the keys at the positions above `p - window` alone; None for all.
 
     Returns:
-        `(gram, residual)` in float32 (float64 for float64), of the attention weights X of all existing queries of the
-        heads that share a key head. gram: `X^T X`, `[B, KV, t, t]`. residual: `X^T (target - X value)`,
-        `[B, KV, t, D]`. Rows and columns of keys that do not exist are zeros.
+        `(gram, residual, lse)` in float32 (float64 for float64), of the attention weights X of all existing queries of
+        the heads that share a key head. gram: `X^T X`, `[B, KV, t, t]`. residual: `X^T (target - X value)`,
+        `[B, KV, t, D]`. Rows and columns of keys that do not exist are zeros. lse: `[B, H, n]`, that of
+        `attention_scores` over the kept keys.
 
     Raises:
         TypeError: If a dtype is not supported, or dtypes differ.

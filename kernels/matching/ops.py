@@ -82,7 +82,7 @@ def _fake_attention_scores(query: torch.Tensor, key: torch.Tensor, *others: Any)
     return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@_operator(f"matching_value_system({_KEYS}, Tensor target, {_OTHERS}) -> (Tensor, Tensor)")
+@_operator(f"matching_value_system({_KEYS}, Tensor target, {_OTHERS}) -> (Tensor, Tensor, Tensor)")
 def value_system(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -94,7 +94,7 @@ def value_system(
     scale: float,
     window: int,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run `value_system`; see `__init__.py`."""
     inputs = MatchingInputs(query, key, value, query_positions, key_positions, sinks)
     return _implementation(query).value_system(inputs, target, _settings(scale, window, softcap))
@@ -103,5 +103,5 @@ def value_system(
 @torch.library.register_fake("r3mem::matching_value_system", lib=_library)
 def _fake_value_system(query: torch.Tensor, key: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
     dtype = torch.promote_types(query.dtype, torch.float32)
-    shapes = ((*key.shape[:3], key.shape[2]), key.shape)
+    shapes = ((*key.shape[:3], key.shape[2]), key.shape, query.shape[:3])
     return tuple(query.new_empty(shape, dtype=dtype) for shape in shapes)

@@ -18,6 +18,8 @@ of the values, min |X (V + change) - y|^2:
 
     gram = X^T X                     residual = X^T (y - X V)
 
+and lse over the kept keys: how much less than that over all keys it is, is the mass that the others had.
+
 Sums over i are over all queries of all query heads that share a key head. A query or key with a negative position does
 not exist; what is stored there is not read, and may be NaN. A query that does not exist, or sees no key, has a_ij = 0,
 y_i = 0 and lse_i = -inf, even where there is a sink. A key that does not exist has the score 0, and zeros in gram and
@@ -71,8 +73,8 @@ def attention_scores(
 
 def value_system(
     inputs: MatchingInputs, target: torch.Tensor, settings: MatchingSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute gram and residual by the formulas above.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute gram, residual and lse by the formulas above.
 
     Args:
         inputs: Queries and kept keys.
@@ -80,24 +82,26 @@ def value_system(
         settings: Settings of the attention.
 
     Returns:
-        `(gram, residual)`: `[B, KV, S, S]` and `[B, KV, S, D]` in float32 (float64 for float64).
+        `(gram, residual, lse)`: `[B, KV, S, S]`, `[B, KV, S, D]` and `[B, H, n]` in float32 (float64 for float64).
     """
-    key = inputs.key
+    query, key = inputs.query, inputs.key
     dtype = torch.promote_types(key.dtype, torch.float32)
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
     gram = key.new_zeros((*key.shape[:3], key.shape[2]), dtype=dtype)
     residual = key.new_zeros(key.shape, dtype=dtype)
     for pair in _pairs(inputs):
         gram_of_pair = pair.key.new_zeros(len(pair.key), len(pair.key))
-        residual_of_pair = torch.zeros_like(pair.key)
+        residual_of_pair, lse_of_pair = torch.zeros_like(pair.key), pair.empty_lines()
         wanted = target[pair.row, pair.heads].index_select(1, pair.queries).flatten(0, 1).to(dtype)
         for lines in _blocks(pair):
-            weights, _ = _weights(pair, lines, settings)
+            weights, lse_of_pair[lines] = _weights(pair, lines, settings)
             gram_of_pair.addmm_(weights.T, weights)
             missing = torch.addmm(wanted[lines], weights, pair.value, alpha=-1)
             residual_of_pair.addmm_(weights.T, missing)
         gram[pair.row, pair.key_head, pair.keys[:, None], pair.keys] = gram_of_pair
         residual[pair.row, pair.key_head, pair.keys] = residual_of_pair
-    return gram, residual
+        lse[pair.row, pair.heads, pair.queries] = lse_of_pair.view(-1, len(pair.queries))
+    return gram, residual, lse
 
 
 class _Pair(NamedTuple):

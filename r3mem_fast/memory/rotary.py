@@ -130,6 +130,15 @@ class Rotation:
         turned = self._turned(keys.flatten(0, 1)[:, None], cos, sin)
         return turned[:, 0].reshape(keys.shape).to(keys.dtype)
 
+    def unrotated_from(
+        self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None, places: torch.Tensor
+    ) -> torch.Tensor:
+        """Take the rotation to its own position off each key; the inverse of `rotated_to`, with its arguments."""
+        if tables is None or not places.numel():
+            return keys
+        cos, sin = (table[0][places].flatten(0, 1) for table in tables)
+        return self.unrotated(keys.flatten(0, 1)[:, None], (cos, sin))[:, 0].reshape(keys.shape)
+
     def unrotated(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """Take the rotation to the positions of the tables off keys; the inverse of `rotated`.
 

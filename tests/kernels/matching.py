@@ -167,14 +167,14 @@ def expected_scores(tensors, settings, eager=False):
 
 
 def expected_system(tensors, settings, eager=False):
-    """`(gram, residual)` in float64 or eager."""
+    """`(gram, residual, lse)` in float64 or eager."""
     inputs, target = clean(tensors)
-    weights, _ = (eager_weights if eager else exact_weights)(inputs, settings)
+    weights, lse = (eager_weights if eager else exact_weights)(inputs, settings)
     dtype = inputs.query.dtype if eager else torch.float64
     values = inputs.value.to(dtype)
     weights = by_key_head(weights, values).to(dtype)
     missing = by_key_head(target, values).to(dtype) - weights @ values
-    return weights.transpose(-1, -2) @ weights, weights.transpose(-1, -2) @ missing
+    return weights.transpose(-1, -2) @ weights, weights.transpose(-1, -2) @ missing, lse
 
 
 def assert_within_budget(ours, exact, eager, what, factor=2, floor=2e-6):

@@ -50,9 +50,9 @@ def test_it_is_what_a_loop_in_float64_gives(case):
     rows, shared, queries, keys, dim = case.rows, case.shared, case.queries, case.keys, case.head_dim
     heads = shared * case.group
     shapes = [(rows, shared, keys), (rows, heads, queries), (rows, heads, queries, dim)]
-    shapes += [(rows, shared, keys, keys), (rows, shared, keys, dim)]
+    shapes += [(rows, shared, keys, keys), (rows, shared, keys, dim), (rows, heads, queries)]
     for name, ours, one, other, shape in zip(
-        ("scores", "lse", "output", "gram", "residual"), found, exact, eager, shapes, strict=True
+        ("scores", "lse", "output", "gram", "residual", "lse of the kept"), found, exact, eager, shapes, strict=True
     ):
         assert ours.shape == shape and ours.dtype == torch.promote_types(case.dtype, torch.float32), name
         # float64 has no eager of its own kind: its softmax is in float32.
@@ -80,16 +80,17 @@ def test_a_padded_row_is_the_row_alone_bit_for_bit(case):
                 None if inputs.sinks is None else inputs.sinks[heads],
             )
             scores, lse, output = scores_of(alone, case)
-            gram, residual = system_of(alone, target[row, None, heads, queries], case)
+            gram, residual, kept = system_of(alone, target[row, None, heads, queries], case)
             of_batch = [
                 batched[0][row, key_head, keys],
                 batched[1][row, heads, queries],
                 batched[2][row, heads, queries],
                 batched[3][row, key_head][keys][:, keys],
                 batched[4][row, key_head, keys],
+                batched[5][row, heads, queries],
             ]
             for one, other in zip(
-                (scores[0, 0], lse[0], output[0], gram[0, 0], residual[0, 0]), of_batch, strict=True
+                (scores[0, 0], lse[0], output[0], gram[0, 0], residual[0, 0], kept[0]), of_batch, strict=True
             ):
                 assert torch.equal(one, other)
 
@@ -133,7 +134,8 @@ def test_queries_that_see_nothing(sinks):
     one = system_of(inputs, target, case)
     other = system_of(inputs._replace(query_positions=torch.full_like(inputs.query_positions, -5)), target, case)
     assert (one[0][..., 2, :] == 0).all() and (one[0][..., 2] == 0).all() and (one[1][..., 2, :] == 0).all()
-    assert all((tensor == 0).all() for tensor in other)
+    assert (other[0] == 0).all() and (other[1] == 0).all() and (other[2] == -torch.inf).all()
+    assert torch.equal(one[2], lse)
 
 
 @pytest.mark.parametrize("rows, queries, keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
@@ -142,8 +144,9 @@ def test_nothing_to_do(rows, queries, keys):
     inputs, target = case.tensors()
     scores, lse, output = scores_of(inputs, case)
     assert (scores == 0).all() and (lse == -torch.inf).all() and (output == 0).all()
-    gram, residual = system_of(inputs, target, case)
+    gram, residual, lse = system_of(inputs, target, case)
     assert gram.shape == (rows, 1, keys, keys) and (gram == 0).all() and (residual == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 def test_logits_of_any_size():
@@ -171,9 +174,9 @@ def test_all_keys_kept_leave_no_residual():
     """The target is then what the kept keys give as they are."""
     case = Case(shared=2, group=3, queries=30, keys=20, key_padding=0.2, dtype=torch.float64, softcap=3.0, sinks=True)
     inputs, _ = case.tensors()
-    _, _, output = scores_of(inputs, case)
-    _, residual = system_of(inputs, output, case)
-    assert residual.abs().max() < 1e-12
+    _, lse, output = scores_of(inputs, case)
+    _, residual, lse_of_kept = system_of(inputs, output, case)
+    assert residual.abs().max() < 1e-12 and torch.equal(lse, lse_of_kept)
 
 
 def test_matched_values_give_almost_what_all_keys_gave():
@@ -185,7 +188,7 @@ def test_matched_values_give_almost_what_all_keys_gave():
     places = kept[..., None].expand(-1, -1, -1, 8)
     key, value = inputs.key.gather(2, places), inputs.value.gather(2, places)
     few = inputs._replace(key=key, value=value, key_positions=inputs.key_positions.gather(2, kept))
-    gram, residual = system_of(few, output, case)
+    gram, residual, _ = system_of(few, output, case)
     change = torch.linalg.solve(gram, residual)
     matched = few._replace(value=value + change)
     before, after = ((scores_of(one, case)[2] - output).square().sum() for one in (few, matched))

@@ -45,7 +45,7 @@ def assert_system(case):
     inputs, target = case.tensors(DEVICE)
     found = kernels.value_system(inputs, target, case.settings)
     exact, eager = (expected_system(tensors, case.settings, eager=eager) for eager in (False, True))
-    for name, ours, one, other in zip(("gram", "residual"), found, exact, eager, strict=True):
+    for name, ours, one, other in zip(("gram", "residual", "lse"), found, exact, eager, strict=True):
         assert ours.dtype == torch.float32
         assert_within_budget(ours, one, other, name)
 
@@ -89,7 +89,7 @@ def test_sums_in_several_parts_are_the_same_at_every_run():
     inputs, target = case.tensors(DEVICE)
     launches, _ = kernels.plan_attention_scores(inputs, case.settings)
     assert launches[1].arguments["splits"] > 1
-    launches, _ = kernels.plan_value_system(inputs, target, case.settings)
+    launches, *_ = kernels.plan_value_system(inputs, target, case.settings)
     assert launches[1].arguments["splits"] > 1
     for run in (
         lambda: kernels.attention_scores(inputs, case.settings),
@@ -121,8 +121,9 @@ def test_nothing_to_do(queries, keys, rows):
     inputs, target = case.tensors(DEVICE)
     scores, lse, output = kernels.attention_scores(inputs, case.settings)
     assert (scores == 0).all() and (lse == -torch.inf).all() and (output == 0).all()
-    gram, residual = kernels.value_system(inputs, target, case.settings)
+    gram, residual, lse = kernels.value_system(inputs, target, case.settings)
     assert gram.shape == (rows, 1, keys, keys) and (gram == 0).all() and (residual == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 def test_sinks_that_take_all_and_nothing():
@@ -157,7 +158,7 @@ def test_no_kernel_is_compiled_anew_for_other_lengths():
         launches, _ = kernels.plan_attention_scores(inputs, some, target="cuda:90")
         for launch in launches:
             variants.setdefault(launch.kernel.__name__, set()).add(str(specialise(launch, 32)))
-        launches, _ = kernels.plan_value_system(inputs, query, some, target="cuda:90")
+        launches, *_ = kernels.plan_value_system(inputs, query, some, target="cuda:90")
         few = inputs._replace(key=key[:, :, :7], value=key[:, :, :7], key_positions=inputs.key_positions[:, :, :7])
         launches += kernels.plan_value_system(few, query, some, target="cuda:90")[0]
         for launch in launches:

@@ -337,6 +337,25 @@ def test_equations_that_cannot_be_solved_change_nothing():
     assert not matching.solved(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).any()
 
 
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_moved_keys_have_the_mass_of_all(scale):
+    """Queries with a large part in common miss, on average, nothing after the move; others do not count."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 40, 16, generator=generator) + 3 * torch.randn(2, 6, 1, 16, generator=generator)
+    missing = 0.3 + 0.1 * torch.rand(2, 6, 40, generator=generator)
+    missing[1, :, 30:], query[1, :, 30:] = float("nan"), float("nan")
+    missing[0, 2, 5] = float("inf")
+    move = matching.move_for_mass(query, missing, 6, scale)
+    gained = scale * (query * move[:, :, None]).sum(-1)
+    for row, head in ((0, 0), (0, 2), (1, 3)):
+        counted = missing[row, head].isfinite()
+        assert abs((gained - missing)[row, head, counted].mean()) < 0.02 and gained[row, head, counted].std() < 0.15
+    shared = matching.move_for_mass(query[:, :1].repeat(1, 6, 1, 1), missing, 2, scale)
+    assert shared.shape == (2, 2, 16) and shared.isfinite().all()
+    assert not matching.move_for_mass(query * float("nan"), missing, 6, scale).any()
+    assert not matching.move_for_mass(torch.zeros_like(query), missing, 6, scale).any()
+
+
 def test_backward_it_learns_to_read_them():
     """The third term of the objective has a gradient, and the memory that it reads none."""
     model = network(first_adapted_layer=0, segment_overlap=0).train()

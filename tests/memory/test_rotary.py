@@ -52,6 +52,21 @@ def test_keys_moved_to_other_positions_are_those_computed_there(family, settings
         assert not torch.allclose(there, moved, atol=1e-2 * moved.abs().max().item())
 
 
+@pytest.mark.parametrize("family, settings", CASES)
+def test_each_key_goes_to_a_place_of_its_own_and_back(family, settings):
+    _, decoder, rotation = rotation_of(family, settings)
+    generator = torch.Generator().manual_seed(0)
+    dim = decoder.layers[0].self_attn.head_dim if hasattr(decoder.layers[0], "self_attn") else 8
+    keys = torch.randn(2, 2, 5, dim, generator=generator)
+    places = torch.randint(0, 60, (2, 2, 5), generator=generator)
+    tables = rotation.tables(torch.arange(60)[None], keys)(0)
+    there = rotation.rotated_to(keys, tables, places)
+    assert not torch.allclose(there, keys, atol=0.1)
+    torch.testing.assert_close(rotation.unrotated_from(there, tables, places), keys)
+    one = rotation.rotated(keys[1:, 1:, 3:4], rotation.tables(places[1:, 1, 3:4], keys)(0))
+    torch.testing.assert_close(there[1:, 1:, 3:4], one)
+
+
 def test_frequencies_that_depend_on_the_longest_row():
     """As dynamic scaling has them: a memory's keys are rotated by those of the tokens that read it."""
     dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}

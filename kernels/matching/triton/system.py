@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...attention.triton.common import resolve_target, select_configuration
+from ...attention.triton.common import LOG2_E, resolve_target, select_configuration
 from ...common.launch import Launch
 from ..arguments import MatchingInputs, MatchingSettings
 from .common import (
@@ -30,6 +30,8 @@ from .common import (
     splits_of,
 )
 from .scores import plan_forward
+
+_LOG2_E = tl.constexpr(LOG2_E)
 
 # As in scores.py. For one block of kept keys; for several, those on the diagonal; and those below it, whose BLOCK_N
 # must be the diagonal's. One stage on cuda:100: with more, Triton 3.6.0 fails.
@@ -74,7 +76,7 @@ def matching_system_kernel(
     query_positions,
     key_positions,
     sinks,  # read only if WHOLE
-    lse,  # read only if not WHOLE
+    lse,  # float32 [rows, heads, queries], contiguous: written if WHOLE, else read
     gram,  # float32 [splits, rows, key heads, keys, keys], contiguous
     residual,  # float32 [splits, rows, key heads, keys, D], contiguous
     query_strides,
@@ -119,6 +121,7 @@ def matching_system_kernel(
         missing = load_wanted(wanted, lines, D, BLOCK_D)
         if WHOLE:
             largest = tl.max(logits, axis=1)
+            blind = largest == float("-inf")
             if sinks is not None:
                 sink = load_sinks(sinks, lines)
                 largest = tl.maximum(largest, sink)
@@ -127,7 +130,10 @@ def matching_system_kernel(
             total = tl.sum(exponentials, axis=1)
             if sinks is not None:
                 total += tl.exp2(sink - base)
-            weights = (exponentials / tl.where(total == 0.0, 1.0, total)[:, None]).to(tile.dtype)
+            total = tl.where(total == 0.0, 1.0, total)
+            found_lse = tl.where(blind, float("-inf"), (base + tl.log2(total)) / _LOG2_E)
+            tl.store(lse + lines.index, found_lse, mask=step * BLOCK_M + tl.arange(0, BLOCK_M) < group * queries)
+            weights = (exponentials / total[:, None]).to(tile.dtype)
             missing -= tl.dot(weights, values, input_precision="ieee")
         else:
             lse_2 = load_lse(lse, lines)
@@ -201,7 +207,7 @@ def matching_cross_kernel(
 
 def plan_value_system(
     inputs: MatchingInputs, wanted: torch.Tensor, settings: MatchingSettings, *, target: str | None = None
-) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Plan the launches of `value_system`, and make its outputs.
 
     Args:
@@ -211,8 +217,8 @@ def plan_value_system(
         target: GPU to compile for, as the compile gate names it (cuda:90, hip:gfx942); None for the tensors' device.
 
     Returns:
-        The launches in their order, and the parts that they will write: gram is the sum of `[splits, B, KV, S, S]`,
-        residual of `[splits, B, KV, S, D]`.
+        The launches in their order, and what they will write: the parts of gram, `[splits, B, KV, S, S]`, and of
+        residual, `[splits, B, KV, S, D]`, that are to be added; and lse.
     """
     query, (rows, key_heads, keys, head_dim) = inputs.query, inputs.key.shape
     resolved = resolve_target(query, target)
@@ -230,20 +236,23 @@ def plan_value_system(
     residual = query.new_empty((splits, rows, key_heads, keys, head_dim), dtype=torch.float32)
     own = {"blocks": blocks, "splits": splits, "gram": gram, "residual": residual, "WHOLE": whole}
     if whole:
+        # Filled, for if there is no key nothing is launched.
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
         plan = launch_planner(inputs, settings, wanted)
-        return [plan(matching_system_kernel, programs * splits, configuration, lse=None, **own)], (gram, residual)
+        launch = plan(matching_system_kernel, programs * splits, configuration, lse=lse, **own)
+        return [launch], (gram, residual), lse
     first, lse, missing = plan_forward(inputs, settings, wanted, target=target)
     plan = launch_planner(inputs._replace(sinks=None), settings, missing)
     own |= {"lse": lse}
     launches = [first, plan(matching_system_kernel, programs * splits, configuration, **own)]
     launches.append(plan(matching_cross_kernel, blocks * programs * splits, cross, **own))
-    return launches, (gram, residual)
+    return launches, (gram, residual), lse
 
 
 def value_system(
     inputs: MatchingInputs, target: torch.Tensor, settings: MatchingSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute gram and residual as `reference.value_system` does.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute gram, residual and lse as `reference.value_system` does.
 
     Args:
         inputs: Queries and kept keys.
@@ -251,10 +260,10 @@ def value_system(
         settings: Settings of the attention.
 
     Returns:
-        `[B, KV, S, S]` and `[B, KV, S, D]` in float32.
+        `[B, KV, S, S]`, `[B, KV, S, D]` and `[B, H, n]` in float32.
     """
-    launches, parts = plan_value_system(inputs, target, settings)
+    launches, parts, lse = plan_value_system(inputs, target, settings)
     for launch in launches:
         launch.run()
     gram, residual = (part.sum(0) for part in parts)
-    return gram, residual
+    return gram, residual, lse

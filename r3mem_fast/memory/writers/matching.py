@@ -6,6 +6,13 @@ values for them in closed form, by ridge regression:
 
     a = softmax(Q K^T),  y = a V,  X = softmax(Q K_kept^T)
     V_new = V_kept + (X^T X + lambda I)^-1 X^T (y - X V_kept)
+
+Tokens behind the slots are in the same softmax, and there kept keys have less than the mass of all. The paper adds a
+bias to their logits. A memory is keys and values alone; but queries of a head have a large part in common, so that the
+bias can be put into the keys: they move along the direction d by which all queries gain the same, by as much as the
+queries miss on average,
+
+    d = argmin |Q d - 1|^2,  K_new = K_kept + d mean(logsumexp(Q K^T) - logsumexp(Q K_kept^T))
 """
 
 import warnings
@@ -23,6 +30,8 @@ from ..slots import Slots
 # it, which no query has asked, are answered better with larger ones, which change values less.
 _RIDGE = 0.1
 _POWER_STEPS = 12
+# Ridge of the direction, as a share of the mean of the diagonal.
+_DIRECTION_RIDGE = 1e-3
 # Bytes of the equations that are held at once.
 _BYTES = 2**28
 
@@ -99,25 +108,28 @@ class Match:
                 "query_positions": asked_from.repeat(len(group), 1),
                 "key_positions": positions.to(torch.int32),
             }
-            scores, _, target = attention_scores(asked, key, value, **where, **settings)
+            scores, lse, target = attention_scores(asked, key, value, **where, **settings)
             exists = ages >= 0
             stays = exists & (exists.cumsum(-1) <= pinned)
             places = best_places(scores.masked_fill(stays, torch.inf), where["key_positions"], limit)
             wide = places[..., None].expand(-1, -1, -1, key.shape[-1])
             kept = {**where, "key_positions": where["key_positions"].gather(2, places)}
             values = value.gather(2, wide)
-            gram, residual = value_system(asked, key.gather(2, wide), values, target, **kept, **settings)
+            gram, residual, kept_lse = value_system(asked, key.gather(2, wide), values, target, **kept, **settings)
+            fixed = stays.gather(2, places)
             if pinned:
-                gram, residual = _without(gram, residual, stays.gather(2, places))
+                gram, residual = _without(gram, residual, fixed)
             # Where nothing is left out there is nothing to match.
-            whole = exists.sum(2, keepdim=True) <= limit
-            change = solved(gram, residual).masked_fill(whole[..., None], 0)
-            values = (values.float() + change).to(values.dtype)
-            raw = torch.cat([slots.states[index, 0] for index in group]).gather(2, wide)
-            kept_ages = ages.gather(2, places)
+            fixed |= exists.sum(2, keepdim=True) <= limit
+            values = (values.float() + solved(gram, residual).masked_fill(fixed[..., None], 0)).to(values.dtype)
+            move = move_for_mass(asked, lse - kept_lse, heads, settings["scale"])[:, :, None].expand(wide.shape)
+            move = move.masked_fill(fixed[..., None], 0)
+            kept_ages, kept_places = ages.gather(2, places), kept["key_positions"].clamp_min(0).long()
             for place, index in enumerate(group):
                 here = slice(place * len(rows), (place + 1) * len(rows))
-                found_states[index] = torch.stack([raw[here], values[here]])
+                raw = slots.states[index, 0].gather(2, wide[here])
+                raw = raw + self._cache.unplaced(move[here], index, kept_places[here]).to(raw.dtype)
+                found_states[index] = torch.stack([raw, values[here]])
                 found_ages[index] = kept_ages[here]
         states = torch.stack([found_states[index] for index in range(layers)])
         found = torch.stack([found_ages[index] for index in range(layers)])
@@ -138,6 +150,34 @@ def _without(gram, residual, pinned):
     """The equations without the values of pinned slots, bool `[B, kv_heads, t]`, whose change comes out as 0."""
     gram = gram.masked_fill(pinned[..., None] | pinned[..., None, :], 0)
     return gram, residual.masked_fill(pinned[..., None], 0)
+
+
+def move_for_mass(query: torch.Tensor, missing: torch.Tensor, key_heads: int, scale: float) -> torch.Tensor:
+    """How keys move so that queries gain, on average, the mass that they miss; zero where that cannot be computed.
+
+    Args:
+        query: `[B, H, n, D]`.
+        missing: What each query's logits are to gain, `[B, H, n]`; not finite where it does not count.
+        key_heads: Number of key heads.
+        scale: Factor of the products of queries and keys.
+
+    Returns:
+        float32 `[B, key_heads, D]`, for all keys of a head.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        missing = missing.float().reshape(len(missing), key_heads, -1)
+        counts = missing.isfinite()
+        number = counts.sum(-1, keepdim=True).clamp_min(1)
+        gain = missing.masked_fill(~counts, 0).sum(-1, keepdim=True) / number
+        asked = query.float().reshape(*missing.shape, -1) * scale
+        asked = asked.masked_fill(~counts[..., None], 0)
+        gram = asked.mT @ asked
+        ridge = _DIRECTION_RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(gram.dtype).tiny
+        eye = torch.eye(gram.shape[-1], device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye)
+        move = gain * torch.cholesky_solve(asked.sum(2)[..., None], factor)[..., 0]
+        right = (failed == 0)[..., None] & move.isfinite().all(-1, keepdim=True)
+        return torch.where(right, move, 0.0)
 
 
 def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
