@@ -104,7 +104,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return places_of(texts, tokenizer, options.length, held_out=held_out, count=count, before=before)
 
     found, chains, long = places(1, options.segments), places(CHAIN, options.chains), places(LONG, options.long)
-    learned = R3MemPipeline(options.adapter, dtype=options.dtype).model if options.adapter else None
+    learned = _learned(options, model) if options.adapter else None
     yield {
         "kind": options.kind, "model": options.model, "dtype": options.dtype, "segment_length": options.length,
         "tail": options.tail, "segments": len(found), "chains": len(chains), "long_chains": len(long),
@@ -124,6 +124,20 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from _means(losses, places="long chains")
         shorter, mine = (losses[f"matched_{options.budget}_of_{count}"] for count in (CHAIN, LONG))
         yield _better(shorter, mine, "matched, of 7 segments", slots=options.budget, of=LONG)
+
+
+def _learned(options: argparse.Namespace, model: R3MemModel) -> R3MemModel:
+    """Load the adapter that is a rival; raise ValueError if it would read other tokens, or with another model."""
+    learned = R3MemPipeline(options.adapter, dtype=options.dtype).model
+    config = learned.r3mem_config
+    if (config.segment_length, config.segment_overlap) != (options.length, options.tail):
+        raise ValueError(
+            f"{options.adapter} reads segments of {config.segment_length} tokens and the last {config.segment_overlap}"
+            f" again: give --length and --tail these"
+        )
+    if learned.origin().base != model.origin().base:
+        raise ValueError(f"{options.adapter} was made of another model than {options.model}")
+    return learned
 
 
 def _compared(options: argparse.Namespace, losses: Losses) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from .markdown import interval, records, table
 
 # Kinds of text that matched memories were measured on.
-MATCHED_KINDS = ("novels", "wikipedia")
+MATCHED_KINDS = ("novels", "wikipedia", "dialogue", "code", "help")
 _RIVALS = {
     "attended": "most attended, own values",
     "raw": "raw tokens",
@@ -12,6 +12,7 @@ _RIVALS = {
     "keydiff": "KeyDiff",
     "kvzip": "KVzip",
     "even": "evenly spaced",
+    "learned": "learned memory tokens",
 }
 
 
@@ -28,6 +29,8 @@ def matched_memories() -> str:
         closed = closed_by(f"matched_{kind}_smollm2")
         better = {(r["nats_better_than"], r["slots"]): r for r in found if "nats_better_than" in r and "of" not in r}
         for slots in (64, 16):
+            if (f"matched_{slots}", "full") not in closed:
+                continue
             rivals = [arm for arm in _RIVALS if (f"{arm}_{slots}", "full") in closed]
             best = max(rivals, key=lambda arm: closed[f"{arm}_{slots}", "full"]["mean"])
             cells = [
@@ -35,12 +38,15 @@ def matched_memories() -> str:
                 f"{_RIVALS[best]}: {interval(closed[f'{best}_{slots}', 'full'])}",
             ]
             cells += [interval(better[best, slots]), interval(closed[f"raw_{slots}", "full"])]
-            foreign = closed.get((f"foreign_{slots}", "full"))
-            cells += ["–" if foreign is None else interval(foreign)]
+            cells += [_cell(closed, f"foreign_{slots}"), _cell(closed, "foreign")]
             rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
     names = ("kind of text, segments", "slots", "**matched**", "best rival", "matched is better by, nats a token",
-             "raw tokens", "matched, of another text")  # fmt: skip
+             "raw tokens", "matched, of another text", "another text, all of it")  # fmt: skip
     return table(names, rows)
+
+
+def _cell(closed: dict[tuple[str, str], dict], arm: str) -> str:
+    return interval(closed[arm, "full"]) if (arm, "full") in closed else "–"
 
 
 def matched_rivals() -> str:
@@ -48,7 +54,7 @@ def matched_rivals() -> str:
     closed = closed_by("matched_novels_smollm2")
     arms = {"matched": "**matched**", **_RIVALS}
     rows = [
-        (what, *(interval(closed[f"{arm}_{slots}", "full"]) for slots in (64, 16)))
+        (what, *(_cell(closed, f"{arm}_{slots}") for slots in (64, 16)))
         for arm, what in arms.items()
         if (f"{arm}_64", "full") in closed
     ]

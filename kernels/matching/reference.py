@@ -18,7 +18,7 @@ of the values, min |X (V + change) - y|^2:
 
     gram = X^T X                     residual = X^T (y - X V)
 
-and lse over the kept keys: how much less than that over all keys it is, is the mass that the others had.
+and lse over the kept keys: what that over all keys is above it is the logarithm of how much more mass all had.
 
 Sums over i are over all queries of all query heads that share a key head. A query or key with a negative position does
 not exist; what is stored there is not read, and may be NaN. A query that does not exist, or sees no key, has a_ij = 0,

@@ -182,14 +182,16 @@ class PrefixCache(PassCache):
             layer_idx: The layer's index in the cache.
             places: Positions of the keys, int64 `[B, kv_heads, N]`.
         """
-        return self.rotation.rotated_to(keys, self._tables_up_to_first(keys)(layer_idx), places)
+        return self.rotation.rotated_to(keys, self._tables_up_to_first()(layer_idx), places)
 
     def unplaced(self, keys: torch.Tensor, layer_idx: int, places: torch.Tensor) -> torch.Tensor:
         """Take the rotation off keys at these positions; the inverse of `placed`, with its arguments."""
-        return self.rotation.unrotated_from(keys, self._tables_up_to_first(keys)(layer_idx), places)
+        return self.rotation.unrotated_from(keys, self._tables_up_to_first()(layer_idx), places)
 
-    def _tables_up_to_first(self, like):
+    def _tables_up_to_first(self):
+        """Tables of all positions that a memory's keys can have."""
         if self._tables is None:
+            like = self._prefix if self._prefix is not None else self._written[0][0]
             known = torch.arange(self.first_position + 1, device=like.device)[None]
             # For all rows alike: what some models choose by the largest position of a pass is that of the whole batch.
             self._tables = self.rotation.tables(known, like, seen_with=self._of_pass.amax(0, keepdim=True))

@@ -125,10 +125,8 @@ class Rotation:
         """
         if tables is None or not places.numel():
             return keys
-        # Each head of each row as a row of its own: the model's function has positions by row.
-        cos, sin = (table[0][places].flatten(0, 1) for table in tables)
-        turned = self._turned(keys.flatten(0, 1)[:, None], cos, sin)
-        return turned[:, 0].reshape(keys.shape).to(keys.dtype)
+        by_head, tables = _by_head(keys, tables, places)
+        return self.rotated(by_head, tables)[:, 0].reshape(keys.shape)
 
     def unrotated_from(
         self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None, places: torch.Tensor
@@ -136,8 +134,8 @@ class Rotation:
         """Take the rotation to its own position off each key; the inverse of `rotated_to`, with its arguments."""
         if tables is None or not places.numel():
             return keys
-        cos, sin = (table[0][places].flatten(0, 1) for table in tables)
-        return self.unrotated(keys.flatten(0, 1)[:, None], (cos, sin))[:, 0].reshape(keys.shape)
+        by_head, tables = _by_head(keys, tables, places)
+        return self.unrotated(by_head, tables)[:, 0].reshape(keys.shape)
 
     def unrotated(self, keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """Take the rotation to the positions of the tables off keys; the inverse of `rotated`.
@@ -163,3 +161,11 @@ class Rotation:
         # It rotates queries, too: give it a head of the keys in their place.
         keys = keys.float()
         return self._apply(keys[:, :1], keys, cos, sin)[1]
+
+
+def _by_head(
+    keys: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Make each head of each row a row of its own, with its tables: the model's function has positions by row."""
+    cos, sin = (table[0][places].flatten(0, 1) for table in tables)
+    return keys.flatten(0, 1)[:, None], (cos, sin)

@@ -1,4 +1,4 @@
-"""Matches slots to queries: few keys, with values that give the attention to all of them.
+"""Matches slots to queries: few keys, moved a little, with values that give the attention to all of them.
 
 Attention Matching (arXiv 2602.16284), by layer and key head. Of the keys K with values V that are to be held, at the
 positions where they will be read, the queries Q keep the keys with the largest root mean square attention, and get new
@@ -7,12 +7,16 @@ values for them in closed form, by ridge regression:
     a = softmax(Q K^T),  y = a V,  X = softmax(Q K_kept^T)
     V_new = V_kept + (X^T X + lambda I)^-1 X^T (y - X V_kept)
 
-Tokens behind the slots are in the same softmax, and there kept keys have less than the mass of all. The paper adds a
-bias to their logits. A memory is keys and values alone; but queries of a head have a large part in common, so that the
-bias can be put into the keys: they move along the direction d by which all queries gain the same, by as much as the
-queries miss on average,
+Other tokens share the softmax with the slots, and beside them the kept keys would weigh less than all keys did. The
+paper adds a bias to their logits. A memory is keys and values alone; but the queries of a head have a large part in
+common, so that the bias can be put into the keys: they move along the direction d by which all queries gain nearly the
+same, by as much as the queries miss on average,
 
-    d = argmin |Q d - 1|^2,  K_new = K_kept + d mean(logsumexp(Q K^T) - logsumexp(Q K_kept^T))
+    d = argmin |scale Q d - 1|^2 + ridge,  K_new = K_kept + d mean(logsumexp(Q K^T) - logsumexp(Q K_kept^T))
+
+Pinned keys, and sinks, do not move; what they have counts as kept. Values are matched before the move, which changes
+nothing among the keys that move. It is right where the queries stood: as slots grow older, rotation turns d away from
+what queries have in common, and the bias fades.
 """
 
 import warnings
@@ -128,8 +132,8 @@ class Match:
             for place, index in enumerate(group):
                 here = slice(place * len(rows), (place + 1) * len(rows))
                 raw = slots.states[index, 0].gather(2, wide[here])
-                raw = raw + self._cache.unplaced(move[here], index, kept_places[here]).to(raw.dtype)
-                found_states[index] = torch.stack([raw, values[here]])
+                moved = raw.float() + self._cache.unplaced(move[here], index, kept_places[here])
+                found_states[index] = torch.stack([moved.to(raw.dtype), values[here]])
                 found_ages[index] = kept_ages[here]
         states = torch.stack([found_states[index] for index in range(layers)])
         found = torch.stack([found_ages[index] for index in range(layers)])
@@ -153,11 +157,12 @@ def _without(gram, residual, pinned):
 
 
 def move_for_mass(query: torch.Tensor, missing: torch.Tensor, key_heads: int, scale: float) -> torch.Tensor:
-    """How keys move so that queries gain, on average, the mass that they miss; zero where that cannot be computed.
+    """How keys move so that logits gain, on average over queries, what is missing; zero where that cannot be computed.
 
     Args:
         query: `[B, H, n, D]`.
-        missing: What each query's logits are to gain, `[B, H, n]`; not finite where it does not count.
+        missing: What the logits of each query are to gain, the logarithm of a mass, `[B, H, n]`; not finite where a
+            query does not count.
         key_heads: Number of key heads.
         scale: Factor of the products of queries and keys.
 
@@ -169,13 +174,12 @@ def move_for_mass(query: torch.Tensor, missing: torch.Tensor, key_heads: int, sc
         counts = missing.isfinite()
         number = counts.sum(-1, keepdim=True).clamp_min(1)
         gain = missing.masked_fill(~counts, 0).sum(-1, keepdim=True) / number
-        asked = query.float().reshape(*missing.shape, -1) * scale
-        asked = asked.masked_fill(~counts[..., None], 0)
+        asked = query.reshape(*missing.shape, query.shape[-1]).float().masked_fill(~counts[..., None], 0)
         gram = asked.mT @ asked
         ridge = _DIRECTION_RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(gram.dtype).tiny
         eye = torch.eye(gram.shape[-1], device=gram.device)
         factor, failed = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye)
-        move = gain * torch.cholesky_solve(asked.sum(2)[..., None], factor)[..., 0]
+        move = gain / scale * torch.cholesky_solve(asked.sum(2)[..., None], factor)[..., 0]
         right = (failed == 0)[..., None] & move.isfinite().all(-1, keepdim=True)
         return torch.where(right, move, 0.0)
 
