@@ -164,20 +164,20 @@ def test_what_a_matched_memory_is_worth():
     short, text = text_of("README.md"), text_of("docs/memory.md")
     assert f"closes {matched:.3f} of the gap" in short and f"64 more raw tokens close {raw:.3f}" in short
     assert f"with their own values close {attended:.3f}" in short and f"{head['segments']} segments of novels" in short
-    for record in (closed["matched_152_of_7", "full_of_7"], closed["raw_152_of_7", "full_of_7"]):
-        assert f"{record['mean']:.2f} ({record['low']:.2f} to {record['high']:.2f})" in text
-    assert f"over {head['chains']} places" in text and f"over {head['long_chains']} places" in text
     for record in (
         better["attended", 64, None],
         better["attended", 16, None],
-        better["matched, of 7 segments", 152, 64],
+        better["learned", 64, None],
+        closed["learned_tail", "full"],
     ):
         assert interval(record) in text
-    head, *found = records("matched_forget_smollm2.jsonl")
-    assert f"over {head['chains']} places" in text and f"over {head['long_chains']} places" in text
-    seven = next(r for r in found if r.get("closed_by") == "matched_152_of_7")
-    assert f"{seven['mean']:.2f} ({seven['low']:.2f} to {seven['high']:.2f})" in text
-    assert interval(next(r for r in found if r.get("of") == 64)) in text
+    for name in ("matched_forget_smollm2.jsonl", "matched_rematch_smollm2.jsonl"):
+        head, *found = records(name)
+        assert f"over {head['chains']} places" in text and f"over {head['long_chains']} places" in text
+        for arm in ("matched_152_of_7", "raw_152_of_7"):
+            seven = next(r for r in found if r.get("closed_by") == arm)
+            assert f"{seven['mean']:.2f} ({seven['low']:.2f} to {seven['high']:.2f})" in text
+        assert interval(next(r for r in found if r.get("of") == 64)) in text
 
 
 def test_memories_trained_otherwise():
