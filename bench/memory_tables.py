@@ -3,7 +3,7 @@
 from .markdown import interval, records, table
 
 # Kinds of text that matched memories were measured on.
-MATCHED_KINDS = ("novels", "wikipedia", "dialogue", "code", "help")
+MATCHED_KINDS = ("novels", "wikipedia", "dialogue", "code")
 _RIVALS = {
     "attended": "most attended, own values",
     "raw": "raw tokens",

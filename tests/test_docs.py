@@ -164,14 +164,20 @@ def test_what_a_matched_memory_is_worth():
     short, text = text_of("README.md"), text_of("docs/memory.md")
     assert f"closes {matched:.3f} of the gap" in short and f"64 more raw tokens close {raw:.3f}" in short
     assert f"with their own values close {attended:.3f}" in short and f"{head['segments']} segments of novels" in short
+    answers = {(r["gained_by"], r["of"]): r for r in records("answers_xquad_smollm2.jsonl") if "gained_by" in r}
+    matched, attended = (answers[f"{arm}_4", "nats"]["mean"] for arm in ("matched", "attended"))
+    assert f"a quarter of its size keeps {matched:.3f}, such keys {attended:.3f}" in short
+    found = [r for r in records("answers_xquad_smollm2.jsonl") if r.get("ratio") == 4]
     for record in (
+        next(r for r in found if r.get("nats_better_than") == "attended"),
+        next(r for r in found if r.get("f1_better_than") == "attended"),
         better["attended", 64, None],
         better["attended", 16, None],
         better["learned", 64, None],
         closed["learned_tail", "full"],
     ):
         assert interval(record) in text
-    for name in ("matched_forget_smollm2.jsonl", "matched_rematch_smollm2.jsonl"):
+    for name in ("matched_forget_21_smollm2.jsonl", "matched_forget_smollm2.jsonl", "matched_rematch_smollm2.jsonl"):
         head, *found = records(name)
         assert f"over {head['chains']} places" in text and f"over {head['long_chains']} places" in text
         for arm in ("matched_152_of_7", "raw_152_of_7"):
