@@ -53,5 +53,5 @@ def test_the_least_is_counted_by_hand():
     lines, keys = 2 * 4 * 30, 2 * 2 * 20
     assert launch.arguments["splits"] == 1
     assert case.least_bytes(launch, shape) == (
-        lines * (64 * 2 + 64 * 4 + 4) + keys * (2 * 64 * 2 + 4) + keys * (20 * 4 + 64 * 4)
+        lines * (64 * 2 + 64 * 4 + 4 + 4) + keys * (2 * 64 * 2 + 4) + keys * (20 * 4 + 64 * 4)
     )
