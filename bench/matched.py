@@ -133,7 +133,7 @@ def _learned(options: argparse.Namespace, model: R3MemModel) -> R3MemModel:
     if (config.segment_length, config.segment_overlap) != (options.length, options.tail):
         raise ValueError(
             f"{options.adapter} reads segments of {config.segment_length} tokens and the last {config.segment_overlap}"
-            f" again: give --length and --tail these"
+            " again: give --length and --tail these"
         )
     if learned.origin().base != model.origin().base:
         raise ValueError(f"{options.adapter} was made of another model than {options.model}")

@@ -164,13 +164,14 @@ def test_what_a_matched_memory_is_worth():
     short, text = text_of("README.md"), text_of("docs/memory.md")
     assert f"closes {matched:.3f} of the gap" in short and f"64 more raw tokens close {raw:.3f}" in short
     assert f"with their own values close {attended:.3f}" in short and f"{head['segments']} segments of novels" in short
-    answers = {(r["gained_by"], r["of"]): r for r in records("answers_xquad_smollm2.jsonl") if "gained_by" in r}
+    answered = records("answers_xquad_smollm2.jsonl")
+    answers = {(r["gained_by"], r["of"]): r for r in answered if "gained_by" in r}
     matched, attended = (answers[f"{arm}_4", "nats"]["mean"] for arm in ("matched", "attended"))
     assert f"a quarter of its size keeps {matched:.3f}, such keys {attended:.3f}" in short
-    found = [r for r in records("answers_xquad_smollm2.jsonl") if r.get("ratio") == 4]
+    quarter = [r for r in answered if r.get("ratio") == 4]
     for record in (
-        next(r for r in found if r.get("nats_better_than") == "attended"),
-        next(r for r in found if r.get("f1_better_than") == "attended"),
+        next(r for r in quarter if r.get("nats_better_than") == "attended"),
+        next(r for r in quarter if r.get("f1_better_than") == "attended"),
         better["attended", 64, None],
         better["attended", 16, None],
         better["learned", 64, None],
