@@ -5,7 +5,11 @@ positions where they will be read, the queries Q keep the keys with the largest 
 values for them in closed form, by ridge regression:
 
     a = softmax(Q K^T),  y = a V,  X = softmax(Q K_kept^T)
-    V_new = V_kept + (X^T X + lambda I)^-1 X^T (y - X V_kept)
+    V_new = V_kept + (X^T X + lambda diag(X^T X))^-1 X^T (y - X V_kept)
+
+The ridge grows with what each key is asked for: a key of which the queries say little is not changed by noise, and one
+that stands alone takes over 1 / (1 + lambda) of what it misses. (The paper's is the same for all, so that the key that
+is asked for most, which is often the first, says how far all others may move.)
 
 Other tokens share the softmax with the slots, and beside them the kept keys would weigh less than all keys did. The
 paper adds a bias to their logits. A memory is keys and values alone; but the queries of a head have a large part in
@@ -30,10 +34,9 @@ from ...integrations.capture import AttentionCall
 from ..cache import PrefixCache
 from ..slots import Slots
 
-# Ridge, as a share of the largest eigenvalue. From 0.001 to 0.1 text behind a memory is read as well; questions about
-# it, which no query has asked, are answered better with larger ones, which change values less.
-_RIDGE = 0.1
-_POWER_STEPS = 12
+# Ridge of each key, as a share of its square attention. From 0.1 to 1 text behind a memory is read as well, within
+# 0.002 nats a token.
+_RIDGE = 0.3
 # Ridge of the direction, as a share of the mean of the diagonal.
 _DIRECTION_RIDGE = 1e-3
 # Bytes of the equations that are held at once.
@@ -94,50 +97,49 @@ class Match:
             return slots.within(limit)
         limit = min(limit + pinned, count)
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=slots.ages.device)
-        asked_from = self._queries.positions[chosen]
-        found_states: dict[int, torch.Tensor] = {}
-        found_ages: dict[int, torch.Tensor] = {}
+        states = torch.empty_like(slots.states[..., :limit, :])
+        ages = torch.empty_like(slots.ages[..., :limit])
         for group in self._groups(layers, len(rows) * heads * 4 * limit**2):
-            settings = self._queries.calls[group[0]].settings
-            ages = torch.cat([slots.ages[index] for index in group])
-            positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1)
-            of_layer = positions.clamp_min(0).chunk(len(group))
-            keys = [
-                self._cache.placed(slots.states[index, 0], index, places)
-                for index, places in zip(group, of_layer, strict=True)
-            ]
-            asked = torch.cat([self._queries.calls[index].query[chosen] for index in group]).to(slots.states.dtype)
-            key, value = torch.cat(keys), torch.cat([slots.states[index, 1] for index in group])
-            where = {
-                "query_positions": asked_from.repeat(len(group), 1),
-                "key_positions": positions.to(torch.int32),
-            }
-            scores, lse, target = attention_scores(asked, key, value, **where, **settings)
-            exists = ages >= 0
-            stays = exists & (exists.cumsum(-1) <= pinned)
-            places = best_places(scores.masked_fill(stays, torch.inf), where["key_positions"], limit)
-            wide = places[..., None].expand(-1, -1, -1, key.shape[-1])
-            kept = {**where, "key_positions": where["key_positions"].gather(2, places)}
-            values = value.gather(2, wide)
-            gram, residual, kept_lse = value_system(asked, key.gather(2, wide), values, target, **kept, **settings)
-            fixed = stays.gather(2, places)
-            if pinned:
-                gram, residual = _without(gram, residual, fixed)
-            # Where nothing is left out there is nothing to match.
-            fixed |= exists.sum(2, keepdim=True) <= limit
-            values = (values.float() + solved(gram, residual).masked_fill(fixed[..., None], 0)).to(values.dtype)
-            move = move_for_mass(asked, lse - kept_lse, heads, settings["scale"])[:, :, None].expand(wide.shape)
-            move = move.masked_fill(fixed[..., None], 0)
-            kept_ages, kept_places = ages.gather(2, places), kept["key_positions"].clamp_min(0).long()
-            for place, index in enumerate(group):
-                here = slice(place * len(rows), (place + 1) * len(rows))
-                raw = slots.states[index, 0].gather(2, wide[here])
-                moved = raw.float() + self._cache.unplaced(move[here], index, kept_places[here])
-                found_states[index] = torch.stack([moved.to(raw.dtype), values[here]])
-                found_ages[index] = kept_ages[here]
-        states = torch.stack([found_states[index] for index in range(layers)])
-        found = torch.stack([found_ages[index] for index in range(layers)])
-        return Slots(states, found, slots.counts.clamp_max(limit), slots.pinned)
+            by_layer = [part.unflatten(0, (len(group), -1)) for part in self._of_layers(group, slots, limit, chosen)]
+            states[group, 0], states[group, 1], ages[group] = by_layer
+        return Slots(states, ages, slots.counts.clamp_max(limit), slots.pinned)
+
+    def _of_layers(self, group, slots, limit, chosen):
+        """Keys, values and ages of the slots that stay in some layers, whose rows follow one another, layer by layer.
+
+        limit counts pinned slots, too; chosen are the places of the rows among the queries', int64 `[A]`.
+        """
+        calls = self._queries.calls
+        settings = calls[group[0]].settings
+        ages = torch.cat([slots.ages[layer] for layer in group])
+        positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1).to(torch.int32)
+        raw, value = (torch.cat([slots.states[layer, part] for layer in group]) for part in (0, 1))
+        key = self._turned(self._cache.placed, raw, group, positions)
+        query = torch.cat([calls[layer].query[chosen] for layer in group]).to(raw.dtype)
+        asked_from = self._queries.positions[chosen].repeat(len(group), 1)
+        where = {"query_positions": asked_from, "key_positions": positions}
+        scores, lse, target = attention_scores(query, key, value, **where, **settings)
+        exists = ages >= 0
+        pinned = exists & (exists.cumsum(-1) <= int(slots.pinned[0]))
+        places = best_places(scores.masked_fill(pinned, torch.inf), positions, limit)
+
+        wide = places[..., None].expand(-1, -1, -1, key.shape[-1])
+        kept, held, value = positions.gather(2, places), pinned.gather(2, places), value.gather(2, wide)
+        where["key_positions"] = kept
+        gram, residual, kept_lse = value_system(query, key.gather(2, wide), value, target, **where, **settings)
+        gram, residual = _without(gram, residual, held)
+        # Where nothing is left out there is nothing to match.
+        fixed = (held | (exists.sum(2, keepdim=True) <= limit))[..., None]
+        value = value.float() + solved(gram, residual).masked_fill(fixed, 0)
+        move = move_for_mass(query, lse - kept_lse, key.shape[1], settings["scale"])
+        move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
+        raw = raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
+        return raw.to(slots.states.dtype), value.to(slots.states.dtype), ages.gather(2, places)
+
+    def _turned(self, turn, keys, group, positions):
+        """Turn the keys of some layers to positions, or back: turn is a method of the cache, for one layer."""
+        parts = zip(group, keys.chunk(len(group)), positions.clamp_min(0).long().chunk(len(group)), strict=True)
+        return torch.cat([turn(some, layer, places) for layer, some, places in parts])
 
     def _groups(self, layers, nbytes):
         """Layers that are matched at once: of the same settings, and of so many bytes each; with sinks one by one."""
@@ -215,11 +217,10 @@ def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 
 def _solved(gram, residual):
-    eye = torch.eye(gram.shape[-1], dtype=torch.float32, device=gram.device)
     finite = gram.isfinite().all(-1).all(-1)[..., None, None]
-    gram = torch.where(finite, gram.float(), eye)
-    ridge = _RIDGE * _largest_eigenvalue(gram) + torch.finfo(gram.dtype).tiny
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+    gram = torch.where(finite, gram.float(), torch.eye(gram.shape[-1], device=gram.device))
+    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1) + torch.finfo(gram.dtype).tiny
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge.diag_embed())
     change = torch.cholesky_solve(residual.float(), factor)
     right = finite & (failed == 0)[..., None, None] & change.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     if not bool(right.all()):
@@ -229,15 +230,3 @@ def _solved(gram, residual):
             stacklevel=3,
         )
     return torch.where(right, change, 0.0)
-
-
-def _largest_eigenvalue(gram):
-    """The largest eigenvalue of matrices without negative elements, `[..., 1, 1]`, by power iteration."""
-    # Its eigenvector has no negative element (Perron), so a start of ones has a part of it.
-    vector = torch.ones_like(gram[..., :1])
-    size = torch.ones_like(gram[..., :1, :1])
-    for _ in range(_POWER_STEPS):
-        vector = gram @ vector
-        size = vector.norm(dim=-2, keepdim=True)
-        vector = vector / size.clamp_min(torch.finfo(gram.dtype).tiny)
-    return size
