@@ -8,14 +8,20 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from .batching import Rows, prompt_of, unfinished_of
+from .integrations import attention
+from .integrations.capture import implementation_of
 from .integrations.compat import cache_argument, cache_name
 from .integrations.scoped import evaluating, temporarily
 from .memory.memory import Memory
+from .memory.prefix import prefix_of
+from .memory.reader import positions_of_mask
 from .network import Network
-from .reversible.convert import text_config
+from .reversible.convert import text_config, unconverted
 
 # Number of new tokens that transformers writes where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
+# Kinds of caches that transformers may be asked for behind a memory.
+_CACHES = (None, "dynamic", "static")
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
 
 
@@ -35,8 +41,11 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         ValueError: The settings bring another cache, a row has no token at all, or the positions do not suffice.
     """
     base = network.plain_model
-    if given := cache_name(settings) or (settings.get("cache_implementation") and "cache_implementation"):
+    if given := cache_name(settings):
         raise ValueError(f"{given} cannot go with a memory, which is a cache of its own")
+    kind = settings.get("cache_implementation")
+    if kind not in _CACHES:
+        raise ValueError(f"cache_implementation={kind!r} cannot go with a memory, but any of {_CACHES} can")
     if settings.get("assistant_model") is base or settings.get("assistant_early_exit"):
         raise ValueError("a memory network cannot draft for itself: the drafts would be written without the memory")
     ids, mask, _, _ = unfinished_of(memory, network.device).joined(rows).left_padded_with_labels()
@@ -44,20 +53,11 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
     own, config, others = _configs(base.generation_config, settings, rows.ids.shape[1])
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
-    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-    cache = network.reading_cache(memory)
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
-    others |= cache_argument(base, cache)
-    with (
-        evaluating(network),
-        temporarily(base, generation_config=own),
-        network.behind_memory(),
-        network.must_read(cache),
-    ):
-        output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
+    with evaluating(network), temporarily(base, generation_config=own):
+        read = _read_as_prefix if _is_prefix(network, memory) else _read_with_hooks
+        output = read(network, memory, ids, mask, config, kind, others)
     found = output if isinstance(output, torch.Tensor) else output.sequences
     prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
     found = torch.cat([prompts, found[:, ids.shape[1] :]], 1)
@@ -65,6 +65,53 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         return found
     output.sequences = found
     return output
+
+
+def _is_prefix(network, memory):
+    """Whether a memory is keys and values alone to the base model, without windows that hide some of its slots."""
+    if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
+        return False
+    return memory.ages is not None and network.memories_are_of_base and not any(network.reader.windows())
+
+
+def _read_as_prefix(network, memory, ids, mask, config, kind, others):
+    """Let the base model, as transformers made it, generate behind a cache of transformers that holds the memory."""
+    base, first = network.plain_model, network.reader.layout.first_position
+    positions = first + positions_of_mask(mask)
+    copies = _copies(config)
+    if copies > 1:
+        memory = memory.rows([row for row in range(len(memory)) for _ in range(copies)])
+    prefix = prefix_of(network, memory, first, read_with=positions)
+    room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
+    others |= cache_argument(base, prefix.to_cache(network.config, room))
+    with network.disable_adapters(), unconverted(network.peft_model):
+        return base.generate(
+            input_ids=ids,
+            attention_mask=torch.cat([prefix.mask[::copies], mask], 1),
+            position_ids=positions,
+            generation_config=config,
+            **others,
+        )
+
+
+def _read_with_hooks(network, memory, ids, mask, config, kind, others):
+    """Let the network generate behind a cache that its reversible layers know how to read."""
+    if kind == "static":
+        raise ValueError(
+            'cache_implementation="static" is for matched memories of a base model without sliding windows, with '
+            'attn_implementation "sdpa" or "eager"; others are read by reversible layers, which no static cache knows'
+        )
+    cache = network.reading_cache(memory)
+    if _copies(config) > 1:
+        cache.batch_repeat_interleave(_copies(config))
+    others |= cache_argument(network.plain_model, cache)
+    with network.behind_memory(), network.must_read(cache):
+        return network.plain_model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
+
+
+def _copies(config):
+    """Rows that `generate` makes of each."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
 def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new_tokens: int) -> list[torch.Tensor]:

@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from ..choices import BEYOND_BUDGET, PLACEMENTS, QUERIES, WRITERS
 from ..files import replacing
 from . import file as memory_file
 from .layout import MemoryLayout, Origin
+from .prefix import Prefix, prefix_of
 from .states import BATCH, SLOTS, empty_states, joined_ages, widened
+from .tensors import is_label, memory_from
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,6 +137,15 @@ class Memory:
         """
         return model.cache_of(self)
 
+    def to_prefix(self, model: Any, first_position: int | None = None) -> "Prefix":
+        """The keys and values of a matched memory at their positions, for other engines; see `prefix_of`.
+
+        Args:
+            model: The `R3MemModel` that the memory was made with.
+            first_position: Position of the first token behind it; None: the number of its slots.
+        """
+        return prefix_of(model, self, first_position)
+
     def labelled(self, labels: Sequence[tuple[str, str] | None]) -> "Memory":
         """Copy of it with other labels.
 
@@ -146,7 +156,7 @@ class Memory:
             ValueError: There is not one label for each row, or one is neither None nor two strings.
         """
         labels = tuple(labels)
-        if len(labels) != len(self) or not all(map(_is_label, labels)):
+        if len(labels) != len(self) or not all(map(is_label, labels)):
             raise ValueError(f"{len(self)} rows need as many labels, each (level, name) or None, got {labels!r}")
         return dataclasses.replace(self, labels=tuple(label and (label[0], label[1]) for label in labels))
 
@@ -281,7 +291,7 @@ class Memory:
         metadata = memory_file.read_header(path).metadata
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                memory = _from_tensors(cls, metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                memory = memory_from(cls, metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no memory that this version of r3mem_fast can read: {error}") from None
         if model is not None:
@@ -316,82 +326,3 @@ def empty_memory(
     ages = states.new_zeros(*states.shape[:1], *states.shape[2:5], dtype=torch.int32) if matched else None
     slots, pins = none.clone() if matched else None, torch.full_like(none, pinned) if pinned else None
     return Memory(states, none, none.clone(), nothing, nothing, (None,) * rows, layout, origin, ages, slots, pins)
-
-
-def _is_label(label):
-    return label is None or (
-        isinstance(label, (tuple, list)) and len(label) == 2 and all(isinstance(part, str) for part in label)
-    )
-
-
-def _from_tensors(cls, metadata, tensors):
-    """Make a memory of a file's contents.
-
-    Raises:
-        ValueError: They do not fit together. Values of a wrong type may raise KeyError, TypeError or AttributeError.
-    """
-    layout, origin = MemoryLayout(**metadata["layout"]), Origin(**metadata["origin"])
-    numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments, layout.segment_overlap + 1)
-    if (
-        layout.writer not in WRITERS
-        or layout.queries not in QUERIES
-        or layout.beyond_budget not in BEYOND_BUDGET
-        or layout.placement not in PLACEMENTS
-        or not all(type(number) is int and number > 0 for number in numbers)
-    ):
-        raise ValueError(f"its layout is {layout}")
-    if not all(isinstance(part, str) for part in (origin.base, origin.adapter, origin.tokenizer or "")):
-        raise ValueError(f"its origin is {origin}")
-    states, segments, seen = tensors["states"], tensors["num_segments"].cpu(), tensors["tokens_seen"].cpu()
-    labels = metadata["labels"]
-    rows = len(labels)
-    if not all(c.shape == (rows,) and c.dtype == torch.int64 and (c >= 0).all() for c in (segments, seen)):
-        raise ValueError("its tensors are of different numbers of rows")
-    if not all(map(_is_label, labels)):
-        raise ValueError(f"its labels are {labels}")
-    unfinished = _ragged(tensors, "unfinished", rows)
-    recent = (torch.zeros(0, dtype=torch.int64),) * rows
-    if layout.segment_overlap:
-        recent = _ragged(tensors, "recent", rows, longest=layout.segment_overlap)
-    matched = layout.writer == "matched"
-    ages, slots = (tensors["ages"], tensors["slots"].cpu()) if matched else (None, None)
-    pinned = tensors["pinned"].cpu() if matched and "pinned" in tensors else None
-    kept = segments.clamp_max(layout.readable_segments) * layout.num_memory_tokens if slots is None else slots
-    fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
-    fits = fits and states.shape[BATCH[layout.placement]] == rows
-    fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64 and bool((kept >= 0).all())
-    fits = fits and states.shape[SLOTS[layout.placement]] >= (int(kept.max()) if rows else 0)
-    if fits and pinned is not None:
-        fits = pinned.shape == (rows,) and pinned.dtype == torch.int64 and bool((pinned >= 0).all())
-    if fits:
-        beside = torch.zeros_like(kept) if pinned is None else pinned
-        fits = bool((kept <= layout.most_slots + beside).all())
-        fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots + (int(beside.max()) if rows else 0)
-    if fits and ages is not None:
-        fits = ages.dtype == torch.int32 and ages.shape == (states.shape[0], *states.shape[2:5])
-        fits = fits and bool((ages >= 0).all() and (ages <= layout.reach).all())
-    if not fits or (layout.placement == "every_layer" and states.shape[1] != 2):
-        raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {rows} rows of {layout}")
-    return cls(
-        states,
-        segments,
-        seen,
-        unfinished,
-        recent,
-        tuple(label and tuple(label) for label in labels),
-        layout,
-        origin,
-        ages,
-        slots,
-        pinned,
-    )
-
-
-def _ragged(tensors, name, rows, longest=None):
-    """Cut joined token ids into rows by their lengths. Raises ValueError if they do not fit together."""
-    ids, lengths = tensors[name].cpu(), tensors[f"{name}_lengths"].cpu()
-    fits = lengths.shape == (rows,) and lengths.dtype == torch.int64 and (lengths >= 0).all()
-    fits = fits and (longest is None or not rows or lengths.max() <= longest)
-    if not fits or ids.shape != (lengths.sum(),) or ids.dtype != torch.int64 or (ids < 0).any():
-        raise ValueError(f"its {name} tokens are not what it says")
-    return ids.split(lengths.tolist())

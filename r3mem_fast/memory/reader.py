@@ -63,8 +63,7 @@ class MemoryReader:
             states = seen.captured()
         if memory.ages is None:
             return cache.read(states, visible, all_visible)
-        self.state_sizes()  # so that the windows are known
-        return cache.read(states, visible, all_visible, memory.ages.to(device), self._windows)
+        return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows())
 
     def decode(
         self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
@@ -107,6 +106,11 @@ class MemoryReader:
             self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
             self._measured = (layers, heads, width)
         return self._measured
+
+    def windows(self) -> tuple[int | None, ...]:
+        """Number of keys that a query of each layer sees, its own included; None for all. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._windows
 
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""

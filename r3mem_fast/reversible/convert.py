@@ -1,15 +1,17 @@
 """`make_reversible` and `restore`: a Hugging Face model's decoder layers become reversible, in place."""
 
+import contextlib
 import functools
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from .branches import branch_of, generic_branch
 from .coupling import MomentumCoupling
-from .stack import ReversibleStack
+from .stack import Mode, ReversibleStack
 
 _INTEGRITY = ("auto", "raise", "nan")
 
@@ -63,10 +65,7 @@ def make_reversible(
         kind: Any = type(layer)
         layer.__class__ = _reversible_class(kind)
         layer.reversible = LayerLink(stack, index, decoder)
-    stack.hooks = [
-        decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
-        decoder.register_forward_hook(stack.conclude, with_kwargs=True, always_call=True),
-    ]
+    _add_hooks(stack, decoder)
     return model
 
 
@@ -104,7 +103,7 @@ def restore(model: Any) -> Any:
         ValueError: It is not reversible, or its layers were wrapped after `make_reversible`.
     """
     stack, layers = reversible_layers(model)
-    if wrapped := [type(layer).__name__ for layer in layers if "unreversed" not in vars(type(layer))]:
+    if wrapped := _wrapped(layers):
         raise ValueError(f"{wrapped[0]} was wrapped after make_reversible (by fully_shard?), which cannot be undone")
     for layer in layers:
         layer.__class__ = type(layer).unreversed
@@ -112,6 +111,50 @@ def restore(model: Any) -> Any:
     for hook in stack.hooks:
         hook.remove()
     return model
+
+
+@contextlib.contextmanager
+def unconverted(model: Any) -> Iterator[None]:
+    """Let the layers be what they were before `make_reversible` in the block: a context manager.
+
+    What runs is transformers' own code alone, which can be compiled and captured as a graph; adapters stay. Layers
+    that were wrapped after `make_reversible` (by fully_shard) stay as they are, and act as `Mode.PLAIN` says.
+
+    Args:
+        model: A reversible model.
+
+    Yields:
+        Nothing.
+    """
+    stack, layers = reversible_layers(model)
+    kinds = [type(layer) for layer in layers]
+    with stack.in_mode(Mode.PLAIN):
+        if _wrapped(layers):
+            yield
+            return
+        decoder = layers[0].reversible.decoder
+        try:
+            for layer, kind in zip(layers, kinds, strict=True):
+                layer.__class__ = kind.unreversed
+            for hook in stack.hooks:
+                hook.remove()
+            yield
+        finally:
+            for layer, kind in zip(layers, kinds, strict=True):
+                layer.__class__ = kind
+            _add_hooks(stack, decoder)
+
+
+def _wrapped(layers):
+    """Names of the classes of layers that were wrapped after `make_reversible`."""
+    return [type(layer).__name__ for layer in layers if "unreversed" not in vars(type(layer))]
+
+
+def _add_hooks(stack, decoder):
+    stack.hooks = [
+        decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
+        decoder.register_forward_hook(stack.conclude, with_kwargs=True, always_call=True),
+    ]
 
 
 def stack_of(model: Any) -> ReversibleStack:

@@ -1,0 +1,145 @@
+"""`Prefix`: a matched memory as what every engine reads, keys at their positions and values, right before a text.
+
+A matched memory needs no mask, bias or adapter of its own: to the base model it is a text of N tokens that has been
+read already. So transformers' own caches can hold it, dynamic ones and static ones (which can be compiled, and
+captured as a graph), and so can the caches of other engines.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from ..files import replacing
+from ..reversible.convert import reversible_layers, text_config
+from .rotary import Rotation, is_rotary
+
+_KIND = "r3mem_fast prefix"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values that every layer reads before a text; made by `Memory.to_prefix`.
+
+    Attributes:
+        keys: Keys of each layer at their positions (after the rotary embedding), `[B, kv_heads, N, head_dim]` each.
+        values: Values of each layer, likewise.
+        mask: Slots that each row has, the last ones, int64 `[B, N]`, 0 for those that it has not.
+        tail: Token ids of each row that are read behind it, before all else, int64 `[n]`, on the CPU: the end of the
+            history, which a memory keeps as it is.
+        first_position: Position of the first token behind it.
+        base: Fingerprint of the model that it is for.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    mask: torch.Tensor
+    tail: tuple[torch.Tensor, ...]
+    first_position: int
+    base: str
+
+    def __len__(self) -> int:
+        return self.mask.shape[1]
+
+    def to_cache(self, config: Any, max_length: int | None = None) -> Cache:
+        """Make a cache of transformers that holds it as tokens that have been read.
+
+        A model is then given this cache and the tokens of `tail` with those that follow, and, where rows have fewer
+        slots, an attention mask `[B, N + T]` that begins with `mask`, and `position_ids` `[B, T]` from
+        `first_position` on.
+
+        Args:
+            config: The model's configuration.
+            max_length: Tokens that a `StaticCache` has room for, the N included; None: a `DynamicCache`.
+
+        Raises:
+            ValueError: There is no room for the N.
+        """
+        if max_length is not None and max_length < len(self):
+            raise ValueError(f"a cache of max_length={max_length} has no room for {len(self)} slots")
+        config = text_config(config)
+        cache = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
+        if len(self):
+            for index, states in enumerate(zip(self.keys, self.values, strict=True)):
+                cache.update(*states, index)
+        return cache
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a safetensors file, whole or not at all.
+
+        The file has `keys.LAYER` and `values.LAYER`, `[B, kv_heads, N, head_dim]`, `mask`, and `tail` (the ids of all
+        rows, joined) with `tail_lengths`; its metadata, JSON at "r3mem", have `first_position`, `slots` and `base`.
+
+        Args:
+            path: The file, replaced if it is there. Folders above it are made.
+        """
+        lengths = torch.tensor(list(map(len, self.tail)))
+        tensors = {"mask": self.mask, "tail": torch.cat(self.tail), "tail_lengths": lengths}
+        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            tensors |= {f"keys.{index}": keys, f"values.{index}": values}
+        metadata = {"kind": _KIND, "first_position": self.first_position, "slots": len(self), "base": self.base}
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(to_safetensors(content, {"r3mem": json.dumps(metadata)}))
+
+
+@torch.no_grad()
+def prefix_of(
+    model: Any, memory: Any, first_position: int | None = None, *, read_with: torch.Tensor | None = None
+) -> Prefix:
+    """Put the keys of a matched memory to their positions before a text.
+
+    Args:
+        model: The `R3MemModel` that the memory was made with.
+        memory: The `Memory`.
+        first_position: Position of the first token behind it; None: the number of its slots, as where an engine counts
+            them as tokens. With rotary embeddings distances alone matter, and a key older than its first position
+            stands at a negative one.
+        read_with: Positions of the tokens that are read first, int64 `[B, T]`; None: the first position alone. Some
+            models choose their frequencies by the largest position of a pass.
+
+    Raises:
+        ValueError: The memory is another model's; it is not the base model's alone; a layer has a sliding window,
+            which hides some of its slots; or positions are learned, and the first position is another one than the
+            memory was made for.
+    """
+    model.check_memory(memory)
+    if memory.ages is None or not model.memories_are_of_base:
+        raise ValueError(
+            "only a matched memory of a base model is keys and values alone; what memory tokens have learned needs "
+            "its adapters: use model.generate, or memory.to_cache(model)"
+        )
+    reader, layout = model.reader, memory.layout
+    if any(reader.windows()):
+        raise ValueError(
+            f"a {type(model.plain_model).__name__} has layers with a sliding window, which hides slots by their age, "
+            "as no other engine knows: use model.generate, or memory.to_cache(model)"
+        )
+    count = memory.states.shape[4]
+    first = count if first_position is None else first_position
+    if first != layout.first_position and not is_rotary(reader.decoder):
+        raise ValueError(
+            f"a {type(model.plain_model).__name__} has learned positions, so what is behind its memories begins at "
+            f"position {layout.first_position}, not {first}"
+        )
+    device = model.device
+    states, ages = memory.states.to(device, model.dtype), memory.ages.to(device).long()
+    _, layers = reversible_layers(model.peft_model)
+    rotation = Rotation(reader.decoder, layers, range(len(layers)), text_config(model.config))
+    known = torch.arange(first - layout.reach, first + 1, device=device)[None]
+    if read_with is None:
+        read_with = torch.tensor([[first]], device=device)
+    tables = rotation.tables(known, states, seen_with=read_with.amax(0, keepdim=True))
+    keys = tuple(
+        rotation.rotated_to(states[index, 0], tables(index), layout.reach - ages[index])
+        for index in range(len(states))
+    )
+    values = tuple(states[index, 1] for index in range(len(states)))
+    tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
+    return Prefix(keys, values, memory.visible().to(device, torch.int64), tail, first, memory.origin.base)

@@ -1,0 +1,94 @@
+"""Makes a memory of the tensors of its file, and checks that they fit together."""
+
+from typing import Any
+
+import torch
+
+from ..choices import BEYOND_BUDGET, PLACEMENTS, QUERIES, WRITERS
+from .layout import MemoryLayout, Origin
+from .states import BATCH, SLOTS
+
+
+def is_label(label: Any) -> bool:
+    """Whether a value can be the label of a row: None, or a level and a name."""
+    return label is None or (
+        isinstance(label, (tuple, list)) and len(label) == 2 and all(isinstance(part, str) for part in label)
+    )
+
+
+def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """Make a memory of what a file holds.
+
+    Args:
+        cls: `Memory`.
+        metadata: Its layout, origin and labels.
+        tensors: See `Memory.tensors`.
+
+    Raises:
+        ValueError: They do not fit together. Values of a wrong type may raise KeyError, TypeError or AttributeError.
+    """
+    layout, origin = MemoryLayout(**metadata["layout"]), Origin(**metadata["origin"])
+    numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments, layout.segment_overlap + 1)
+    if (
+        layout.writer not in WRITERS
+        or layout.queries not in QUERIES
+        or layout.beyond_budget not in BEYOND_BUDGET
+        or layout.placement not in PLACEMENTS
+        or not all(type(number) is int and number > 0 for number in numbers)
+    ):
+        raise ValueError(f"its layout is {layout}")
+    if not all(isinstance(part, str) for part in (origin.base, origin.adapter, origin.tokenizer or "")):
+        raise ValueError(f"its origin is {origin}")
+    states, segments, seen = tensors["states"], tensors["num_segments"].cpu(), tensors["tokens_seen"].cpu()
+    labels = metadata["labels"]
+    rows = len(labels)
+    if not all(c.shape == (rows,) and c.dtype == torch.int64 and (c >= 0).all() for c in (segments, seen)):
+        raise ValueError("its tensors are of different numbers of rows")
+    if not all(map(is_label, labels)):
+        raise ValueError(f"its labels are {labels}")
+    unfinished = _ragged(tensors, "unfinished", rows)
+    recent = (torch.zeros(0, dtype=torch.int64),) * rows
+    if layout.segment_overlap:
+        recent = _ragged(tensors, "recent", rows, longest=layout.segment_overlap)
+    matched = layout.writer == "matched"
+    ages, slots = (tensors["ages"], tensors["slots"].cpu()) if matched else (None, None)
+    pinned = tensors["pinned"].cpu() if matched and "pinned" in tensors else None
+    kept = segments.clamp_max(layout.readable_segments) * layout.num_memory_tokens if slots is None else slots
+    fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
+    fits = fits and states.shape[BATCH[layout.placement]] == rows
+    fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64 and bool((kept >= 0).all())
+    fits = fits and states.shape[SLOTS[layout.placement]] >= (int(kept.max()) if rows else 0)
+    if fits and pinned is not None:
+        fits = pinned.shape == (rows,) and pinned.dtype == torch.int64 and bool((pinned >= 0).all())
+    if fits:
+        beside = torch.zeros_like(kept) if pinned is None else pinned
+        fits = bool((kept <= layout.most_slots + beside).all())
+        fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots + (int(beside.max()) if rows else 0)
+    if fits and ages is not None:
+        fits = ages.dtype == torch.int32 and ages.shape == (states.shape[0], *states.shape[2:5])
+        fits = fits and bool((ages >= 0).all() and (ages <= layout.reach).all())
+    if not fits or (layout.placement == "every_layer" and states.shape[1] != 2):
+        raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {rows} rows of {layout}")
+    return cls(
+        states,
+        segments,
+        seen,
+        unfinished,
+        recent,
+        tuple(label and tuple(label) for label in labels),
+        layout,
+        origin,
+        ages,
+        slots,
+        pinned,
+    )
+
+
+def _ragged(tensors, name, rows, longest=None):
+    """Cut joined token ids into rows by their lengths. Raises ValueError if they do not fit together."""
+    ids, lengths = tensors[name].cpu(), tensors[f"{name}_lengths"].cpu()
+    fits = lengths.shape == (rows,) and lengths.dtype == torch.int64 and (lengths >= 0).all()
+    fits = fits and (longest is None or not rows or lengths.max() <= longest)
+    if not fits or ids.shape != (lengths.sum(),) or ids.dtype != torch.int64 or (ids < 0).any():
+        raise ValueError(f"its {name} tokens are not what it says")
+    return ids.split(lengths.tolist())

@@ -1,0 +1,165 @@
+"""A matched memory as keys and values that transformers' own caches hold, and other engines read."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers.generation.configuration_utils import CompileConfig
+
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, generation
+from tests.memory.test_matched import ABSOLUTE, LENGTH, ROTARY, ids_of, network
+from tests.reversible.tiny import build
+
+TEXT = ids_of(7, seed=1)
+
+
+def both_ways(model, ids, mask=None, **settings):
+    """What `generate` writes behind a cache of transformers, and what it writes by the reversible layers' hooks."""
+    found = model.generate(ids, mask, return_dict_in_generate=True, output_scores=True, **settings)
+    with mock.patch.object(generation, "_is_prefix", lambda *_: False):
+        hooked = model.generate(ids, mask, return_dict_in_generate=True, output_scores=True, **settings)
+    return found, hooked
+
+
+def check_alike(found, hooked):
+    assert torch.equal(found.sequences, hooked.sequences)
+    for mine, its in zip(found.scores, hooked.scores, strict=True):
+        finite = its.isfinite()
+        assert torch.equal(mine.isfinite(), finite) and torch.allclose(mine[finite], its[finite], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*ROTARY, *ABSOLUTE])
+def test_generate_writes_what_it_writes_by_hooks(family, implementation):
+    """Ragged memories, left-padded prompts, greedy and beams."""
+    model = network(family)
+    model.plain_model.set_attn_implementation(implementation)
+    memory = Memory.cat([model.compress(ids_of(50), finish=True), model.compress(ids_of(13, seed=3), finish=True)])
+    ids, mask = torch.cat([TEXT, TEXT.flip(1)]), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    settings = {"memory": memory, "max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+    check_alike(*both_ways(model, ids, mask, **settings))
+    check_alike(*both_ways(model, ids, mask, num_beams=3, num_return_sequences=2, **settings))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.data())
+def test_any_lengths_of_histories_and_prompts(histories, data):
+    model = network()
+    rows = [model.compress(ids_of(n, seed=n), pinned=data.draw(st.integers(0, 3))) for n in histories]
+    lengths = [data.draw(st.integers(1, 9)) for _ in rows]
+    ids, mask = ids_of(9, len(rows), seed=2), torch.tensor([[0] * (9 - n) + [1] * n for n in lengths])
+    check_alike(*both_ways(model, ids, mask, memory=Memory.cat(rows), max_new_tokens=3, do_sample=False))
+
+
+def test_frequencies_that_depend_on_the_pass():
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    model = network(of_base={"rope_parameters": yarn, "max_position_embeddings": 512})
+    memory = model.compress(ids_of(60))
+    check_alike(*both_ways(model, TEXT, memory=memory, max_new_tokens=4, do_sample=False))
+
+
+def test_drafts_and_sampling():
+    model = network()
+    memory = model.compress(ids_of(60))
+    expected = model.generate(TEXT, memory=memory, max_new_tokens=12, do_sample=False)
+    assert torch.equal(
+        model.generate(TEXT, memory=memory, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), expected
+    )
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        sampled.append(model.generate(TEXT, memory=memory, max_new_tokens=12, do_sample=True, num_return_sequences=3))
+    assert torch.equal(*sampled) and sampled[0].shape == (3, 19)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_a_static_cache_and_one_graph(family):
+    """Each step is one graph, without a break: what can be captured."""
+    model = network(family)
+    memory = Memory.cat([model.compress(ids_of(50)), model.compress(ids_of(20, seed=3))])
+    ids, mask = torch.cat([TEXT, TEXT.flip(1)]), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    settings = {"memory": memory, "max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+    expected = model.generate(ids, mask, **settings)
+    assert torch.equal(model.generate(ids, mask, cache_implementation="static", **settings), expected)
+    graphs = []
+
+    def backend(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, backend=backend)
+    config._compile_all_devices = True
+    found = model.generate(ids, mask, cache_implementation="static", compile_config=config, **settings)
+    assert torch.equal(found, expected) and len(graphs) == 1
+
+
+def test_the_model_is_as_it_was_afterwards():
+    model = network()
+    memory = model.compress(ids_of(60))
+    before = model(TEXT, memory=memory).logits
+    with (
+        mock.patch.object(model.plain_model, "generate", side_effect=RuntimeError("stop")),
+        pytest.raises(RuntimeError),
+    ):
+        model.generate(TEXT, memory=memory)
+    assert torch.equal(model(TEXT, memory=memory).logits, before)
+    assert all(hasattr(type(layer), "unreversed") for layer in model.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "olmo2"])
+def test_a_model_of_transformers_reads_it(family):
+    """From the position that its slots end at, with no offset, by a model that never saw this package."""
+    model = network(family)
+    memory = Memory.cat([model.compress(ids_of(50), finish=True), model.compress(ids_of(40, seed=3), finish=True)])
+    plain = build(family, scale=2.0).eval()
+    prefix = memory.to_prefix(model)
+    assert prefix.first_position == len(prefix) == 12 and prefix.base == memory.origin.base
+    ids = torch.cat([TEXT, TEXT.flip(1)])
+    expected = model(ids, memory=memory).logits
+    assert [len(tail) for tail in prefix.tail] == [4, 4]
+    read = torch.cat([torch.stack(prefix.tail), ids], 1)
+    for room in (None, 30):
+        with torch.no_grad():
+            found = plain(read, past_key_values=prefix.to_cache(plain.config, room)).logits[:, 4:]
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    with pytest.raises(ValueError, match="no room for 12 slots"):
+        prefix.to_cache(plain.config, 11)
+
+
+def test_its_file(tmp_path):
+    model = network()
+    prefix = model.compress(ids_of(50)).to_prefix(model)
+    prefix.save(tmp_path / "new" / "prefix.safetensors")
+    with safe_open(tmp_path / "new" / "prefix.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("keys.2"), prefix.keys[2])
+        assert torch.equal(file.get_tensor("values.3"), prefix.values[3])
+        assert torch.equal(file.get_tensor("mask"), prefix.mask)
+        assert torch.equal(file.get_tensor("tail"), prefix.tail[0]) and file.get_tensor("tail_lengths").tolist() == [6]
+        metadata = json.loads(file.metadata()["r3mem"])
+    assert metadata == {"kind": "r3mem_fast prefix", "first_position": 12, "slots": 12, "base": prefix.base}
+
+
+def test_memories_that_are_more_than_keys_and_values():
+    model = network("gpt2")
+    with pytest.raises(
+        ValueError, match="has learned positions, so what is behind its memories begins at position 64"
+    ):
+        model.compress(ids_of(50)).to_prefix(model)
+    model.compress(ids_of(50)).to_prefix(model, model.layout.first_position)
+    model = network("mistral")
+    with pytest.raises(ValueError, match="has layers with a sliding window"):
+        model.compress(ids_of(50)).to_prefix(model)
+    kernels = network()
+    kernels.plain_model.set_attn_implementation("r3mem")
+    for other in (model, kernels):
+        with pytest.raises(ValueError, match=r"static.* is for matched memories"):
+            other.generate(TEXT, memory=other.compress(ids_of(50)), cache_implementation="static")
+    learned = R3MemModel(build(), R3MemConfig(num_memory_tokens=2, segment_length=LENGTH, core=(1, 3)))
+    with pytest.raises(ValueError, match="only a matched memory of a base model"):
+        learned.compress(ids_of(50)).to_prefix(learned)
+    with pytest.raises(ValueError, match="of another base model"):
+        network(seed=1).compress(ids_of(50)).to_prefix(network())
