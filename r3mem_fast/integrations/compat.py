@@ -69,6 +69,18 @@ def without_cache(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in left.items() if not isinstance(value, Cache)}
 
 
+def signature_of(module: torch.nn.Module) -> inspect.Signature:
+    """Return the signature of a module's forward pass, without `self`. That of a class is looked at once."""
+    own = vars(module).get("forward")  # set on the instance
+    return inspect.signature(own) if own is not None else _signature_of_method(type(module).forward)
+
+
+@functools.cache
+def _signature_of_method(forward: Callable) -> inspect.Signature:
+    signature = inspect.signature(forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 @functools.cache
 def _cache_parameter(forward: Callable) -> str:
     """Return the name of the parameter for a key-value cache."""

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 
 from ..integrations import attention
 from ..integrations.capture import implementation_of
+from ..integrations.compat import signature_of
 from ..reversible.past import MemoryNotReadError, PassCache, States
+from .room import Room
 from .rotary import Rotation
 
 
@@ -55,7 +58,9 @@ class PrefixCache(PassCache):
         self._config: Any = None
         self._placed: dict[int, States] = {}  # the memory by layer, at its positions
         self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
+        self._rooms: dict[int, Room] = {}  # memory and tokens of each layer, one behind the other
         self.rotation: Any = None
+        self._order: list[int] = []  # of the layers that the rotation knows
         self._of_pass: Any = None  # positions of the pass's tokens
         self._tables: Callable | None = None  # of all positions up to its first one
         self._positions: torch.Tensor | None = None  # of the captured tokens
@@ -125,7 +130,7 @@ class PrefixCache(PassCache):
                 f'the model with attn_implementation="sdpa", "eager" or "{attention.NAME}"'
             )
         self._apart = implementation == attention.NAME
-        signature = inspect.signature(decoder.forward)
+        signature = signature_of(decoder)
         if "position_ids" not in signature.parameters:
             raise ValueError(
                 f"a {type(decoder).__name__} takes no position_ids, so nothing can stand before its tokens"
@@ -147,7 +152,8 @@ class PrefixCache(PassCache):
         self._extended, self._attended = set(), set()
         self._of_pass, self._tables = positions, None
         self._config = config
-        self.rotation = Rotation(decoder, layers, order, config)
+        if self.rotation is None or list(order) != self._order:
+            self.rotation, self._order = Rotation(decoder, layers, order, config), list(order)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
         if self._apart and self._visible is not None and any(self._windows):
@@ -246,11 +252,16 @@ class PrefixCache(PassCache):
         if self.capture:
             self._written[layer_idx] = (key_states[..., -self.capture :, :], value_states[..., -self.capture :, :])
         states = (key_states, value_states)
+        placed = () if self._apart or not self._placed else self._placed[layer_idx]
+        own = self.layers[layer_idx]
+        if self.keep and type(own) is DynamicLayer and not any(t.requires_grad for t in (*states, *placed)):
+            room = self._rooms.setdefault(layer_idx, Room())
+            return room.extended(own, placed, states)
         if self.keep:
-            states = self.layers[layer_idx].update(*states)
-        if self._apart or not self._placed:
+            states = own.update(*states)
+        if not placed:
             return states
-        return tuple(torch.cat(pair, dim=-2) for pair in zip(self._placed[layer_idx], states, strict=True))
+        return tuple(torch.cat(pair, dim=-2) for pair in zip(placed, states, strict=True))
 
     def captured(self) -> torch.Tensor:
         """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""

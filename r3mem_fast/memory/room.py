@@ -1,0 +1,50 @@
+"""`Room`: the memory of one layer and the tokens behind it in one place, so that a new token copies nothing else."""
+
+from typing import Any
+
+from ..reversible.past import States
+
+# Tokens for which room is made at least.
+_LEAST = 64
+
+
+class Room:
+    """Keys and values of one layer, a memory's and those of tokens, in tensors with room for more tokens.
+
+    The layer's own keys and values are views of them. Where they are others, since the cache was cropped or its rows
+    changed, everything is copied once.
+    """
+
+    def __init__(self) -> None:
+        self._states: States = ()
+        self._views: States = ()
+
+    def extended(self, own: Any, placed: States, new: States) -> States:
+        """Write new tokens behind those of a layer.
+
+        Args:
+            own: The layer of the cache, a `DynamicLayer`.
+            placed: The memory; () for none.
+            new: Keys and values of the new tokens.
+
+        Returns:
+            Keys and values of memory and tokens.
+        """
+        if not own.is_initialized:
+            own.lazy_initialization(*new)
+        before, count = placed[0].shape[-2] if placed else 0, new[0].shape[-2]
+        length = own.get_seq_length()
+        known = bool(self._views) and own.keys is self._views[0] and own.values is self._views[1]
+        total = before + length + count
+        if not known or self._states[0].shape[-2] < total:
+            # Half as much again, so that the copies of a long text take time in proportion to it.
+            size = total + max(_LEAST, total // 2)
+            self._states = tuple(some.new_empty(*some.shape[:-2], size, some.shape[-1]) for some in new)
+            for state, some in zip(self._states, placed, strict=False):
+                state[..., :before, :] = some
+            for state, some in zip(self._states, (own.keys, own.values) if length else (), strict=False):
+                state[..., before : before + length, :] = some
+        for state, some in zip(self._states, new, strict=True):
+            state[..., total - count : total, :] = some
+        own.keys, own.values = self._views = tuple(state[..., before:total, :] for state in self._states)
+        return tuple(state[..., :total, :] for state in self._states)
