@@ -6,11 +6,15 @@ captured as a graph), and so can the caches of other engines.
 """
 
 import dataclasses
+import hashlib
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
@@ -18,7 +22,7 @@ from ..files import replacing
 from ..reversible.convert import reversible_layers, text_config
 from .rotary import Rotation, is_rotary
 
-_KIND = "r3mem_fast prefix"
+KIND = "r3mem_fast prefix"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +37,7 @@ class Prefix:
             history, which a memory keeps as it is.
         first_position: Position of the first token behind it.
         base: Fingerprint of the model that it is for.
+        vocabulary: Number of token ids of the model.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -41,6 +46,7 @@ class Prefix:
     tail: tuple[torch.Tensor, ...]
     first_position: int
     base: str
+    vocabulary: int
 
     def __len__(self) -> int:
         return self.mask.shape[1]
@@ -68,11 +74,42 @@ class Prefix:
                 cache.update(*states, index)
         return cache
 
+    def placeholder_ids(self) -> list[int]:
+        """Token ids that stand for its slots where an engine counts them as tokens, the same for the same memory.
+
+        Of another memory they are others, so that an engine that finds what it has read by token ids keeps them apart.
+
+        Raises:
+            ValueError: It has more than one row.
+        """
+        if not self._is_single():
+            raise ValueError(f"an engine reads one memory a request, this has {len(self.mask)} rows: take memory[row]")
+        content = hashlib.sha256(self.base.encode())
+        for tensor in (*self.keys, *self.values):
+            content.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        chosen = random.Random(content.digest())
+        return [chosen.randrange(self.vocabulary) for _ in range(len(self))]
+
+    def prompt(self, ids: Sequence[int]) -> list[int]:
+        """Token ids of a whole prompt for such an engine: placeholders, the end of the history, and what follows it.
+
+        Args:
+            ids: What follows.
+
+        Raises:
+            ValueError: It has more than one row.
+        """
+        return [*self.placeholder_ids(), *self.tail[0].tolist(), *ids]
+
+    def _is_single(self):
+        return len(self.mask) == 1 and bool(self.mask.all())
+
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file, whole or not at all.
 
         The file has `keys.LAYER` and `values.LAYER`, `[B, kv_heads, N, head_dim]`, `mask`, and `tail` (the ids of all
-        rows, joined) with `tail_lengths`; its metadata, JSON at "r3mem", have `first_position`, `slots` and `base`.
+        rows, joined) with `tail_lengths`; its metadata, JSON at "r3mem", have `kind`, `first_position`, `base`,
+        `vocabulary`, and of a single row `placeholder_ids`.
 
         Args:
             path: The file, replaced if it is there. Folders above it are made.
@@ -81,12 +118,40 @@ class Prefix:
         tensors = {"mask": self.mask, "tail": torch.cat(self.tail), "tail_lengths": lengths}
         for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors |= {f"keys.{index}": keys, f"values.{index}": values}
-        metadata = {"kind": _KIND, "first_position": self.first_position, "slots": len(self), "base": self.base}
+        metadata: dict[str, Any] = {"kind": KIND}
+        metadata |= {name: getattr(self, name) for name in ("first_position", "base", "vocabulary")}
+        if self._is_single():
+            metadata["placeholder_ids"] = self.placeholder_ids()
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
             unfinished.write_bytes(to_safetensors(content, {"r3mem": json.dumps(metadata)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Prefix":
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is damaged, or another kind of file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("r3mem", "{}"))
+                if metadata.pop("kind", None) != KIND:
+                    raise ValueError("it is another kind of file")
+                metadata.pop("placeholder_ids", None)
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            layers = range(sum(name.startswith("keys.") for name in found))
+            keys, values = (tuple(found[f"{part}.{layer}"] for layer in layers) for part in ("keys", "values"))
+            tail = found["tail"].split(found["tail_lengths"].tolist())
+            return cls(keys, values, found["mask"], tail, **metadata)
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is no prefix of a memory, as Prefix.save writes it: {error}") from None
 
 
 @torch.no_grad()
@@ -142,4 +207,5 @@ def prefix_of(
     )
     values = tuple(states[index, 1] for index in range(len(states)))
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
-    return Prefix(keys, values, memory.visible().to(device, torch.int64), tail, first, memory.origin.base)
+    mask, vocabulary = memory.visible().to(device, torch.int64), text_config(model.config).vocab_size
+    return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)

@@ -1,16 +1,15 @@
 """A matched memory as keys and values that transformers' own caches hold, and other engines read."""
 
-import json
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from transformers.generation.configuration_utils import CompileConfig
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, generation
+from r3mem_fast.memory.prefix import Prefix
 from tests.memory.test_matched import ABSOLUTE, LENGTH, ROTARY, ids_of, network
 from tests.reversible.tiny import build
 
@@ -133,14 +132,35 @@ def test_a_model_of_transformers_reads_it(family):
 def test_its_file(tmp_path):
     model = network()
     prefix = model.compress(ids_of(50)).to_prefix(model)
-    prefix.save(tmp_path / "new" / "prefix.safetensors")
-    with safe_open(tmp_path / "new" / "prefix.safetensors", framework="pt") as file:
-        assert torch.equal(file.get_tensor("keys.2"), prefix.keys[2])
-        assert torch.equal(file.get_tensor("values.3"), prefix.values[3])
-        assert torch.equal(file.get_tensor("mask"), prefix.mask)
-        assert torch.equal(file.get_tensor("tail"), prefix.tail[0]) and file.get_tensor("tail_lengths").tolist() == [6]
-        metadata = json.loads(file.metadata()["r3mem"])
-    assert metadata == {"kind": "r3mem_fast prefix", "first_position": 12, "slots": 12, "base": prefix.base}
+    path = tmp_path / "new" / "prefix.safetensors"
+    prefix.save(path)
+    again = Prefix.load(path)
+    for name in ("keys", "values", "tail"):
+        assert all(map(torch.equal, getattr(prefix, name), getattr(again, name)))
+    assert torch.equal(again.mask, prefix.mask) and len(again.keys) == 4
+    assert (again.first_position, again.base, again.vocabulary) == (12, prefix.base, 96)
+    both = Memory.cat([model.compress(ids_of(50)), model.compress(ids_of(20, seed=3))]).to_prefix(model)
+    both.save(path)
+    assert [len(row) for row in Prefix.load(path).tail] == [len(row) for row in both.tail]
+    for content in (b"", path.read_bytes()[:-9]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no prefix of a memory"):
+            Prefix.load(path)
+    model.compress(ids_of(50)).save(path)
+    with pytest.raises(ValueError, match="another kind of file"):
+        Prefix.load(path)
+    with pytest.raises(OSError, match="none"):
+        Prefix.load(tmp_path / "none")
+
+
+def test_placeholders_are_of_one_memory():
+    model = network()
+    prefixes = [model.compress(ids_of(50, seed=seed)).to_prefix(model) for seed in (0, 0, 1)]
+    first, again, other = (prefix.placeholder_ids() for prefix in prefixes)
+    assert first == again != other and len(first) == 12 and max(first) < 96
+    assert prefixes[0].prompt([5, 6]) == [*first, *prefixes[0].tail[0].tolist(), 5, 6]
+    with pytest.raises(ValueError, match="this has 2 rows"):
+        Memory.cat([model.compress(ids_of(50))] * 2).to_prefix(model).placeholder_ids()
 
 
 def test_memories_that_are_more_than_keys_and_values():

@@ -7,7 +7,7 @@ values for them in closed form, by ridge regression:
     a = softmax(Q K^T),  y = a V,  X = softmax(Q K_kept^T)
     G = X^T X,  V_new = V_kept + (G + lambda (diag G + epsilon mean diag G))^-1 X^T (y - X V_kept)
 
-The ridge of a key grows with what it is asked for: one that stands alone takes over 1 / (1 + lambda) of what it misses.
+The ridge of a key grows with what it is asked for: one that stands alone takes over 1 / (1 + lambda) of what it lacks.
 (The paper's is the same for all keys, so that the one that is asked for most, often the first, says how far all others
 may move. Epsilon keeps those that are hardly asked for from large values that no query has tried.)
 
