@@ -105,7 +105,8 @@ class R3MemConfig:
     beyond_budget: str = setting(
         "forget",
         "What happens to a matched memory beyond its budget. `forget`: the oldest slots go, but the first; `rematch`: "
-        "what is old and what is new are matched again together, which loses more and more the oftener it is done; "
+        "what is old and what is new are matched again together, and what is older than eight segments goes (or than "
+        "twice as many as the budget would hold); "
         "`error`: compressing raises.",
         group=MEMORY,
         option="beyond-budget",

@@ -1,6 +1,10 @@
 """What belongs to a memory beside its values: the layout that it shares with others, and what it was made with."""
 
 import dataclasses
+import math
+
+# Segments that a slot is matched again with, unless the budget holds more than half as many as they are.
+_LIFETIME = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,13 @@ class MemoryLayout:
     def most_matched(self) -> int:
         """Slots of a row that are matched together at most, beside pinned ones."""
         return self.budget if self.beyond_budget == "rematch" else self.num_memory_tokens
+
+    @property
+    def lifetime(self) -> int:
+        """Age in tokens up to which slots are matched again with newer ones; older ones go."""
+        segments = max(_LIFETIME, 2 * math.ceil(self.budget / self.num_memory_tokens))
+        # The largest age may be any beyond it.
+        return min(segments * self.segment_length, self.reach - 1)
 
     def to_dict(self) -> dict:
         """Its fields as values for JSON; format 1 of memory files has those alone that memory tokens need."""

@@ -53,6 +53,19 @@ class Slots(NamedTuple):
         ages = self.ages.gather(3, index[None, :, None].expand(layers, -1, heads, -1)).masked_fill(missing, -1)
         return Slots(states, ages, (places >= 0).sum(1), self.pinned)
 
+    def up_to(self, age: int, least: int) -> "Slots":
+        """The slots up to an age, pinned ones and the first; and older ones, where a head would have too few.
+
+        Args:
+            age: Largest age of a slot.
+            least: Number of slots that each head keeps at least, if it has them.
+        """
+        exists = self.ages >= 0
+        from_youngest = exists.flip(-1).cumsum(-1).flip(-1)
+        first = exists.cumsum(-1) <= self.pinned.clamp_min(1).to(exists.device)[None, :, None, None]
+        stays = exists & ((self.ages <= age) | (from_youngest <= least) | first)
+        return self._replace(ages=self.ages.masked_fill(~stays, -1))
+
     def within(self, budget: int) -> "Slots":
         """The slots that stay within a budget, without gaps: pinned ones, the oldest, and as many of the youngest.
 

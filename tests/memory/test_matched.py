@@ -252,6 +252,23 @@ def test_what_happens_beyond_the_budget(beyond):
         network(beyond_budget="error").compress(ids)
 
 
+def test_what_is_matched_again_does_not_grow_old():
+    """Beside the first slot, which stays as it is, none is older than the lifetime, where that fits into the reach."""
+    model = network(beyond_budget="rematch", segment_length=4, segment_overlap=2, num_memory_tokens=3, memory_budget=7)
+    assert model.layout.lifetime == 8 * 4 < model.layout.reach == 64
+    memory, first = None, None
+    for _ in range(40):
+        memory = model.compress(ids_of(4), memory=memory)
+        if first is None and int(memory.slots):
+            first = memory.states[..., 0, :]
+        if memory.slots.tolist() == [7]:
+            assert torch.equal(memory.states[..., 0, :], first)
+            assert len(memory.ages[..., 0].unique()) == 1 and int(memory.ages[..., 1:].max()) <= 32
+    assert int(memory.ages[..., 0].max()) == 64
+    assert network(memory_budget=6 * SLOTS).layout.lifetime == 63  # all of the reach
+    assert network(memory_budget=60, num_memory_tokens=6, segment_length=2).layout.lifetime == 40
+
+
 def test_files(tmp_path):
     model = network()
     memory = model.compress(ids_of(50, rows=2), finish=False).labelled([("document", "a"), None])

@@ -239,7 +239,20 @@ class MatchedWriter:
         for (is_joint, _), rows in alike.items():
             some_old, some_new = old.rows(rows), new.rows(rows)
             if is_joint:
-                yield rows, match(some_old.followed_by(some_new), layout.budget, rows)
+                yield rows, self._matched_again(some_old.followed_by(some_new), match, rows)
             else:
                 found = match(some_new, layout.num_memory_tokens, rows)
                 yield rows, some_old.followed_by(found).within(layout.budget)
+
+    def _matched_again(self, slots: Slots, match: Match, rows: list[int]) -> Slots:
+        """Match old and new slots together. What is too old goes first, and the first slot stays as it is.
+
+        A key that is matched again and again takes over ever more, until it is worth less than nothing: after eight
+        times all is well, after sixty, without an end, a text is read worse than behind no memory.
+        """
+        layout, pinned = self._layout, slots.pinned
+        # Attention rests on a text's first token, so that an error in it would spread everywhere.
+        held = pinned.clamp_min(1)
+        slots = slots.up_to(layout.lifetime, layout.budget + int(pinned[0]))
+        found = match(slots._replace(pinned=held), layout.budget - int((held - pinned)[0]), rows)
+        return found._replace(pinned=pinned)
