@@ -190,7 +190,7 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     def behind(kind: str | None, *, hooks: bool = False) -> Callable:
         def run(clock: _Clock, tokens: int) -> None:
             way: Any = (
-                mock.patch.object(generation, "_is_prefix", lambda *_: False) if hooks else contextlib.nullcontext()
+                mock.patch.object(generation, "is_prefix", lambda *_: False) if hooks else contextlib.nullcontext()
             )
             with way:
                 model.generate(

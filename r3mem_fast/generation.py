@@ -56,7 +56,7 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
     with evaluating(network), temporarily(base, generation_config=own):
-        read = _read_as_prefix if _is_prefix(network, memory) else _read_with_hooks
+        read = _read_as_prefix if is_prefix(network, memory) else _read_with_hooks
         output = read(network, memory, ids, mask, config, kind, others)
     found = output if isinstance(output, torch.Tensor) else output.sequences
     prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
@@ -67,8 +67,13 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     return output
 
 
-def _is_prefix(network, memory):
-    """Whether a memory is keys and values alone to the base model, without windows that hide some of its slots."""
+def is_prefix(network: Network, memory: Memory) -> bool:
+    """Whether a memory is keys and values alone to the base model, without windows that hide some of its slots.
+
+    Args:
+        network: The model.
+        memory: A memory of the model.
+    """
     if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
         return False
     return memory.ages is not None and network.memories_are_of_base and not any(network.reader.windows())

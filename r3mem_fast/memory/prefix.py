@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ..files import replacing
 from ..reversible.convert import reversible_layers, text_config
+from .room import RoomyLayer
 from .rotary import Rotation, is_rotary
 
 KIND = "r3mem_fast prefix"
@@ -67,8 +68,11 @@ class Prefix:
         """
         if max_length is not None and max_length < len(self):
             raise ValueError(f"a cache of max_length={max_length} has no room for {len(self)} slots")
-        config = text_config(config)
-        cache = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
+        if max_length is None:
+            cache = DynamicCache()
+            cache.layers = [RoomyLayer() for _ in self.keys]
+        else:
+            cache = StaticCache(text_config(config), max_cache_len=max_length)
         if len(self):
             for index, states in enumerate(zip(self.keys, self.values, strict=True)):
                 cache.update(*states, index)

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from transformers.cache_utils import DynamicLayer
+
 from ..reversible.past import States
 
 # Tokens for which room is made at least.
@@ -48,3 +51,15 @@ class Room:
             state[..., total - count : total, :] = some
         own.keys, own.values = self._views = tuple(state[..., before:total, :] for state in self._states)
         return tuple(state[..., :total, :] for state in self._states)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a `DynamicCache` in which new tokens are written behind the others, which stay where they are."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._room = Room()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
+        """Write new keys and values, `[B, kv_heads, T, head_dim]` each; returns all of the layer."""
+        return self._room.extended(self, (), (key_states, value_states))

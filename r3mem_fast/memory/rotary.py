@@ -42,7 +42,7 @@ class Rotation:
 
         Args:
             decoder: The module whose loop calls the layers.
-            layers: The decoder's layers, made reversible.
+            layers: The decoder's layers, reversible or not.
             order: Indices of the layers, in the order in which the loop calls them; see `Route`.
             config: The decoder's configuration.
 
@@ -55,7 +55,8 @@ class Rotation:
         if not is_rotary(decoder):
             return
         self._rotary = decoder.rotary_emb
-        base: type = type(layers[0]).unreversed  # type: ignore[attr-defined]  # set by make_reversible
+        kind = type(layers[0])
+        base: type = getattr(kind, "unreversed", kind)  # as `make_reversible` sets it
         self._apply = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
         if self._apply is None:
             raise ValueError(f"{base.__module__} has no apply_rotary_pos_emb, so a memory's keys cannot be rotated")

@@ -19,7 +19,7 @@ TEXT = ids_of(7, seed=1)
 def both_ways(model, ids, mask=None, **settings):
     """What `generate` writes behind a cache of transformers, and what it writes by the reversible layers' hooks."""
     found = model.generate(ids, mask, return_dict_in_generate=True, output_scores=True, **settings)
-    with mock.patch.object(generation, "_is_prefix", lambda *_: False):
+    with mock.patch.object(generation, "is_prefix", lambda *_: False):
         hooked = model.generate(ids, mask, return_dict_in_generate=True, output_scores=True, **settings)
     return found, hooked
 

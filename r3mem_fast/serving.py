@@ -1,0 +1,246 @@
+"""`Scheduler`: many requests at a time, each behind its memory; rows join and leave between two tokens."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicCache
+
+from .batching import left_padded, unfinished_of
+from .generation import is_prefix
+from .integrations.compat import cache_argument
+from .integrations.scoped import evaluating
+from .memory.memory import Memory
+from .memory.prefix import prefix_of
+from .memory.reader import positions_of_mask
+from .memory.room import RoomyLayer
+from .network import Network
+from .reversible.convert import unconverted
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt that is continued; made by `Scheduler.submit`.
+
+    Attributes:
+        ids: Token ids of the prompt, int64 `[T]`, on the CPU.
+        memory: The memory before it, of one row.
+        max_new_tokens: Tokens that are written at most.
+        choose: How a token is chosen from scores `[1, V]`; None: the most probable one.
+        tokens: Token ids that have been written, without the end token.
+        finished: Whether it is done.
+    """
+
+    ids: torch.Tensor
+    memory: Memory
+    max_new_tokens: int
+    choose: "_Sampler | None"
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    finished: bool = False
+
+
+class Scheduler:
+    """Continues the prompts of many requests together, by the base model, one token of each at a time.
+
+    What a request gets does not depend on the others, but for rounding: rows of one pass are padded to the longest.
+    A step reads the prompts of requests that join, in one pass, and then writes one token of all.
+
+    Args:
+        model: The model, an `R3MemModel`. Its memories are matched ones of the base model, without sliding windows.
+        max_rows: Requests that are continued at one time; others wait.
+
+    Raises:
+        ValueError: max_rows is below 1, or memories of the model are more than keys and values.
+    """
+
+    def __init__(self, model: Network, *, max_rows: int = 32):
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        self._model, self._max_rows = model, max_rows
+        self._waiting: deque[Request] = deque()
+        self._rows: list[Request] = []
+        self._cache: Any = _empty_cache(len(model.layers))
+        self._mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
+        self._positions = torch.zeros(0, dtype=torch.int64, device=model.device)
+
+    def __len__(self) -> int:
+        """Number of requests that are not done."""
+        return len(self._waiting) + len(self._rows)
+
+    def submit(
+        self,
+        ids: torch.Tensor | Sequence[int],
+        memory: Memory,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Request:
+        """Add a request, which joins the others with one of the next steps.
+
+        Args:
+            ids: Token ids of the prompt, int64 `[T]`.
+            memory: The memory that it is read behind, of one row; its unfinished tokens are read before the prompt.
+            max_new_tokens: Tokens that are written at most; the end token ends them, too.
+            do_sample: Whether tokens are drawn; otherwise the most probable one is taken.
+            temperature: Divides the scores.
+            top_k: Number of tokens that are drawn from; None: all.
+            top_p: Share of probability that is drawn from; None: all.
+            seed: Of the draws of this request; None: another one each time.
+
+        Raises:
+            ValueError: The memory is another model's or of several rows, it is more than keys and values, there is no
+                token to begin with, there are more tokens than positions, or a setting does not fit.
+        """
+        model = self._model
+        prompt = torch.as_tensor(ids, dtype=torch.int64).cpu()
+        if prompt.dim() != 1:
+            raise ValueError(f"a request is one prompt, int64 [T], got {list(prompt.shape)}")
+        model.check_memory(memory, 1)
+        if not is_prefix(model, memory):
+            raise ValueError(
+                "many requests are read together behind matched memories of a base model without sliding windows, "
+                'with attn_implementation "sdpa" or "eager"; for others use model.generate'
+            )
+        count = len(prompt) + len(memory.recent[0]) + len(memory.unfinished[0])
+        if not count:
+            raise ValueError("there is neither a prompt nor unfinished tokens that could be continued")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        model.check_length(count + max_new_tokens - 1, behind_memory=True)
+        choose = _Sampler(model.device, temperature, top_k, top_p, seed) if do_sample else None
+        request = Request(prompt, memory, max_new_tokens, choose)
+        self._waiting.append(request)
+        return request
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, int]]:
+        """Write one token of every request that is under way, those that join included.
+
+        Returns:
+            The requests with their new tokens, in the order in which they joined; without the end token, with which a
+            request may be done, too.
+        """
+        model = self._model
+        with evaluating(model), model.disable_adapters(), unconverted(model.peft_model):
+            scores = [self._continue()] if self._rows else []
+            joining = [
+                self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_rows - len(self._rows)))
+            ]
+            if joining:
+                scores.append(self._join(joining))
+        return self._write(torch.cat(scores)) if scores else []
+
+    def run(self) -> None:
+        """Take steps until all requests are done."""
+        while len(self):
+            self.step()
+
+    def _continue(self):
+        """Read the last token of each row, and return the scores of the next, `[R, V]`."""
+        last = torch.tensor([[request.tokens[-1]] for request in self._rows], device=self._mask.device)
+        self._mask = torch.cat([self._mask, torch.ones_like(last)], 1)
+        self._positions = self._positions + 1
+        return self._scores(last, self._cache, self._mask, self._positions[:, None])
+
+    def _join(self, joining):
+        """Read the prompts of requests, put their rows below the others', and return their scores."""
+        model = self._model
+        memory = Memory.cat([request.memory for request in joining])
+        rows = unfinished_of(memory, model.device).joined(
+            left_padded([request.ids for request in joining], model.device)
+        )
+        ids, mask, _, _ = rows.left_padded_with_labels()
+        first = model.reader.layout.first_position
+        positions = first + positions_of_mask(mask)
+        prefix = prefix_of(model, memory, first, read_with=positions)
+        cache, mask = prefix.to_cache(model.config), torch.cat([prefix.mask, mask], 1)
+        scores = self._scores(ids, cache, mask, positions)
+        width = max(mask.shape[1], self._mask.shape[1])
+        if self._rows:
+            for mine, its in zip(self._cache.layers, cache.layers, strict=True):
+                mine.keys = torch.cat([_widened(layer.keys, width, 2) for layer in (mine, its)])
+                mine.values = torch.cat([_widened(layer.values, width, 2) for layer in (mine, its)])
+        else:
+            self._cache = cache
+        self._mask = torch.cat([_widened(some, width, 1) for some in (self._mask, mask) if len(some)])
+        self._positions = torch.cat([self._positions, positions[:, -1]])
+        self._rows += joining
+        return scores
+
+    def _scores(self, ids, cache, mask, positions):
+        base = self._model.plain_model
+        last = {"logits_to_keep": 1} if self._model.slices_logits else {}
+        output = base(
+            ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache_argument(base, cache), **last
+        )
+        return output.logits[:, -1].float()
+
+    def _write(self, scores):
+        """Choose a token of each row, and let rows that are done leave."""
+        best, found = scores.argmax(-1).tolist(), []
+        for row, request in enumerate(self._rows):
+            token = best[row] if request.choose is None else request.choose(scores[row : row + 1])
+            if token != self._model.end_token_id:
+                request.tokens.append(token)
+                found.append((request, token))
+            request.finished = token == self._model.end_token_id or len(request.tokens) == request.max_new_tokens
+        stay = [row for row, request in enumerate(self._rows) if not request.finished]
+        if len(stay) < len(self._rows):
+            self._keep(stay)
+        return found
+
+    def _keep(self, rows):
+        """Keep some rows, and of them the columns that one of them has."""
+        self._rows = [self._rows[row] for row in rows]
+        index = torch.tensor(rows, dtype=torch.int64, device=self._mask.device)
+        self._mask, self._positions = self._mask[index], self._positions[index]
+        if not rows:
+            self._cache, self._mask = _empty_cache(len(self._model.layers)), self._mask[:, :0]
+            return
+        used = int(self._mask.any(0).to(torch.int8).argmax())
+        self._mask = self._mask[:, used:]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[index, :, used:], layer.values[index, :, used:]
+
+
+class _Sampler:
+    """Draws tokens of one request, by a generator of its own."""
+
+    def __init__(self, device, temperature, top_k, top_p, seed):
+        kinds = [TemperatureLogitsWarper(float(temperature))]
+        kinds += [] if top_k is None else [TopKLogitsWarper(top_k)]
+        kinds += [] if top_p is None else [TopPLogitsWarper(top_p)]
+        self._warpers = LogitsProcessorList(kinds)
+        self._generator = torch.Generator(device)
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def __call__(self, scores: torch.Tensor) -> int:
+        """Draw a token from scores `[1, V]`."""
+        none = torch.zeros(1, 0, dtype=torch.int64, device=scores.device)
+        return int(torch.multinomial(self._warpers(none, scores).softmax(-1), 1, generator=self._generator))
+
+
+def _empty_cache(layers):
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer() for _ in range(layers)]
+    return cache
+
+
+def _widened(tensor, width, dim):
+    """A tensor with zeros before it along a dimension, so that it has this size."""
+    missing = width - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim)

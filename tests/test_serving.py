@@ -1,0 +1,146 @@
+"""Many requests at a time: each gets what it would get alone, whatever joins and leaves beside it."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast.serving import Scheduler
+from tests.memory.test_matched import ids_of, network
+from tests.reversible.tiny import build
+
+MODEL = network()
+HISTORIES = (1, 9, 20, 33, 50, 64)
+
+
+@functools.cache
+def memory_of(tokens):
+    return MODEL.compress(ids_of(tokens, seed=tokens), finish=tokens % 2 == 0)
+
+
+@functools.cache
+def alone(tokens, prompt, count, seed):
+    """What a request gets by itself: from `generate`, or drawn with its seed."""
+    ids = ids_of(prompt, seed=prompt)
+    if seed is None:
+        found = MODEL.generate(ids, memory=memory_of(tokens), max_new_tokens=count, do_sample=False)[
+            0, prompt:
+        ].tolist()
+        return found[: found.index(MODEL.end_token_id)] if MODEL.end_token_id in found else found
+    scheduler = Scheduler(MODEL, max_rows=1)
+    request = scheduler.submit(ids[0], memory_of(tokens), max_new_tokens=count, do_sample=True, top_k=9, seed=seed)
+    scheduler.run()
+    return request.tokens
+
+
+REQUESTS = st.tuples(
+    st.sampled_from(HISTORIES),
+    st.integers(1, 6),
+    st.integers(1, 7),
+    st.sampled_from((None, None, 1, 2)),
+    st.integers(0, 4),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(st.lists(REQUESTS, min_size=1, max_size=6), st.integers(1, 4))
+def test_each_gets_its_own_tokens(requests, max_rows):
+    """200 random mixes of memories, prompts, lengths and seeds, that come at other times."""
+    check_mix(requests, max_rows)
+
+
+def test_a_mix():
+    check_mix([(33, 2, 7, None, 0), (1, 6, 3, 1, 0), (64, 1, 5, None, 2), (20, 3, 6, 2, 3), (50, 4, 1, None, 3)], 3)
+
+
+def check_mix(requests, max_rows):
+    scheduler = Scheduler(MODEL, max_rows=max_rows)
+    waiting, submitted, streamed, step = sorted(requests, key=lambda request: request[-1]), [], {}, 0
+    while waiting or len(scheduler):
+        while waiting and waiting[0][-1] <= step:
+            tokens, prompt, count, seed, _ = settings = waiting.pop(0)
+            drawn = {} if seed is None else {"do_sample": True, "top_k": 9, "seed": seed}
+            ids = ids_of(prompt, seed=prompt)[0]
+            request = scheduler.submit(ids, memory_of(tokens), max_new_tokens=count, **drawn)
+            submitted.append((settings, request))
+        for request, token in scheduler.step():
+            streamed.setdefault(request, []).append(token)
+        step += 1
+    for (tokens, prompt, count, seed, _), request in submitted:
+        assert request.finished and request.tokens == alone(tokens, prompt, count, seed)
+        assert streamed.get(request, []) == request.tokens
+
+
+def test_the_end_token_ends_a_request():
+    model = network()
+    memory, ids = model.compress(ids_of(50)), ids_of(3, seed=1)
+    written = model.generate(ids, memory=memory, max_new_tokens=6, do_sample=False)[0, 3:].tolist()
+    model.end_token_id = written[3]
+    scheduler = Scheduler(model)
+    request = scheduler.submit(ids[0], memory, max_new_tokens=6)
+    scheduler.run()
+    assert request.tokens == written[: written.index(written[3])] and request.finished and len(scheduler) == 0
+    assert scheduler.step() == []
+
+
+def test_rows_take_their_columns_along_when_they_leave():
+    model = network()
+    model.end_token_id = -1  # which no text has
+    scheduler = Scheduler(model)
+    long = scheduler.submit(ids_of(6)[0], model.compress(ids_of(64)), max_new_tokens=2)
+    short = scheduler.submit(ids_of(1)[0], model.compress(ids_of(1)), max_new_tokens=9)
+    scheduler.step()
+    wide = scheduler._mask.shape[1]
+    scheduler.step()
+    assert long.finished and not short.finished and scheduler._mask.shape == (1, 3) and wide > 12
+    assert scheduler._cache.layers[0].keys.shape[:1] == (1,)
+
+
+def test_draws_follow_the_distribution():
+    """A token is drawn as often as its probability says."""
+    scheduler = Scheduler(MODEL, max_rows=64)
+    ids = ids_of(4, seed=4)
+    drawn = [
+        scheduler.submit(
+            ids[0], memory_of(50), max_new_tokens=1, do_sample=True, temperature=0.7, top_p=0.9, seed=seed
+        )
+        for seed in range(600)
+    ]
+    scheduler.run()
+    with torch.no_grad():
+        scores = MODEL(ids, memory=memory_of(50)).logits[0, -1] / 0.7
+    weights, order = scores.softmax(-1).sort(descending=True)
+    weights = weights * (weights.cumsum(0) - weights < 0.9)
+    wanted = torch.zeros(96).scatter(0, order, weights / weights.sum())
+    counts = torch.bincount(torch.tensor([request.tokens[0] for request in drawn if request.tokens]), minlength=96)
+    assert not counts[wanted == 0].any()
+    assert (counts / len(drawn) - wanted).abs().max() < 4 * (wanted.max() * (1 - wanted.max()) / 600) ** 0.5
+
+
+def test_requests_that_cannot_be_served():
+    scheduler, memory, ids = Scheduler(MODEL), memory_of(50), ids_of(3)[0]
+    with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
+        Scheduler(MODEL, max_rows=0)
+    with pytest.raises(ValueError, match="one prompt"):
+        scheduler.submit(ids_of(3), memory)
+    with pytest.raises(ValueError, match="1 rows of tokens and 2 of memory"):
+        scheduler.submit(ids, memory.rows([0, 0]))
+    with pytest.raises(ValueError, match="neither a prompt nor unfinished tokens"):
+        scheduler.submit([], MODEL.empty_memory())
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        scheduler.submit(ids, memory, max_new_tokens=0)
+    with pytest.raises(ValueError, match="positions"):
+        scheduler.submit(ids, memory, max_new_tokens=200)
+    with pytest.raises(ValueError, match="temperature"):
+        scheduler.submit(ids, memory, do_sample=True, temperature=0.0)
+    for model in (
+        network("mistral"),
+        R3MemModel(build(), R3MemConfig(num_memory_tokens=2, segment_length=16, core=(1, 3))).eval(),
+    ):
+        with pytest.raises(ValueError, match="for others use"):
+            Scheduler(model).submit(ids, model.compress(ids_of(50)))
+    assert len(scheduler) == 0
