@@ -16,7 +16,7 @@ from r3mem_fast.config import R3MemConfig
 from r3mem_fast.settings import default_text, settings_of
 from r3mem_fast.training.settings import RememberSettings, TrainSettings
 
-from . import memory_tables
+from . import inference_tables, memory_tables
 from .markdown import ROOT, interval, records, table
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -303,6 +303,7 @@ def _settings(kind: type) -> str:
 
 
 TABLES = {
+    **inference_tables.TABLES,
     **memory_tables.TABLES,
     "cli": cli,
     "r3mem_config": lambda: _settings(R3MemConfig),

@@ -57,7 +57,7 @@ class Prefix:
 
         A model is then given this cache and the tokens of `tail` with those that follow, and, where rows have fewer
         slots, an attention mask `[B, N + T]` that begins with `mask`, and `position_ids` `[B, T]` from
-        `first_position` on.
+        `first_position` on. The model computes in the dtype of `keys`, on their device.
 
         Args:
             config: The model's configuration.

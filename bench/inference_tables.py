@@ -1,0 +1,74 @@
+"""The tables of inference behind memories: decoding, many requests, the time to a first token, and compressing."""
+
+from .markdown import records, table
+
+_DECODE = {
+    "plain_dynamic": "the plain model, growing cache",
+    "memory_dynamic": "**behind a memory**, growing cache",
+    "plain_static": "the plain model, static cache",
+    "memory_static": "**behind a memory**, static cache",
+    "hooks": "behind a memory, by the reversible layers' hooks",
+}
+_FROM = {
+    "memory": "**its memory**, from a file",
+    "cache": "all its keys and values, from a file",
+    "prefill": "its text",
+}
+
+
+def decode() -> str:
+    """Return the table of the time for a token behind a memory and behind as many tokens."""
+    rows = []
+    for record in records("decode_smollm2"):
+        cells = [f"{record[key]:.2f}" for key in ("token_ms", "p95_ms")]
+        over = "–"
+        if "over_plain" in record:
+            over = f"{record['over_plain']:.3f} ({record['lowest']:.3f} to {record['highest']:.3f})"
+        rows.append((str(record["rows"]), _DECODE[record["arm"]], *cells, over, f"{record['operations']:.2f}"))
+    names = ("rows", "written by", "a token, ms", "95 %, ms", "over the plain model's", "operations a token and layer")
+    return table(names, rows)
+
+
+def serving() -> str:
+    """Return the table of many requests at a time."""
+    rows = [
+        (
+            str(r["rows"]), f"{r['tokens_per_second']:.1f}",
+            f"{r['over_one']:.2f} × ({r['lowest']:.2f} to {r['highest']:.2f})", f"{r['first_ms'] / 1e3:.2f}",
+            f"{r['first_p95_ms'] / 1e3:.2f}",
+        )
+        for r in records("serving_smollm2")
+        if "tokens_per_second" in r
+    ]  # fmt: skip
+    names = ("requests at one time", "tokens/s", "over one at a time", "first token, s", "95 %, s")
+    return table(names, rows)
+
+
+def first_token() -> str:
+    """Return the table of the time to the first token behind a long history."""
+    rows = [
+        (
+            _FROM[r["first_token_from"]], f"{r['ms']:.1f}", f"{r['memory_over_it']:.3f} ×",
+            "–" if r["bytes"] is None else f"{r['bytes'] / 1e6:.1f} MB",
+        )
+        for r in records("serving_smollm2")
+        if "first_token_from" in r
+    ]  # fmt: skip
+    return table(("from", "first token, ms", "the memory takes of it", "file"), rows)
+
+
+def compress_speed() -> str:
+    """Return the table of compressing against plain prefill."""
+    rows = [
+        (
+            r["dtype"], str(r["budget"]), f"{r['compress_tokens_per_second']:.0f}",
+            f"{r['prefill_tokens_per_second']:.0f}",
+            f"{r['of_prefill']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})",
+        )
+        for r in records("compress_speed_smollm2")
+    ]  # fmt: skip
+    names = ("dtype", "slots in all", "compress, tokens/s", "plain prefill, tokens/s", "compress of prefill")
+    return table(names, rows)
+
+
+TABLES = {"decode": decode, "serving": serving, "first_token": first_token, "compress_speed": compress_speed}
