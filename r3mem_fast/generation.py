@@ -43,7 +43,9 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     base = network.plain_model
     if given := cache_name(settings):
         raise ValueError(f"{given} cannot go with a memory, which is a cache of its own")
-    kind = settings.get("cache_implementation")
+    kind = settings.get("cache_implementation") or getattr(
+        settings.get("generation_config"), "cache_implementation", None
+    )
     if kind not in _CACHES:
         raise ValueError(f"cache_implementation={kind!r} cannot go with a memory, but any of {_CACHES} can")
     if settings.get("assistant_model") is base or settings.get("assistant_early_exit"):
@@ -56,7 +58,10 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
     with evaluating(network), temporarily(base, generation_config=own):
-        read = _read_as_prefix if is_prefix(network, memory) else _read_with_hooks
+        # Drafts and pieces of a prompt are counted by the tokens of the cache, where a memory's would count, too.
+        counted = others.get("assistant_model") is not None or config.prompt_lookup_num_tokens
+        plain = is_prefix(network, memory) and not (counted or config.prefill_chunk_size)
+        read = _read_as_prefix if plain else _read_with_hooks
         output = read(network, memory, ids, mask, config, kind, others)
     found = output if isinstance(output, torch.Tensor) else output.sequences
     prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
@@ -104,7 +109,8 @@ def _read_with_hooks(network, memory, ids, mask, config, kind, others):
     if kind == "static":
         raise ValueError(
             'cache_implementation="static" is for matched memories of a base model without sliding windows, with '
-            'attn_implementation "sdpa" or "eager"; others are read by reversible layers, which no static cache knows'
+            'attn_implementation "sdpa" or "eager", and not for drafts or prompts in pieces: all else is read by '
+            "reversible layers, which no static cache knows"
         )
     cache = network.reading_cache(memory)
     if _copies(config) > 1:

@@ -1,6 +1,8 @@
 """`Scheduler`: many requests at a time, each behind its memory; rows join and leave between two tokens."""
 
+import contextlib
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -46,25 +48,43 @@ class Scheduler:
     """Continues the prompts of many requests together, by the base model, one token of each at a time.
 
     What a request gets does not depend on the others, but for rounding: rows of one pass are padded to the longest.
-    A step reads the prompts of requests that join, in one pass, and then writes one token of all.
+    A step reads the prompts of requests that join, in one pass, and then writes one token of all. If it fails, all is
+    as it was before it.
+
+    `with Scheduler(model) as scheduler:` keeps the model in the state in which it is read, from the first step to the
+    last, so that it need not be brought there for each of them. Nothing else can use the model meanwhile.
 
     Args:
         model: The model, an `R3MemModel`. Its memories are matched ones of the base model, without sliding windows.
         max_rows: Requests that are continued at one time; others wait.
 
     Raises:
-        ValueError: max_rows is below 1, or memories of the model are more than keys and values.
+        ValueError: max_rows is below 1.
     """
 
     def __init__(self, model: Network, *, max_rows: int = 32):
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-        self._model, self._max_rows = model, max_rows
+        self._model, self._max_rows, self._ends = model, max_rows, _end_tokens(model)
         self._waiting: deque[Request] = deque()
         self._rows: list[Request] = []
-        self._cache: Any = _empty_cache(len(model.layers))
+        self._cache = _empty_cache(len(model.layers))
         self._mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
         self._positions = torch.zeros(0, dtype=torch.int64, device=model.device)
+        self._open: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> "Scheduler":
+        """Bring the model into the state in which it is read."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._reading())
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Bring it back."""
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
 
     def __len__(self) -> int:
         """Number of requests that are not done."""
@@ -114,6 +134,9 @@ class Scheduler:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         model.check_length(count + max_new_tokens - 1, behind_memory=True)
+        # To the base model, layouts of memories differ in nothing but what may be written.
+        layout, origin = model.reader.layout, model.origin()
+        memory = dataclasses.replace(memory.to(model.device, model.dtype), layout=layout, origin=origin)
         choose = _Sampler(model.device, temperature, top_k, top_p, seed) if do_sample else None
         request = Request(prompt, memory, max_new_tokens, choose)
         self._waiting.append(request)
@@ -124,55 +147,73 @@ class Scheduler:
         """Write one token of every request that is under way, those that join included.
 
         Returns:
-            The requests with their new tokens, in the order in which they joined; without the end token, with which a
+            The requests with their new tokens, in the order in which they joined; without an end token, with which a
             request may be done, too.
         """
-        model = self._model
-        with evaluating(model), model.disable_adapters(), unconverted(model.peft_model):
+        with contextlib.nullcontext() if self._open else self:
+            count = min(len(self._waiting), self._max_rows - len(self._rows))
+            joining = list(itertools.islice(self._waiting, count))
+            joined = self._read(joining) if joining else None
             scores = [self._continue()] if self._rows else []
-            joining = [
-                self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_rows - len(self._rows)))
-            ]
-            if joining:
-                scores.append(self._join(joining))
+            if joined is not None:
+                scores.append(joined[0])
+                self._join(joining, *joined[1:])
         return self._write(torch.cat(scores)) if scores else []
 
     def run(self) -> None:
         """Take steps until all requests are done."""
-        while len(self):
-            self.step()
+        with contextlib.nullcontext() if self._open else self:
+            while len(self):
+                self.step()
 
-    def _continue(self):
-        """Read the last token of each row, and return the scores of the next, `[R, V]`."""
-        last = torch.tensor([[request.tokens[-1]] for request in self._rows], device=self._mask.device)
-        self._mask = torch.cat([self._mask, torch.ones_like(last)], 1)
-        self._positions = self._positions + 1
-        return self._scores(last, self._cache, self._mask, self._positions[:, None])
+    @contextlib.contextmanager
+    def _reading(self):
+        """Let the model be its base model, as transformers made it."""
+        model = self._model
+        with evaluating(model), model.disable_adapters(), unconverted(model.peft_model):
+            yield
 
-    def _join(self, joining):
-        """Read the prompts of requests, put their rows below the others', and return their scores."""
+    def _read(self, joining):
+        """Read the prompts of requests: the scores of their first tokens, their cache, mask and last positions."""
         model = self._model
         memory = Memory.cat([request.memory for request in joining])
-        rows = unfinished_of(memory, model.device).joined(
-            left_padded([request.ids for request in joining], model.device)
-        )
-        ids, mask, _, _ = rows.left_padded_with_labels()
+        prompts = left_padded([request.ids for request in joining], model.device)
+        ids, mask = unfinished_of(memory, model.device).joined(prompts).left_padded()
         first = model.reader.layout.first_position
         positions = first + positions_of_mask(mask)
         prefix = prefix_of(model, memory, first, read_with=positions)
         cache, mask = prefix.to_cache(model.config), torch.cat([prefix.mask, mask], 1)
-        scores = self._scores(ids, cache, mask, positions)
-        width = max(mask.shape[1], self._mask.shape[1])
+        return self._scores(ids, cache, mask, positions), cache, mask, positions[:, -1]
+
+    def _continue(self):
+        """Read the last token of each row: the scores of the next, `[R, V]`."""
+        last = torch.tensor([[request.tokens[-1]] for request in self._rows], device=self._mask.device)
+        mask, positions = torch.cat([self._mask, torch.ones_like(last)], 1), self._positions + 1
+        before = [(layer.keys, layer.values) for layer in self._cache.layers]
+        try:
+            scores = self._scores(last, self._cache, mask, positions[:, None])
+        except BaseException:
+            for layer, states in zip(self._cache.layers, before, strict=True):
+                layer.keys, layer.values = states
+            raise
+        self._mask, self._positions = mask, positions
+        return scores
+
+    def _join(self, joining, cache, mask, positions):
+        """Put the rows of requests that have been read below the others."""
         if self._rows:
+            width = max(mask.shape[1], self._mask.shape[1])
             for mine, its in zip(self._cache.layers, cache.layers, strict=True):
                 mine.keys = torch.cat([_widened(layer.keys, width, 2) for layer in (mine, its)])
                 mine.values = torch.cat([_widened(layer.values, width, 2) for layer in (mine, its)])
+            mask = torch.cat([_widened(some, width, 1) for some in (self._mask, mask)])
+            positions = torch.cat([self._positions, positions])
         else:
             self._cache = cache
-        self._mask = torch.cat([_widened(some, width, 1) for some in (self._mask, mask) if len(some)])
-        self._positions = torch.cat([self._positions, positions[:, -1]])
+        self._mask, self._positions = mask, positions
         self._rows += joining
-        return scores
+        for _ in joining:
+            self._waiting.popleft()
 
     def _scores(self, ids, cache, mask, positions):
         base = self._model.plain_model
@@ -187,10 +228,10 @@ class Scheduler:
         best, found = scores.argmax(-1).tolist(), []
         for row, request in enumerate(self._rows):
             token = best[row] if request.choose is None else request.choose(scores[row : row + 1])
-            if token != self._model.end_token_id:
+            if token not in self._ends:
                 request.tokens.append(token)
                 found.append((request, token))
-            request.finished = token == self._model.end_token_id or len(request.tokens) == request.max_new_tokens
+            request.finished = token in self._ends or len(request.tokens) == request.max_new_tokens
         stay = [row for row, request in enumerate(self._rows) if not request.finished]
         if len(stay) < len(self._rows):
             self._keep(stay)
@@ -202,12 +243,20 @@ class Scheduler:
         index = torch.tensor(rows, dtype=torch.int64, device=self._mask.device)
         self._mask, self._positions = self._mask[index], self._positions[index]
         if not rows:
-            self._cache, self._mask = _empty_cache(len(self._model.layers)), self._mask[:, :0]
+            self._cache = _empty_cache(len(self._model.layers))
             return
         used = int(self._mask.any(0).to(torch.int8).argmax())
         self._mask = self._mask[:, used:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[index, :, used:], layer.values[index, :, used:]
+
+
+def _end_tokens(model):
+    """Ids of the tokens that end a text, as transformers' `generate` knows them."""
+    ends = model.plain_model.generation_config.eos_token_id
+    if ends is None:
+        return {model.end_token_id}
+    return {ends} if isinstance(ends, int) else set(ends)
 
 
 class _Sampler:

@@ -1,13 +1,15 @@
 """Many requests at a time: each gets what it would get alone, whatever joins and leaves beside it."""
 
+import dataclasses
 import functools
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast import Memory, R3MemConfig, R3MemModel
 from r3mem_fast.serving import Scheduler
 from tests.memory.test_matched import ids_of, network
 from tests.reversible.tiny import build
@@ -79,17 +81,62 @@ def test_the_end_token_ends_a_request():
     model = network()
     memory, ids = model.compress(ids_of(50)), ids_of(3, seed=1)
     written = model.generate(ids, memory=memory, max_new_tokens=6, do_sample=False)[0, 3:].tolist()
-    model.end_token_id = written[3]
+    for ends in (written[3], [95, written[3]]):
+        model.plain_model.generation_config.eos_token_id = ends
+        scheduler = Scheduler(model)
+        request = scheduler.submit(ids[0], memory, max_new_tokens=6)
+        scheduler.run()
+        assert request.tokens == written[: written.index(written[3])] and request.finished and len(scheduler) == 0
+        assert scheduler.step() == []
+
+
+def test_memories_of_other_sizes_and_dtypes_go_together(tmp_path):
+    model, other = network(), network(num_memory_tokens=4, memory_budget=4, segment_overlap=2)
+    model.compress(ids_of(40)).save(tmp_path / "memory.safetensors")
+    memories = [
+        other.compress(ids_of(50)), Memory.load(tmp_path / "memory.safetensors"),
+        dataclasses.replace(model.compress(ids_of(30)), origin=dataclasses.replace(model.origin(), tokenizer="some")),
+        model.compress(ids_of(20)).to(torch.float64),
+    ]  # fmt: skip
+    ids = ids_of(3, seed=1)
+    with Scheduler(model) as scheduler:
+        requests = [scheduler.submit(ids[0], memory, max_new_tokens=3) for memory in memories]
+        scheduler.run()
+    for request, memory in zip(requests, memories, strict=True):
+        expected = model.generate(ids, memory=memory, max_new_tokens=3, do_sample=False)[0, 3:].tolist()
+        assert request.tokens == expected[: len(request.tokens)]
+
+
+@pytest.mark.parametrize("when", ["joining", "going on"])
+def test_a_step_that_fails_changes_nothing(when):
+    model = network()
+    model.plain_model.generation_config.eos_token_id = 96  # which no text has
+    memory, ids = model.compress(ids_of(50)), ids_of(3, seed=1)
     scheduler = Scheduler(model)
-    request = scheduler.submit(ids[0], memory, max_new_tokens=6)
+    first = scheduler.submit(ids[0], memory, max_new_tokens=5)
+    scheduler.step()
+    second = scheduler.submit(ids[0].flip(0), memory, max_new_tokens=4)
+    calls, real = [], type(model.plain_model.model.layers[0].mlp).forward
+
+    def failing(self, hidden):
+        calls.append(hidden.shape[1])
+        if len(calls) == (2 if when == "joining" else 6):  # in the second layer
+            raise RuntimeError("out of memory")
+        return real(self, hidden)
+
+    failure = pytest.raises(RuntimeError, match="out of memory")
+    with mock.patch.object(type(model.plain_model.model.layers[0].mlp), "forward", failing), failure:
+        scheduler.step()
+    assert (calls[-1] == 1) == (when == "going on") and len(first.tokens) == 1 and not second.tokens
     scheduler.run()
-    assert request.tokens == written[: written.index(written[3])] and request.finished and len(scheduler) == 0
-    assert scheduler.step() == []
+    for request, prompt in ((first, ids), (second, ids.flip(1))):
+        expected = model.generate(prompt, memory=memory, max_new_tokens=request.max_new_tokens, do_sample=False)
+        assert request.tokens == expected[0, 3:].tolist()
 
 
 def test_rows_take_their_columns_along_when_they_leave():
     model = network()
-    model.end_token_id = -1  # which no text has
+    model.plain_model.generation_config.eos_token_id = 96  # which no text has
     scheduler = Scheduler(model)
     long = scheduler.submit(ids_of(6)[0], model.compress(ids_of(64)), max_new_tokens=2)
     short = scheduler.submit(ids_of(1)[0], model.compress(ids_of(1)), max_new_tokens=9)

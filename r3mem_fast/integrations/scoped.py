@@ -129,6 +129,31 @@ def requiring_gradients_as_before(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
+    """Take some hooks off a module in the block; afterwards all are called in the order in which they were.
+
+    Args:
+        module: The module.
+        handles: What registering the hooks has returned.
+
+    Yields:
+        Nothing.
+    """
+    registered = (module._forward_pre_hooks, module._forward_hooks)
+    before = [dict(hooks) for hooks in registered]
+    for handle in handles:
+        for hooks in registered:
+            hooks.pop(handle.id, None)
+    try:
+        yield
+    finally:
+        for hooks, earlier in zip(registered, before, strict=True):
+            added = {number: hook for number, hook in hooks.items() if number not in earlier}
+            hooks.clear()
+            hooks.update(earlier | added)
+
+
+@contextlib.contextmanager
 def hooks_paused(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
     """Take the hooks off tensors in the block.
 

@@ -8,22 +8,25 @@
         kv_connector_module_path="r3mem_fast.integrations.vllm",
     ))
     llm.generate(
-        {"prompt_token_ids": prefix.prompt(question_ids)},
+        {"prompt_token_ids": prefix.prompt(question_ids), "cache_salt": "r3mem"},
         SamplingParams(extra_args={"kv_transfer_params": {"r3mem_prefix": "book.prefix.safetensors"}}),
     )
 
 The slots of a memory are N placeholder tokens at the beginning of the prompt, of which vLLM computes none: before the
 first pass the connector writes their keys and values into the blocks that vLLM has given to the request. N must fill
 whole blocks. Placeholder ids are of this memory alone, so that vLLM's prefix cache keeps memories apart, and shares
-one among the requests that read it. (Penalties for repetition see these ids as a part of the prompt.)
+one among the requests that read it; the salt keeps blocks that hold a memory from requests that read none. (Penalties
+for repetition see placeholder ids as a part of the prompt.)
 
 It is written for the layout of vLLM 0.33: the cache of a layer is `[blocks, kv_heads, block_size, 2 head_dim]`, keys
-before values (FLASH_ATTN, TRITON_ATTN). Another one is refused, and so are several workers for one model.
+before values (FLASH_ATTN, TRITON_ATTN), for one worker that holds the whole model. A request that is wrong is a
+ValueError in vLLM's scheduler, which ends the engine with all its requests: check requests before they come here.
 """
 
 import dataclasses
 import functools
 import json
+import os
 import re
 from typing import Any
 
@@ -36,6 +39,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 # Name of the file among the `kv_transfer_params` of a request.
 PARAMETER = "r3mem_prefix"
+# Salt of vLLM's prefix cache for all requests that read a memory.
+SALT = "r3mem"
 
 
 @dataclasses.dataclass
@@ -78,12 +83,17 @@ class R3MemConnector(KVConnectorBase_V1):
         """Number of slots that vLLM has not got yet, and whether they come later, which they do not.
 
         Raises:
-            ValueError: The slots do not fill whole blocks, the prompt does not begin with their placeholders, or
-                nothing follows them.
+            ValueError: The slots do not fill whole blocks, the prompt does not begin with their placeholders, nothing
+                follows them, or vLLM would compute them as tokens.
         """
         path = (request.kv_transfer_params or {}).get(PARAMETER)
         if path is None:
             return 0, False
+        if request.cache_salt != SALT or request.skip_reading_prefix_cache:
+            raise ValueError(
+                f"a request that reads a memory needs cache_salt={SALT!r}, and no prompt_logprobs, for which vLLM "
+                "would compute its placeholders as tokens"
+            )
         placeholders = _placeholders(path)
         count, ids = len(placeholders), list(request.prompt_token_ids or [])
         if count % self._block_size:
@@ -136,14 +146,16 @@ class R3MemConnector(KVConnectorBase_V1):
                         file.get_tensor(f"{part}.{layer}")[0, :, load.first :] for part in ("keys", "values")
                     )
                     states = torch.cat([keys, values], -1).transpose(0, 1)  # [slots, kv_heads, 2 head_dim]
-                    if cache.dim() != 4 or (cache.shape[1], cache.shape[3]) != states.shape[1:]:
+                    heads, width = states.shape[1:]
+                    if (cache.dtype, list(cache.shape[1:])) != (states.dtype, [heads, self._block_size, width]):
                         raise ValueError(
-                            f"the cache of {name} is {list(cache.shape)}, slots of a memory {list(states.shape[1:])}: "
-                            "use one worker (tensor_parallel_size=1), attention_backend FLASH_ATTN or TRITON_ATTN, "
-                            "and a cache that is not quantised"
+                            f"the cache of {name} is {cache.dtype} {list(cache.shape)}, and not {states.dtype} "
+                            f"[blocks, {heads}, {self._block_size}, {width}] as a memory's slots are: use one worker "
+                            "(tensor_parallel_size=1), attention_backend FLASH_ATTN or TRITON_ATTN, and a cache that "
+                            "is not quantised, in the dtype of the prefix"
                         )
                     where = [torch.tensor(places, device=cache.device) for places in (load.blocks, load.offsets)]
-                    cache[where[0], :, where[1]] = states.to(cache.device, cache.dtype)
+                    cache[where[0], :, where[1]] = states.to(cache.device)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Return at once: `start_load_kv` has written everything."""
@@ -155,11 +167,19 @@ class R3MemConnector(KVConnectorBase_V1):
         """Return at once: nothing is saved."""
 
 
-@functools.lru_cache(maxsize=1024)
 def _placeholders(path: str) -> list[int]:
-    """Ids that stand for the slots of a prefix's file."""
+    """Ids that stand for the slots of a prefix's file, as it is now."""
+    state = os.stat(path)
+    return _read_placeholders(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_placeholders(path: str, changed: int, size: int) -> list[int]:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["r3mem"])["placeholder_ids"]
+        found = json.loads((file.metadata() or {}).get("r3mem", "{}")).get("placeholder_ids")
+    if found is None:
+        raise ValueError(f"{path} is not the prefix of one memory: write it with memory[row].to_prefix(model).save")
+    return found
 
 
 def _layer_of(name: str) -> int:

@@ -93,7 +93,7 @@ class PrefixCache(PassCache):
                 Empty: no window hides a part of the memory.
         """
         if visible.shape[-1]:
-            self._prefix, self._visible, self._placed = prefix, visible, {}
+            self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
             self._all_visible, self._ages, self._windows = all_visible, ages, windows
         return self
 

@@ -84,10 +84,15 @@ class Prefix:
         Of another memory they are others, so that an engine that finds what it has read by token ids keeps them apart.
 
         Raises:
-            ValueError: It has more than one row.
+            ValueError: It has more than one row, or the first token behind it has another position than N.
         """
         if not self._is_single():
             raise ValueError(f"an engine reads one memory a request, this has {len(self.mask)} rows: take memory[row]")
+        if self.first_position != len(self):
+            raise ValueError(
+                f"an engine that counts {len(self)} slots as tokens begins behind them at position {len(self)}, and "
+                f"this prefix is for position {self.first_position}"
+            )
         content = hashlib.sha256(self.base.encode())
         for tensor in (*self.keys, *self.values):
             content.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -95,25 +100,27 @@ class Prefix:
         return [chosen.randrange(self.vocabulary) for _ in range(len(self))]
 
     def prompt(self, ids: Sequence[int]) -> list[int]:
-        """Token ids of a whole prompt for such an engine: placeholders, the end of the history, and what follows it.
+        """Token ids of a whole prompt, for an engine that counts slots as tokens.
+
+        They are the placeholders, the end of the history, and what follows it.
 
         Args:
             ids: What follows.
 
         Raises:
-            ValueError: It has more than one row.
+            ValueError: As of `placeholder_ids`.
         """
         return [*self.placeholder_ids(), *self.tail[0].tolist(), *ids]
 
     def _is_single(self):
-        return len(self.mask) == 1 and bool(self.mask.all())
+        return len(self.mask) == 1
 
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file, whole or not at all.
 
         The file has `keys.LAYER` and `values.LAYER`, `[B, kv_heads, N, head_dim]`, `mask`, and `tail` (the ids of all
         rows, joined) with `tail_lengths`; its metadata, JSON at "r3mem", have `kind`, `first_position`, `base`,
-        `vocabulary`, and of a single row `placeholder_ids`.
+        `vocabulary`, and, where an engine can count slots as tokens, `placeholder_ids`.
 
         Args:
             path: The file, replaced if it is there. Folders above it are made.
@@ -124,7 +131,7 @@ class Prefix:
             tensors |= {f"keys.{index}": keys, f"values.{index}": values}
         metadata: dict[str, Any] = {"kind": KIND}
         metadata |= {name: getattr(self, name) for name in ("first_position", "base", "vocabulary")}
-        if self._is_single():
+        if self._is_single() and self.first_position == len(self):
             metadata["placeholder_ids"] = self.placeholder_ids()
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path = Path(path)
@@ -190,7 +197,9 @@ def prefix_of(
             f"a {type(model.plain_model).__name__} has layers with a sliding window, which hides slots by their age, "
             "as no other engine knows: use model.generate, or memory.to_cache(model)"
         )
-    count = memory.states.shape[4]
+    visible = memory.visible_on_host()
+    count = int(visible.sum(1).max())
+    start = visible.shape[1] - count  # rows of a batch may have columns before it that other rows needed
     first = count if first_position is None else first_position
     if first != layout.first_position and not is_rotary(reader.decoder):
         raise ValueError(
@@ -198,7 +207,7 @@ def prefix_of(
             f"position {layout.first_position}, not {first}"
         )
     device = model.device
-    states, ages = memory.states.to(device, model.dtype), memory.ages.to(device).long()
+    states, ages = memory.states[..., start:, :].to(device, model.dtype), memory.ages[..., start:].to(device).long()
     _, layers = reversible_layers(model.peft_model)
     rotation = Rotation(reader.decoder, layers, range(len(layers)), text_config(model.config))
     known = torch.arange(first - layout.reach, first + 1, device=device)[None]
@@ -211,5 +220,5 @@ def prefix_of(
     )
     values = tuple(states[index, 1] for index in range(len(states)))
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
-    mask, vocabulary = memory.visible().to(device, torch.int64), text_config(model.config).vocab_size
+    mask, vocabulary = visible[:, start:].to(device, torch.int64), text_config(model.config).vocab_size
     return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)

@@ -39,6 +39,8 @@ class Room:
         length = own.get_seq_length()
         known = bool(self._views) and own.keys is self._views[0] and own.values is self._views[1]
         total = before + length + count
+        # What was made in inference mode cannot be written to outside of it.
+        known = known and self._states[0].is_inference() == torch.is_inference_mode_enabled()
         if not known or self._states[0].shape[-2] < total:
             # Half as much again, so that the copies of a long text take time in proportion to it.
             size = total + max(_LEAST, total // 2)
@@ -61,5 +63,7 @@ class RoomyLayer(DynamicLayer):
         self._room = Room()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
-        """Write new keys and values, `[B, kv_heads, T, head_dim]` each; returns all of the layer."""
+        """Add new keys and values, `[B, kv_heads, T, head_dim]` each; returns all of the layer."""
+        if key_states.requires_grad or value_states.requires_grad:  # what a graph has saved is not written over
+            return super().update(key_states, value_states)
         return self._room.extended(self, (), (key_states, value_states))

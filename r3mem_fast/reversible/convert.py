@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..integrations.scoped import without_hooks
 from .branches import branch_of, generic_branch
 from .coupling import MomentumCoupling
 from .stack import Mode, ReversibleStack
@@ -65,7 +66,10 @@ def make_reversible(
         kind: Any = type(layer)
         layer.__class__ = _reversible_class(kind)
         layer.reversible = LayerLink(stack, index, decoder)
-    _add_hooks(stack, decoder)
+    stack.hooks = [
+        decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
+        decoder.register_forward_hook(stack.conclude, with_kwargs=True, always_call=True),
+    ]
     return model
 
 
@@ -132,29 +136,19 @@ def unconverted(model: Any) -> Iterator[None]:
         if _wrapped(layers):
             yield
             return
-        decoder = layers[0].reversible.decoder
-        try:
-            for layer, kind in zip(layers, kinds, strict=True):
-                layer.__class__ = kind.unreversed
-            for hook in stack.hooks:
-                hook.remove()
-            yield
-        finally:
-            for layer, kind in zip(layers, kinds, strict=True):
-                layer.__class__ = kind
-            _add_hooks(stack, decoder)
+        with without_hooks(layers[0].reversible.decoder, stack.hooks):
+            try:
+                for layer, kind in zip(layers, kinds, strict=True):
+                    layer.__class__ = kind.unreversed
+                yield
+            finally:
+                for layer, kind in zip(layers, kinds, strict=True):
+                    layer.__class__ = kind
 
 
 def _wrapped(layers):
     """Names of the classes of layers that were wrapped after `make_reversible`."""
     return [type(layer).__name__ for layer in layers if "unreversed" not in vars(type(layer))]
-
-
-def _add_hooks(stack, decoder):
-    stack.hooks = [
-        decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
-        decoder.register_forward_hook(stack.conclude, with_kwargs=True, always_call=True),
-    ]
 
 
 def stack_of(model: Any) -> ReversibleStack:

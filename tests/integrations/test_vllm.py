@@ -82,14 +82,17 @@ def connector(vllm, block=BLOCK):
     return vllm.R3MemConnector(config, "scheduler", None)
 
 
-def request(ids, path=None):
+def request(ids, path=None, **changes):
+    found = {"cache_salt": "r3mem", "skip_reading_prefix_cache": False, **changes}
     parameters = None if path is None else {"r3mem_prefix": path}
-    return types.SimpleNamespace(request_id="1", prompt_token_ids=ids, kv_transfer_params=parameters)
+    return types.SimpleNamespace(request_id="1", prompt_token_ids=ids, kv_transfer_params=parameters, **found)
 
 
-def layers(heads=2, width=16):
+def layers(heads=2, width=16, block=BLOCK, dtype=torch.float32):
     names = [f"model.layers.{index}.self_attn.attn" for index in range(4)]
-    caches = {name: types.SimpleNamespace(kv_cache=torch.zeros(BLOCKS, heads, BLOCK, width)) for name in names}
+    caches = {
+        name: types.SimpleNamespace(kv_cache=torch.zeros(BLOCKS, heads, block, width, dtype=dtype)) for name in names
+    }
     return types.SimpleNamespace(no_compile_layers={**caches, "model.layers.0.mlp.experts": types.SimpleNamespace()})
 
 
@@ -148,12 +151,30 @@ def test_requests_that_would_be_wrong(vllm, made):
     for ids in ([5] * 20, prefix.placeholder_ids()):
         with pytest.raises(ValueError, match="does not begin with the placeholders"):
             connector(vllm).get_num_new_matched_tokens(request(ids, path), 0)
+    for changes in ({"cache_salt": None}, {"skip_reading_prefix_cache": True}):
+        with pytest.raises(ValueError, match="needs cache_salt='r3mem', and no prompt_logprobs"):
+            connector(vllm).get_num_new_matched_tokens(request(prefix.prompt([5]), path, **changes), 0)
     worker = connector(vllm)
     worker.bind_connector_metadata(vllm.R3MemConnectorMetadata([vllm.Load(path, 0, [0] * 12, list(range(4)) * 3)]))
-    for sizes in ({"heads": 1}, {"width": 8}):
+    for sizes in ({"heads": 1}, {"width": 8}, {"block": 2}, {"dtype": torch.uint8}, {"dtype": torch.bfloat16}):
         with pytest.raises(ValueError, match="use one worker"):
             worker.start_load_kv(layers(**sizes))
     with pytest.raises(ValueError, match="names 2 layers"):
         worker.start_load_kv(
             types.SimpleNamespace(no_compile_layers={"a.1.b.2.attn": types.SimpleNamespace(kv_cache=1)})
         )
+
+
+def test_a_file_that_was_written_again(vllm, made, tmp_path):
+    model, prefix, _ = made
+    path = tmp_path / "again.safetensors"
+    prefix.save(path)
+    assert connector(vllm).get_num_new_matched_tokens(request(prefix.prompt([5]), str(path)), 0) == (12, False)
+    other = model.compress(ids_of(50, seed=1)).to_prefix(model)
+    other.save(path)
+    assert connector(vllm).get_num_new_matched_tokens(request(other.prompt([5]), str(path)), 0) == (12, False)
+    with pytest.raises(ValueError, match="does not begin with the placeholders"):
+        connector(vllm).get_num_new_matched_tokens(request(prefix.prompt([5]), str(path)), 0)
+    model.compress(ids_of(50)).to_prefix(model, 64).save(path)
+    with pytest.raises(ValueError, match="is not the prefix of one memory"):
+        connector(vllm).get_num_new_matched_tokens(request([5] * 20, str(path)), 0)

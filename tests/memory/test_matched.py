@@ -256,17 +256,27 @@ def test_what_is_matched_again_does_not_grow_old():
     """Beside the first slot, which stays as it is, none is older than the lifetime, where that fits into the reach."""
     model = network(beyond_budget="rematch", segment_length=4, segment_overlap=2, num_memory_tokens=3, memory_budget=7)
     assert model.layout.lifetime == 8 * 4 < model.layout.reach == 64
-    memory, first = None, None
-    for _ in range(40):
-        memory = model.compress(ids_of(4), memory=memory)
-        if first is None and int(memory.slots):
-            first = memory.states[..., 0, :]
-        if memory.slots.tolist() == [7]:
-            assert torch.equal(memory.states[..., 0, :], first)
-            assert len(memory.ages[..., 0].unique()) == 1 and int(memory.ages[..., 1:].max()) <= 32
-    assert int(memory.ages[..., 0].max()) == 64
+    check_what_grows_old(model, 0, 32)
+    # Ages of a row with pinned tokens end before the reach.
+    far = network(beyond_budget="rematch", segment_length=8, segment_overlap=2, num_memory_tokens=3, memory_budget=7)
+    assert far.layout.lifetime == 63
+    check_what_grows_old(far, 2, 61)
     assert network(memory_budget=6 * SLOTS).layout.lifetime == 63  # all of the reach
     assert network(memory_budget=60, num_memory_tokens=6, segment_length=2).layout.lifetime == 40
+
+
+def check_what_grows_old(model, pinned, age):
+    """After many segments: the first slots are what they were, and the others are at most so old."""
+    memory, first = None, None
+    for _ in range(40):
+        ids = ids_of(model.layout.segment_length)
+        memory = model.compress(ids, memory=memory) if memory else model.compress(ids, pinned=pinned)
+        kept = memory.states[..., : max(1, pinned), :]
+        first = kept if first is None and int(memory.slots) >= max(1, pinned) else first
+        if int(memory.slots) == 7 + pinned:
+            assert torch.equal(kept, first) and len(memory.ages[..., 0].unique()) == 1
+            assert int(memory.ages[..., max(1, pinned) :].max()) <= age
+    assert int(memory.ages[..., 0].max()) == 64 and int(memory.slots) == 7 + pinned
 
 
 def test_files(tmp_path):

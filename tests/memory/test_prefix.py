@@ -68,6 +68,13 @@ def test_drafts_and_sampling():
     assert torch.equal(
         model.generate(TEXT, memory=memory, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), expected
     )
+    # With columns that are not the row's own, and padding before the prompt.
+    wide = Memory.cat([memory, model.compress(ids_of(20, seed=3))])[1]
+    padded, mask = torch.cat([TEXT[:, :2], TEXT], 1), torch.tensor([[0, 0] + [1] * 7])
+    settings = {"memory": wide, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(padded, mask, **settings)
+    for changes in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 3}):
+        assert torch.equal(model.generate(padded, mask, **changes, **settings), expected)
     sampled = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -107,6 +114,17 @@ def test_the_model_is_as_it_was_afterwards():
         model.generate(TEXT, memory=memory)
     assert torch.equal(model(TEXT, memory=memory).logits, before)
     assert all(hasattr(type(layer), "unreversed") for layer in model.layers)
+    seen = []
+    handle = model.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    model(TEXT, memory=memory)
+    model.generate(TEXT, memory=memory, max_new_tokens=1)
+    model(TEXT, memory=memory)
+    handle.remove()
+    assert (
+        int(seen[0][0, 0]) == int(seen[-1][0, 0]) == model.layout.first_position
+    )  # hooks are called in the order in which they were
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "olmo2"])
@@ -161,6 +179,34 @@ def test_placeholders_are_of_one_memory():
     assert prefixes[0].prompt([5, 6]) == [*first, *prefixes[0].tail[0].tolist(), 5, 6]
     with pytest.raises(ValueError, match="this has 2 rows"):
         Memory.cat([model.compress(ids_of(50))] * 2).to_prefix(model).placeholder_ids()
+
+
+def test_a_row_of_a_batch():
+    model = network()
+    row = Memory.cat([model.compress(ids_of(50)), model.compress(ids_of(20, seed=3))])[1]
+    assert row.states.shape[4] == 12 and int(row.slots) == 6
+    prefix = row.to_prefix(model)
+    assert len(prefix) == prefix.first_position == 6 and bool(prefix.mask.all())
+    assert prefix.placeholder_ids() == model.compress(ids_of(20, seed=3)).to_prefix(model).placeholder_ids()
+    with pytest.raises(ValueError, match="begins behind them at position 6, and this prefix is for position 64"):
+        row.to_prefix(model, 64).placeholder_ids()
+    nothing = model.compress(ids_of(3)).to_prefix(model)
+    assert len(nothing) == 0 and nothing.to_cache(model.config).get_seq_length() == 0
+
+
+def test_caches_that_a_graph_has_read():
+    model = network()
+    plain, prefix = build("llama", scale=2.0), model.compress(ids_of(50)).to_prefix(model)
+    cache = prefix.to_cache(plain.config)
+    first = plain(TEXT, past_key_values=cache).logits
+    second = plain(TEXT, past_key_values=cache).logits
+    (first.sum() + second.sum()).backward()
+    cache = prefix.to_cache(plain.config)
+    with torch.inference_mode():
+        plain(TEXT, past_key_values=cache)
+    with torch.no_grad():
+        again = plain(TEXT, past_key_values=cache).logits
+    assert (again - second).abs().max() < 1e-5
 
 
 def test_memories_that_are_more_than_keys_and_values():
