@@ -4,9 +4,12 @@
 
 Prompts of T tokens are continued, one token at a time, by
 
-    plain_dynamic, plain_static    the model as transformers loads it, behind N + T tokens that it has read
-    memory_dynamic, memory_static  the same model behind a matched memory of N slots, through `R3MemModel.generate`
-    hooks                          the same memory read by the reversible layers' hooks, as memories are that learned
+    plain_dynamic   the model as transformers loads it, behind N + T tokens that it has read, with its growing cache
+    plain_room      the same with a cache that grows where it is, as that of a memory
+    plain_static    the same with a cache that has room for all
+    memory_dynamic  the same model behind a matched memory of N slots, through `R3MemModel.generate`
+    memory_static   the same with a cache that has room for all
+    hooks           the same memory read by the reversible layers' hooks, as memories are that learned
 
 all greedily, and for as many tokens. `first_ms` is the time to the first token (a prompt of T tokens, behind N that
 are there already), `token_ms` the median and `p95_ms` the 95th percentile of the time between two tokens; `operations`
@@ -30,11 +33,14 @@ from r3mem_fast import R3MemConfig, R3MemModel, generation, load_model
 from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.devices import default_dtype
 from r3mem_fast.integrations.compat import cache_argument
+from r3mem_fast.memory.room import RoomyLayer
 
 from .records import add_output_option, add_record
 
-_ARMS = ("plain_dynamic", "plain_static", "memory_dynamic", "memory_static", "hooks")
-_RIVALS = {"memory_dynamic": "plain_dynamic", "memory_static": "plain_static", "hooks": "plain_dynamic"}
+_RIVALS = {
+    "plain_room": "plain_dynamic", "memory_dynamic": "plain_room", "memory_static": "plain_static",
+    "hooks": "plain_room",
+}  # fmt: skip
 # Operations of these names move no data.
 _VIEWS = (
     "view", "reshape", "expand", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "split", "alias",
@@ -54,10 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (%(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="that are written (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of all arms, in turn (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="static caches' steps, as transformers does on a GPU")
+    parser.add_argument("--compile", action="store_true", help="static caches' steps, as transformers does (on a GPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
+    if options.compile and options.device == "cpu":
+        parser.error("transformers compiles no step on the CPU: --compile needs --device cuda")
     records: list[dict] = []
     for rows in options.rows:
         for record in _compare(options, rows):
@@ -65,13 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Clock:
+class Clock:
     """Notes when `generate` hands on its prompt, and each token."""
 
     def __init__(self, device: str):
         self._device, self.times = device, [time.perf_counter()]
 
     def put(self, value: Any) -> None:
+        """Note the time: called with the prompt, and with each token."""
         if self._device != "cpu":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
@@ -107,11 +116,11 @@ def _compare(options: argparse.Namespace, rows: int) -> Iterator[dict]:
     runs = _arms(options, rows)
     layers = runs.pop("layers")
     for run in runs.values():  # to warm up, and to compile
-        run(_Clock(options.device), 4)
-    clocks: dict[str, list[_Clock]] = {arm: [] for arm in runs}
+        run(Clock(options.device), 4)
+    clocks: dict[str, list[Clock]] = {arm: [] for arm in runs}
     for _ in range(options.rounds):
         for arm, run in runs.items():
-            clock = _Clock(options.device)
+            clock = Clock(options.device)
             run(clock, options.tokens)
             clocks[arm].append(clock)
     head = {
@@ -145,7 +154,7 @@ def _operations(run: Callable) -> float:
     counts = []
     for tokens in (2, 6):
         with _Operations() as counted:
-            run(_Clock("cpu"), tokens)
+            run(Clock("cpu"), tokens)
         counts.append(counted.count)
     return (counts[1] - counts[0]) / 4
 
@@ -172,13 +181,16 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     long = history[:, -(slots + tail + prompt) :].to(options.device)
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def plainly(static: bool) -> Callable:
-        def run(clock: _Clock, tokens: int) -> None:
-            length = long.shape[1] + tokens
-            cache: Any = (
-                StaticCache(plain.config, max_cache_len=length) if static else DynamicCache(config=plain.config)
-            )
+    def plainly(kind: str) -> Callable:
+        def run(clock: Clock, tokens: int) -> None:
+            cache: Any = DynamicCache()
+            if kind == "room":
+                cache.layers = [RoomyLayer() for _ in model.layers]
+            elif kind == "static":
+                cache = StaticCache(plain.config, max_cache_len=long.shape[1] + tokens)
             plain(long[:, :slots], **cache_argument(plain, cache), logits_to_keep=1)
+            if options.device != "cpu":
+                torch.cuda.synchronize()
             clock.times[0] = time.perf_counter()
             plain.generate(
                 long, max_new_tokens=tokens, streamer=clock, disable_compile=not options.compile, **greedy,
@@ -188,7 +200,7 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         return run
 
     def behind(kind: str | None, *, hooks: bool = False) -> Callable:
-        def run(clock: _Clock, tokens: int) -> None:
+        def run(clock: Clock, tokens: int) -> None:
             way: Any = (
                 mock.patch.object(generation, "is_prefix", lambda *_: False) if hooks else contextlib.nullcontext()
             )
@@ -201,7 +213,8 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         return run
 
     return {
-        "plain_dynamic": plainly(False), "plain_static": plainly(True), "memory_dynamic": behind(None),
+        "plain_dynamic": plainly("dynamic"), "plain_room": plainly("room"), "plain_static": plainly("static"),
+        "memory_dynamic": behind(None),
         "memory_static": behind("static"), "hooks": behind(None, hooks=True), "layers": len(model.layers),
     }  # fmt: skip
 

@@ -3,8 +3,9 @@
     python -m bench.serving --json
 
 Requests come at once, each with a history of its own, a prompt and greedy tokens to write. `Scheduler` continues so
-many rows at a time (`rows`); 1 is one request after the other. `over_one` is the throughput over that of 1 in the same
-round, the median over rounds. `first_ms` is how long a request waits for its first token.
+many rows at a time (`rows`); "generate" is one request after the other, by `R3MemModel.generate`. `over_generate` is
+the throughput over that in the same round, the median over rounds, with the lowest and the highest. `first_ms` is how
+long a request waits for its first token.
 
 The time to the first token behind a single history is that of
 
@@ -16,6 +17,7 @@ with all files in the operating system's cache.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -31,6 +33,7 @@ from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.serving import Scheduler
 
+from .decode import Clock
 from .records import add_output_option, add_record
 
 
@@ -67,50 +70,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _throughput(options: argparse.Namespace, model: R3MemModel, memory: Memory, ids: torch.Tensor) -> Iterator[dict]:
     memories, prompts = memory.split(), ids[:, options.history :]
-    model.end_token_id = -1  # so that all requests write as many tokens
-    rates: dict[int, list[float]] = {rows: [] for rows in options.rows}
-    waits: dict[int, list[float]] = {rows: [] for rows in options.rows}
-    for number in range(options.rounds + 1):
-        for rows in options.rows:
-            scheduler = Scheduler(model, max_rows=rows)
-            few = slice(None) if number else slice(rows)  # the first round warms up
-            for prompt, of_prompt in zip(prompts[few], memories[few], strict=True):
+    model.plain_model.generation_config.eos_token_id = None  # so that all requests write as many tokens
+    model.end_token_id = -1
+
+    def scheduled(rows: int, requests: int) -> list[float]:
+        """Seconds until each request's first token."""
+        started, firsts = time.perf_counter(), {}
+        with Scheduler(model, max_rows=rows) as scheduler:
+            for prompt, of_prompt in zip(prompts[:requests], memories, strict=False):
                 scheduler.submit(prompt, of_prompt, max_new_tokens=options.tokens)
-            count, seen, firsts, started = 0, set(), [], time.perf_counter()
             while len(scheduler):
                 for request, _ in scheduler.step():
-                    count += 1
-                    if request not in seen:
-                        seen.add(request)
-                        firsts.append(time.perf_counter() - started)
+                    firsts.setdefault(request, time.perf_counter() - started)
+        return list(firsts.values())
+
+    def generated(requests: int) -> list[float]:
+        started, firsts = time.perf_counter(), []
+        for prompt, of_prompt in zip(prompts[:requests, None], memories, strict=False):
+            clock = Clock(options.device)
+            model.generate(
+                prompt,
+                memory=of_prompt,
+                max_new_tokens=options.tokens,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=clock,
+            )
+            firsts.append(clock.times[2] - started)
+        return firsts
+
+    arms: dict[str, Callable[[int], list[float]]] = {"generate": generated}
+    arms |= {str(rows): functools.partial(scheduled, rows) for rows in options.rows}
+    rates: dict[str, list[float]] = {arm: [] for arm in arms}
+    waits: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(options.rounds + 1):
+        for arm, run in arms.items():
+            requests = options.requests if number else 2  # the first round warms up
+            started = time.perf_counter()
+            firsts = run(requests)
             if number:
-                rates[rows].append(count / (time.perf_counter() - started))
-                waits[rows] += firsts
-    for rows in options.rows:
-        record = {
-            **_settings(options), "rows": rows, "tokens_per_second": round(statistics.median(rates[rows]), 2),
-            "first_ms": _ms(statistics.median(waits[rows])),
-            "first_p95_ms": _ms(sorted(waits[rows])[int(0.95 * (len(waits[rows]) - 1))]),
+                rates[arm].append(requests * options.tokens / (time.perf_counter() - started))
+                waits[arm] += firsts
+    for arm in arms:
+        ratios = sorted(mine / its for mine, its in zip(rates[arm], rates["generate"], strict=True))
+        yield {
+            **_settings(options), "rows": arm, "tokens_per_second": round(statistics.median(rates[arm]), 2),
+            "first_ms": _ms(statistics.median(waits[arm])),
+            "first_p95_ms": _ms(sorted(waits[arm])[int(0.95 * (len(waits[arm]) - 1))]),
+            "over_generate": round(statistics.median(ratios), 3), "lowest": round(ratios[0], 3),
+            "highest": round(ratios[-1], 3),
         }  # fmt: skip
-        if 1 in rates:
-            ratios = sorted(many / one for many, one in zip(rates[rows], rates[1], strict=True))
-            record |= {
-                "over_one": round(statistics.median(ratios), 3), "lowest": round(ratios[0], 3),
-                "highest": round(ratios[-1], 3),
-            }  # fmt: skip
-        yield record
 
 
 @torch.no_grad()
 def _first_token(options: argparse.Namespace, model: R3MemModel, memory: Memory, ids: torch.Tensor) -> Iterator[dict]:
     ids = ids.to(options.device)
-    history, prompt, plain = ids[:, : options.history], ids[:, options.history :], model.plain_model
+    history, prompt = ids[:, : options.history], ids[:, options.history :]
+    plain = load_model(options.model, dtype=options.dtype)[0].to(options.device).eval()
     with tempfile.TemporaryDirectory() as folder:
         of_memory, of_cache = Path(folder, "memory.safetensors"), Path(folder, "cache.safetensors")
         memory.save(of_memory)
         cache = DynamicCache()
-        with model.disable_adapters():
-            plain(history, logits_to_keep=1, **cache_argument(plain, cache))
+        plain(history, logits_to_keep=1, **cache_argument(plain, cache))
         save_file(
             {f"{name}.{index}": getattr(layer, name).contiguous() for index, layer in enumerate(cache.layers)
              for name in ("keys", "values")}, of_cache,
@@ -124,12 +145,10 @@ def _first_token(options: argparse.Namespace, model: R3MemModel, memory: Memory,
             found, whole = load_file(of_cache, device=options.device), DynamicCache()
             for index in range(len(model.layers)):
                 whole.update(found[f"keys.{index}"], found[f"values.{index}"], index)
-            with model.disable_adapters():
-                plain(prompt, logits_to_keep=1, **cache_argument(plain, whole))
+            plain(prompt, logits_to_keep=1, **cache_argument(plain, whole))
 
         def prefill() -> None:
-            with model.disable_adapters():
-                plain(ids, logits_to_keep=1, **cache_argument(plain, DynamicCache()))
+            plain(ids, logits_to_keep=1, **cache_argument(plain, DynamicCache()))
 
         arms: dict[str, Callable[[], None]] = {"memory": from_memory, "cache": from_cache, "prefill": prefill}
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}

@@ -13,7 +13,7 @@ from .integrations.capture import implementation_of
 from .integrations.compat import cache_argument, cache_name
 from .integrations.scoped import evaluating, temporarily
 from .memory.memory import Memory
-from .memory.prefix import prefix_of
+from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
 from .network import Network
 from .reversible.convert import text_config, unconverted
@@ -91,7 +91,7 @@ def _read_as_prefix(network, memory, ids, mask, config, kind, others):
     copies = _copies(config)
     if copies > 1:
         memory = memory.rows([row for row in range(len(memory)) for _ in range(copies)])
-    prefix = prefix_of(network, memory, first, read_with=positions)
+    prefix = placed_prefix(network, memory, first, read_with=positions)
     room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
     others |= cache_argument(base, prefix.to_cache(network.config, room))
     with network.disable_adapters(), unconverted(network.peft_model):

@@ -384,10 +384,10 @@ class Network(nn.Module):
     def _origin(self, adapters_off):
         if self.is_reading_backward:
             raise RuntimeError("memories are made, and caches of them, before the model is read backward")
-        if not self.adapts_tokens:
-            check_tokens_can_be_chosen(self.peft_model)
         if self.memories_are_of_base:
             return Origin(self.base_fingerprint(), layout_fingerprint(self.reader.layout))
+        if not self.adapts_tokens:
+            check_tokens_can_be_chosen(self.peft_model)
         return self._fingerprints.origin(self, adapters_off)
 
     def base_fingerprint(self) -> str:

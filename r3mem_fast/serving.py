@@ -16,7 +16,7 @@ from .generation import is_prefix
 from .integrations.compat import cache_argument
 from .integrations.scoped import evaluating
 from .memory.memory import Memory
-from .memory.prefix import prefix_of
+from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
 from .memory.room import RoomyLayer
 from .network import Network
@@ -181,7 +181,7 @@ class Scheduler:
         ids, mask = unfinished_of(memory, model.device).joined(prompts).left_padded()
         first = model.reader.layout.first_position
         positions = first + positions_of_mask(mask)
-        prefix = prefix_of(model, memory, first, read_with=positions)
+        prefix = placed_prefix(model, memory, first, read_with=positions)
         cache, mask = prefix.to_cache(model.config), torch.cat([prefix.mask, mask], 1)
         return self._scores(ids, cache, mask, positions), cache, mask, positions[:, -1]
 

@@ -165,10 +165,7 @@ class Prefix:
             raise ValueError(f"{path} is no prefix of a memory, as Prefix.save writes it: {error}") from None
 
 
-@torch.no_grad()
-def prefix_of(
-    model: Any, memory: Any, first_position: int | None = None, *, read_with: torch.Tensor | None = None
-) -> Prefix:
+def prefix_of(model: Any, memory: Any, first_position: int | None = None) -> Prefix:
     """Put the keys of a matched memory to their positions before a text.
 
     Args:
@@ -177,8 +174,6 @@ def prefix_of(
         first_position: Position of the first token behind it; None: the number of its slots, as where an engine counts
             them as tokens. With rotary embeddings distances alone matter, and a key older than its first position
             stands at a negative one.
-        read_with: Positions of the tokens that are read first, int64 `[B, T]`; None: the first position alone. Some
-            models choose their frequencies by the largest position of a pass.
 
     Raises:
         ValueError: The memory is another model's; it is not the base model's alone; a layer has a sliding window,
@@ -191,6 +186,25 @@ def prefix_of(
             "only a matched memory of a base model is keys and values alone; what memory tokens have learned needs "
             "its adapters: use model.generate, or memory.to_cache(model)"
         )
+    return placed_prefix(model, memory, first_position)
+
+
+@torch.no_grad()
+def placed_prefix(
+    model: Any, memory: Any, first_position: int | None = None, *, read_with: torch.Tensor | None = None
+) -> Prefix:
+    """Do what `prefix_of` does, with a memory that was checked.
+
+    Args:
+        model: See `prefix_of`.
+        memory: A matched memory of the base model.
+        first_position: See `prefix_of`.
+        read_with: Positions of the tokens that are read first, int64 `[B, T]`; None: the first position alone. Some
+            models choose their frequencies by the largest position of a pass.
+
+    Raises:
+        ValueError: A layer has a sliding window, or positions are learned, as of `prefix_of`.
+    """
     reader, layout = model.reader, memory.layout
     if any(reader.windows()):
         raise ValueError(
