@@ -112,7 +112,7 @@ class Scheduler:
             temperature: Divides the scores.
             top_k: Number of tokens that are drawn from; None: all.
             top_p: Share of probability that is drawn from; None: all.
-            seed: Of the draws of this request; None: another one each time.
+            seed: Seed of the draws of this request; None: another one each time.
 
         Raises:
             ValueError: The memory is another model's or of several rows, it is more than keys and values, there is no
