@@ -106,7 +106,9 @@ def test_decoding_step_by_step_is_one_pass(data):
             with reading_backward(model, core):
                 expected, found = run()
     seen = mask.bool()
-    assert (found - expected)[seen].abs().max() <= 1e-5
+    # Passes of other lengths add up in another order, and where a sum then falls on another point of the streams' grid
+    # all later layers carry that on: 4e-6 in the median of 150 draws, 9e-6 at most.
+    assert (found - expected)[seen].abs().max() <= 3e-5
 
 
 _MODELS = {}
