@@ -31,9 +31,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from r3mem_fast import R3MemConfig, R3MemModel, generation, load_model
 from r3mem_fast.data.text import read_text, token_windows
-from r3mem_fast.devices import default_dtype
 from r3mem_fast.integrations.compat import cache_argument
-from r3mem_fast.memory.room import RoomyLayer
+from r3mem_fast.memory.room import roomy_cache
 
 from .records import add_output_option, add_record
 
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", help="(bfloat16)")
+    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text (Python's help topics)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1], help="prompts at one time (%(default)s)")
     parser.add_argument("--slots", type=int, default=256, help="of a memory (%(default)s)")
@@ -124,15 +123,16 @@ def _compare(options: argparse.Namespace, rows: int) -> Iterator[dict]:
             run(clock, options.tokens)
             clocks[arm].append(clock)
     head = {
-        "model": options.model, "device": options.device, "dtype": options.dtype or str(_dtype(options)),
+        "model": options.model, "device": options.device, "dtype": options.dtype,
         "rows": rows, "slots": options.slots, "prompt": options.prompt, "tokens": options.tokens,
         "threads": torch.get_num_threads(), "compiled": options.compile, "rounds": options.rounds,
     }  # fmt: skip
     for arm, found in clocks.items():
         between = sorted(seconds for clock in found for seconds in clock.between)
         record = {
-            **head, "arm": arm, "first_ms": _ms(statistics.median(clock.first for clock in found)),
-            "token_ms": _ms(statistics.median(between)), "p95_ms": _ms(between[int(0.95 * (len(between) - 1))]),
+            **head, "arm": arm, "first_ms": milliseconds(statistics.median(clock.first for clock in found)),
+            "token_ms": milliseconds(statistics.median(between)),
+            "p95_ms": milliseconds(between[int(0.95 * (len(between) - 1))]),
             "operations": round(_operations(runs[arm]) / layers, 2),
         }  # fmt: skip
         if arm in _RIVALS:
@@ -145,10 +145,6 @@ def _compare(options: argparse.Namespace, rows: int) -> Iterator[dict]:
         yield record
 
 
-def _dtype(options: argparse.Namespace) -> torch.dtype:
-    return torch.bfloat16 if options.dtype is None else default_dtype(options.dtype)
-
-
 def _operations(run: Callable) -> float:
     """Operations of a token, by the difference of two lengths."""
     counts = []
@@ -159,16 +155,16 @@ def _operations(run: Callable) -> float:
     return (counts[1] - counts[0]) / 4
 
 
-def _ms(seconds: float) -> float:
+def milliseconds(seconds: float) -> float:
+    """Round to microseconds."""
     return round(seconds * 1e3, 3)
 
 
 def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     """What writes, by arm: functions of a clock and a number of tokens. And `layers`, their number."""
-    dtype = options.dtype or "bfloat16"
-    plain, tokenizer = load_model(options.model, dtype=dtype)
+    plain, tokenizer = load_model(options.model, dtype=options.dtype)
     plain = plain.to(options.device).eval()
-    base, _ = load_model(options.model, dtype=dtype)
+    base, _ = load_model(options.model, dtype=options.dtype)
     slots, prompt = options.slots, options.prompt
     config = R3MemConfig(
         memory_writer="matched", adapter_rows="memory", num_memory_tokens=min(64, slots), memory_budget=slots
@@ -185,7 +181,7 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         def run(clock: Clock, tokens: int) -> None:
             cache: Any = DynamicCache()
             if kind == "room":
-                cache.layers = [RoomyLayer() for _ in model.layers]
+                cache = roomy_cache(len(model.layers))
             elif kind == "static":
                 cache = StaticCache(plain.config, max_cache_len=long.shape[1] + tokens)
             plain(long[:, :slots], **cache_argument(plain, cache), logits_to_keep=1)

@@ -33,7 +33,7 @@ from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.serving import Scheduler
 
-from .decode import Clock
+from .decode import Clock, milliseconds
 from .records import add_output_option, add_record
 
 
@@ -115,8 +115,8 @@ def _throughput(options: argparse.Namespace, model: R3MemModel, memory: Memory, 
         ratios = sorted(mine / its for mine, its in zip(rates[arm], rates["generate"], strict=True))
         yield {
             **_settings(options), "rows": arm, "tokens_per_second": round(statistics.median(rates[arm]), 2),
-            "first_ms": _ms(statistics.median(waits[arm])),
-            "first_p95_ms": _ms(sorted(waits[arm])[int(0.95 * (len(waits[arm]) - 1))]),
+            "first_ms": milliseconds(statistics.median(waits[arm])),
+            "first_p95_ms": milliseconds(sorted(waits[arm])[int(0.95 * (len(waits[arm]) - 1))]),
             "over_generate": round(statistics.median(ratios), 3), "lowest": round(ratios[0], 3),
             "highest": round(ratios[-1], 3),
         }  # fmt: skip
@@ -164,7 +164,7 @@ def _first_token(options: argparse.Namespace, model: R3MemModel, memory: Memory,
     for arm, found in seconds.items():
         ratios = [mine / its for mine, its in zip(seconds["memory"], found, strict=True)]
         yield {
-            **_settings(options), "first_token_from": arm, "ms": _ms(statistics.median(found)),
+            **_settings(options), "first_token_from": arm, "ms": milliseconds(statistics.median(found)),
             "bytes": sizes.get(arm), "memory_over_it": round(statistics.median(ratios), 4),
         }  # fmt: skip
 
@@ -172,10 +172,6 @@ def _first_token(options: argparse.Namespace, model: R3MemModel, memory: Memory,
 def _settings(options: argparse.Namespace) -> dict:
     names = ("model", "device", "dtype", "requests", "history", "slots", "prompt", "tokens", "rounds")
     return {**{name: getattr(options, name) for name in names}, "threads": torch.get_num_threads()}
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1e3, 3)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import DynamicCache
 
 from .batching import left_padded, unfinished_of
 from .generation import is_prefix
@@ -18,7 +17,7 @@ from .integrations.scoped import evaluating
 from .memory.memory import Memory
 from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
-from .memory.room import RoomyLayer
+from .memory.room import roomy_cache
 from .network import Network
 from .reversible.convert import unconverted
 
@@ -68,7 +67,7 @@ class Scheduler:
         self._model, self._max_rows, self._ends = model, max_rows, _end_tokens(model)
         self._waiting: deque[Request] = deque()
         self._rows: list[Request] = []
-        self._cache = _empty_cache(len(model.layers))
+        self._cache = roomy_cache(len(model.layers))
         self._mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
         self._positions = torch.zeros(0, dtype=torch.int64, device=model.device)
         self._open: contextlib.ExitStack | None = None
@@ -243,7 +242,7 @@ class Scheduler:
         index = torch.tensor(rows, dtype=torch.int64, device=self._mask.device)
         self._mask, self._positions = self._mask[index], self._positions[index]
         if not rows:
-            self._cache = _empty_cache(len(self._model.layers))
+            self._cache = roomy_cache(len(self._model.layers))
             return
         used = int(self._mask.any(0).to(torch.int8).argmax())
         self._mask = self._mask[:, used:]
@@ -277,12 +276,6 @@ class _Sampler:
         """Draw a token from scores `[1, V]`."""
         none = torch.zeros(1, 0, dtype=torch.int64, device=scores.device)
         return int(torch.multinomial(self._warpers(none, scores).softmax(-1), 1, generator=self._generator))
-
-
-def _empty_cache(layers):
-    cache = DynamicCache()
-    cache.layers = [RoomyLayer() for _ in range(layers)]
-    return cache
 
 
 def _widened(tensor, width, dim):

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, StaticCache
 
 from ..files import replacing
 from ..reversible.convert import reversible_layers, text_config
-from .room import RoomyLayer
+from .room import roomy_cache
 from .rotary import Rotation, is_rotary
 
 KIND = "r3mem_fast prefix"
@@ -69,8 +69,7 @@ class Prefix:
         if max_length is not None and max_length < len(self):
             raise ValueError(f"a cache of max_length={max_length} has no room for {len(self)} slots")
         if max_length is None:
-            cache = DynamicCache()
-            cache.layers = [RoomyLayer() for _ in self.keys]
+            cache = roomy_cache(len(self.keys))
         else:
             cache = StaticCache(text_config(config), max_cache_len=max_length)
         if len(self):

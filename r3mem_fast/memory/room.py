@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..reversible.past import States
 
@@ -67,3 +67,10 @@ class RoomyLayer(DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad:  # what a graph has saved is not written over
             return super().update(key_states, value_states)
         return self._room.extended(self, (), (key_states, value_states))
+
+
+def roomy_cache(layers: int) -> DynamicCache:
+    """Make an empty `DynamicCache` of so many layers, all of which are `RoomyLayer`."""
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer() for _ in range(layers)]
+    return cache

@@ -253,7 +253,7 @@ class MatchedWriter:
         layout, pinned = self._layout, slots.pinned
         # Attention rests on a text's first token, so that an error in it would spread everywhere.
         held = pinned.clamp_min(1)
-        # Of a row with pinned tokens, ages end as many below the reach: see `slots_of`.
+        # Pinned slots have the largest ages to themselves, so that those of others end before these (`slots_of`).
         age = min(layout.lifetime, layout.reach - 1 - int(pinned[0]))
         slots = slots.up_to(age, layout.budget + int(pinned[0]))
         found = match(slots._replace(pinned=held), layout.budget - int((held - pinned)[0]), rows)
