@@ -24,9 +24,10 @@ def values_kept() -> contextlib.AbstractContextManager[None]:
     def moved_by_nothing(query: torch.Tensor, missing: torch.Tensor, key_heads: int, scale: float) -> torch.Tensor:
         return torch.zeros(len(query), key_heads, query.shape[-1], device=query.device)
 
-    return temporarily(
-        matching, solved=lambda gram, residual: torch.zeros_like(residual), move_for_mass=moved_by_nothing
-    )
+    def unchanged(gram: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros_like(residual), gram.new_ones(gram.shape[:2], dtype=torch.bool)
+
+    return temporarily(matching, solved=unchanged, move_for_mass=moved_by_nothing)
 
 
 @contextlib.contextmanager

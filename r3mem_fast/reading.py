@@ -117,6 +117,7 @@ def read_segments(
                     outcomes.append(outcome(segment, hidden))
             if on_tokens is not None:
                 on_tokens(sum(end - start for start, end in segment.own))
+    writer.finish()
     return outcomes, memory
 
 

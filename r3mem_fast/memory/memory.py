@@ -14,7 +14,7 @@ from ..files import replacing
 from . import file as memory_file
 from .layout import MemoryLayout, Origin
 from .prefix import Prefix, prefix_of
-from .states import BATCH, SLOTS, empty_states, joined_ages, widened
+from .states import BATCH, SLOTS, empty_states, joined_ages, uploaded, widened
 from .tensors import is_label, memory_from
 
 
@@ -101,7 +101,7 @@ class Memory:
 
     def visible(self) -> torch.Tensor:
         """Mask of the memory tokens that each row has: bool `[B, N]`, on the memory's device."""
-        return self.visible_on_host().to(self.device)
+        return uploaded(self.visible_on_host(), self.device)
 
     def visible_on_host(self) -> torch.Tensor:
         """Mask of the memory tokens that each row has: bool `[B, N]`, on the CPU."""
@@ -186,8 +186,8 @@ class Memory:
             indices: Indices of the rows; one may come more than once.
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        states = self.states.index_select(BATCH[self.layout.placement], chosen.to(self.device))
-        pick = chosen.tolist()
+        index, pick = uploaded(chosen, self.device), chosen.tolist()
+        states = self.states.index_select(BATCH[self.layout.placement], index)
         return dataclasses.replace(
             self,
             states=states,
@@ -196,7 +196,7 @@ class Memory:
             unfinished=tuple(self.unfinished[i] for i in pick),
             recent=tuple(self.recent[i] for i in pick),
             labels=tuple(self.labels[i] for i in pick),
-            ages=None if self.ages is None else self.ages.index_select(1, chosen.to(self.device)),
+            ages=None if self.ages is None else self.ages.index_select(1, index),
             slots=None if self.slots is None else self.slots[chosen],
             pinned=None if self.pinned is None else self.pinned[chosen],
         )

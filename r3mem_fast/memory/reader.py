@@ -14,6 +14,7 @@ from .cache import PrefixCache
 from .layout import MemoryLayout
 from .memory import Memory
 from .rotary import is_rotary
+from .states import uploaded
 
 
 class MemoryReader:
@@ -33,7 +34,7 @@ class MemoryReader:
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
-        embeddings = self._model.get_input_embeddings()(ids.to(self._model.device))
+        embeddings = self._model.get_input_embeddings()(uploaded(ids, self._model.device))
         if embeddings.requires_grad and embeddings.is_leaf:
             # By the hook that checkpointing puts there for frozen embeddings, so that a backward pass comes by at all.
             embeddings = embeddings.detach()
@@ -53,14 +54,15 @@ class MemoryReader:
         """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
         device = self._model.device
         states, visible = memory.states.to(device, self._model.dtype), memory.visible_on_host()
-        all_visible, visible = bool(visible.all()), visible.to(device)
+        all_visible = bool(visible.all())
         if self.layout.placement == "input" and visible.shape[1]:
             # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
             count = visible.shape[1]
             seen = self.new_cache(keep=False, capture=count, first_position=self.layout.first_position - count)
-            places = torch.arange(count, device=device).expand(len(states), -1)
+            places = torch.arange(count).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
             states = seen.captured()
+        visible = uploaded(visible, device)
         if memory.ages is None:
             return cache.read(states, visible, all_visible)
         return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows())
@@ -72,7 +74,7 @@ class MemoryReader:
 
         Args:
             embeddings: `[batch, tokens, width]`, as `embeddings_of` gives them.
-            mask: int64 `[batch, tokens]`, 0 for padding among these tokens; the memory is not in it.
+            mask: int64 `[batch, tokens]`, on the CPU, 0 for padding among these tokens; the memory is not in it.
             cache: The memory, as `read` made it. If it keeps keys and values, those of the tokens are appended to it.
             positions: int64 `[batch, tokens]`; 0 is the place right behind the memory. None: each row's first token
                 that is no padding has it, and the others follow.
@@ -82,10 +84,11 @@ class MemoryReader:
         """
         positions = positions_of_mask(mask) if positions is None else positions
         given = cache_argument(self.decoder, cache)
+        if not mask.all():  # without padding there is nothing to ask of a mask, on a device least of all
+            given["attention_mask"] = uploaded(mask, embeddings.device)
+        positions = uploaded(positions, embeddings.device)
         with self._stack.must_read(cache):
-            return self.decoder(
-                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, **given
-            ).last_hidden_state
+            return self.decoder(inputs_embeds=embeddings, position_ids=positions, **given).last_hidden_state
 
     def state_sizes(self) -> tuple[int, ...]:
         """Sizes of a memory's states that are the model's: `(layers, kv_heads, head_dim)`, or `(width,)`.
@@ -141,7 +144,7 @@ class MemoryReader:
         cache = self.new_cache(keep=False, capture=4, first_position=position)
         # In the weights' precision: autocast's would look like keys that cannot be moved.
         with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
-            self.decode(self._model.get_input_embeddings()(ids), torch.ones_like(ids), cache)
+            self.decode(self._model.get_input_embeddings()(ids), torch.ones(ids.shape, dtype=torch.int64), cache)
         return cache.captured()[:, 0].float()
 
 

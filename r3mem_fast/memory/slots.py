@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .memory import Memory
+from .states import uploaded
 
 
 class Slots(NamedTuple):
@@ -15,21 +16,26 @@ class Slots(NamedTuple):
     Attributes:
         states: Keys without positions, and values, `[layers, 2, A, kv_heads, N, head_dim]`.
         ages: Tokens to the first token behind them, int64 `[layers, A, kv_heads, N]`; -1 where there is no slot.
-        counts: Slots of each row, int64 `[A]`, on the CPU.
+        exists: Which of them each row has, bool `[A, N]`, on the CPU. A head may have fewer (`up_to`).
         pinned: How many of them, the first ones, stay what they are, int64 `[A]`, on the CPU.
     """
 
     states: torch.Tensor
     ages: torch.Tensor
-    counts: torch.Tensor
+    exists: torch.Tensor
     pinned: torch.Tensor
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Slots of each row, int64 `[A]`, on the CPU."""
+        return self.exists.sum(1)
 
     def rows(self, rows: Sequence[int]) -> "Slots":
         """The slots of some rows."""
         chosen = torch.as_tensor(rows, dtype=torch.int64)
-        index = chosen.to(self.ages.device)
+        index = uploaded(chosen, self.ages.device)
         states, ages = self.states.index_select(2, index), self.ages.index_select(1, index)
-        return Slots(states, ages, self.counts[chosen], self.pinned[chosen])
+        return Slots(states, ages, self.exists[chosen], self.pinned[chosen])
 
     def followed_by(self, others: "Slots") -> "Slots":
         """These slots and, behind them, others of the same rows; those that exist may have gaps between them.
@@ -38,7 +44,7 @@ class Slots(NamedTuple):
             others: The other slots. They may have pinned ones only if all of these are pinned.
         """
         states, ages = torch.cat([self.states, others.states], 4), torch.cat([self.ages, others.ages], 3)
-        return Slots(states, ages, self.counts + others.counts, self.pinned + others.pinned)
+        return Slots(states, ages, torch.cat([self.exists, others.exists], 1), self.pinned + others.pinned)
 
     def kept(self, places: torch.Tensor) -> "Slots":
         """The slots at some places, the same for all layers and heads.
@@ -47,11 +53,11 @@ class Slots(NamedTuple):
             places: int64 `[A, n]`, on the CPU; -1 for none, which come first. The pinned slots are among them.
         """
         layers, _, _, heads, _, width = self.states.shape
-        index = places.clamp_min(0).to(self.ages.device)
-        missing = (places < 0).to(self.ages.device)[None, :, None]
+        index = uploaded(places, self.ages.device)
+        missing, index = (index < 0)[None, :, None], index.clamp_min(0)
         states = self.states.gather(4, index[None, None, :, None, :, None].expand(layers, 2, -1, heads, -1, width))
         ages = self.ages.gather(3, index[None, :, None].expand(layers, -1, heads, -1)).masked_fill(missing, -1)
-        return Slots(states, ages, (places >= 0).sum(1), self.pinned)
+        return Slots(states, ages, places >= 0, self.pinned)
 
     def up_to(self, age: int, least: int) -> "Slots":
         """The slots up to an age, pinned ones and the first; and older ones, where a head would have too few.
@@ -62,7 +68,7 @@ class Slots(NamedTuple):
         """
         exists = self.ages >= 0
         from_youngest = exists.flip(-1).cumsum(-1).flip(-1)
-        first = exists.cumsum(-1) <= self.pinned.clamp_min(1).to(exists.device)[None, :, None, None]
+        first = exists.cumsum(-1) <= uploaded(self.pinned.clamp_min(1), exists.device)[None, :, None, None]
         stays = exists & ((self.ages <= age) | (from_youngest <= least) | first)
         return self._replace(ages=self.ages.masked_fill(~stays, -1))
 
@@ -72,9 +78,8 @@ class Slots(NamedTuple):
         Args:
             budget: Slots of a row at most, beside the pinned ones.
         """
-        exists = (self.ages[0, :, 0] >= 0).cpu()
         rows = []
-        for row, pinned in zip(exists, self.pinned.tolist(), strict=True):
+        for row, pinned in zip(self.exists, self.pinned.tolist(), strict=True):
             places = torch.nonzero(row)[:, 0]
             if len(places) > budget + pinned:
                 # Attention rests on a text's first token, whatever is asked: without it all other weights are wrong.
@@ -97,10 +102,10 @@ def slots_of(memory: Memory, moved: torch.Tensor) -> Slots:
     pinned = torch.minimum(memory.slots, memory.pinned_slots())
     # Pinned slots keep their order at the end of the reach, and stay before all others.
     oldest = memory.layout.reach - torch.minimum(visible.cumsum(1) - 1, pinned[:, None])
-    ages = memory.ages.long() + moved.to(memory.device)[None, :, None, None]
-    ages = torch.minimum(ages, oldest.to(memory.device)[None, :, None])
-    ages = torch.where(visible.to(memory.device)[None, :, None], ages, -1)
-    return Slots(memory.states, ages, memory.slots, pinned)
+    # In one tensor, so that one copy goes to the device: where there is no slot, there is no oldest age.
+    oldest = uploaded(torch.where(visible, oldest, -1), memory.device)[None, :, None]
+    ages = torch.minimum(memory.ages.long() + uploaded(moved, memory.device)[None, :, None, None], oldest)
+    return Slots(memory.states, ages, visible, pinned)
 
 
 def replaced(memory: Memory, rows: Sequence[int], parts: Sequence[tuple[Sequence[int], Slots]]) -> Memory:
@@ -112,6 +117,10 @@ def replaced(memory: Memory, rows: Sequence[int], parts: Sequence[tuple[Sequence
         parts: The slots, in parts: places in `rows`, and the slots of these, without gaps.
     """
     assert memory.ages is not None and memory.slots is not None, "see MemoryLayout.writer"
+    if [rows[place] for places, _ in parts[:1] for place in places] == list(range(len(memory))):  # all rows, at once
+        found = parts[0][1]
+        states, ages = found.states.to(memory.states.dtype), found.ages.clamp_min(0).to(memory.ages.dtype)
+        return dataclasses.replace(memory, states=states, ages=ages, slots=found.counts)
     counts = memory.slots.clone()
     for places, found in parts:
         counts[[rows[place] for place in places]] = found.counts
@@ -124,7 +133,7 @@ def replaced(memory: Memory, rows: Sequence[int], parts: Sequence[tuple[Sequence
         states[..., width - last :, :] = memory.states[..., memory.states.shape[4] - last :, :]
         ages[..., width - last :] = memory.ages[..., memory.ages.shape[3] - last :]
     for places, found in parts:
-        index = torch.as_tensor([rows[place] for place in places], device=memory.device)
+        index = uploaded(torch.as_tensor([rows[place] for place in places]), memory.device)
         last = min(width, found.states.shape[4])
         states[:, :, index] = 0
         ages[:, index] = 0

@@ -51,12 +51,22 @@ def appended(states: torch.Tensor, written: torch.Tensor, rows: Sequence[int], l
     """
     batch, slots = BATCH[layout.placement], SLOTS[layout.placement]
     width = min(states.shape[slots] + layout.num_memory_tokens, layout.first_position)
-    indices = torch.as_tensor(rows, device=states.device)
+    indices = uploaded(torch.as_tensor(rows), states.device)
     moved = torch.cat([states.index_select(batch, indices), written], slots)
     moved = moved.narrow(slots, moved.shape[slots] - width, width)
     if len(rows) == states.shape[batch]:
         return moved
     return widened(states, width, layout.placement).index_copy(batch, indices, moved)
+
+
+def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on another device, without waiting for what that device is doing.
+
+    Args:
+        tensor: The tensor. A copy from the CPU has left it when this returns.
+        device: The device.
+    """
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def widened(states: torch.Tensor, slots: int, placement: str) -> torch.Tensor:

@@ -23,3 +23,7 @@ class Writer(Protocol):
             as tokens is left to `segments.advance`.
         """
         ...
+
+    def finish(self) -> None:
+        """Say what went wrong in the segments since the last call, if anything did. Synchronises with the device."""
+        ...

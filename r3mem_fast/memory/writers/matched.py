@@ -5,6 +5,7 @@ beyond the budget. Every pass begins at the same position, however long the hist
 have the positions that those of the next one will have; keys keep their distances, up to the layout's reach.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from ..memory import Memory
 from ..reader import MemoryReader
 from ..segments import Segment
 from ..slots import Slots, replaced, slots_of
+from ..states import uploaded
 from .matching import Match, Queries, joined
 
 # Gives what will be asked of a text: token ids, int64 `[n]` each, of the text's ids, int64 `[T]`.
@@ -55,6 +57,8 @@ class MatchedWriter:
     def __init__(self, reader: MemoryReader, layout: MemoryLayout, questions_of: QuestionsOf | None = None):
         self._reader, self._layout, self._questions_of = reader, layout, questions_of
         self._sources = layout.queries.split("+")
+        # Whether something could not be matched, on the device, which is not asked before the end.
+        self._unmatched: list[torch.Tensor] = []
 
     def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """Read a segment behind a memory, and match its keys and values if the segment asks for it.
@@ -93,7 +97,7 @@ class MatchedWriter:
         before = memory.rows(rows) if len(rows) < len(memory) else memory
         reader = self._reader
         embeddings = reader.embeddings_of(segment.ids)
-        mask = segment.mask.to(embeddings.device)
+        mask = segment.mask
         cache = reader.new_cache(keep=False, capture=mask.shape[1] if segment.writes else 0)
         reader.read(cache, before)
         if not segment.writes:
@@ -124,14 +128,26 @@ class MatchedWriter:
         segment, before = found.segment, found.before
         old, new = self._candidates(segment, before, found.cache)
         self._check_budget(old, new)
-        own = Queries(found.calls, self._positions(segment.mask.to(found.hidden.device)))
+        own = Queries(found.calls, self._positions(segment.mask, found.hidden.device))
         match = Match(self._queries(segment, before, (old, new), own), found.cache, self._layout.first_position)
-        return replaced(found.memory, segment.rows, list(self._parts(old, new, match)))
+        after = replaced(found.memory, segment.rows, list(self._parts(old, new, match)))
+        self._unmatched += match.unmatched
+        return after
 
-    def _positions(self, mask):
-        """Positions of a pass's tokens, int32 `[A, T]`, -1 in padding."""
+    def finish(self) -> None:
+        """Warn if values could not be matched since the last call. Synchronises with the device."""
+        unmatched, self._unmatched = self._unmatched, []
+        if unmatched and bool(torch.stack(unmatched).any()):
+            warnings.warn(
+                "some heads' values could not be matched (the equations are singular, or not finite), and stay what "
+                "they were",
+                stacklevel=2,
+            )
+
+    def _positions(self, mask, device):
+        """Positions of a pass's tokens, int32 `[A, T]`, -1 in padding: on a device, of a mask on the CPU."""
         positions = self._layout.first_position + mask.cumsum(1) - 1
-        return torch.where(mask > 0, positions, -1).to(torch.int32)
+        return uploaded(torch.where(mask > 0, positions, -1).to(torch.int32), device)
 
     def _candidates(self, segment, before, cache):
         """The slots so far, and those of the segment's tokens, without the tokens that will be read again."""
@@ -140,12 +156,12 @@ class MatchedWriter:
         starts = segment.places[:, -1] + 1 - lengths
         offsets = torch.arange(mask.shape[1]) - (mask.shape[1] - lengths)[:, None]
         exists = (offsets >= 0) & (offsets < fresh[:, None])
-        ages = torch.where(exists, fresh[:, None] - offsets, -1).to(states.device)
+        ages = uploaded(torch.where(exists, fresh[:, None] - offsets, -1), states.device)
         layers, _, _, heads, _, _ = states.shape
         carried = torch.stack([torch.tensor(list(map(len, ids))) for ids in (before.recent, before.unfinished)]).sum(0)
         unread = before.pinned_slots() - (before.tokens_seen - carried + starts)  # pinned tokens from the first one on
         pinned = torch.minimum(unread.clamp_min(0), fresh)
-        new = Slots(states, ages[None, :, None].expand(layers, -1, heads, -1), fresh, pinned)
+        new = Slots(states, ages[None, :, None].expand(layers, -1, heads, -1), exists, pinned)
         return slots_of(before, fresh), new
 
     def _queries(self, segment, before, slots, own):
@@ -173,10 +189,9 @@ class MatchedWriter:
         found = []
         for ids, mask, exists in texts:
             embeddings = reader.embeddings_of(ids)
-            mask = mask.to(embeddings.device)
             with captured_attention(reader.decoder.config) as calls:
                 reader.decode(embeddings, mask, cache)
-            positions = self._positions(mask).masked_fill(~exists.to(mask.device)[:, None], -1)
+            positions = self._positions(mask * exists[:, None], embeddings.device)
             found.append(Queries(calls, positions))
         return joined(found)
 
@@ -203,7 +218,7 @@ class MatchedWriter:
             texts.append((ids, mask, torch.tensor([place < len(row) for row in asked])))
         found = [self._asked(texts, whole)] if texts else []
         if not bool(has_some.all()) and "own" not in self._sources:
-            hidden = has_some.to(own.positions.device)[:, None]
+            hidden = uploaded(has_some, own.positions.device)[:, None]
             found.append(Queries(own.calls, own.positions.masked_fill(hidden, -1)))
         return found
 

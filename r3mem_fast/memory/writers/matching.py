@@ -23,7 +23,6 @@ nothing among the keys that move. It is right where the queries stood: as slots 
 what queries have in common, and the bias fades.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,6 +32,7 @@ from r3mem_fast.kernels.matching import attention_scores, value_system
 from ...integrations.capture import AttentionCall
 from ..cache import PrefixCache
 from ..slots import Slots
+from ..states import uploaded
 
 # Lambda and epsilon. Text behind a memory is read as well, within 0.002 nats a token, with 0.1 to 1 and 0 to 0.1; the
 # largest changes of values are four times smaller with an epsilon of 0.1 than with none.
@@ -78,10 +78,14 @@ class Match:
         queries: The queries, of A rows.
         cache: A cache of the pass that read the slots' tokens, which knows how keys are rotated.
         first: Position of the first token behind the slots.
+
+    Attributes:
+        unmatched: For each group of equations whether some could not be solved: bool, on the device.
     """
 
     def __init__(self, queries: Queries, cache: PrefixCache, first: int):
         self._queries, self._cache, self._first = queries, cache, first
+        self.unmatched: list[torch.Tensor] = []
 
     def __call__(self, slots: Slots, limit: int, rows: Sequence[int]) -> Slots:
         """Keep `limit` slots at most of each row, beside the pinned ones, by layer and head, with new values.
@@ -96,13 +100,15 @@ class Match:
         if int(slots.counts.max()) <= limit + pinned:  # nothing is left out
             return slots.within(limit)
         limit = min(limit + pinned, count)
-        chosen = torch.as_tensor(rows, dtype=torch.int64, device=slots.ages.device)
-        states = torch.empty_like(slots.states[..., :limit, :])
-        ages = torch.empty_like(slots.ages[..., :limit])
+        chosen = uploaded(torch.as_tensor(rows, dtype=torch.int64), slots.ages.device)
+        found = {}
         for group in self._groups(layers, len(rows) * heads * 4 * limit**2):
-            by_layer = [part.unflatten(0, (len(group), -1)) for part in self._of_layers(group, slots, limit, chosen)]
-            states[group, 0], states[group, 1], ages[group] = by_layer
-        return Slots(states, ages, slots.counts.clamp_max(limit), slots.pinned)
+            parts = (part.chunk(len(group)) for part in self._of_layers(group, slots, limit, chosen))
+            found |= dict(zip(group, zip(*parts, strict=True), strict=True))
+        states = torch.stack([found[layer][part] for layer in range(layers) for part in (0, 1)]).unflatten(0, (-1, 2))
+        ages = torch.stack([found[layer][2] for layer in range(layers)])
+        exists = torch.arange(limit) >= (limit - slots.counts)[:, None]
+        return Slots(states, ages, exists, slots.pinned)
 
     def _of_layers(self, group, slots, limit, chosen):
         """Keys, values and ages of the slots that stay in some layers, whose rows follow one another, layer by layer.
@@ -130,7 +136,9 @@ class Match:
         gram, residual = _without(gram, residual, held)
         # Where nothing is left out there is nothing to match.
         fixed = (held | (exists.sum(2, keepdim=True) <= limit))[..., None]
-        value = value.float() + solved(gram, residual).masked_fill(fixed, 0)
+        change, right = solved(gram, residual)
+        self.unmatched.append(~right.all())
+        value = value.float() + change.masked_fill(fixed, 0)
         move = move_for_mass(query, lse - kept_lse, key.shape[1], settings["scale"])
         move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
         raw = raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
@@ -202,7 +210,7 @@ def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> to
     return places.gather(2, order)
 
 
-def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def solved(gram: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Solve for the change of kept values by ridge regression; zero where the equations cannot be solved.
 
     Args:
@@ -210,7 +218,7 @@ def solved(gram: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         residual: `X^T (y - X V)`, `[B, kv_heads, t, head_dim]`.
 
     Returns:
-        float32, the shape of `residual`.
+        The change, float32, the shape of `residual`, and where it could be had, bool `[B, kv_heads]`.
     """
     with torch.autocast(gram.device.type, enabled=False):
         return _solved(gram, residual)
@@ -224,10 +232,4 @@ def _solved(gram, residual):
     factor, failed = torch.linalg.cholesky_ex(gram + ridge.diag_embed())
     change = torch.cholesky_solve(residual.float(), factor)
     right = finite & (failed == 0)[..., None, None] & change.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    if not bool(right.all()):
-        warnings.warn(
-            "some heads' values could not be matched (the equations are singular, or not finite), and stay what they "
-            "were",
-            stacklevel=3,
-        )
-    return torch.where(right, change, 0.0)
+    return torch.where(right, change, 0.0), right[..., 0, 0]

@@ -64,7 +64,7 @@ class TokenWriter:
             seen = torch.rand(len(rows)) >= self._dropout
             read = dataclasses.replace(read, num_segments=read.num_segments * seen)
         embeddings = reader.embeddings_of(segment.ids)
-        mask, count = segment.mask.to(embeddings.device), 0
+        mask, count = segment.mask, 0
         if segment.writes:
             count = len(self._embeddings)
             written = self._embeddings.to(embeddings.dtype).expand(len(rows), -1, -1)
@@ -76,3 +76,6 @@ class TokenWriter:
             written = hidden[:, -count:] if memory.layout.placement == "input" else cache.captured()
             memory = dataclasses.replace(memory, states=appended(memory.states, written, rows, memory.layout))
         return hidden[:, : hidden.shape[1] - count], memory
+
+    def finish(self) -> None:
+        """Say nothing: nothing can go wrong here that the network does not notice."""

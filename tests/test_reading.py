@@ -1,0 +1,19 @@
+"""How histories are read, segment by segment."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("beyond", ["forget", "rematch"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_segment_waits_for_the_device(beyond, attention):
+    """The host asks once at the end whether all went well, and not in between: with a device that counts that."""
+    command = [sys.executable, str(Path(__file__).parent / "far_device.py"), beyond, attention]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    few, many = json.loads(printed.splitlines()[-1]).values()
+    assert few.pop("upload") > 0 and many.pop("upload") > 0  # which do not wait
+    assert few == many == {"_local_scalar_dense": 1}
