@@ -71,11 +71,6 @@ def adapter_settings(peft_model: Any) -> list[Any]:
     ]
 
 
-def adapters_are_off(peft_model: Any) -> bool:
-    """Whether a model's adapters are off for now, as inside of PEFT's `disable_adapter`."""
-    return any(module.disable_adapters for module in peft_model.modules() if isinstance(module, BaseTunerLayer))
-
-
 def _scale(module, adapter):
     scales = getattr(module, "scaling", {})
     return scales.get(adapter) if isinstance(scales, dict) else None

@@ -16,7 +16,7 @@ from .memory.memory import Memory
 from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
 from .network import Network
-from .reversible.convert import text_config, unconverted
+from .reversible.convert import text_config
 
 # Number of new tokens that transformers writes where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
@@ -94,7 +94,7 @@ def _read_as_prefix(network, memory, ids, mask, config, kind, others):
     prefix = placed_prefix(network, memory, first, read_with=positions)
     room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
     others |= cache_argument(base, prefix.to_cache(network.config, room))
-    with network.disable_adapters(), unconverted(network.peft_model):
+    with network.unconverted():
         return base.generate(
             input_ids=ids,
             attention_mask=torch.cat([prefix.mask[::copies], mask], 1),

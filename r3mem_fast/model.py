@@ -18,7 +18,7 @@ from .memory.cache import PrefixCache
 from .memory.memory import Memory
 from .memory.segments import IGNORED
 from .network import Network
-from .objective import R3MemOutput
+from .objective import R3MemOutput, with_idle_parameters
 from .reading import compress_rows, is_one_pass, placed, read_segments, segments_of
 from .reversible import restore
 
@@ -132,7 +132,7 @@ class R3MemModel(TrainerInterface, Network):
             output = self.peft_model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, **inputs
             )
-        loss = output.loss if labels is None else self.with_idle_parameters(output.loss)
+        loss = output.loss if labels is None else with_idle_parameters(self, output.loss)
         return R3MemOutput(loss=loss, logits=output.logits)
 
     def _read_pairs(self, contexts, queries, terms, labels, num_items):
@@ -166,7 +166,7 @@ class R3MemModel(TrainerInterface, Network):
                 hidden = self.decoder(
                     input_ids=rows.ids, attention_mask=attention_mask, use_cache=False
                 ).last_hidden_state
-            return self.with_idle_parameters(hidden.masked_fill(rows.mask[..., None] == 0, 0))
+            return with_idle_parameters(self, hidden.masked_fill(rows.mask[..., None] == 0, 0))
         objective.refuse_to_learn(self)
         memory = self.new_memory(len(rows.ids), origin=None)
         segments = segments_of(self, memory, rows)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
@@ -20,9 +19,10 @@ from transformers.utils import ModelOutput
 from r3mem_fast.kernels.matching import MAX_KEPT
 
 from .config import R3MemConfig, default_matched
-from .fingerprints import FingerprintCache, adapters_are_off, layout_fingerprint
+from .fingerprints import FingerprintCache, layout_fingerprint
 from .integrations.compat import cache_argument
-from .integrations.scoped import requiring_gradients_as_before, returning, temporarily
+from .integrations.peft import adapters_are_off, adapters_off
+from .integrations.scoped import returning, temporarily
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
 from .memory.layout import MemoryLayout, Origin
@@ -33,7 +33,7 @@ from .memory.writers.matched import MatchedWriter, QuestionsOf
 from .memory.writers.tokens import TokenWriter, new_memory_embeddings
 from .positions import first_id, original_positions_of, positions_for_memories, positions_of
 from .reversible import make_reversible, reading_backward
-from .reversible.convert import check_convertible, reversible_layers
+from .reversible.convert import check_convertible, reversible_layers, unconverted
 from .reversible.stack import Mode
 
 
@@ -201,12 +201,17 @@ class Network(nn.Module):
         if self.is_plain:
             yield
             return
-        # When PEFT enables adapters again, it lets all of them require gradients, also those that did not before.
-        with (
-            requiring_gradients_as_before(self.peft_model),
-            self.peft_model.disable_adapter(),
-            self.stack.in_mode(Mode.PLAIN),
-        ):
+        with adapters_off(self.peft_model), self.stack.in_mode(Mode.PLAIN):
+            yield
+
+    @contextlib.contextmanager
+    def unconverted(self) -> Iterator[None]:
+        """Let the model be the base model as transformers made it in the block, without adapters: a context manager.
+
+        Yields:
+            Nothing.
+        """
+        with self.disable_adapters(), unconverted(self.stack, self.layers):
             yield
 
     def must_read(self, cache: PrefixCache | None) -> contextlib.AbstractContextManager[None]:
@@ -216,23 +221,6 @@ class Network(nn.Module):
             cache: The cache that holds the memory; None: there is none, and nothing is checked.
         """
         return contextlib.nullcontext() if cache is None else self.stack.must_read(cache)
-
-    def with_idle_parameters(self, value: torch.Tensor) -> torch.Tensor:
-        """Give a value zero gradients for parameters that only memories use, because DDP waits for these.
-
-        Args:
-            value: A value that was computed without a memory, of any shape.
-
-        Returns:
-            The same value.
-        """
-        if self.memory_embeddings is None:
-            return value
-        idle = [self.memory_embeddings]
-        if not self.adapts_tokens and dist.is_initialized():
-            idle = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        total = sum((parameter.sum() for parameter in idle[1:]), start=idle[0].sum())
-        return value + 0 * total.to(value.dtype)
 
     def head(self, hidden: torch.Tensor, **inputs: Any) -> ModelOutput:
         """Apply the base model's own head and loss to the last hidden states of its decoder.
@@ -379,7 +367,7 @@ class Network(nn.Module):
 
     @property
     def _adapters_are_off(self):
-        return adapters_are_off(self.peft_model) or self.is_plain
+        return self.is_plain or adapters_are_off(self.peft_model)
 
     def _origin(self, adapters_off):
         if self.is_reading_backward:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.functional import cross_entropy, kl_div
 from transformers.utils import ModelOutput
@@ -103,6 +104,25 @@ def history_logits(network: Network, memory: Memory, rows: Rows) -> torch.Tensor
     segments = _some_segments(network, memory, rows, in_one=True)
     outcomes, _ = read_segments(network, segments, memory, lambda segment, hidden: network.head(hidden).logits)
     return placed(rows, segments, outcomes)
+
+
+def with_idle_parameters(network: Network, value: torch.Tensor) -> torch.Tensor:
+    """Give a value zero gradients for parameters that only memories use, because DDP waits for these.
+
+    Args:
+        network: The model.
+        value: A value that was computed without a memory, of any shape.
+
+    Returns:
+        The same value.
+    """
+    if network.memory_embeddings is None:
+        return value
+    idle = [network.memory_embeddings]
+    if not network.adapts_tokens and dist.is_initialized():
+        idle = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    total = sum((parameter.sum() for parameter in idle[1:]), start=idle[0].sum())
+    return value + 0 * total.to(value.dtype)
 
 
 def refuse_to_learn(network: Network) -> None:

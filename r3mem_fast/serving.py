@@ -19,7 +19,6 @@ from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
 from .memory.room import roomy_cache
 from .network import Network
-from .reversible.convert import unconverted
 
 
 @dataclasses.dataclass(eq=False)
@@ -169,7 +168,7 @@ class Scheduler:
     def _reading(self):
         """Let the model be its base model, as transformers made it."""
         model = self._model
-        with evaluating(model), model.disable_adapters(), unconverted(model.peft_model):
+        with evaluating(model), model.unconverted():
             yield
 
     def _read(self, joining):

@@ -82,12 +82,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         Nothing.
     """
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    if any(training for _, training in modes):
+        module.eval()
     try:
         yield
     finally:
         for part, training in modes:
-            part.training = training
+            if part.training != training:
+                part.training = training
 
 
 @contextlib.contextmanager
@@ -108,24 +110,6 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
             for parameter, value in before:
                 parameter.copy_(value)
         raise
-
-
-@contextlib.contextmanager
-def requiring_gradients_as_before(model: nn.Module) -> Iterator[None]:
-    """Restore `requires_grad` of all parameters after the block, whatever it does to them.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_safetensors
 from transformers.cache_utils import Cache, StaticCache
 
 from ..files import replacing
-from ..reversible.convert import reversible_layers, text_config
+from ..reversible.convert import text_config
 from .room import roomy_cache
 from .rotary import Rotation, is_rotary
 
@@ -221,8 +221,8 @@ def placed_prefix(
         )
     device = model.device
     states, ages = memory.states[..., start:, :].to(device, model.dtype), memory.ages[..., start:].to(device).long()
-    _, layers = reversible_layers(model.peft_model)
-    rotation = Rotation(reader.decoder, layers, range(len(layers)), text_config(model.config))
+    order = range(len(model.layers))
+    rotation = Rotation(reader.decoder, model.layers, order, text_config(model.config))
     known = torch.arange(first - layout.reach, first + 1, device=device)[None]
     if read_with is None:
         read_with = torch.tensor([[first]], device=device)

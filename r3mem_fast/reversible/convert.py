@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -118,19 +118,19 @@ def restore(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def unconverted(model: Any) -> Iterator[None]:
+def unconverted(stack: ReversibleStack, layers: Sequence[Any]) -> Iterator[None]:
     """Let the layers be what they were before `make_reversible` in the block: a context manager.
 
     What runs is transformers' own code alone, which can be compiled and captured as a graph; adapters stay. Layers
     that were wrapped after `make_reversible` (by fully_shard) stay as they are, and act as `Mode.PLAIN` says.
 
     Args:
-        model: A reversible model.
+        stack: The stack of a reversible model.
+        layers: Its layers.
 
     Yields:
         Nothing.
     """
-    stack, layers = reversible_layers(model)
     kinds = [type(layer) for layer in layers]
     with stack.in_mode(Mode.PLAIN):
         if _wrapped(layers):

@@ -101,7 +101,7 @@ class Match:
             return slots.within(limit)
         limit = min(limit + pinned, count)
         chosen = uploaded(torch.as_tensor(rows, dtype=torch.int64), slots.ages.device)
-        found = {}
+        found: dict[int, tuple[torch.Tensor, ...]] = {}
         for group in self._groups(layers, len(rows) * heads * 4 * limit**2):
             parts = (part.chunk(len(group)) for part in self._of_layers(group, slots, limit, chosen))
             found |= dict(zip(group, zip(*parts, strict=True), strict=True))
