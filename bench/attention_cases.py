@@ -9,12 +9,13 @@ from r3mem_fast.kernels.attention import MAX_DECODED
 from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 
 KERNELS = ("forward", "query", "key", "memory", "delta", "decode", "combine")
-# Variants by where tensors lie.
+# Variants by where tensors lie, and how many rows or memory tokens there are.
 _LAYOUTS = {
-    "forward": ("packed", "alone"),
-    "query": ("packed", "alone"),
+    "forward": ("packed", "alone", "short"),
+    "query": ("packed", "alone", "short"),
     "key": ("packed",),
     "memory": ("packed",),
+    "decode": ("once",),
 }
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Rows, query heads, key heads, tokens, memory tokens: of what is compiled, which none of them changes.
@@ -26,8 +27,9 @@ class AttentionCase:
     """One kernel. kernel: of `KERNELS`; query, key, memory and delta are of the backward pass, combine of decoding.
 
     variant: `plain` (a memory, then the segment, causal), or `all` (also memory lengths, segment starts, a window, a
-    softcap and sinks); of decoding also `many`: as many queries as it takes; of others `packed` (sequences one after
-    the other) and `alone` (a memory without a segment, as the vendor's attention is merged with).
+    softcap and sinks); of decoding also `many` (as many queries as it takes) and `once` (so many rows that the keys
+    are not split); of others `packed` (sequences one after the other), `alone` (a memory without a segment, as the
+    vendor's attention is merged with) and `short` (a memory of 16 tokens).
     """
 
     kernel: str
@@ -56,6 +58,10 @@ class AttentionCase:
         from r3mem_fast.kernels.attention import triton as kernels
 
         rows, heads, shared, tokens, memory = shape
+        if self.variant == "once":
+            rows = 66
+        if self.variant == "short":
+            memory = 16
         generator = torch.Generator().manual_seed(0)
 
         def values(*size, dtype=self.dtype):

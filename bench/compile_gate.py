@@ -151,8 +151,29 @@ def _read_cubin(compiled):
         "spills": used["STACK"] + used["LOCAL"],
         "vector_bytes": max(widths) // 8,
         "fused": len(re.findall(r"\bFFMA\b", code)),
+        "loop": _main_loop(code),
         "matrix": next((name for name, instruction in matrix.items() if instruction in ptx), None),
     }
+
+
+def _main_loop(code):
+    """Count the instructions of the shortest loop that multiplies matrices: what a block without a mask takes.
+
+    Returns None where no loop does.
+    """
+    starts: dict[str, int] = {}
+    found, products, count = [], [0], 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            starts[label[1]] = count
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            count += 1
+            products.append(products[-1] + bool(re.search(r"\b(?:[HQ]G?MMA|UTC[HQ]MMA)", instruction[1])))
+            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
+            start = starts.get(target[1]) if target else None
+            if start is not None and products[count] > products[start]:
+                found.append(count - start)
+    return min(found, default=None)
 
 
 def _read_amdgcn(compiled):

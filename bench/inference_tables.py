@@ -14,6 +14,7 @@ _FROM = {
     "memory": "**its memory**, from a file",
     "cache": "all its keys and values, from a file",
     "prefill": "its text",
+    "prompt": "no history: the prompt alone",
 }
 
 

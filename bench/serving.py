@@ -150,7 +150,11 @@ def _first_token(options: argparse.Namespace, model: R3MemModel, memory: Memory,
         def prefill() -> None:
             plain(ids, logits_to_keep=1, **cache_argument(plain, DynamicCache()))
 
-        arms: dict[str, Callable[[], None]] = {"memory": from_memory, "cache": from_cache, "prefill": prefill}
+        def alone() -> None:  # without the history: what no way to keep one can go below
+            plain(prompt, logits_to_keep=1, **cache_argument(plain, DynamicCache()))
+
+        arms: dict[str, Callable[[], None]] = {"memory": from_memory, "cache": from_cache}
+        arms |= {"prefill": prefill, "prompt": alone}
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for number in range(options.rounds + 1):
             for arm, run in arms.items():

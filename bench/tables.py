@@ -215,7 +215,7 @@ def _place(item: tuple[tuple[str, int], dict]) -> tuple[int, int, int]:
     (kernel, head_dim), _ = item
     name, _, variant = kernel.removeprefix("attention_").partition("/")
     names = ("forward", "query", "key", "memory", "delta", "decode", "combine")
-    return names.index(name), ("plain", "many", "all", "packed", "alone").index(variant), head_dim
+    return names.index(name), ("plain", "many", "once", "all", "packed", "alone", "short").index(variant), head_dim
 
 
 def attention_spills() -> str:

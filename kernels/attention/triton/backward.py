@@ -30,6 +30,7 @@ from .common import (
     launch_planner,
     load_tile,
     locate_sequence,
+    rank_and_pair,
     resolve_target,
     segment_visible,
     select_configuration,
@@ -205,13 +206,13 @@ def attention_query_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MEMORY_N: tl.constexpr,  # BLOCK_N of the memory
 ):
     """Compute g^q of a block of queries of one head."""
-    program = tl.program_id(0)
-    # Those that read most first, so that the last ones to end are short.
-    block = blocks - 1 - program % blocks
-    head = (program // blocks % heads).to(tl.int64)
-    row = (program // blocks // heads).to(tl.int64)
+    rank, pair = rank_and_pair(blocks)
+    block = blocks - 1 - rank  # those that read most first
+    head = (pair % heads).to(tl.int64)
+    row = (pair // heads).to(tl.int64)
     shared = head // group
     stored, first, count = locate_sequence(cu_seqlens, row, tokens)
     if block * BLOCK_M < count:
@@ -231,14 +232,14 @@ def attention_query_kernel(
             low = first_in_memory(memory_lengths, row, memory_tokens)
             memory = Keys(keys, values, memory_key_strides.token, memory_value_strides.token, low, memory_tokens)
             left, begin, full_begin, full, full_end, right = split_key_blocks(
-                low, low, memory_tokens, memory_tokens, BLOCK_N
+                low, low, memory_tokens, memory_tokens, MEMORY_N
             )
             for index in range(full):
-                columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
+                columns = full_begin + index * MEMORY_N + tl.arange(0, MEMORY_N)
                 acc = add_query_gradient(acc, tile, memory, columns, None, SCALE, SOFTCAP, D, BLOCK_D)
             for index in range(left + right):
-                at = tl.where(index < left, begin + index * BLOCK_N, full_end + (index - left) * BLOCK_N)
-                columns = at + tl.arange(0, BLOCK_N)
+                at = tl.where(index < left, begin + index * MEMORY_N, full_end + (index - left) * MEMORY_N)
+                columns = at + tl.arange(0, MEMORY_N)
                 visible = ((columns >= low) & (columns < memory_tokens))[None, :]
                 acc = add_query_gradient(acc, tile, memory, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
         if key is not None:
@@ -321,11 +322,9 @@ def attention_key_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Compute g^k and g^v of a block of the segment's keys of one key head."""
-    program = tl.program_id(0)
-    # In this order those that are seen by most come first.
-    block = program % blocks
-    shared = (program // blocks % (heads // group)).to(tl.int64)
-    row = (program // blocks // (heads // group)).to(tl.int64)
+    block, pair = rank_and_pair(blocks)  # those that are seen by most first
+    shared = (pair % (heads // group)).to(tl.int64)
+    row = (pair // (heads // group)).to(tl.int64)
     stored, first, count = locate_sequence(cu_seqlens, row, tokens)
     last = offset + count
     if block * BLOCK_N < last:

@@ -88,6 +88,18 @@ class Extent(NamedTuple):
 
 
 @triton.jit
+def rank_and_pair(blocks):
+    """Return the rank of this program's block of one head of one row, and the number of that pair.
+
+    All blocks of one rank come before those of the next, so that what takes longest can have the first rank in every
+    head: programs start in their order, and the last ones to start are then short.
+    """
+    program = tl.program_id(0)
+    pairs = tl.num_programs(0) // blocks
+    return program // pairs, program % pairs
+
+
+@triton.jit
 def tanh(x):
     """Compute tanh without a library, which the interpreter lacks.
 
@@ -237,9 +249,9 @@ def strides_of(tensor: torch.Tensor | None) -> Strides:
     return Strides(0 if len(tensor) == 1 else row, head, token)
 
 
-def pad_head_dim(head_dim: int) -> int:
-    """Return the power of two, at least 16, that holds a head_dim."""
-    return max(16, triton.next_power_of_2(head_dim))
+def pad_to_tile(size: int) -> int:
+    """Return the power of two, at least 16, that holds a size."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def select_configuration(table: ConfigurationTable, head_dim: int, dtype: torch.dtype, target: str) -> Configuration:
@@ -257,7 +269,7 @@ def select_configuration(table: ConfigurationTable, head_dim: int, dtype: torch.
     if target == "interpreter":
         return 16, 16, 128, 1
     by_size = table.get(target, table["cuda:80"])
-    return by_size[dtype.itemsize][max(64, pad_head_dim(head_dim))]
+    return by_size[dtype.itemsize][max(64, pad_to_tile(head_dim))]
 
 
 def resolve_target(tensor: torch.Tensor, target: str | None) -> str:
@@ -332,7 +344,7 @@ def launch_planner(
         "SOFTCAP": settings.softcap or 0.0,
         "WINDOWED": settings.window is not None,
         "D": head_dim,
-        "BLOCK_D": pad_head_dim(head_dim),
+        "BLOCK_D": pad_to_tile(head_dim),
     }
     for name, tensor in (*zip(inputs._fields[:5], inputs[:5], strict=True), *tensors.items()):
         tensor = ensure_unit_stride(view_as_rows(tensor))
@@ -340,7 +352,9 @@ def launch_planner(
 
     def plan(kernel: Any, grid: int, configuration: Configuration, **own: Any) -> Launch:
         block_m, block_n, threads, stages = configuration
-        given = {**available, "BLOCK_M": block_m, "BLOCK_N": block_n, **own}
+        # A short memory is not padded to a long block: one variant for each power of two below it.
+        memory_n = min(block_n, pad_to_tile(extent.memory_tokens)) if extent.memory_tokens else block_n
+        given = {**available, "BLOCK_M": block_m, "BLOCK_N": block_n, "MEMORY_N": memory_n, **own}
         arguments: dict[str, Any] = {}
         constexprs: dict[str, Any] = {}
         for name in kernel.arg_names:

@@ -24,7 +24,7 @@ from .common import (
     segment_visible,
     select_configuration,
 )
-from .forward import attend
+from .forward import add_sink, attend
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -42,8 +42,11 @@ _CONFIGURATIONS = {
     "hip:gfx942": {2: {64: (16, 64, 256, 1), 128: (16, 64, 256, 1), 256: (16, 32, 256, 1)},
                   4: {64: (16, 32, 256, 1), 128: (16, 32, 256, 1), 256: (16, 16, 256, 1)}},
 }  # fmt: skip
-# About how many programs the keys are split into, so that a large GPU is busy with one row of one key head.
-_PROGRAMS = 264
+# Programs that run at a time: one for each multiprocessor of a large GPU, where the blocks of head_dim 128 leave room
+# for no second one. A constant, so that the order of additions does not depend on how many the GPU has.
+_AT_A_TIME = 132
+# Share of the time in which all of these are busy that is enough, where more would take more splits.
+_BUSY = 0.9
 _MOST_SPLITS = 64
 _LANES = 8  # parts that are added up at a time
 
@@ -58,13 +61,17 @@ def attention_decode_kernel(
     memory_lengths,
     lengths,
     segment_starts,
-    part,  # float32 [splits, rows, heads, tokens, D], contiguous
+    sinks,
+    part,  # float32 [splits, rows, heads, tokens, D], contiguous; None: one part, whose result is the output
     part_lse,  # to base 2, float32 [splits, rows, heads, tokens]
+    output,
+    lse,
     query_strides,
     key_strides,
     value_strides,
     memory_key_strides,
     memory_value_strides,
+    output_strides,
     tokens,  # queries
     offset,  # keys of the cache
     memory_tokens,
@@ -81,7 +88,7 @@ def attention_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Compute o and lse, to base 2, of the queries that share a key head, over one part of the keys."""
+    """Compute o and lse of the queries that share a key head, over one part of the keys."""
     program = tl.program_id(0)
     shared = (program % (heads // group)).to(tl.int64)
     row = (program // (heads // group) % rows).to(tl.int64)
@@ -129,11 +136,20 @@ def attention_decode_kernel(
         columns = (in_cache + index) * BLOCK_N + tl.arange(0, BLOCK_N)
         visible = segment_visible(positions[:, None], columns[None, :], low, window, count, WINDOWED)
         softmax = attend(softmax, queries, cache, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
+    if part is None and sinks is not None:
+        softmax = add_sink(softmax, tl.load(sinks + head, mask=inside, other=0.0))
     acc, total, largest = softmax
-    at = ((split * rows + row) * heads + head) * tokens + token
-    tl.store(part_lse + at, largest + tl.log2(total), mask=inside)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(part + at[:, None] * D + dims[None, :], acc, mask=inside[:, None] & (dims < D)[None, :])
+    of_all = largest + tl.log2(total)
+    at = ((split * rows + row) * heads + head) * tokens + token
+    if part is None:
+        to = output + row * output_strides.row + head * output_strides.head + token * output_strides.token
+        found = acc.to(output.dtype.element_ty)
+        tl.store(to[:, None] + dims[None, :], found, mask=inside[:, None] & (dims < D)[None, :])
+        tl.store(lse + at, of_all / _LOG2_E, mask=inside)
+    else:
+        tl.store(part + at[:, None] * D + dims[None, :], acc, mask=inside[:, None] & (dims < D)[None, :])
+        tl.store(part_lse + at, of_all, mask=inside)
 
 
 @triton.jit
@@ -189,13 +205,32 @@ def attention_combine_kernel(
     tl.store(lse + (row * heads + head) * tokens + token, (largest + tl.log2(total)) / _LOG2_E)
 
 
+def choose_splits(pairs: int, most: int) -> int:
+    """Choose into how many parts the keys are split: the fewest that keep a large GPU busy, or those that do best.
+
+    Args:
+        pairs: Number of key heads of all rows; each takes a program for each part.
+        most: Number of parts at most.
+
+    Returns:
+        The number of parts, at least 1.
+    """
+
+    def busy(splits: int) -> float:
+        programs = max(1, pairs) * splits
+        return programs / (triton.cdiv(programs, _AT_A_TIME) * _AT_A_TIME)
+
+    enough = (splits for splits in range(1, most + 1) if busy(splits) >= _BUSY)
+    return next(enough, max(range(1, max(1, most) + 1), key=busy))
+
+
 def plan_memory_decode(
     inputs: AttentionInputs,
     lengths: torch.Tensor | None,
     settings: AttentionSettings,
     *,
     target: str | None = None,
-) -> tuple[tuple[Launch, Launch], tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[tuple[Launch, ...], tuple[torch.Tensor, torch.Tensor]]:
     """Plan the launches of `memory_decode`, and make its outputs.
 
     Args:
@@ -218,12 +253,16 @@ def plan_memory_decode(
     if block_m > 16 and block_n > 16:  # so that logits and sums still fit into registers, queries into shared memory
         block_n, threads, stages = max(16, block_n * 16 // block_m), 256, min(stages, 2)
     most = triton.cdiv(extent.memory_tokens, block_n) + triton.cdiv(key.shape[2], block_n)
-    splits = max(1, min(_PROGRAMS // max(1, extent.key_heads * rows), most, _MOST_SPLITS))
-    part = query.new_empty(splits, rows, heads, tokens, head_dim, dtype=torch.float32)
-    part_lse = query.new_empty(splits, rows, heads, tokens, dtype=torch.float32)
+    splits = choose_splits(extent.key_heads * rows, min(most, _MOST_SPLITS))
+    part = part_lse = None
+    if splits > 1:
+        part = query.new_empty(splits, rows, heads, tokens, head_dim, dtype=torch.float32)
+        part_lse = query.new_empty(splits, rows, heads, tokens, dtype=torch.float32)
     others = {"lengths": lengths, "part": part, "part_lse": part_lse, "lse": lse, "splits": splits}
     plan = launch_planner(inputs, settings, extent, {"output": output}, others)
     read = plan(attention_decode_kernel, extent.key_heads * rows * splits, (block_m, block_n, threads, stages))
+    if splits == 1:
+        return (read,), (output, lse)
     lanes = {"MOST_SPLITS": _MOST_SPLITS, "LANES": _LANES}
     combine = plan(attention_combine_kernel, rows * heads * tokens, (0, 0, 64, 1), **lanes)
     return (read, combine), (output, lse)

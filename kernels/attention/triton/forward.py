@@ -23,6 +23,7 @@ from .common import (
     launch_planner,
     load_tile,
     locate_sequence,
+    rank_and_pair,
     resolve_target,
     segment_visible,
     select_configuration,
@@ -61,18 +62,33 @@ def attend(
     acc, total, largest = softmax
     MASKED: tl.constexpr = visible is not None
     key = load_tile(keys.key, columns, keys.key_token, keys.first, keys.end, MASKED, D, BLOCK_D)
-    logits, _ = base_2_logits(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFTCAP)
+    logits, factor = tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE * _LOG2_E
+    if SOFTCAP != 0.0 or SCALE <= 0.0:
+        logits, _ = base_2_logits(logits, SCALE, SOFTCAP)
+        factor = 1.0
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
-    new = tl.maximum(largest, tl.max(logits, axis=1))
+    # The largest is multiplied, and not all: product and difference are then one instruction.
+    new = tl.maximum(largest, tl.max(logits, axis=1) * factor)
     # Where nothing has been seen yet, exp2(-inf - -inf) would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
-    weights = tl.exp2(logits - base[:, None])
+    weights = tl.exp2(logits * factor - base[:, None])
     carried = tl.exp2(largest - base)
     total = total * carried + tl.sum(weights, axis=1)
     value = load_tile(keys.value, columns, keys.value_token, keys.first, keys.end, MASKED, D, BLOCK_D)
     acc = tl.dot(weights.to(value.dtype), value, acc * carried[:, None], input_precision="ieee")
     return acc, total, new
+
+
+@triton.jit
+def add_sink(softmax, sink):
+    """Take a sink, a logit without a value, into a softmax of `attend`: one for all queries, or `[BLOCK_M]`."""
+    acc, total, largest = softmax
+    sink = sink.to(tl.float32) * _LOG2_E
+    new = tl.maximum(largest, sink)
+    base = tl.where(new == float("-inf"), 0.0, new)
+    carried = tl.exp2(largest - base)
+    return acc * carried[:, None], total * carried + tl.exp2(sink - base), new
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -108,13 +124,13 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MEMORY_N: tl.constexpr,  # BLOCK_N of the memory
 ):
     """Compute o and lse of a block of queries of one head."""
-    program = tl.program_id(0)
-    # Those that read most first, so that the last ones to end are short.
-    block = blocks - 1 - program % blocks
-    head = (program // blocks % heads).to(tl.int64)
-    row = (program // blocks // heads).to(tl.int64)
+    rank, pair = rank_and_pair(blocks)
+    block = blocks - 1 - rank  # those that read most first
+    head = (pair % heads).to(tl.int64)
+    row = (pair // heads).to(tl.int64)
     shared = head // group
     stored, first, count = locate_sequence(cu_seqlens, row, tokens)
     if block * BLOCK_M < count:
@@ -131,14 +147,14 @@ def attention_forward_kernel(
             low = first_in_memory(memory_lengths, row, memory_tokens)
             memory = Keys(keys, values, memory_key_strides.token, memory_value_strides.token, low, memory_tokens)
             left, begin, full_begin, full, full_end, right = split_key_blocks(
-                low, low, memory_tokens, memory_tokens, BLOCK_N
+                low, low, memory_tokens, memory_tokens, MEMORY_N
             )
             for index in range(full):
-                columns = full_begin + index * BLOCK_N + tl.arange(0, BLOCK_N)
+                columns = full_begin + index * MEMORY_N + tl.arange(0, MEMORY_N)
                 softmax = attend(softmax, queries, memory, columns, None, SCALE, SOFTCAP, D, BLOCK_D)
             for index in range(left + right):
-                at = tl.where(index < left, begin + index * BLOCK_N, full_end + (index - left) * BLOCK_N)
-                columns = at + tl.arange(0, BLOCK_N)
+                at = tl.where(index < left, begin + index * MEMORY_N, full_end + (index - left) * MEMORY_N)
+                columns = at + tl.arange(0, MEMORY_N)
                 visible = ((columns >= low) & (columns < memory_tokens))[None, :]
                 softmax = attend(softmax, queries, memory, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
         if key is not None:
@@ -159,11 +175,7 @@ def attention_forward_kernel(
                 softmax = attend(softmax, queries, segment, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
         acc, total, largest = softmax
         if sinks is not None:
-            sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
-            new = tl.maximum(largest, sink)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            carried = tl.exp2(largest - base)
-            acc, total, largest = acc * carried[:, None], total * carried + tl.exp2(sink - base), new
+            acc, total, largest = add_sink(softmax, tl.load(sinks + head))
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         to = advance(output, output_strides, stored, head, first)
         store_tile(to, lines, output_strides.token, count, acc, D, BLOCK_D)

@@ -16,7 +16,7 @@ from ...attention.triton.common import (
     Configuration,
     base_2_logits,
     ensure_unit_stride,
-    pad_head_dim,
+    pad_to_tile,
     strides_of,
 )
 from ...common.launch import Launch
@@ -170,7 +170,7 @@ def launch_planner(
         "SOFTCAP": settings.softcap or 0.0,
         "WINDOWED": settings.window is not None,
         "D": head_dim,
-        "BLOCK_D": pad_head_dim(head_dim),
+        "BLOCK_D": pad_to_tile(head_dim),
     }
     for name, tensor in (("query", inputs.query), ("key", inputs.key), ("value", inputs.value)):
         available[name] = ensure_unit_stride(tensor)
