@@ -1,6 +1,7 @@
 """Memory-token attention against its peers: time of a forward pass, of both passes, and of decoding.
 
     python -m bench.attention --json              # on a GPU: T 512 to 32k, M 0 to 1024, D 64 and 128, GQA 1 and 4
+    python -m bench.attention --json --few        # a dozen of these, with the peers that need no compiler: minutes
     pytest bench --benchmark-only -k attention    # the same cases
 
 One record a case and arm, with `milliseconds` (median, quartiles beside it) and `ratio`: the arm's time over that of
@@ -17,7 +18,8 @@ One record a case and arm, with `milliseconds` (median, quartiles beside it) and
                    memory and diagonal; of some shapes, as each takes seconds to compile
     flash-attn     on a GPU, if the package is installed
 
-float32 on the CPU, bfloat16 on a GPU. Keys and values of memory and segment are at their positions already.
+float32 on the CPU, bfloat16 on a GPU, where decoding is timed in a CUDA graph: the device's time alone. Keys and
+values of memory and segment are at their positions already.
 """
 
 import argparse
@@ -73,9 +75,10 @@ class TimedCase:
         query = values(self.group * self.key_heads, queries)
         return query, *(values(self.key_heads, n) for n in (self.tokens, self.tokens, self.memory, self.memory))
 
-    def arms(self, device):
+    def arms(self, given):
         """By name: the implementation that is to be forced (or None), and a function that makes the output."""
-        query, key, value, memory_key, memory_value = given = self.tensors(device)
+        query, key, value, memory_key, memory_value = given
+        device = query.device.type
         decodes = self.passed == "decode"
         operation = memory_decode if decodes else memory_attention
 
@@ -146,8 +149,16 @@ class TimedCase:
         return found
 
 
-def timed_cases(device):
-    """Cases that are timed: all of them on a GPU, a few on a CPU."""
+def timed_cases(device, few=False):
+    """Cases that are timed: all of them on a GPU, or a few of them; others on a CPU."""
+    if few and device != "cpu":
+        segments = [
+            TimedCase(passed, tokens, 128, dim, 4, 8)
+            for passed, tokens, dim in itertools.product(("forward", "both"), (4096, 16384), (64, 128))
+        ]
+        return segments + [
+            TimedCase("decode", tokens, 128, 128, 4, 8, rows) for tokens in (4096, 32768) for rows in (1, 17)
+        ]
     if device == "cpu":
         sizes = [(272, 16), (1024, 64), (2048, 128)]
         found = [TimedCase(passed, t, m, 64, 3, 3) for passed in PASSES for t, m in sizes]
@@ -161,38 +172,46 @@ def timed_cases(device):
     return found
 
 
-def step_of(case, implementation, arm):
-    """What is timed of an arm: the pass, or both, by an implementation of ours if it is forced."""
-    variables = {} if implementation is None else {dispatch.VARIABLE: implementation}
+def forced(implementation):
+    """Force an implementation of ours in the block, if one is named: a context manager."""
+    return mock.patch.dict(os.environ, {} if implementation is None else {dispatch.VARIABLE: implementation})
+
+
+def step_of(case, arm, tensors):
+    """What is timed of an arm: the pass, or both, with the gradients of all tensors of the case."""
+    if case.passed != "both":
+        return arm
+    grad_output = torch.ones_like(arm())
+    leaves = [tensor for tensor in tensors if tensor.numel()]
 
     def step():
-        with mock.patch.dict(os.environ, variables), torch.set_grad_enabled(case.passed == "both"):
-            output = arm()
-            if case.passed == "both":
-                output.backward(torch.ones_like(output))
+        torch.autograd.grad(arm(), leaves, grad_output)
 
     return step
 
 
-def records_of(case, device, rounds):
+def records_of(case, device, rounds, few=False):
     """One record an arm; those that cannot run say why."""
     steps, refused = {}, {}
-    for name, arm in case.arms(device).items():
-        if name == "copy" and case.passed == "both":
+    tensors = case.tensors(device)
+    for name, (implementation, arm) in case.arms(tensors).items():
+        if (name == "copy" and case.passed == "both") or (few and name in ("reference", "flex")):
             continue
-        step = step_of(case, *arm)
         try:
-            step()
+            with forced(implementation):
+                step = step_of(case, arm, tensors)
+                step()
         except RuntimeError as error:  # of a backend that does not take the case; said in its record
             refused[name] = str(error).splitlines()[0]
             continue
-        steps[name] = step
+        steps[name] = (implementation, step)
     times = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(_milliseconds(step, device))
+        for name, (implementation, step) in steps.items():
+            with forced(implementation):
+                times[name].append(milliseconds(step, device, graph=case.passed == "decode"))
     common = dataclasses.asdict(case)
-    inputs = AttentionInputs(*case.tensors(device))
+    inputs = AttentionInputs(*tensors)
     chosen = dispatch.choose(inputs, AttentionSettings(case.head_dim**-0.5))
     if case.passed == "decode":
         chosen = dispatch.choose_for_decoding(inputs.query)
@@ -211,13 +230,19 @@ def records_of(case, device, rounds):
         yield {**common, "arm": name, "refused": why}
 
 
-def _milliseconds(step, device):
+def milliseconds(step, device, *, graph=False):
+    """Time a step once on the CPU, or several times on a GPU with a cold L2 cache: the median.
+
+    With `graph` it is captured as a CUDA graph, whose time does not depend on the host.
+    """
     if device == "cpu":
         started = time.perf_counter()
         step()
         return (time.perf_counter() - started) * 1e3
-    from triton.testing import do_bench
+    from triton.testing import do_bench, do_bench_cudagraph
 
+    if graph:
+        return do_bench_cudagraph(step, rep=20, return_mode="median")
     return do_bench(step, warmup=5, rep=20, return_mode="median")
 
 
@@ -226,14 +251,16 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, choices=range(2, 1000), metavar="N", help="(CPU: 15; GPU: 2)")
+    parser.add_argument("--few", action="store_true", help="a few cases, and no arm that takes long to compile")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
     records = []
-    for case in timed_cases(options.device):
+    rounds = options.rounds or (15 if options.device == "cpu" else 2)
+    for case in timed_cases(options.device, options.few):
         if options.only in case.name:
-            for record in records_of(case, options.device, options.rounds or (15 if options.device == "cpu" else 2)):
+            for record in records_of(case, options.device, rounds, options.few):
                 add_record(record, records, options)
     if not records:
         parser.error(f"no case's name contains {options.only!r}")

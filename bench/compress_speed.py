@@ -1,24 +1,27 @@
 """Compressing a history into a matched memory, against plain prefill of the same segments: ratios of paired runs.
 
     python -m bench.compress_speed --json
+    python -m bench.compress_speed --device cuda --model llama-3.1-8b-shape --tokens 131072 --length 256 4096 --whole
 
 The rival reads the same tokens in the same segments, each alone, by the base model's decoder with its key-value cache:
 no memory before them, no logits. `again` is the share of tokens that are read twice, as the overlap of segments; both
-arms read them.
+arms read them. With `--whole` another rival reads all tokens in one pass, as a prompt of that length is read.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from r3mem_fast import R3MemConfig, R3MemModel, load_model
-from r3mem_fast.data.text import read_text, token_windows
+from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast.devices import as_dtype
 from r3mem_fast.integrations.compat import cache_argument
 
+from . import models
 from .records import add_output_option, add_record
 
 
@@ -28,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], help="(%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text (Python's help topics)")
-    parser.add_argument("--segments", type=int, default=12, help="of a history (%(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a segment (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, help="of a history (12 segments)")
+    parser.add_argument("--length", type=int, nargs="+", default=[256], help="tokens of a segment (%(default)s)")
+    parser.add_argument("--whole", action="store_true", help="a rival that reads all tokens in one pass, too")
     parser.add_argument("--overlap", type=int, default=32, help="of these read again with the next (%(default)s)")
     parser.add_argument("--slots", type=int, default=64, help="of a segment (%(default)s)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 256], help="slots in all (%(default)s)")
@@ -40,46 +45,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     records: list[dict] = []
     for dtype in options.dtype:
-        for budget in options.budgets:
-            add_record(_compare(options, dtype, budget), records, options)
+        for length in options.length:
+            for budget in options.budgets:
+                add_record(_compare(options, dtype, length, budget), records, options)
     return 0
 
 
 @torch.no_grad()
-def _compare(options: argparse.Namespace, dtype: str, budget: int) -> dict:
-    base, tokenizer = load_model(options.model, dtype=dtype)
-    settings = {"segment_length": options.length, "segment_overlap": options.overlap, "memory_budget": budget}
+def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int) -> dict:
+    tokens = options.tokens or 12 * length
+    tokens -= tokens % length  # whole segments, which both read
+    base, ids = models.load(
+        options.model, dtype=as_dtype(dtype), device=options.device, tokens=tokens, batch=options.rows,
+        text=options.text,
+    )  # fmt: skip
+    settings = {"segment_length": length, "segment_overlap": options.overlap, "memory_budget": budget}
     # The base model makes these memories, as it does by default.
     settings |= {"memory_writer": "matched", "adapter_rows": "memory", "num_memory_tokens": options.slots}
-    config = R3MemConfig(**settings)
-    model = R3MemModel(base, config).eval()
-    tokens = options.segments * options.length
-    ids = token_windows(tokenizer, read_text(options.text), tokens=tokens, count=options.rows)
-    starts = [max(0, index * options.length - options.overlap) for index in range(options.segments)]
-    pieces = [ids[:, start : (index + 1) * options.length] for index, start in enumerate(starts)]
+    model = R3MemModel(base, R3MemConfig(**settings)).eval()
+    starts = [max(0, start - options.overlap) for start in range(0, tokens, length)]
+    pieces = [ids[:, start : (index + 1) * length] for index, start in enumerate(starts)]
+    history = ids.cpu()
 
-    def prefill() -> None:
-        with model.disable_adapters():
+    def prefill(pieces: Sequence[torch.Tensor] = pieces) -> None:
+        with model.unconverted():
             for piece in pieces:
                 cache = DynamicCache(config=model.config)
                 model.decoder(input_ids=piece, use_cache=True, **cache_argument(model.decoder, cache))
 
-    def compress() -> None:
-        model.compress(ids)
-
-    arms: dict[str, Callable[[], None]] = {"prefill": prefill, "compress": compress}
+    arms: dict[str, Callable[[], Any]] = {"prefill": prefill, "compress": lambda: model.compress(history)}
+    if options.whole:
+        arms["whole"] = lambda: prefill([ids])
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(options.pairs + 1):
         for arm, run in arms.items():
             started = time.perf_counter()
             run()
+            if options.device != "cpu":
+                torch.cuda.synchronize()
             if number:  # the first pair warms up
                 seconds[arm].append(time.perf_counter() - started)
     ratios = sorted(a / b for a, b in zip(seconds["prefill"], seconds["compress"], strict=True))
     total = tokens * options.rows
     read = sum(piece.numel() for piece in pieces)
     return {
-        "dtype": dtype, "slots": options.slots, "budget": budget, "segment_length": options.length,
+        "model": options.model, "device": options.device,
+        "dtype": dtype, "slots": options.slots, "budget": budget, "segment_length": length,
         "rows": options.rows, "tokens": total, "again": round(read / total - 1, 4), "threads": torch.get_num_threads(),
         **{f"{arm}_tokens_per_second": round(total / statistics.median(times), 1) for arm, times in seconds.items()},
         "of_prefill": round(statistics.median(ratios), 4), "lowest": round(ratios[0], 4),

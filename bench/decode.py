@@ -29,11 +29,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from r3mem_fast import R3MemConfig, R3MemModel, generation, load_model
-from r3mem_fast.data.text import read_text, token_windows
+from r3mem_fast import R3MemConfig, R3MemModel, generation
+from r3mem_fast.devices import as_dtype
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.memory.room import roomy_cache
 
+from . import models
 from .records import add_output_option, add_record
 
 _RIVALS = {
@@ -133,7 +134,8 @@ def _compare(options: argparse.Namespace, rows: int) -> Iterator[dict]:
             **head, "arm": arm, "first_ms": milliseconds(statistics.median(clock.first for clock in found)),
             "token_ms": milliseconds(statistics.median(between)),
             "p95_ms": milliseconds(between[int(0.95 * (len(between) - 1))]),
-            "operations": round(_operations(runs[arm]) / layers, 2),
+            # Of what a compiler has made one graph, there is nothing to count.
+            "operations": None if options.compile else round(_operations(runs[arm]) / layers, 2),
         }  # fmt: skip
         if arm in _RIVALS:
             pairs = zip(found, clocks[_RIVALS[arm]], strict=True)
@@ -162,19 +164,22 @@ def milliseconds(seconds: float) -> float:
 
 def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     """What writes, by arm: functions of a clock and a number of tokens. And `layers`, their number."""
-    plain, tokenizer = load_model(options.model, dtype=options.dtype)
-    plain = plain.to(options.device).eval()
-    base, _ = load_model(options.model, dtype=options.dtype)
     slots, prompt = options.slots, options.prompt
+    settings: dict[str, Any] = {
+        "dtype": as_dtype(options.dtype), "device": options.device, "batch": rows, "text": options.text,
+        "tokens": 4 * slots + 256 + prompt,
+    }  # fmt: skip
+    plain, history = models.load(options.model, **settings)
+    plain.eval()
+    base, _ = models.load(options.model, **settings)
     config = R3MemConfig(
         memory_writer="matched", adapter_rows="memory", num_memory_tokens=min(64, slots), memory_budget=slots
     )
-    model = R3MemModel(base.to(options.device), config).eval()
-    history = token_windows(tokenizer, read_text(options.text), tokens=4 * slots + 256 + prompt, count=rows)
+    model = R3MemModel(base, config).eval()
     memory = model.compress(history[:, :-prompt], finish=True)
-    ids = history[:, -prompt:].to(options.device)
+    ids = history[:, -prompt:]
     tail = memory.recent[0].numel() + memory.unfinished[0].numel()
-    long = history[:, -(slots + tail + prompt) :].to(options.device)
+    long = history[:, -(slots + tail + prompt) :]
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def plainly(kind: str) -> Callable:

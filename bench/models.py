@@ -1,4 +1,4 @@
-"""Loads the models that benchmarks train: real ones by name, and random weights of real shapes, which need no hub."""
+"""Loads models that benchmarks measure: real ones by name, and random weights of real shapes, which need no hub."""
 
 import importlib.util
 from typing import Any
@@ -42,7 +42,7 @@ _LOSS_CHUNK = 2048
 def load(
     name: str, *, dtype: torch.dtype, device: torch.device | str, tokens: int, batch: int, text: str | None
 ) -> tuple[Any, torch.Tensor]:
-    """Load a model and a batch to train it on.
+    """Load a model and a batch of tokens.
 
     Args:
         name: A key of `SHAPES`, for random weights and random tokens; else the name of a real model.

@@ -7,7 +7,7 @@ pytest-benchmark's columns time a call with synchronisation. On a GPU `extra_inf
 import pytest
 import torch
 
-from .attention import _milliseconds, step_of, timed_cases
+from .attention import milliseconds, step_of, timed_cases
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -18,11 +18,13 @@ CASES = timed_cases(DEVICE)
 def test_attention(benchmark, case):
     """Time one case."""
     benchmark.group = case.name
-    step = step_of(case, *case.arms(DEVICE)["r3mem"])
+    tensors = case.tensors(DEVICE)
+    _, arm = case.arms(tensors)["r3mem"]
+    step = step_of(case, arm, tensors)
     if not GPU:
         benchmark.pedantic(step, rounds=5, warmup_rounds=1)
         return
-    benchmark.extra_info["milliseconds"] = _milliseconds(step, DEVICE)
+    benchmark.extra_info["milliseconds"] = milliseconds(step, DEVICE, graph=case.passed == "decode")
 
     def step_and_wait():
         step()

@@ -12,7 +12,7 @@ from bench.attention import TimedCase
 @pytest.mark.parametrize("passed", attention.PASSES)
 def test_every_arm_computes_the_same(passed):
     case = TimedCase(passed, tokens=24, memory=5, head_dim=16, group=2, key_heads=2, rows=2)
-    arms = case.arms("cpu")
+    arms = case.arms(case.tensors("cpu"))
     assert list(arms) == ["r3mem", "reference", *(["vendor"] if passed != "decode" else []), "sdpa", "copy"]
     wanted = arms.pop("reference")[1]()
     assert arms.pop("copy")[1]().shape == (2, 2, 29, 16)
@@ -22,7 +22,7 @@ def test_every_arm_computes_the_same(passed):
 
 def test_without_a_memory_the_rival_is_plain_causal_attention():
     case = TimedCase("forward", tokens=24, memory=0, head_dim=16, group=2, key_heads=2)
-    arms = case.arms("cpu")
+    arms = case.arms(case.tensors("cpu"))
     torch.testing.assert_close(arms["sdpa"][1](), arms["reference"][1](), atol=1e-5, rtol=1e-5)
 
 
