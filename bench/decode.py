@@ -10,6 +10,8 @@ Prompts of T tokens are continued, one token at a time, by
     memory_dynamic  the same model behind a matched memory of N slots, through `R3MemModel.generate`
     memory_static   the same with a cache that has room for all
     hooks           the same memory read by the reversible layers' hooks, as memories are that learned
+    adapters        a model with LoRA on all linear modules, behind a memory of as many tokens that learned
+    merged          the same with its adapters merged into the weights
 
 all greedily, and for as many tokens. `first_ms` is the time to the first token (a prompt of T tokens, behind N that
 are there already), `token_ms` the median and `p95_ms` the 95th percentile of the time between two tokens; `operations`
@@ -39,7 +41,7 @@ from .records import add_output_option, add_record
 
 _RIVALS = {
     "plain_room": "plain_dynamic", "memory_dynamic": "plain_room", "memory_static": "plain_static",
-    "hooks": "plain_room",
+    "hooks": "plain_room", "merged": "adapters",
 }  # fmt: skip
 # Operations of these names move no data.
 _VIEWS = (
@@ -213,10 +215,26 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
 
         return run
 
+    # Adapters that have learned nothing yet take as long as others.
+    learned = R3MemModel(
+        models.load(options.model, **settings)[0],
+        R3MemConfig(num_memory_tokens=slots // 4, max_memory_segments=4, segment_length=256, segment_overlap=32),
+    ).eval()
+    written = learned.compress(history[:, :-prompt], finish=True)
+
+    def adapted(*, merged: bool) -> Callable:
+        def run(clock: Clock, tokens: int) -> None:
+            with learned.merged_adapters() if merged else contextlib.nullcontext():
+                clock.times[0] = time.perf_counter()
+                learned.generate(ids, memory=written, max_new_tokens=tokens, streamer=clock, **greedy)
+
+        return run
+
     return {
         "plain_dynamic": plainly("dynamic"), "plain_room": plainly("room"), "plain_static": plainly("static"),
         "memory_dynamic": behind(None),
-        "memory_static": behind("static"), "hooks": behind(None, hooks=True), "layers": len(model.layers),
+        "memory_static": behind("static"), "hooks": behind(None, hooks=True),
+        "adapters": adapted(merged=False), "merged": adapted(merged=True), "layers": len(model.layers),
     }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ _DECODE = {
     "memory_dynamic": "**behind a memory**, cache that grows in place",
     "plain_static": "the plain model, static cache",
     "memory_static": "**behind a memory**, static cache",
+    "adapters": "behind a memory that learned, with LoRA on all linear modules",
+    "merged": "the same, **merged** into the weights",
     "hooks": "behind a memory, by the reversible layers' hooks",
 }
 _FROM = {
@@ -26,6 +28,7 @@ def decode() -> str:
         over = "–"
         if "over_plain" in record:
             over = f"{record['over_plain']:.3f} ({record['lowest']:.3f} to {record['highest']:.3f})"
+            over += " of the row above" if record["arm"] == "merged" else ""
         rows.append((str(record["rows"]), _DECODE[record["arm"]], *cells, over, f"{record['operations']:.2f}"))
     names = ("rows", "written by", "a token, ms", "95 %, ms", "over the plain model's", "operations a token and layer")
     return table(names, rows)

@@ -153,8 +153,37 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
         if memory is not None:
             network.reader.read(cache, memory)
         with network.must_read(None if memory is None else cache):
-            output = network.decode(ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
+            output = continued(network, ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
     return [_until(row, network.end_token_id) for row in output[:, ids.shape[1] :]]
+
+
+def continued(
+    network: Network, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, cache: Any = None, **settings: Any
+) -> torch.Tensor:
+    """Continue prompts in the current direction, with the given settings alone.
+
+    The model's own generation_config is not used: it would fill in what is not set here, such as a penalty for
+    repetition.
+
+    Args:
+        network: The model.
+        input_ids: Token ids of the prompts, int64 `[B, T]`.
+        attention_mask: Mask of the prompts, int64 `[B, T]`, 0 for padding.
+        cache: A key-value cache; None: `generate` makes one.
+        settings: Arguments of `transformers.GenerationConfig`.
+
+    Returns:
+        Token ids of prompts and continuations, int64 `[B, T + n]`, ended by the end token.
+    """
+    base = network.plain_model
+    ends = {"eos_token_id": network.end_token_id, "pad_token_id": network.end_token_id}
+    with temporarily(base, generation_config=GenerationConfig()):
+        return base.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(**ends, **settings),
+            **({} if cache is None else cache_argument(base, cache)),
+        )
 
 
 def _configs(own, settings, prompt):

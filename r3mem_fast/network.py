@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
@@ -20,8 +19,7 @@ from r3mem_fast.kernels.matching import MAX_KEPT
 
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, layout_fingerprint
-from .integrations.compat import cache_argument
-from .integrations.peft import adapters_are_off, adapters_off
+from .integrations.peft import MergedAdapters, adapters_are_off, adapters_off
 from .integrations.scoped import returning, temporarily
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
@@ -97,6 +95,8 @@ class Network(nn.Module):
             let_adapters_choose_tokens(self.layers)
         self.questions_of: QuestionsOf | None = None
         self._fingerprints = FingerprintCache()
+        # While adapters are merged: they, and the fingerprints that memories carry, which are those of before.
+        self._merged: tuple[MergedAdapters, Origin] | None = None
 
     @property
     def config(self) -> Any:
@@ -201,8 +201,34 @@ class Network(nn.Module):
         if self.is_plain:
             yield
             return
-        with adapters_off(self.peft_model), self.stack.in_mode(Mode.PLAIN):
+        merged = contextlib.nullcontext() if self._merged is None else self._merged[0].set_aside()
+        with merged, adapters_off(self.peft_model), self.stack.in_mode(Mode.PLAIN):
             yield
+
+    @contextlib.contextmanager
+    def merged_adapters(self) -> Iterator[None]:
+        """Add the adapters to the weights in the block, for faster inference: a context manager.
+
+        What is computed is the same but for the rounding of the sums, so that memories fit from inside to outside; it
+        takes the memory of the adapted weights once more. Afterwards the weights are what they were, bit for bit.
+
+        Raises:
+            RuntimeError: The model is being trained, or they are merged already.
+            ValueError: With `adapter_rows="memory"`, adapters act on some tokens alone, or PEFT cannot merge them.
+        """
+        if not self.adapts_tokens:
+            raise ValueError('with adapter_rows="memory" adapters act on some tokens alone, and cannot be merged')
+        if self.training or self._merged is not None or self.is_plain:
+            raise RuntimeError("adapters are merged once, for inference: call eval(), outside of other such blocks")
+        merged, origin = MergedAdapters(self.peft_model), self.origin_of_adapters()
+        with merged.used(), temporarily(self, _merged=(merged, origin)):
+            yield
+
+    def train(self, mode: bool = True) -> "Network":
+        """Set the training mode, as of `torch.nn.Module`; RuntimeError while the adapters are merged."""
+        if mode and self._merged is not None:
+            raise RuntimeError("merged adapters cannot learn: leave the block of merged_adapters() first")
+        return super().train(mode)
 
     @contextlib.contextmanager
     def unconverted(self) -> Iterator[None]:
@@ -238,33 +264,6 @@ class Network(nn.Module):
         compact = hidden.flatten(0, 1).view(hidden.shape)
         with returning(self.decoder, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=compact)):
             return self.peft_model(inputs_embeds=hidden, use_cache=False, **inputs)
-
-    def decode(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, cache: Any = None, **settings: Any
-    ) -> torch.Tensor:
-        """Continue prompts in the current direction, with the given settings alone.
-
-        The model's own generation_config is not used: it would fill in what is not set here, such as a penalty for
-        repetition.
-
-        Args:
-            input_ids: Token ids of the prompts, int64 `[B, T]`.
-            attention_mask: Mask of the prompts, int64 `[B, T]`, 0 for padding.
-            cache: A key-value cache; None: `generate` makes one.
-            settings: Arguments of `transformers.GenerationConfig`.
-
-        Returns:
-            Token ids of prompts and continuations, int64 `[B, T + n]`, ended by the end token.
-        """
-        base = self.plain_model
-        ends = {"eos_token_id": self.end_token_id, "pad_token_id": self.end_token_id}
-        with temporarily(base, generation_config=GenerationConfig()):
-            return base.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=GenerationConfig(**ends, **settings),
-                **({} if cache is None else cache_argument(base, cache)),
-            )
 
     def check_length(self, tokens: int, *, behind_memory: bool) -> None:
         """Check that a number of tokens fits into the model's positions.
@@ -363,11 +362,16 @@ class Network(nn.Module):
 
     def origin_of_adapters(self) -> Origin:
         """Fingerprints of base model and adapters, also where memories depend on the base model alone."""
-        return self._fingerprints.origin(self, self._adapters_are_off)
+        return self._origin_of_adapters(self._adapters_are_off)
+
+    def _origin_of_adapters(self, adapters_off):
+        if self._merged is not None and not adapters_off:
+            return self._merged[1]
+        return self._fingerprints.origin(self, adapters_off)
 
     @property
     def _adapters_are_off(self):
-        return self.is_plain or adapters_are_off(self.peft_model)
+        return self.is_plain or (self._merged is None and adapters_are_off(self.peft_model))
 
     def _origin(self, adapters_off):
         if self.is_reading_backward:
@@ -376,11 +380,11 @@ class Network(nn.Module):
             return Origin(self.base_fingerprint(), layout_fingerprint(self.reader.layout))
         if not self.adapts_tokens:
             check_tokens_can_be_chosen(self.peft_model)
-        return self._fingerprints.origin(self, adapters_off)
+        return self._origin_of_adapters(adapters_off)
 
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model's settings and weights, computed again only when the weights change."""
-        return self._fingerprints.base(self.peft_model)
+        return self._merged[1].base if self._merged is not None else self._fingerprints.base(self.peft_model)
 
     def set_base_fingerprint(self, fingerprint: str) -> None:
         """Take over the fingerprint of the base model as it is now, which has just been computed."""

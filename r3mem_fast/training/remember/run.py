@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ...generation import continued
 from ...hierarchy import Pair
 from ...hierarchy.decoys import decoys
 from ...hierarchy.passage import MAX_QUERY_SHARE
@@ -360,8 +361,14 @@ class Run:
         tokens = settings.anchor_tokens - 1
         with torch.random.fork_rng(), torch.no_grad(), evaluating(model), model.disable_adapters():
             torch.manual_seed(settings.seed)
-            return model.decode(
-                starts, torch.ones_like(starts), do_sample=True, top_k=0, min_new_tokens=tokens, max_new_tokens=tokens
+            return continued(
+                model,
+                starts,
+                torch.ones_like(starts),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
             )
 
     def _batch(self, rows):
