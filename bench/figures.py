@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from .markdown import ROOT, records
-from .memory_tables import closed_by
+from .memory_tables import matched_sizes
 
 _NAMES = {
     "plain": "plain",
@@ -61,7 +61,7 @@ _LINES = {
 
 def memory(path: Path) -> None:
     """Draw what memories of as many slots close of the gap between the last tokens and the whole segment before."""
-    closed = closed_by("matched_novels_smollm2")
+    closed = matched_sizes()
     counts = sorted({int(key.split("_")[1]) for key, _ in closed if re.fullmatch(r"matched_\d+", key)})
     figure, axis = pyplot.subplots(figsize=(7.2, 3.8), layout="constrained")
     for arm, (name, colour, style) in _LINES.items():

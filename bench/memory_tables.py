@@ -3,7 +3,7 @@
 from .markdown import interval, records, table
 
 # Kinds of text that matched memories were measured on.
-MATCHED_KINDS = ("novels", "wikipedia", "dialogue", "code")
+MATCHED_KINDS = ("novels", "wikipedia", "dialogue", "help", "code")
 _RIVALS = {
     "attended": "most attended, own values",
     "raw": "raw tokens",
@@ -49,16 +49,25 @@ def _cell(closed: dict[tuple[str, str], dict], arm: str) -> str:
     return interval(closed[arm, "full"]) if (arm, "full") in closed else "–"
 
 
+def matched_sizes() -> dict[tuple[str, str], dict]:
+    """Return what arms of all sizes close on the same places in novels, as `closed_by` does."""
+    names = ("matched_novels_smollm2", "matched_sizes_smollm2")
+    heads = [{key: records(name)[0][key] for key in ("kind", "segments", "tail", "model", "dtype")} for name in names]
+    assert heads[0] == heads[1], heads
+    # What both have is the same run twice.
+    return {**closed_by(names[1]), **closed_by(names[0])}
+
+
 def matched_rivals() -> str:
-    """Return the table of all rivals on novels."""
-    closed = closed_by("matched_novels_smollm2")
-    arms = {"matched": "**matched**", **_RIVALS}
+    """Return the table of all rivals on novels, by slots."""
+    closed = matched_sizes()
+    arms, sizes = {"matched": "**matched**", **_RIVALS}, (64, 32, 16, 8)
     rows = [
-        (what, *(_cell(closed, f"{arm}_{slots}") for slots in (64, 16)))
+        (what, *(_cell(closed, f"{arm}_{slots}") for slots in sizes))
         for arm, what in arms.items()
         if (f"{arm}_64", "full") in closed
     ]
-    return table(("kept", "64 slots", "16 slots"), rows)
+    return table(("kept", *(f"{slots} slots" for slots in sizes)), rows)
 
 
 def memory_answers() -> str:
@@ -73,7 +82,26 @@ def memory_answers() -> str:
     return table(("kept", "1/4, nats", "1/8, nats", "1/16, nats", "1/4, F1"), rows)
 
 
+def memory_questions() -> str:
+    """Return the table of what answers cost behind memories of a quarter of a text, by kind of question."""
+    rows = []
+    for kind, name in (("XQuAD", "xquad"), ("QMSum", "qmsum"), ("key-value pairs", "pairs")):
+        _, *found = records(f"answers_{name}_smollm2")
+        for pairs in dict.fromkeys(r.get("pairs") for r in found):
+            some = [r for r in found if r.get("pairs") == pairs]
+            count = next(r["questions"] for r in some if "questions" in r)
+            nats = {r["arm"]: f"{r['nats_per_answer_token']:.3f}" for r in some if "arm" in r}
+            better = next(r for r in some if r.get("nats_better_than") == "attended" and r["ratio"] == 4)
+            what = kind if pairs is None else f"{pairs} {kind}"
+            arms = ("nothing", "raw_4", "attended_4", "matched_4", "full")
+            rows.append((f"{what}, {count}", *(nats[arm] for arm in arms), interval(better)))
+    names = ("questions", "behind nothing", "the last quarter", "most attended", "**matched**", "the whole text",
+             "matched is better than attended by")  # fmt: skip
+    return table(names, rows)
+
+
 TABLES = {
+    "memory_questions": memory_questions,
     "matched_memories": matched_memories,
     "matched_rivals": matched_rivals,
     "memory_answers": memory_answers,

@@ -75,7 +75,7 @@ def test_what_cannot_be_merged_is_said_and_nothing_is_changed():
         raise KeyError
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "lora_B" in name)[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="[Nn]a[Nn]"), model.merged_adapters():
+    with pytest.raises(ValueError, match=r"[Nn]a[Nn]"), model.merged_adapters():
         pass
     for name, parameter in model.named_parameters():
         assert "lora_B" in name or torch.equal(parameter, before[name]), name

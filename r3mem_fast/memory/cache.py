@@ -173,26 +173,24 @@ class PrefixCache(PassCache):
         if self._ages is None:
             places = torch.arange(first - self.prefix_length, first, device=positions.device)
             tables = self.rotation.tables(places[None], prefix, seen_with=positions)
-            for index, (keys, values) in enumerate(prefix):
-                self._placed[index] = (self.rotation.rotated(keys, tables(index)), values)
-            return
-        places = (first - self._ages.long()).clamp_min(0)
-        for index, (keys, values) in enumerate(prefix):
-            self._placed[index] = (self.placed(keys, index, places[index]), values)
+            keys = self.rotation.of_layers(self.rotation.rotated, prefix[:, 0], range(len(prefix)), tables)
+        else:
+            keys = self.placed(prefix[:, 0], range(len(prefix)), (first - self._ages.long()).clamp_min(0))
+        self._placed = {index: (keys[index], prefix[index, 1]) for index in range(len(prefix))}
 
-    def placed(self, keys: torch.Tensor, layer_idx: int, places: torch.Tensor) -> torch.Tensor:
-        """Rotate keys of a layer, as the pass that runs or ran last would, to positions up to its first one.
+    def placed(self, keys: torch.Tensor, layers: Sequence[int], places: torch.Tensor) -> torch.Tensor:
+        """Rotate keys of some layers, as the pass that runs or ran last would, to positions up to its first one.
 
         Args:
-            keys: Keys without positions, `[B, kv_heads, N, head_dim]`.
-            layer_idx: The layer's index in the cache.
-            places: Positions of the keys, int64 `[B, kv_heads, N]`.
+            keys: Keys without positions, `[layers, B, kv_heads, N, head_dim]`.
+            layers: Indices of the layers in the cache.
+            places: Positions of the keys, int64 `[layers, B, kv_heads, N]`.
         """
-        return self.rotation.rotated_to(keys, self._tables_up_to_first()(layer_idx), places)
+        return self.rotation.of_layers(self.rotation.rotated_to, keys, layers, self._tables_up_to_first(), places)
 
-    def unplaced(self, keys: torch.Tensor, layer_idx: int, places: torch.Tensor) -> torch.Tensor:
+    def unplaced(self, keys: torch.Tensor, layers: Sequence[int], places: torch.Tensor) -> torch.Tensor:
         """Take the rotation off keys at these positions; the inverse of `placed`, with its arguments."""
-        return self.rotation.unrotated_from(keys, self._tables_up_to_first()(layer_idx), places)
+        return self.rotation.of_layers(self.rotation.unrotated_from, keys, layers, self._tables_up_to_first(), places)
 
     def _tables_up_to_first(self):
         """Tables of all positions that a memory's keys can have."""
@@ -265,12 +263,9 @@ class PrefixCache(PassCache):
 
     def captured(self) -> torch.Tensor:
         """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
-        some = self._written[0][0]
-        tables = self.rotation.tables(self._positions, some)
-        layers = [self._written[index] for index in range(len(self._written))]
-        return torch.stack(
-            [torch.stack([self.rotation.unrotated(k, tables(i)), v]) for i, (k, v) in enumerate(layers)]
-        )
+        tables, layers = self.rotation.tables(self._positions, self._written[0][0]), range(len(self._written))
+        keys, values = (torch.stack([self._written[index][part] for index in layers]) for part in (0, 1))
+        return torch.stack([self.rotation.of_layers(self.rotation.unrotated, keys, layers, tables), values], 1)
 
     def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
         """A layer's attention mask, which lets the memory in.

@@ -227,11 +227,8 @@ def placed_prefix(
     if read_with is None:
         read_with = torch.tensor([[first]], device=device)
     tables = rotation.tables(known, states, seen_with=read_with.amax(0, keepdim=True))
-    keys = tuple(
-        rotation.rotated_to(states[index, 0], tables(index), layout.reach - ages[index])
-        for index in range(len(states))
-    )
-    values = tuple(states[index, 1] for index in range(len(states)))
+    keys = tuple(rotation.of_layers(rotation.rotated_to, states[:, 0], order, tables, layout.reach - ages))
+    values = tuple(states[:, 1])
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
     mask, vocabulary = visible[:, start:].to(device, torch.int64), text_config(model.config).vocab_size
     return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)

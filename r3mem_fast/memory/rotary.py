@@ -10,6 +10,8 @@ from torch import nn
 
 # Names of the position embeddings in models without rotary ones.
 _ABSOLUTE = ("wpe", "embed_positions")
+# Bytes of keys in float32 that are turned at once.
+_BYTES = 2**28
 
 
 def is_rotary(decoder: nn.Module) -> bool:
@@ -86,7 +88,7 @@ class Rotation:
             position_ids = torch.cat([position_ids.expand(len(seen_with), -1), seen_with], 1)
 
         def tables_of_layer(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            kind = None if self._types is None else self._types[index]
+            kind = self._kind(index)
             if kind not in made:
                 extra = () if kind is None else (kind,)
                 # Tables in the model's dtype, as the model uses them: keys that were rotated by rounded tables have to
@@ -156,6 +158,46 @@ class Rotation:
         back = self._turned(keys, cos, -sin)
         turned, rest = back[..., : square.shape[-1]], back[..., square.shape[-1] :]
         return torch.cat([turned / square, rest], -1).to(keys.dtype)
+
+    def of_layers(
+        self,
+        turn: Callable[..., torch.Tensor],
+        keys: torch.Tensor,
+        layers: Sequence[int],
+        tables: Callable[[int], tuple[torch.Tensor, torch.Tensor] | None],
+        places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Turn the keys of several layers, with one call for those that follow one another and rotate alike.
+
+        Args:
+            turn: `rotated`, `unrotated`, `rotated_to` or `unrotated_from` of this object.
+            keys: Keys, `[layers, B, kv_heads, N, head_dim]`.
+            layers: Indices of the layers.
+            tables: What `tables` returned, for positions of one row or of each of the B.
+            places: Places of the keys, int64 `[layers, B, kv_heads, N]`, if `turn` takes them.
+
+        Returns:
+            The turned keys, in the shape and dtype of `keys`.
+        """
+        found, size = [], max(1, _BYTES // max(1, 4 * keys[0].numel()))
+        start = 0
+        while start < len(layers):
+            end = start + 1
+            while end < min(len(layers), start + size) and self._kind(layers[end]) == self._kind(layers[start]):
+                end += 1
+            some, own = keys[start:end].flatten(0, 1), tables(layers[start])
+            if places is not None:
+                turned = turn(some, own, places[start:end].flatten(0, 1))
+            else:
+                if own is not None and len(own[0]) > 1:  # rows with tables of their own, in each layer
+                    own = (own[0].repeat(end - start, 1, 1), own[1].repeat(end - start, 1, 1))
+                turned = turn(some, own)
+            found.append(turned.view(keys[start:end].shape))
+            start = end
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _kind(self, index: int) -> str | None:
+        return None if self._types is None else self._types[index]
 
     def _turned(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Apply the model's own rotation in float32."""

@@ -410,7 +410,7 @@ def test_slots_weigh_as_much_as_all_that_they_stand_for(family, monkeypatch):
 
         def _mass(self, slots, index, call):
             places = (self._first - slots.ages[index].clamp_min(0)).clamp_min(0)
-            keys = self._cache.placed(slots.states[index, 0], index, places)
+            keys = self._cache.placed(slots.states[index, 0][None], [index], places[None])[0]
             keys = keys.repeat_interleave(call.query.shape[1] // keys.shape[1], 1)
             exists = (slots.ages[index] >= 0).repeat_interleave(call.query.shape[1] // slots.ages.shape[2], 1)
             logits = (call.scale * call.query @ keys.mT).masked_fill(~exists[:, :, None], -torch.inf)

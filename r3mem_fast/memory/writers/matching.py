@@ -145,9 +145,11 @@ class Match:
         return raw.to(slots.states.dtype), value.to(slots.states.dtype), ages.gather(2, places)
 
     def _turned(self, turn, keys, group, positions):
-        """Turn the keys of some layers to positions, or back: turn is a method of the cache, for one layer."""
-        parts = zip(group, keys.chunk(len(group)), positions.clamp_min(0).long().chunk(len(group)), strict=True)
-        return torch.cat([turn(some, layer, places) for layer, some, places in parts])
+        """Turn the keys of some layers to positions, or back: turn is a method of the cache."""
+        by_layer = (len(group), -1)
+        return turn(keys.unflatten(0, by_layer), group, positions.clamp_min(0).long().unflatten(0, by_layer)).flatten(
+            0, 1
+        )
 
     def _groups(self, layers, nbytes):
         """Layers that are matched at once: of the same settings, and of so many bytes each; with sinks one by one."""
