@@ -28,8 +28,8 @@ class AttentionCase:
 
     variant: `plain` (a memory, then the segment, causal), or `all` (also memory lengths, segment starts, a window, a
     softcap and sinks); of decoding also `many` (as many queries as it takes) and `once` (so many rows that the keys
-    are not split); of others `packed` (sequences one after the other), `alone` (a memory without a segment, as the
-    vendor's attention is merged with) and `short` (a memory of 16 tokens).
+    are not split); of others `packed` (sequences one after the other), `alone` (a memory without a
+    segment, as the vendor's attention is merged with) and `short` (a memory of 16 tokens).
     """
 
     kernel: str

@@ -12,6 +12,7 @@ One record a kernel, target, dtype and number of side bits or head_dim, through 
     fused          of the coupling: fused multiply-adds, which would make the inverse inexact
     matrix         of attention and matching: the instructions of matrix products: `wgmma` (cuda:90), `tcgen05`
                    (cuda:100), `mma`, `mfma` (gfx942); null: none, as for float32, whose products are exact
+    loop           of the same, but on gfx942: instructions of the shortest loop with such products; null: none has any
 
 Exit status 1 if a kernel fails to compile, spills (but for those in `_SPILLS`), exceeds its shared memory, has no
 16-byte access, if a coupling kernel fuses, or if attention in bfloat16 or float16 does without matrix instructions:
@@ -101,7 +102,8 @@ def compile_case(case, target) -> dict:
         return {**record, "error": f"{type(error).__name__}: {error}"}
     record["shared_bytes"] = compiled.metadata.shared
     record |= _read_cubin(compiled) if backend == "cuda" else _read_amdgcn(compiled)
-    del record["matrix" if "bits" in record else "fused"]
+    for name in ("matrix", "loop") if "bits" in record else ("fused",):
+        record.pop(name, None)
     return record
 
 
@@ -157,10 +159,7 @@ def _read_cubin(compiled):
 
 
 def _main_loop(code):
-    """Count the instructions of the shortest loop that multiplies matrices: what a block without a mask takes.
-
-    Returns None where no loop does.
-    """
+    """Count the instructions of the shortest loop that multiplies matrices; None where no loop does."""
     starts: dict[str, int] = {}
     found, products, count = [], [0], 0
     for line in code.splitlines():

@@ -4,8 +4,9 @@
     python -m bench.compress_speed --device cuda --model llama-3.1-8b-shape --tokens 131072 --length 256 4096 --whole
 
 The rival reads the same tokens in the same segments, each alone, by the base model's decoder with its key-value cache:
-no memory before them, no logits. `again` is the share of tokens that are read twice, as the overlap of segments; both
-arms read them. With `--whole` another rival reads all tokens in one pass, as a prompt of that length is read.
+no memory before them, no logits. With `--whole` another rival reads all tokens in one pass, as a prompt of that length
+is read. `..._operations` are the operations that PyTorch dispatches for a segment and layer, without views. `again` is
+the share of tokens that are read twice, as the overlap of segments; both arms read them.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast import R3MemConfig
 from r3mem_fast.devices import as_dtype
 from r3mem_fast.integrations.compat import cache_argument
 
 from . import models
+from .decode import Operations
 from .records import add_output_option, add_record
 
 
@@ -45,24 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     records: list[dict] = []
     for dtype in options.dtype:
+        whole = options.whole  # which depends on no length
         for length in options.length:
             for budget in options.budgets:
-                add_record(_compare(options, dtype, length, budget), records, options)
+                add_record(_compare(options, dtype, length, budget, whole=whole), records, options)
+                whole = False
     return 0
 
 
 @torch.no_grad()
-def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int) -> dict:
+def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, *, whole: bool) -> dict:
     tokens = options.tokens or 12 * length
     tokens -= tokens % length  # whole segments, which both read
-    base, ids = models.load(
-        options.model, dtype=as_dtype(dtype), device=options.device, tokens=tokens, batch=options.rows,
-        text=options.text,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "dtype": as_dtype(dtype), "device": options.device, "tokens": tokens, "batch": options.rows,
+        "text": options.text,
+    }  # fmt: skip
     settings = {"segment_length": length, "segment_overlap": options.overlap, "memory_budget": budget}
     # The base model makes these memories, as it does by default.
     settings |= {"memory_writer": "matched", "adapter_rows": "memory", "num_memory_tokens": options.slots}
-    model = R3MemModel(base, R3MemConfig(**settings)).eval()
+    model, ids = models.network(options.model, R3MemConfig(**settings), **given)
     starts = [max(0, start - options.overlap) for start in range(0, tokens, length)]
     pieces = [ids[:, start : (index + 1) * length] for index, start in enumerate(starts)]
     history = ids.cpu()
@@ -74,7 +78,7 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int) 
                 model.decoder(input_ids=piece, use_cache=True, **cache_argument(model.decoder, cache))
 
     arms: dict[str, Callable[[], Any]] = {"prefill": prefill, "compress": lambda: model.compress(history)}
-    if options.whole:
+    if whole:
         arms["whole"] = lambda: prefill([ids])
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(options.pairs + 1):
@@ -85,6 +89,12 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int) 
                 torch.cuda.synchronize()
             if number:  # the first pair warms up
                 seconds[arm].append(time.perf_counter() - started)
+    counts = {}
+    for arm in ("prefill", "compress"):
+        run = arms[arm]
+        with Operations() as counted:
+            run()
+        counts[f"{arm}_operations"] = round(counted.count / len(pieces) / len(model.layers), 2)
     ratios = sorted(a / b for a, b in zip(seconds["prefill"], seconds["compress"], strict=True))
     total = tokens * options.rows
     read = sum(piece.numel() for piece in pieces)
@@ -94,7 +104,7 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int) 
         "rows": options.rows, "tokens": total, "again": round(read / total - 1, 4), "threads": torch.get_num_threads(),
         **{f"{arm}_tokens_per_second": round(total / statistics.median(times), 1) for arm, times in seconds.items()},
         "of_prefill": round(statistics.median(ratios), 4), "lowest": round(ratios[0], 4),
-        "highest": round(ratios[-1], 4), "pairs": options.pairs,
+        "highest": round(ratios[-1], 4), "pairs": options.pairs, **counts,
     }  # fmt: skip
 
 

@@ -15,8 +15,9 @@ Prompts of T tokens are continued, one token at a time, by
 
 all greedily, and for as many tokens. `first_ms` is the time to the first token (a prompt of T tokens, behind N that
 are there already), `token_ms` the median and `p95_ms` the 95th percentile of the time between two tokens; `operations`
-are the operations that PyTorch dispatches for a token and layer, without views. `over_plain` is the ratio of the
-medians of `token_ms` in a round, the median over rounds, with the lowest and the highest.
+are the operations that PyTorch dispatches for a token and layer, without views (none is counted with `--compile`).
+`over_rival` is the ratio of the medians of `token_ms` in a round, the median over rounds, with the lowest and the
+highest.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from r3mem_fast import R3MemConfig, R3MemModel, generation
+from r3mem_fast import R3MemConfig, generation
 from r3mem_fast.devices import as_dtype
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.memory.room import roomy_cache
@@ -39,10 +40,21 @@ from r3mem_fast.memory.room import roomy_cache
 from . import models
 from .records import add_output_option, add_record
 
+_ARMS = (
+    "plain_dynamic",
+    "plain_room",
+    "plain_static",
+    "memory_dynamic",
+    "memory_static",
+    "hooks",
+    "adapters",
+    "merged",
+)
 _RIVALS = {
     "plain_room": "plain_dynamic", "memory_dynamic": "plain_room", "memory_static": "plain_static",
     "hooks": "plain_room", "merged": "adapters",
 }  # fmt: skip
+_GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 # Operations of these names move no data.
 _VIEWS = (
     "view", "reshape", "expand", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "split", "alias",
@@ -62,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (%(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="that are written (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of all arms, in turn (%(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=_ARMS, default=list(_ARMS), help="(all)")
     parser.add_argument("--compile", action="store_true", help="static caches' steps, as transformers does (on a GPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
@@ -101,8 +114,8 @@ class Clock:
         return [after - before for before, after in zip(self.times[2:], self.times[3:], strict=False)]
 
 
-class _Operations(TorchDispatchMode):
-    """Counts operations that move data."""
+class Operations(TorchDispatchMode):
+    """Counts operations that move data; the device's kernels, where nothing compiles them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,11 +152,11 @@ def _compare(options: argparse.Namespace, rows: int) -> Iterator[dict]:
             # Of what a compiler has made one graph, there is nothing to count.
             "operations": None if options.compile else round(_operations(runs[arm]) / layers, 2),
         }  # fmt: skip
-        if arm in _RIVALS:
+        if _RIVALS.get(arm) in clocks:
             pairs = zip(found, clocks[_RIVALS[arm]], strict=True)
             ratios = sorted(statistics.median(a.between) / statistics.median(b.between) for a, b in pairs)
             record |= {
-                "over": _RIVALS[arm], "over_plain": round(statistics.median(ratios), 4),
+                "over": _RIVALS[arm], "over_rival": round(statistics.median(ratios), 4),
                 "lowest": round(ratios[0], 4), "highest": round(ratios[-1], 4),
             }  # fmt: skip
         yield record
@@ -153,7 +166,7 @@ def _operations(run: Callable) -> float:
     """Operations of a token, by the difference of two lengths."""
     counts = []
     for tokens in (2, 6):
-        with _Operations() as counted:
+        with Operations() as counted:
             run(Clock("cpu"), tokens)
         counts.append(counted.count)
     return (counts[1] - counts[0]) / 4
@@ -173,16 +186,14 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     }  # fmt: skip
     plain, history = models.load(options.model, **settings)
     plain.eval()
-    base, _ = models.load(options.model, **settings)
     config = R3MemConfig(
         memory_writer="matched", adapter_rows="memory", num_memory_tokens=min(64, slots), memory_budget=slots
     )
-    model = R3MemModel(base, config).eval()
+    model, _ = models.network(options.model, config, **settings)
     memory = model.compress(history[:, :-prompt], finish=True)
     ids = history[:, -prompt:]
     tail = memory.recent[0].numel() + memory.unfinished[0].numel()
     long = history[:, -(slots + tail + prompt) :]
-    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def plainly(kind: str) -> Callable:
         def run(clock: Clock, tokens: int) -> None:
@@ -196,7 +207,7 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
                 torch.cuda.synchronize()
             clock.times[0] = time.perf_counter()
             plain.generate(
-                long, max_new_tokens=tokens, streamer=clock, disable_compile=not options.compile, **greedy,
+                long, max_new_tokens=tokens, streamer=clock, disable_compile=not options.compile, **_GREEDY,
                 **cache_argument(plain, cache),
             )  # fmt: skip
 
@@ -210,32 +221,39 @@ def _arms(options: argparse.Namespace, rows: int) -> dict[str, Any]:
             with way:
                 model.generate(
                     ids, memory=memory, max_new_tokens=tokens, cache_implementation=kind, streamer=clock,
-                    disable_compile=not options.compile, **greedy,
+                    disable_compile=not options.compile, **_GREEDY,
                 )  # fmt: skip
 
         return run
 
-    # Adapters that have learned nothing yet take as long as others.
-    learned = R3MemModel(
-        models.load(options.model, **settings)[0],
-        R3MemConfig(num_memory_tokens=slots // 4, max_memory_segments=4, segment_length=256, segment_overlap=32),
-    ).eval()
-    written = learned.compress(history[:, :-prompt], finish=True)
+    runs: dict[str, Any] = {
+        "plain_dynamic": plainly("dynamic"), "plain_room": plainly("room"), "plain_static": plainly("static"),
+        "memory_dynamic": behind(None), "memory_static": behind("static"), "hooks": behind(None, hooks=True),
+    }  # fmt: skip
+    if {"adapters", "merged"} & set(options.arms):
+        runs |= _adapted(options, settings, history[:, :-prompt], ids)
+    return {arm: runs[arm] for arm in options.arms} | {"layers": len(model.layers)}
 
-    def adapted(*, merged: bool) -> Callable:
+
+def _adapted(
+    options: argparse.Namespace, settings: dict[str, Any], history: torch.Tensor, ids: torch.Tensor
+) -> dict[str, Callable]:
+    """What writes with adapters, which take as long when they have learned nothing yet."""
+    config = R3MemConfig(
+        num_memory_tokens=options.slots // 4, max_memory_segments=4, segment_length=256, segment_overlap=32
+    )
+    model, _ = models.network(options.model, config, **settings)
+    memory = model.compress(history, finish=True)
+
+    def adapted(merged: bool) -> Callable:
         def run(clock: Clock, tokens: int) -> None:
-            with learned.merged_adapters() if merged else contextlib.nullcontext():
+            with model.merged_adapters() if merged else contextlib.nullcontext():
                 clock.times[0] = time.perf_counter()
-                learned.generate(ids, memory=written, max_new_tokens=tokens, streamer=clock, **greedy)
+                model.generate(ids, memory=memory, max_new_tokens=tokens, streamer=clock, **_GREEDY)
 
         return run
 
-    return {
-        "plain_dynamic": plainly("dynamic"), "plain_room": plainly("room"), "plain_static": plainly("static"),
-        "memory_dynamic": behind(None),
-        "memory_static": behind("static"), "hooks": behind(None, hooks=True),
-        "adapters": adapted(merged=False), "merged": adapted(merged=True), "layers": len(model.layers),
-    }  # fmt: skip
+    return {"adapters": adapted(False), "merged": adapted(True)}
 
 
 if __name__ == "__main__":

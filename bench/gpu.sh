@@ -9,14 +9,17 @@
 #   inference     131k tokens compressed in segments of 256, 1024 and 4096; tokens decoded behind a memory, eager and as graphs
 #
 # By default all four, in this order. By name only, since they take longer: attention (all shapes), smollm2, llama-32k,
-# context, context-48, context-80. Needs torch, triton, transformers, peft and pytest; weights are random, of real shapes.
+# context, context-48, context-80. Needs torch, triton, transformers, peft, pytest, hypothesis, pytest-timeout and
+# pytest-benchmark; weights are random, of real shapes.
 # Leaves JSON lines in FOLDER (bench/results), written as they come, and prints them as tables last. A step that fails or
-# takes too long does not keep the others from running; then the exit status is 1. PYTHON names another interpreter.
-# R3MEM_REHEARSE=1 runs the same steps in small on a CPU, to see that they run: FOLDER must be given then.
+# takes too long does not keep the others from running; its output stays in FOLDER/STEP.log, and the exit status is 1.
+# PYTHON names another interpreter. R3MEM_REHEARSE=1 runs the same steps in small on a CPU, to see that they run: FOLDER
+# must be given then.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 rehearse=${R3MEM_REHEARSE:-}
+[[ $rehearse == 0 ]] && rehearse=
 folder=${1:-bench/results}
 stages=("${@:2}")
 ((${#stages[@]})) || stages=(correctness kernels training inference)
@@ -40,18 +43,23 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 failed=()
 written=()
+ends=$((SECONDS + 86400)) # of the stage, in seconds
+
+# Seconds that a step may take: what it asks for, or what is left of its stage.
+allowed() { echo $((ends - SECONDS < $1 ? (ends - SECONDS > 1 ? ends - SECONDS : 1) : $1)); }
 
 # step NAME SECONDS COMMAND...: run a command, for so long at most.
 step() {
     local name=$1 limit=$2 began=$SECONDS status=0
     shift 2
-    timeout "$limit" "$@" >"$logs/$name" 2>&1 || status=$?
+    timeout "$(allowed "$limit")" "$@" >"$logs/$name" 2>&1 || status=$?
     ended "$name" $((SECONDS - began)) $status
 }
 
 # together SECONDS NAME COMMAND... [-- NAME COMMAND...]...: run commands at one time, which compile for most of it.
 together() {
-    local limit=$1 began=$SECONDS names=() processes=() part=()
+    local limit began=$SECONDS names=() processes=() part=()
+    limit=$(allowed "$1")
     shift
     for word in "$@" --; do
         if [[ $word != -- ]]; then
@@ -76,6 +84,7 @@ ended() { # NAME SECONDS STATUS
     if (($3)); then
         failed+=("$1 (status $3)")
         tail -n 5 "$logs/$1"
+        cp "$logs/$1" "$folder/$1.log"
     fi
 }
 
@@ -84,6 +93,7 @@ measure() {
     local name=$1 limit=$2 module=$3
     shift 3
     written+=("$folder/${name}_$gpu.jsonl")
+    rm -f "$folder/${name}_$gpu.jsonl"
     step "$name" "$limit" "$python" -m "bench.$module" --json --output "$folder/${name}_$gpu.jsonl" "$@"
 }
 
@@ -95,16 +105,16 @@ correctness() {
         together 300 long $(tests $long -k 64) -- decode $(tests $triton -k head_dims)
         return
     fi
-    together 450 \
-        long-300 $(tests $long) -k "forward and 300-" -- long-1000 $(tests $long) -k "forward and 1000-" -- \
-        long-4096 $(tests $long) -k "forward and 4096-" -- long-decode $(tests $long) -k decode -- \
+    together 330 \
+        long-300 $(tests $long) -k "backward[300-" -- long-1000 $(tests $long) -k "backward[1000-" -- \
+        long-4096 $(tests $long) -k "backward[4096-" -- long-decode $(tests $long) -k decode -- \
         random-forward $(tests $triton) -k "forward or head_dims" -- random-backward $(tests $triton) -k backward -- \
         random-others $(tests $triton) -k "not forward and not head_dims and not backward" -- \
         matching $(tests tests/kernels/test_matching_triton.py tests/kernels/test_matching.py) -- \
         coupling $(tests tests/kernels/test_coupling.py tests/kernels/test_coupling_operators.py) -- \
         operators $(tests tests/kernels/test_attention.py tests/kernels/test_dispatch.py)
     # It takes up to 40 GB of the GPU's memory.
-    step coupling-large 200 $(tests tests/kernels/test_coupling_triton.py tests/reversible/test_kernels.py)
+    step coupling-large 140 $(tests tests/kernels/test_coupling_triton.py tests/reversible/test_kernels.py)
 }
 
 kernels() {
@@ -134,13 +144,15 @@ training() {
 }
 
 inference() {
-    local compress=(--tokens 131072 --length 256 1024 4096 --pairs 2) decode=(--tokens 200 --rounds 3)
-    [[ $rehearse ]] && compress=(--tokens 128 --length 64 --pairs 1) decode=(--slots 16 --tokens 6 --rounds 2)
-    measure compress_llama8b 270 compress_speed --device $device --model $llama --dtype bfloat16 --budgets 256 --whole \
+    local compress=(--tokens 131072 --length 4096 1024 256 --pairs 1) decode=(--tokens 64 --rounds 2)
+    local eager=(--arms plain_room memory_dynamic hooks adapters merged)
+    [[ $rehearse ]] && compress=(--tokens 128 --length 64 --pairs 1) decode=(--slots 16 --tokens 6 --rounds 2) eager=()
+    measure decode_llama8b 150 decode --device $device --model $llama "${decode[@]}" "${eager[@]}"
+    [[ $rehearse ]] || # the CPU has no graphs
+        measure decode_llama8b_graphs 120 decode --device $device --model $llama --compile --tokens 200 --rounds 3 \
+            --arms plain_static memory_static
+    measure compress_llama8b 240 compress_speed --device $device --model $llama --dtype bfloat16 --budgets 256 --whole \
         "${compress[@]}"
-    measure decode_llama8b 100 decode --device $device --model $llama "${decode[@]}"
-    [[ $rehearse ]] && return # the CPU has no graphs
-    measure decode_llama8b_graphs 100 decode --device $device --model $llama --compile "${decode[@]}"
 }
 
 named() { # STAGE, of those that are not in the four
@@ -161,7 +173,11 @@ for stage in "${stages[@]}"; do
     echo "== $stage"
     began=$SECONDS
     case $stage in
-    correctness | kernels | training | inference) $stage ;;
+    correctness | kernels | training | inference)
+        ends=$((SECONDS + 475))
+        $stage
+        ends=$((SECONDS + 86400))
+        ;;
     *) named "$stage" ;;
     esac
     echo "== $stage: $((SECONDS - began)) s"

@@ -26,12 +26,16 @@ def decode() -> str:
     for record in records("decode_smollm2"):
         cells = [f"{record[key]:.2f}" for key in ("token_ms", "p95_ms")]
         over = "–"
-        if "over_plain" in record:
-            over = f"{record['over_plain']:.3f} ({record['lowest']:.3f} to {record['highest']:.3f})"
+        if "over_rival" in record:
+            over = f"{record['over_rival']:.3f} ({record['lowest']:.3f} to {record['highest']:.3f})"
             over += " of the row above" if record["arm"] == "merged" else ""
-        rows.append((str(record["rows"]), _DECODE[record["arm"]], *cells, over, f"{record['operations']:.2f}"))
+        rows.append((str(record["rows"]), _DECODE[record["arm"]], *cells, over, _count(record)))
     names = ("rows", "written by", "a token, ms", "95 %, ms", "over the plain model's", "operations a token and layer")
     return table(names, rows)
+
+
+def _count(record: dict) -> str:
+    return "–" if record["operations"] is None else f"{record['operations']:.2f}"
 
 
 def serving() -> str:
@@ -69,10 +73,12 @@ def compress_speed() -> str:
             r["dtype"], str(r["budget"]), f"{r['compress_tokens_per_second']:.0f}",
             f"{r['prefill_tokens_per_second']:.0f}",
             f"{r['of_prefill']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})",
+            f"{r['compress_operations']:.1f} of {r['prefill_operations']:.1f}",
         )
         for r in records("compress_speed_smollm2")
     ]  # fmt: skip
-    names = ("dtype", "slots in all", "compress, tokens/s", "plain prefill, tokens/s", "compress of prefill")
+    names = ("dtype", "slots in all", "compress, tokens/s", "plain prefill, tokens/s", "compress of prefill",
+             "operations a segment and layer")  # fmt: skip
     return table(names, rows)
 
 

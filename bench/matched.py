@@ -39,7 +39,7 @@ from r3mem_fast.codec import TextCodec
 from r3mem_fast.data.text import read_text
 from r3mem_fast.memory import MemoryLayout
 from r3mem_fast.memory.segments import advance, cut_segments
-from r3mem_fast.memory.writers.matched import MatchedWriter
+from r3mem_fast.memory.writers.matched import MatchedWriter, Pass
 from r3mem_fast.questions import SegmentQuestions
 
 from .places import CHAIN, LONG, Place, foreign_of, interval, places_of
@@ -217,7 +217,7 @@ def _memories(
         none = model.new_memory(len(rows), origin=None)
         segments = cut_segments(none, rows, finish=True, writes_all=True)
         found = _writer(model).pass_over(segments[0], none)
-        whole = _writer(model).written(found)
+        whole = _written(model, found)
     carried = advance(none, rows, segments)
     kinds = {"matched": contextlib.nullcontext, "attended": values_kept, "even": evenly_spaced}
     kinds = {kind: choice for kind, choice in kinds.items() if kind in ("matched", *options.rivals)}
@@ -225,11 +225,11 @@ def _memories(
         layout = _layout(options, model, slots, slots)
         for kind, choice in kinds.items():
             with model.disable_adapters(), choice(), laid_out(model, layout):
-                yield f"{kind}_{slots}", dataclasses.replace(_writer(model).written(found), **carried)
+                yield f"{kind}_{slots}", dataclasses.replace(_written(model, found), **carried)
         for queries in options.queries:
             asking = dataclasses.replace(layout, queries=queries)
             with model.disable_adapters(), laid_out(model, asking):
-                memory = _writer(model).written(found)
+                memory = _written(model, found)
                 yield f"matched_{slots} by {queries}", dataclasses.replace(memory, **carried)
     repeat = torch.tensor(tokenizer(f"{REPEAT}\n", add_special_tokens=False).input_ids)
     for name in options.presses:
@@ -277,6 +277,14 @@ def _raw_loss(model: R3MemModel, before: torch.Tensor, segment: torch.Tensor) ->
 
 def _writer(model: R3MemModel) -> MatchedWriter:
     return MatchedWriter(model.reader, model.reader.layout, model.questions_of)
+
+
+def _written(model: R3MemModel, found: Pass) -> Memory:
+    """Match what a pass has read, and warn if something could not be matched."""
+    writer = _writer(model)
+    memory = writer.written(found)
+    writer.finish()
+    return memory
 
 
 def _matched(options: argparse.Namespace, model: R3MemModel, before: torch.Tensor, slots: int, budget: int) -> Memory:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from r3mem_fast import load_model
+from r3mem_fast import R3MemConfig, R3MemModel, load_model
 from r3mem_fast.data.text import read_text, token_windows
 
 # Published shapes; the weights are random.
@@ -70,6 +70,22 @@ def load(
     finally:
         torch.set_default_dtype(default)
     return model.eval(), torch.randint(config.vocab_size, (batch, tokens), device=device)
+
+
+def network(name: str, config: R3MemConfig, **settings: Any) -> tuple[R3MemModel, torch.Tensor]:
+    """Load a model as a memory network, in evaluation, and a batch of tokens.
+
+    Args:
+        name: As `load` takes it. Random weights get a fingerprint without being read, which takes as long as a large
+            model has weights.
+        config: Its settings.
+        settings: More arguments of `load`.
+    """
+    base, ids = load(name, **settings)
+    model = R3MemModel(base, config).eval()
+    if name in SHAPES:
+        model.set_base_fingerprint("0" * 32)
+    return model, ids
 
 
 def has_liger() -> bool:

@@ -191,10 +191,10 @@ def coupling_kernels() -> str:
 def attention_kernels() -> str:
     """Tabulate traffic and resources of the attention kernels."""
     head = ("kernel / variant", "head_dim", "moved over least", "of once", "registers", "shared, KiB",
-            "matrix products")  # fmt: skip
+            "matrix products", "loop")  # fmt: skip
     traffic = {(r["kernel"], r["head_dim"]): r for r in records("traffic_attention")}
     variants: dict[tuple[str, int], dict[str, dict]] = {}
-    for record in _compiled_attention():
+    for record in records("compile_gate_attention"):
         if record["dtype"] == "bfloat16":
             variants.setdefault((record["kernel"], record["head_dim"]), {})[record["target"]] = record
     rows = []
@@ -206,6 +206,7 @@ def attention_kernels() -> str:
             " / ".join(str(r["registers"]) for r in compiled),
             " / ".join(f"{r['shared_bytes'] / 1024:.0f}" for r in compiled),
             " / ".join(r["matrix"] or "–" for r in compiled),
+            " / ".join(str(r["loop"] or "–") for r in compiled if "loop" in r),
         ))  # fmt: skip
     return table(head, rows)
 
@@ -223,7 +224,7 @@ def attention_spills() -> str:
     head = ("kernel", "head_dim", "dtype", "target", "spills")
     rows = [
         (f"`{r['kernel'].removeprefix('attention_')}`", str(r["head_dim"]), r["dtype"], r["target"], str(r["spills"]))
-        for r in _compiled_attention()
+        for r in records("compile_gate_attention")
         if r["spills"]
     ]
     return table(head, rows)
@@ -323,10 +324,6 @@ TABLES = {
     "attention_cpu": attention_cpu,
     "attention_logits": attention_logits,
 }
-
-
-def _compiled_attention() -> list[dict]:
-    return [*records("compile_gate_attention"), *records("compile_gate_attention_layouts")]
 
 
 def _values(measured: list[dict]) -> dict[str, float]:

@@ -31,6 +31,11 @@ def check_adapters(base: PeftModel, config: R3MemConfig) -> None:
             "the PeftModel learns a prompt, which some of the methods here would read and others not; use an "
             "adapter inside the layers, such as LoRA"
         )
+    if base.active_peft_config.is_adaption_prompt or base.active_peft_config.peft_type == "XLORA":
+        raise ValueError(
+            f"{base.active_peft_config.peft_type} adapters cannot be turned off layer by layer; use an adapter inside "
+            "the layers, such as LoRA"
+        )
     if config.adapter_rows == "memory":
         check_tokens_can_be_chosen(base)
 

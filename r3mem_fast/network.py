@@ -213,8 +213,9 @@ class Network(nn.Module):
         takes the memory of the adapted weights once more. Afterwards the weights are what they were, bit for bit.
 
         Raises:
-            RuntimeError: The model is being trained, or they are merged already.
-            ValueError: With `adapter_rows="memory"`, adapters act on some tokens alone, or PEFT cannot merge them.
+            RuntimeError: The model is being trained, or is in such a block already. In the block: something would
+                train, move or change weights or adapters.
+            ValueError: With `adapter_rows="memory"` adapters act on some tokens alone; or see `MergedAdapters`.
         """
         if not self.adapts_tokens:
             raise ValueError('with adapter_rows="memory" adapters act on some tokens alone, and cannot be merged')
@@ -223,12 +224,6 @@ class Network(nn.Module):
         merged, origin = MergedAdapters(self.peft_model), self.origin_of_adapters()
         with merged.used(), temporarily(self, _merged=(merged, origin)):
             yield
-
-    def train(self, mode: bool = True) -> "Network":
-        """Set the training mode, as of `torch.nn.Module`; RuntimeError while the adapters are merged."""
-        if mode and self._merged is not None:
-            raise RuntimeError("merged adapters cannot learn: leave the block of merged_adapters() first")
-        return super().train(mode)
 
     @contextlib.contextmanager
     def unconverted(self) -> Iterator[None]:

@@ -120,10 +120,13 @@ def small_model(beyond, attention):
 
 def main():
     """Compress histories of 3 and 9 segments, and print what the host waited for: by beyond_budget and segments."""
-    beyond, attention = sys.argv[1:]
+    beyond, attention, *ragged = sys.argv[1:]
     model = small_model(beyond, attention)
     ids = torch.randint(3, 96, (2, 9 * 24))
-    expected = model.compress(ids).states
+    mask = torch.ones_like(ids)
+    if ragged:
+        mask[0, :5] = 0
+    expected = model.compress(ids, mask, finish=True).states
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     found = {}
     # That of the other kernels depends on the device.
@@ -132,7 +135,7 @@ def main():
         model.compress(ids[:, :30])  # makes the fingerprints, which read every weight
         for segments in (3, 9):
             waits.counts.clear()
-            memory = model.compress(ids[:, : segments * 24])
+            memory = model.compress(ids[:, : segments * 24], mask[:, : segments * 24], finish=True)
             found[segments] = dict(waits.counts)
     torch.testing.assert_close(memory.states.inner, expected)
     print(json.dumps(found))

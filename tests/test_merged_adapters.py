@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 
 from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast.integrations.peft import MergedAdapters
 from tests.reversible.tiny import build
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def network(dtype=torch.float32, **changes):
-    base = build("llama", scale=2.0).to(dtype)
+def network(**changes):
+    base = build("llama", scale=2.0)
     lora = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, **changes)
     torch.manual_seed(1)
     config = R3MemConfig(num_memory_tokens=3, segment_length=8, core=(1, 3))
@@ -66,11 +67,8 @@ def test_what_cannot_be_merged_is_said_and_nothing_is_changed():
     with pytest.raises(RuntimeError, match=r"call eval\(\)"), model.train().merged_adapters():
         pass
     model.eval()
-    with model.merged_adapters():
-        with pytest.raises(RuntimeError, match="once"), model.merged_adapters():
-            pass
-        with pytest.raises(RuntimeError, match="cannot learn"):
-            model.train()
+    with model.merged_adapters(), pytest.raises(RuntimeError, match="once"), model.merged_adapters():
+        pass
     with pytest.raises(KeyError), model.merged_adapters():
         raise KeyError
     with torch.no_grad():
@@ -86,3 +84,38 @@ def test_what_cannot_be_merged_is_said_and_nothing_is_changed():
     model.peft_model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters of this model already"), model.merged_adapters():
         pass
+
+
+def test_nothing_may_change_weights_or_adapters_meanwhile():
+    """Whatever PEFT or PyTorch would do to them would be undone, or done twice, at the end of the block."""
+    model = network()
+    before = weights(model)
+    with model.merged_adapters():
+        for change in (
+            model.train,
+            model.half,
+            lambda: model.to(torch.bfloat16),
+            model.peft_model.merge_adapter,
+            model.peft_model.unload,
+            model.peft_model.disable_adapter,
+            model.merge_and_unload,
+        ):
+            with pytest.raises(RuntimeError, match="nothing may train, move or change"):
+                change()
+        model.eval()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    with model.peft_model.disable_adapter(), pytest.raises(ValueError, match="are off"), model.merged_adapters():
+        pass
+    model.train().eval().to(torch.float64)
+
+
+def test_weights_that_are_shared_or_that_peft_would_replace_are_refused():
+    base = build("llama")
+    base.lm_head.weight = base.model.embed_tokens.weight
+    tied = get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"]))
+    normed = get_peft_model(build("llama"), LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"))
+    for adapted in (tied, normed):
+        before = weights(adapted)
+        with pytest.raises(ValueError, match="cannot be merged and taken out again"):
+            MergedAdapters(adapted)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in adapted.named_parameters())

@@ -17,3 +17,11 @@ def test_no_segment_waits_for_the_device(beyond, attention):
     few, many = json.loads(printed.splitlines()[-1]).values()
     assert few.pop("upload") > 0 and many.pop("upload") > 0  # which do not wait
     assert few == many == {"_local_scalar_dense": 1}
+
+
+def test_only_padding_makes_the_attention_ask():
+    """Rows that begin at different places ask the device once more in the segment that is padded."""
+    command = [sys.executable, str(Path(__file__).parent / "far_device.py"), "forget", "sdpa", "ragged"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    few, many = json.loads(printed.splitlines()[-1]).values()
+    assert few["_local_scalar_dense"] == many["_local_scalar_dense"] <= 3

@@ -1,13 +1,17 @@
 """Tells a base model's own parameters from those of PEFT's adapters, and turns adapters off for a while."""
 
+import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+
+from .scoped import temporarily
 
 
 def own_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -43,19 +47,25 @@ def adapters_off(peft_model: PeftModel) -> Iterator[None]:
     token that is asked for alone); it also lets all adapters require gradients afterwards.
 
     Args:
-        peft_model: A PeftModel whose adapters are in its layers: one that learns no prompt.
+        peft_model: A PeftModel whose adapters are in its layers (see `lora.check_adapters`).
 
     Yields:
         Nothing.
     """
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    before = [(module, module.disable_adapters) for module in peft_model.modules() if isinstance(module, kinds)]
+    with _disabled([module for module in peft_model.modules() if isinstance(module, kinds)]):
+        yield
+
+
+@contextlib.contextmanager
+def _disabled(modules: Sequence[Any]) -> Iterator[None]:
+    before = [module._disable_adapters for module in modules]
     try:
-        for module, _ in before:
+        for module in modules:
             module._disable_adapters = True
         yield
     finally:
-        for module, was_off in before:
+        for module, was_off in zip(modules, before, strict=True):
             module._disable_adapters = was_off
 
 
@@ -66,16 +76,17 @@ class MergedAdapters:
     Undoing is exact, because nothing is subtracted; it takes the memory of the adapted weights once more.
 
     Args:
-        peft_model: A PeftModel with adapters in its layers.
+        peft_model: A PeftModel.
 
     Raises:
-        ValueError: Adapters are merged already, or a sum is not finite; the model is then as it was.
+        ValueError: Its adapters are not LoRA on linear modules with weights of their own in floating point, they are
+            merged or off already, or a sum is not finite. The model is then as it was.
     """
 
     def __init__(self, peft_model: PeftModel):
+        self._peft_model = peft_model
         self._layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
-        if any(layer.merged for layer in self._layers):
-            raise ValueError("PEFT has merged adapters of this model already; unmerge them first (unmerge_adapter)")
+        self._check()
         self._weights: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
         for layer in self._layers:
             own = [(parameter, parameter.data) for parameter in layer.get_base_layer().parameters()]
@@ -84,24 +95,50 @@ class MergedAdapters:
                     parameter.data = original.clone()
                 layer.merge(safe_merge=True)
                 self._weights += [(parameter, original, parameter.data) for parameter, original in own]
+            except (RuntimeError, NotImplementedError) as error:
+                raise ValueError(f"PEFT cannot merge these adapters: {error}") from None
             finally:
                 for parameter, original in own:
                     parameter.data = original
                 layer.merged_adapters.clear()
 
+    def _check(self) -> None:
+        owners = collections.Counter(
+            id(parameter) for module in self._peft_model.modules() for parameter in module._parameters.values()
+        )
+        if adapters_are_off(self._peft_model):
+            raise ValueError("the adapters are off (in disable_adapter of PEFT), and would be merged all the same")
+        for layer in self._layers:
+            if layer.merged:
+                raise ValueError(
+                    "PEFT has merged adapters of this model already; unmerge them first (unmerge_adapter)"
+                )
+            weights = list(layer.get_base_layer().parameters())
+            plain = isinstance(layer, Linear) and all(weight.is_floating_point() for weight in weights)
+            if not plain or any(owners[id(weight)] > 1 for weight in weights):
+                raise ValueError(
+                    f"a {type(layer).__name__} on a {type(layer.get_base_layer()).__name__} cannot be merged and "
+                    "taken out again: adapters must be LoRA on linear modules whose weights are in floating point, "
+                    "and are not shared with other modules"
+                )
+
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Let the model compute with the merged weights in the block, and its adapters nothing: a context manager."""
-        before = [layer._disable_adapters for layer in self._layers]
-        try:
-            for layer in self._layers:
-                layer._disable_adapters = True
+        """Let the model compute with the merged weights in the block, and its adapters nothing: a context manager.
+
+        Whatever would change weights or adapters meanwhile (PEFT's methods for that, training, a move to another
+        device or dtype) is a RuntimeError.
+        """
+        refused = dict.fromkeys(_CHANGING, _refuse)
+        with _disabled(self._layers), temporarily(self._peft_model, **refused, train=self._train):
             self._swap(merged=True)
-            yield
-        finally:
-            self._swap(merged=False)
-            for layer, was_off in zip(self._layers, before, strict=True):
-                layer._disable_adapters = was_off
+            try:
+                yield
+            finally:
+                self._swap(merged=False)
+
+    def _train(self, mode: bool = True) -> Any:
+        return _refuse() if mode else type(self._peft_model).train(self._peft_model, False)
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -115,3 +152,17 @@ class MergedAdapters:
     def _swap(self, merged):
         for parameter, original, with_adapters in self._weights:
             parameter.data = with_adapters if merged else original
+
+
+# Methods of a PeftModel that change weights or adapters, or turn these on and off.
+_CHANGING = (
+    "merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "disable_adapter", "set_adapter", "load_adapter",
+    "delete_adapter", "add_adapter", "_apply",
+)  # fmt: skip
+
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "the adapters are merged into the weights for now, which nothing may train, move or change: leave the block "
+        "of merged_adapters() first; inside of it the base model is had by disable_adapters() of the R3MemModel"
+    )

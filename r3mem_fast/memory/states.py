@@ -63,10 +63,13 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on another device, without waiting for what that device is doing.
 
     Args:
-        tensor: The tensor. A copy from the CPU has left it when this returns.
+        tensor: The tensor.
         device: The device.
     """
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
+    # Of pinned memory alone does CUDA promise not to wait.
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def widened(states: torch.Tensor, slots: int, placement: str) -> torch.Tensor:

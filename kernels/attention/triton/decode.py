@@ -4,6 +4,8 @@ A program takes the queries of all heads that share a key head, and a share of t
 splits them by the lengths that a row really has, which are read on the device.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -205,6 +207,7 @@ def attention_combine_kernel(
     tl.store(lse + (row * heads + head) * tokens + token, (largest + tl.log2(total)) / _LOG2_E)
 
 
+@functools.cache
 def choose_splits(pairs: int, most: int) -> int:
     """Choose into how many parts the keys are split: the fewest that keep a large GPU busy, or those that do best.
 
@@ -215,13 +218,13 @@ def choose_splits(pairs: int, most: int) -> int:
     Returns:
         The number of parts, at least 1.
     """
-
-    def busy(splits: int) -> float:
+    shares = []
+    for splits in range(1, max(1, most) + 1):
         programs = max(1, pairs) * splits
-        return programs / (triton.cdiv(programs, _AT_A_TIME) * _AT_A_TIME)
-
-    enough = (splits for splits in range(1, most + 1) if busy(splits) >= _BUSY)
-    return next(enough, max(range(1, max(1, most) + 1), key=busy))
+        shares.append(programs / (-(-programs // _AT_A_TIME) * _AT_A_TIME))
+        if shares[-1] >= _BUSY:
+            return splits
+    return 1 + shares.index(max(shares))
 
 
 def plan_memory_decode(

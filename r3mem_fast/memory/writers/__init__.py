@@ -25,5 +25,5 @@ class Writer(Protocol):
         ...
 
     def finish(self) -> None:
-        """Say what went wrong in the segments since the last call, if anything did. Synchronises with the device."""
+        """Say what went wrong in the segments since the last call, if anything did; it may wait for the device."""
         ...

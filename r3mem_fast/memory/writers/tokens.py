@@ -78,4 +78,4 @@ class TokenWriter:
         return hidden[:, : hidden.shape[1] - count], memory
 
     def finish(self) -> None:
-        """Say nothing: nothing can go wrong here that the network does not notice."""
+        """Do nothing: what can go wrong here is noticed by the network."""
