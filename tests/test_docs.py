@@ -178,10 +178,16 @@ def test_what_a_matched_memory_is_worth():
         closed["learned_tail", "full"],
     ):
         assert interval(record) in text
-    for name in ("matched_forget_smollm2.jsonl", "matched_rematch_smollm2.jsonl"):
+    for name, arms in (
+        ("matched_forget_smollm2.jsonl", ["matched_152_of_7", "raw_152_of_7"]),
+        ("matched_rematch_smollm2.jsonl", ["matched_152_of_7"]),
+        ("matched_forget_256_smollm2.jsonl", ["matched_256_of_7", "raw_256_of_7"]),
+        ("matched_rematch_256_smollm2.jsonl", ["matched_256_of_7"]),
+    ):
         _, *found = records(name)
-        seven = next(r for r in found if r.get("closed_by") == "matched_152_of_7")
-        assert f"{seven['mean']:.2f} ({seven['low']:.2f} to {seven['high']:.2f})" in text
+        for arm in arms:
+            seven = next(r for r in found if r.get("closed_by") == arm)
+            assert f"{seven['mean']:.2f} ({seven['low']:.2f} to {seven['high']:.2f})" in text
     head, *found = records("matched_rematch_smollm2.jsonl")
     assert f"the same {head['chains']} places" in text and f"over {head['long_chains']} places" in text
     assert interval(next(r for r in found if r.get("of") == 64)) in text
