@@ -86,12 +86,13 @@ def expand() -> str:
     """Tabulate what comes back from memories."""
     head = ("documents, placement", "read from", "exact", "edit distance", "more than from its own (95 % CI)")
     rows = []
-    for name in ("seen", "unseen"):
+    names = {"seen": "seen", "unseen": "unseen", "help_tokens": "help, learned", "help_matched": "help, matched"}
+    for name, what in names.items():
         for record in records(f"expand_{name}_smollm2"):
             more = record.get("more_than_own")
             low, high = more["ci95"] if more else (None, None)
             rows.append((
-                f"{name}, {record['placement']}", record["control"], f"{record['exact']} of {record['rows']}",
+                f"{what}, {record['placement']}", record["control"], f"{record['exact']} of {record['rows']}",
                 f"{record['edit_distance']:.3f}",
                 f"{more['mean']:.3f} ({low:.3f} to {high:.3f})" if more else "–",
             ))  # fmt: skip
