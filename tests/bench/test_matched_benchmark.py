@@ -42,12 +42,13 @@ def test_arms_and_shares(folder, tmp_path, monkeypatch):
 def test_the_speed_of_compressing(folder, tmp_path):
     """Both arms run, in pairs, and the share of tokens that are read twice is the overlap's."""
     output = tmp_path / "out.jsonl"
-    arguments = ["--model", str(folder), "--dtype", "float32", "--segments", "3", "--length", "16", "--overlap", "4"]
-    arguments += ["--slots", "4", "--budgets", "4", "--rows", "2", "--pairs", "2", "--output", str(output)]
+    arguments = ["--model", str(folder), "--dtype", "float32", "--tokens", "50", "--length", "16", "--overlap", "4"]
+    arguments += ["--slots", "4", "--budgets", "4", "--rows", "2", "--pairs", "2", "--whole", "--output", str(output)]
     assert compress_speed.main(arguments) == 0
     _, record = [json.loads(line) for line in output.read_text().splitlines()]
     assert record["tokens"] == 96 and record["again"] == round(8 / 48, 4)
     assert record["lowest"] <= record["of_prefill"] <= record["highest"]
+    assert record["whole_tokens_per_second"] > 0 and record["compress_operations"] > record["prefill_operations"] > 0
 
 
 @pytest.mark.parametrize("kind", ["code", "help"])
