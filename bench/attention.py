@@ -202,7 +202,7 @@ def records_of(case, device, rounds, few=False):
             with forced(implementation):
                 step = step_of(case, arm, tensors)
                 step()
-                milliseconds(step, device, graph=case.passed == "decode")  # which not every arm can be captured for
+                time_of(step, device, graph=case.passed == "decode")  # which not every arm can be captured for
         except RuntimeError as error:  # of a backend that does not take the case; said in its record
             refused[name] = str(error).splitlines()[0]
             continue
@@ -211,7 +211,7 @@ def records_of(case, device, rounds, few=False):
     for _ in range(rounds):
         for name, (implementation, step) in steps.items():
             with forced(implementation):
-                times[name].append(milliseconds(step, device, graph=case.passed == "decode"))
+                times[name].append(time_of(step, device, graph=case.passed == "decode"))
     common = dataclasses.asdict(case)
     inputs = AttentionInputs(*tensors)
     chosen = dispatch.choose(inputs, AttentionSettings(case.head_dim**-0.5))
@@ -232,7 +232,7 @@ def records_of(case, device, rounds, few=False):
         yield {**common, "arm": name, "refused": why}
 
 
-def milliseconds(step, device, *, graph=False):
+def time_of(step, device, *, graph=False):
     """Time a step once on the CPU, or several times on a GPU with a cold L2 cache: the median.
 
     With `graph` it is captured as a CUDA graph, whose time does not depend on the host; in the cache is then what the

@@ -149,7 +149,7 @@ def _compare(options: argparse.Namespace, rows: int) -> Iterator[dict]:
             **head, "arm": arm, "first_ms": milliseconds(statistics.median(clock.first for clock in found)),
             "token_ms": milliseconds(statistics.median(between)),
             "p95_ms": milliseconds(between[int(0.95 * (len(between) - 1))]),
-            # Of what a compiler has made one graph, there is nothing to count.
+            # A compiled step is one graph, in which there is nothing to count.
             "operations": None if options.compile else round(_operations(runs[arm]) / layers, 2),
         }  # fmt: skip
         if _RIVALS.get(arm) in clocks:

@@ -92,11 +92,11 @@ class MergedAdapters:
             own = [(parameter, parameter.data) for parameter in layer.get_base_layer().parameters()]
             try:
                 for parameter, original in own:
-                    parameter.data = original.clone()
+                    parameter.data = original.clone()  # so that nothing that PEFT does in place reaches the original
                 layer.merge(safe_merge=True)
                 self._weights += [(parameter, original, parameter.data) for parameter, original in own]
-            except (RuntimeError, NotImplementedError) as error:
-                raise ValueError(f"PEFT cannot merge these adapters: {error}") from None
+            except RuntimeError as error:  # PEFT's, for an adapter with a bias on a layer that has none
+                raise ValueError(f"PEFT cannot merge these adapters: {error}") from error
             finally:
                 for parameter, original in own:
                     parameter.data = original

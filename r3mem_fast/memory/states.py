@@ -68,7 +68,7 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if tensor.device.type != "cpu":
         return tensor.to(device)
-    # Of pinned memory alone does CUDA promise not to wait.
+    # CUDA promises not to wait only where it copies from pinned memory.
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 

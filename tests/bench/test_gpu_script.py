@@ -12,7 +12,8 @@ import torch
 from bench import summary
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run bench/gpu.sh itself")
+# They say what happens on a machine without a GPU; with one, bench/gpu.sh itself is to be run.
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run bench/gpu.sh itself")
 
 
 def script(*arguments, **variables):
@@ -20,6 +21,7 @@ def script(*arguments, **variables):
     return subprocess.run([ROOT / "bench" / "gpu.sh", *arguments], env=environment, capture_output=True, text=True)
 
 
+@without_gpu
 def test_without_a_gpu_the_script_says_so():
     result = script()
     assert result.returncode == 2 and "sees no GPU, so nothing was measured" in result.stderr
@@ -35,6 +37,7 @@ def test_an_unknown_stage_is_said(tmp_path):
     assert result.returncode == 1 and "nothing (no such stage)" in result.stderr
 
 
+@without_gpu
 @pytest.mark.slow
 def test_every_stage_runs_in_small(tmp_path):
     """Each step of the four stages ends well, leaves its records, and is in the tables at the end."""
