@@ -214,9 +214,8 @@ def records_of(case, device, rounds, few=False):
                 times[name].append(time_of(step, device, graph=case.passed == "decode"))
     common = dataclasses.asdict(case)
     inputs = AttentionInputs(*tensors)
-    chosen = dispatch.choose(inputs, AttentionSettings(case.head_dim**-0.5))
-    if case.passed == "decode":
-        chosen = dispatch.choose_for_decoding(inputs.query)
+    choose = dispatch.choose_for_decoding if case.passed == "decode" else dispatch.choose
+    chosen = choose(inputs, AttentionSettings(case.head_dim**-0.5))
     for name, found in times.items():
         ratios = [a / b for a, b in zip(found, times["r3mem"], strict=True)]
         low, _, high = statistics.quantiles(found, n=4)

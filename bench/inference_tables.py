@@ -38,11 +38,14 @@ def _count(record: dict) -> str:
     return "–" if record["operations"] is None else f"{record['operations']:.2f}"
 
 
+_ROWS = {("generate", 32): "1, by `generate`", ("32", 1): "32, behind one memory"}
+
+
 def serving() -> str:
     """Return the table of many requests at a time."""
     rows = [
         (
-            "1, by `generate`" if r["rows"] == "generate" else r["rows"], f"{r['tokens_per_second']:.1f}",
+            _ROWS.get((r["rows"], r["memories"]), r["rows"]), f"{r['tokens_per_second']:.1f}",
             f"{r['over_generate']:.2f} × ({r['lowest']:.2f} to {r['highest']:.2f})", f"{r['first_ms'] / 1e3:.2f}",
             f"{r['first_p95_ms'] / 1e3:.2f}",
         )

@@ -3,9 +3,9 @@
     python -m bench.serving --json
 
 Requests come at once, each with a history of its own, a prompt and greedy tokens to write. `Scheduler` continues so
-many rows at a time (`rows`); "generate" is one request after the other, by `R3MemModel.generate`. `over_generate` is
-the throughput over that in the same round, the median over rounds, with the lowest and the highest. `first_ms` is how
-long a request waits for its first token.
+many rows at a time (`rows`), and as many as it can behind one history that all share (`memories` 1); "generate" is one
+request after the other, by `R3MemModel.generate`. `over_generate` is the throughput over that in the same round, the
+median over rounds, with the lowest and the highest. `first_ms` is how long a request waits for its first token.
 
 The time to the first token behind a single history is that of
 
@@ -13,7 +13,7 @@ The time to the first token behind a single history is that of
     cache     all keys and values of the history are loaded from a file, and the prompt is read behind them
     prefill   history and prompt are read
 
-with all files in the operating system's cache.
+by `generate`, one token each, with all files in the operating system's cache.
 """
 
 import argparse
@@ -73,12 +73,12 @@ def _throughput(options: argparse.Namespace, model: R3MemModel, memory: Memory, 
     model.plain_model.generation_config.eos_token_id = None  # so that all requests write as many tokens
     model.end_token_id = -1
 
-    def scheduled(rows: int, requests: int) -> list[float]:
+    def scheduled(rows: int, shared: bool, requests: int) -> list[float]:
         """Seconds until each request's first token."""
         started, firsts = time.perf_counter(), {}
         with Scheduler(model, max_rows=rows) as scheduler:
-            for prompt, of_prompt in zip(prompts[:requests], memories, strict=False):
-                scheduler.submit(prompt, of_prompt, max_new_tokens=options.tokens)
+            for index, prompt in enumerate(prompts[:requests]):
+                scheduler.submit(prompt, memories[0 if shared else index], max_new_tokens=options.tokens)
             while len(scheduler):
                 for request, _ in scheduler.step():
                     firsts.setdefault(request, time.perf_counter() - started)
@@ -100,7 +100,8 @@ def _throughput(options: argparse.Namespace, model: R3MemModel, memory: Memory, 
         return firsts
 
     arms: dict[str, Callable[[int], list[float]]] = {"generate": generated}
-    arms |= {str(rows): functools.partial(scheduled, rows) for rows in options.rows}
+    arms |= {str(rows): functools.partial(scheduled, rows, False) for rows in options.rows}
+    arms["shared"] = functools.partial(scheduled, max(options.rows), True)
     rates: dict[str, list[float]] = {arm: [] for arm in arms}
     waits: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(options.rounds + 1):
@@ -114,7 +115,9 @@ def _throughput(options: argparse.Namespace, model: R3MemModel, memory: Memory, 
     for arm in arms:
         ratios = sorted(mine / its for mine, its in zip(rates[arm], rates["generate"], strict=True))
         yield {
-            **_settings(options), "rows": arm, "tokens_per_second": round(statistics.median(rates[arm]), 2),
+            **_settings(options), "rows": str(max(options.rows)) if arm == "shared" else arm,
+            "memories": 1 if arm == "shared" else options.requests,
+            "tokens_per_second": round(statistics.median(rates[arm]), 2),
             "first_ms": milliseconds(statistics.median(waits[arm])),
             "first_p95_ms": milliseconds(sorted(waits[arm])[int(0.95 * (len(waits[arm]) - 1))]),
             "over_generate": round(statistics.median(ratios), 3), "lowest": round(ratios[0], 3),
@@ -139,19 +142,24 @@ def _first_token(options: argparse.Namespace, model: R3MemModel, memory: Memory,
 
         def from_memory() -> None:
             loaded = Memory.load(of_memory, model, device=options.device)
-            model.generate(prompt, memory=loaded, max_new_tokens=1, do_sample=False)
+            model.generate(prompt, memory=loaded, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+        def write_one(tokens: torch.Tensor, cache: DynamicCache) -> None:
+            given = cache_argument(plain, cache)
+            mask = torch.ones_like(tokens)
+            plain.generate(tokens, attention_mask=mask, max_new_tokens=1, do_sample=False, pad_token_id=0, **given)
 
         def from_cache() -> None:
             found, whole = load_file(of_cache, device=options.device), DynamicCache()
             for index in range(len(model.layers)):
                 whole.update(found[f"keys.{index}"], found[f"values.{index}"], index)
-            plain(prompt, logits_to_keep=1, **cache_argument(plain, whole))
+            write_one(ids, whole)  # of which it reads what the cache has not
 
         def prefill() -> None:
-            plain(ids, logits_to_keep=1, **cache_argument(plain, DynamicCache()))
+            write_one(ids, DynamicCache())
 
         def alone() -> None:  # without the history: what no way to keep one can go below
-            plain(prompt, logits_to_keep=1, **cache_argument(plain, DynamicCache()))
+            write_one(prompt, DynamicCache())
 
         arms: dict[str, Callable[[], None]] = {"memory": from_memory, "cache": from_cache}
         arms |= {"prefill": prefill, "prompt": alone}

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .batching import left_padded, unfinished_of
+from .batching import left_padded
 from .generation import is_prefix
 from .integrations.compat import cache_argument
 from .integrations.scoped import evaluating
 from .memory.memory import Memory
-from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
 from .memory.room import roomy_cache
+from .memory.rotary import depends_on_pass
+from .memory.shared import SharedMemories
 from .network import Network
 
 
@@ -28,6 +29,7 @@ class Request:
     Attributes:
         ids: Token ids of the prompt, int64 `[T]`, on the CPU.
         memory: The memory before it, of one row.
+        source: What the memory was before it was brought to the model; requests with one source share it.
         max_new_tokens: Tokens that are written at most.
         choose: How a token is chosen from scores `[1, V]`; None: the most probable one.
         tokens: Token ids that have been written, without the end token.
@@ -36,6 +38,7 @@ class Request:
 
     ids: torch.Tensor
     memory: Memory
+    source: Any
     max_new_tokens: int
     choose: "_Sampler | None"
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -47,7 +50,8 @@ class Scheduler:
 
     What a request gets does not depend on the others, but for rounding: rows of one pass are padded to the longest.
     A step reads the prompts of requests that join, in one pass, and then writes one token of all. If it fails, all is
-    as it was before it.
+    as it was before it. A memory that several requests were given, one and the same object, is kept once and read
+    once for all of them.
 
     `with Scheduler(model) as scheduler:` keeps the model in the state in which it is read, from the first step to the
     last, so that it need not be brought there for each of them. Nothing else can use the model meanwhile.
@@ -66,9 +70,12 @@ class Scheduler:
         self._model, self._max_rows, self._ends = model, max_rows, _end_tokens(model)
         self._waiting: deque[Request] = deque()
         self._rows: list[Request] = []
+        # Of the rows: the keys and values of their own tokens, how many columns of these are padding, the positions of
+        # their last tokens, and their memories.
         self._cache = roomy_cache(len(model.layers))
-        self._mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
+        self._starts: list[int] = []
         self._positions = torch.zeros(0, dtype=torch.int64, device=model.device)
+        self._memories: SharedMemories | None = None
         self._open: contextlib.ExitStack | None = None
 
     def __enter__(self) -> "Scheduler":
@@ -134,9 +141,11 @@ class Scheduler:
         model.check_length(count + max_new_tokens - 1, behind_memory=True)
         # To the base model, layouts of memories differ in nothing but what may be written.
         layout, origin = model.reader.layout, model.origin()
+        # Of a memory that stands elsewhere for each pass, nothing can be shared.
+        source = object() if depends_on_pass(model.reader.decoder) else memory.states
         memory = dataclasses.replace(memory.to(model.device, model.dtype), layout=layout, origin=origin)
         choose = _Sampler(model.device, temperature, top_k, top_p, seed) if do_sample else None
-        request = Request(prompt, memory, max_new_tokens, choose)
+        request = Request(prompt, memory, source, max_new_tokens, choose)
         self._waiting.append(request)
         return request
 
@@ -172,53 +181,57 @@ class Scheduler:
             yield
 
     def _read(self, joining):
-        """Read the prompts of requests: the scores of their first tokens, their cache, mask and last positions."""
+        """Read prompts: the scores of their first tokens, their cache, its padding, last positions, memories."""
         model = self._model
-        memory = Memory.cat([request.memory for request in joining])
-        prompts = left_padded([request.ids for request in joining], model.device)
-        ids, mask = unfinished_of(memory, model.device).joined(prompts).left_padded()
-        first = model.reader.layout.first_position
-        positions = first + positions_of_mask(mask)
-        prefix = placed_prefix(model, memory, first, read_with=positions)
-        cache, mask = prefix.to_cache(model.config), torch.cat([prefix.mask, mask], 1)
-        return self._scores(ids, cache, mask, positions), cache, mask, positions[:, -1]
+        texts = [torch.cat([*request.memory.recent, *request.memory.unfinished, request.ids]) for request in joining]
+        longest = max(map(len, texts))
+        starts = [longest - len(text) for text in texts]
+        rows = left_padded(texts, model.device)
+        positions = model.reader.layout.first_position + positions_of_mask(rows.mask)
+        memories = SharedMemories.of(
+            model, [request.memory for request in joining], [request.source for request in joining], positions
+        )
+        cache = roomy_cache(len(model.layers))
+        scores = self._scores(rows.ids, cache, starts, positions, memories)
+        return scores, cache, starts, positions[:, -1], memories
 
     def _continue(self):
         """Read the last token of each row: the scores of the next, `[R, V]`."""
-        last = torch.tensor([[request.tokens[-1]] for request in self._rows], device=self._mask.device)
-        mask, positions = torch.cat([self._mask, torch.ones_like(last)], 1), self._positions + 1
+        last = torch.tensor([[request.tokens[-1]] for request in self._rows], device=self._positions.device)
+        positions = self._positions + 1
         before = [(layer.keys, layer.values) for layer in self._cache.layers]
         try:
-            scores = self._scores(last, self._cache, mask, positions[:, None])
+            scores = self._scores(last, self._cache, self._starts, positions[:, None], self._memories)
         except BaseException:
             for layer, states in zip(self._cache.layers, before, strict=True):
                 layer.keys, layer.values = states
             raise
-        self._mask, self._positions = mask, positions
+        self._positions = positions
         return scores
 
-    def _join(self, joining, cache, mask, positions):
+    def _join(self, joining, cache, starts, positions, memories):
         """Put the rows of requests that have been read below the others."""
-        if self._rows:
-            width = max(mask.shape[1], self._mask.shape[1])
+        if self._memories is not None:
+            widths = [some.get_seq_length() for some in (self._cache, cache)]
+            width = max(widths)
             for mine, its in zip(self._cache.layers, cache.layers, strict=True):
-                mine.keys = torch.cat([_widened(layer.keys, width, 2) for layer in (mine, its)])
-                mine.values = torch.cat([_widened(layer.values, width, 2) for layer in (mine, its)])
-            mask = torch.cat([_widened(some, width, 1) for some in (self._mask, mask)])
-            positions = torch.cat([self._positions, positions])
+                mine.keys = torch.cat([_widened(layer.keys, width) for layer in (mine, its)])
+                mine.values = torch.cat([_widened(layer.values, width) for layer in (mine, its)])
+            mine, its = (width - some for some in widths)
+            starts = [start + mine for start in self._starts] + [start + its for start in starts]
+            positions, memories = torch.cat([self._positions, positions]), self._memories.followed_by(memories)
         else:
             self._cache = cache
-        self._mask, self._positions = mask, positions
+        self._starts, self._positions, self._memories = starts, positions, memories
         self._rows += joining
         for _ in joining:
             self._waiting.popleft()
 
-    def _scores(self, ids, cache, mask, positions):
+    def _scores(self, ids, cache, starts, positions, memories):
         base = self._model.plain_model
         last = {"logits_to_keep": 1} if self._model.slices_logits else {}
-        output = base(
-            ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache_argument(base, cache), **last
-        )
+        with memories.read_by(self._model.decoder.config, starts):
+            output = base(ids, position_ids=positions, use_cache=True, **cache_argument(base, cache), **last)
         return output.logits[:, -1].float()
 
     def _write(self, scores):
@@ -238,13 +251,14 @@ class Scheduler:
     def _keep(self, rows):
         """Keep some rows, and of them the columns that one of them has."""
         self._rows = [self._rows[row] for row in rows]
-        index = torch.tensor(rows, dtype=torch.int64, device=self._mask.device)
-        self._mask, self._positions = self._mask[index], self._positions[index]
+        index = torch.tensor(rows, dtype=torch.int64, device=self._positions.device)
+        self._positions = self._positions[index]
         if not rows:
-            self._cache = roomy_cache(len(self._model.layers))
+            self._cache, self._starts, self._memories = roomy_cache(len(self._model.layers)), [], None
             return
-        used = int(self._mask.any(0).to(torch.int8).argmax())
-        self._mask = self._mask[:, used:]
+        assert self._memories is not None
+        used = min(self._starts[row] for row in rows)
+        self._starts, self._memories = [self._starts[row] - used for row in rows], self._memories.rows(rows)
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[index, :, used:], layer.values[index, :, used:]
 
@@ -277,11 +291,6 @@ class _Sampler:
         return int(torch.multinomial(self._warpers(none, scores).softmax(-1), 1, generator=self._generator))
 
 
-def _widened(tensor, width, dim):
-    """A tensor with zeros before it along a dimension, so that it has this size."""
-    missing = width - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim)
+def _widened(states, width):
+    """Keys or values `[B, kv_heads, T, head_dim]` with zeros before them, so that there are so many."""
+    return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))

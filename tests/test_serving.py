@@ -141,10 +141,50 @@ def test_rows_take_their_columns_along_when_they_leave():
     long = scheduler.submit(ids_of(6)[0], model.compress(ids_of(64)), max_new_tokens=2)
     short = scheduler.submit(ids_of(1)[0], model.compress(ids_of(1)), max_new_tokens=9)
     scheduler.step()
-    wide = scheduler._mask.shape[1]
+    memories, keys = scheduler._memories.keys[0], scheduler._cache.layers[0].keys
+    assert memories.shape[0] == 2 and memories.shape[2] > 5 and keys.shape[2] > 5
     scheduler.step()
-    assert long.finished and not short.finished and scheduler._mask.shape == (1, 3) and wide > 12
-    assert scheduler._cache.layers[0].keys.shape[:1] == (1,)
+    assert long.finished and not short.finished and scheduler._starts == [0]
+    memories, keys = scheduler._memories.keys[0], scheduler._cache.layers[0].keys
+    # One token of the history and one of the prompt, and what was written; a memory of no slot at all.
+    assert memories.shape[0] == 1 and memories.shape[2] == 0 and keys.shape[:1] == (1,) and keys.shape[2] == 3
+
+
+def test_a_memory_that_several_requests_share_is_kept_once():
+    model = network()
+    model.plain_model.generation_config.eos_token_id = 96  # which no text has
+    shared, other, small = (model.compress(ids_of(*size)) for size in ((64, 1, 3), (50,), (17,)))
+    scheduler, asked = Scheduler(model, max_rows=5), []
+
+    def submit(memory, prompt, count):
+        ids = ids_of(prompt, seed=prompt)
+        asked.append((scheduler.submit(ids[0], memory, max_new_tokens=count), memory, ids))
+
+    def kept():
+        return scheduler._memories.keys[0].shape[0], len(scheduler._memories.of_rows)
+
+    submit(shared, 2, 4), submit(other, 5, 2), submit(shared, 3, 6)
+    scheduler.step()
+    assert kept() == (2, 3)
+    submit(small, 1, 3), submit(shared, 4, 2)  # which joins a memory that is there
+    submit(shared, 2, 9)  # and waits for a row
+    scheduler.step()
+    assert kept() == (2, 4)  # the other memory has left with its request
+    scheduler.run()
+    for request, memory, ids in asked:
+        expected = model.generate(ids, memory=memory, max_new_tokens=request.max_new_tokens, do_sample=False)
+        assert request.tokens == expected[0, ids.shape[1] :].tolist()
+
+
+def test_what_depends_on_the_prompt_is_not_shared():
+    """Frequencies that are chosen by the largest position of a pass."""
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = network(of_base={"rope_parameters": dynamic})
+    memory, scheduler = model.compress(ids_of(50)), Scheduler(model)
+    for prompt in (2, 3):
+        scheduler.submit(ids_of(prompt)[0], memory, max_new_tokens=2)
+    scheduler.step()
+    assert scheduler._memories.keys[0].shape[0] == 2
 
 
 def test_draws_follow_the_distribution():

@@ -1,9 +1,10 @@
 """Which implementation of memory-token attention runs, and why.
 
-On a CPU the vendor's attention runs where it can take the segment (`vendor.py`), and the reference elsewhere. The
-vendor's is several times as fast, as measured (`bench/results/attention_cpu.jsonl`, table in README.md). On a GPU
-Triton runs everything: no measurement there has shown yet where the vendor's is faster. float64 is left to the
-reference, because the Triton kernels compute in float32.
+On a CPU the vendor's attention runs where it can take the segment (`vendor.py`), or where all queries see the same
+keys (`folded.py`), and the reference elsewhere. The vendor's is several times as fast, as measured
+(`bench/results/attention_cpu.jsonl`, table in README.md). On a GPU Triton runs everything: no measurement there has
+shown yet where the vendor's is faster. float64 is left to the reference there, since the kernels
+compute in float32.
 
 The environment variable R3MEM_ATTENTION (`reference`, `triton` or `vendor`) forces an implementation; where it is
 unset, R3MEM_KERNELS does. A forced implementation that cannot run raises.
@@ -15,7 +16,7 @@ import torch
 
 from ..common import dispatch
 from ..common.dispatch import Choice
-from . import vendor
+from . import folded, vendor
 from .arguments import AttentionInputs, AttentionSettings
 
 VARIABLE = "R3MEM_ATTENTION"
@@ -43,7 +44,7 @@ def choose(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
         return _choose_without_vendor(inputs.query, forced)
     if not forced and (inputs.query.device.type != "cpu" or os.environ.get(dispatch.VARIABLE)):
         return _choose_without_vendor(inputs.query, forced)
-    reason = vendor.why_not(inputs, settings)
+    reason = (folded if inputs.key is None else vendor).why_not(inputs, settings)
     if reason is None:
         return Choice("vendor", f"{VARIABLE}=vendor" if forced else "the fastest on a CPU")
     if forced:
@@ -51,11 +52,12 @@ def choose(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
     return Choice("reference", reason)
 
 
-def choose_for_decoding(query: torch.Tensor) -> Choice:
-    """Choose the implementation of `memory_decode`, which no vendor has.
+def choose_for_decoding(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
+    """Choose the implementation of `memory_decode`: the vendor's decodes a single token on a CPU.
 
     Args:
-        query: `[B, Hq, T, D]`; only its dtype and device matter.
+        inputs: Tensors of the attention.
+        settings: Its settings; `query_offset` does not matter.
 
     Returns:
         The implementation and the reason for it.
@@ -65,9 +67,14 @@ def choose_for_decoding(query: torch.Tensor) -> Choice:
         RuntimeError: If the implementation that it names cannot run.
     """
     forced = os.environ.get(VARIABLE, "")
-    if forced == "vendor":
-        return Choice("reference", "no vendor's kernel decodes")
-    return _choose_without_vendor(query, forced)
+    if forced in dispatch.IMPLEMENTATIONS:
+        return _choose_without_vendor(inputs.query, forced)
+    if not forced and (inputs.query.device.type != "cpu" or os.environ.get(dispatch.VARIABLE)):
+        return _choose_without_vendor(inputs.query, forced)
+    reason = folded.why_not(inputs, settings)
+    if reason is None:
+        return Choice("vendor", f"{VARIABLE}=vendor" if forced else "the fastest on a CPU")
+    return Choice("reference", reason)
 
 
 def _choose_without_vendor(query: torch.Tensor, forced: str) -> Choice:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, reference, vendor
+from . import dispatch, folded, reference, vendor
 from .arguments import AttentionInputs, AttentionSettings
 from .outputs import new_lse, new_output
 
@@ -65,7 +65,7 @@ def _run_memory_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = dispatch.choose(inputs, settings).implementation
     if chosen == "triton":
         return _triton().memory_attention(inputs, settings)
-    implementation = vendor if chosen == "vendor" else reference
+    implementation = reference if chosen == "reference" else folded if inputs.key is None else vendor
     output, lse = implementation.memory_attention(inputs, settings)
     return new_output(inputs.query).copy_(output), lse.contiguous()
 
@@ -96,7 +96,8 @@ def _run_memory_attention_backward(
     inputs, settings = _bundle((*tensors, scale, window, softcap, query_offset))
     query = inputs.query
     chosen = dispatch.choose(inputs, settings).implementation
-    if chosen == "vendor" and grad_lse is not None:  # the vendors' kernels take no gradient of lse
+    # The vendors' kernels take no gradient of lse, and no memory alone.
+    if chosen == "vendor" and (grad_lse is not None or inputs.key is None):
         chosen = "triton" if query.device.type == "cuda" else "reference"
     if chosen == "triton":
         grads = _triton().memory_attention_backward(
@@ -183,11 +184,13 @@ def _run_memory_decode(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = AttentionInputs(query, key, value, memory_key, memory_value, memory_lengths, segment_starts, None, sinks)
     scale, window, softcap = numbers
     settings = AttentionSettings(scale, window or None, softcap or None)
-    if dispatch.choose_for_decoding(query).implementation == "triton":
+    chosen = dispatch.choose_for_decoding(inputs, settings).implementation
+    if chosen == "triton":
         return _triton().memory_decode(inputs, lengths, settings)
     lengths = key.shape[2] if lengths is None else lengths
-    output, lse = reference.memory_attention(inputs, settings._replace(query_offset=lengths - query.shape[2]))
-    return new_output(query).copy_(output), lse
+    implementation = folded if chosen == "vendor" else reference
+    output, lse = implementation.memory_attention(inputs, settings._replace(query_offset=lengths - query.shape[2]))
+    return new_output(query).copy_(output), lse.contiguous()
 
 
 @torch.library.register_fake("r3mem::memory_decode", lib=_library)

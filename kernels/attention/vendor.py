@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from . import reference
+from . import folded, reference
 from .arguments import AttentionInputs, AttentionSettings
 
 _aten = torch.ops.aten
@@ -63,7 +63,8 @@ def memory_attention(inputs: AttentionInputs, settings: AttentionSettings) -> tu
     if _is_empty(inputs.memory_key):
         return output, lse
     memory_alone = _memory_alone(inputs._replace(query=query))
-    of_memory = _implementation_for_memory(query).memory_attention(memory_alone, AttentionSettings(scale))
+    read = folded if query.device.type == "cpu" else _implementation_for_memory(query)
+    of_memory = read.memory_attention(memory_alone, AttentionSettings(scale))
     return reference.merge(output, lse, *of_memory)
 
 

@@ -134,7 +134,7 @@ def _env(options: argparse.Namespace) -> int:
     choices = {
         "coupling": choose(device),
         "attention of a segment": dispatch.choose(*attention),
-        "attention in decoding": dispatch.choose_for_decoding(sample),
+        "attention in decoding": dispatch.choose_for_decoding(*attention),
     }
     report["kernels"] = {name: f"{choice.implementation} ({choice.why})" for name, choice in choices.items()}
     if options.json:

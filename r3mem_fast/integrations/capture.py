@@ -71,18 +71,34 @@ def captured_attention(config: Any) -> Iterator[dict[int, AttentionCall]]:
         )
         return _attention_of(module, name)(module, query, *tensors, **settings)
 
-    # A name of its own for each capture, so that captures in other threads do not meet.
-    captured = f"{name}{_SEPARATOR}{id(calls):x}"
-    masks = ALL_MASK_ATTENTION_FUNCTIONS[name]
-    AttentionInterface.register(captured, attention)
-    AttentionMaskInterface.register(captured, masks)
-    config._attn_implementation = captured
-    try:
+    with replaced_attention(config, attention, ALL_MASK_ATTENTION_FUNCTIONS[name]):
         yield calls
+
+
+@contextlib.contextmanager
+def replaced_attention(config: Any, attention: Callable, masks: Callable) -> Iterator[None]:
+    """Let a model compute its attention by another function in the block: a context manager.
+
+    Args:
+        config: Configuration of the decoder.
+        attention: The function, with the arguments of transformers' attention functions.
+        masks: Makes its masks, with the arguments of transformers' mask functions.
+
+    Yields:
+        Nothing.
+    """
+    name = config._attn_implementation
+    # A name of its own for each block, so that blocks in other threads do not meet.
+    other = f"{name}{_SEPARATOR}{id(attention):x}"
+    AttentionInterface.register(other, attention)
+    AttentionMaskInterface.register(other, masks)
+    config._attn_implementation = other
+    try:
+        yield
     finally:
         config._attn_implementation = name
-        AttentionInterface._global_mapping.pop(captured)
-        AttentionMaskInterface._global_mapping.pop(captured)
+        AttentionInterface._global_mapping.pop(other)
+        AttentionMaskInterface._global_mapping.pop(other)
 
 
 def _attention_of(module: Any, name: str) -> Callable:

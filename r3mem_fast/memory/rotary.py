@@ -10,6 +10,8 @@ from torch import nn
 
 # Names of the position embeddings in models without rotary ones.
 _ABSOLUTE = ("wpe", "embed_positions")
+# Kinds of rotary embeddings whose frequencies are others for long texts.
+_CHANGING = ("dynamic", "longrope")
 # Bytes of keys in float32 that are turned at once.
 _BYTES = 2**28
 
@@ -31,6 +33,17 @@ def is_rotary(decoder: nn.Module) -> bool:
         f"a {type(decoder).__name__} has positions of a kind that is not known here, neither rotary nor learned, so a "
         "memory cannot be placed before its tokens"
     )
+
+
+def depends_on_pass(decoder: nn.Module) -> bool:
+    """Whether a decoder chooses the frequencies of its rotary embedding by the largest position of a pass.
+
+    Args:
+        decoder: The module whose loop calls the layers.
+    """
+    kinds = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+    named = kinds.values() if isinstance(kinds, dict) else (kinds,)
+    return any(kind in _CHANGING for kind in named)
 
 
 class Rotation:

@@ -1,0 +1,177 @@
+"""`SharedMemories`: the memories of a batch's rows at their positions, each stored once however many rows read it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from r3mem_fast.kernels.attention import MAX_DECODED, memory_attention, memory_decode, merge
+from r3mem_fast.kernels.attention.shared import Readers, read_shared_memories, readers_of
+
+from ..integrations.attention import SegmentMask
+from ..integrations.capture import replaced_attention
+from .memory import Memory
+from .prefix import placed_prefix
+from .states import uploaded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SharedMemories:
+    """Matched memories of a base model, and the rows that read them. No operation changes it in place.
+
+    Attributes:
+        sources: What each of the N memories was made of, in order; rows read one memory if they have one source.
+        of_rows: The memory of each row, a number below N.
+        keys: Keys of each layer at their positions, `[N, kv_heads, M, head_dim]` each; a memory with fewer slots has
+            them last.
+        values: Values of each layer, likewise.
+        counts: Number of slots of each memory.
+        device: Device of the model.
+    """
+
+    sources: tuple[Any, ...]
+    of_rows: tuple[int, ...]
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    counts: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: Any, memories: Sequence[Memory], sources: Sequence[Any], positions: torch.Tensor):
+        """Put memories to their positions.
+
+        Args:
+            model: The `R3MemModel` of which they are.
+            memories: The memory of each row, of one row itself.
+            sources: What each was made of. Of those that are one object the first is taken for all.
+            positions: Positions of the tokens that are read first, int64 `[B, T]`.
+        """
+        found: dict[int, int] = {}
+        of_rows = tuple(found.setdefault(id(source), len(found)) for source in sources)
+        firsts = [of_rows.index(number) for number in range(len(found))]
+        together = Memory.cat([memories[row] for row in firsts])
+        prefix = placed_prefix(model, together, model.reader.layout.first_position, read_with=positions)
+        counts = tuple(together.visible_on_host().sum(1).tolist())
+        return cls(tuple(sources[row] for row in firsts), of_rows, prefix.keys, prefix.values, counts, model.device)
+
+    def followed_by(self, others: "SharedMemories") -> "SharedMemories":
+        """The memories of these rows and, below them, of others; what both have is stored once.
+
+        Args:
+            others: The memories of the other rows, at positions that fit these.
+        """
+        known = {id(source): number for number, source in enumerate(self.sources)}
+        new = [number for number, source in enumerate(others.sources) if id(source) not in known]
+        known |= {id(others.sources[number]): len(self.sources) + index for index, number in enumerate(new)}
+        of_others = tuple(known[id(others.sources[number])] for number in others.of_rows)
+        width = max(self._width, others._width)
+        joined = dataclasses.replace(self, of_rows=self.of_rows + of_others)
+        if not new:
+            return joined
+        index = torch.tensor(new, device=self.device)
+
+        def stacked(mine, its):
+            return tuple(
+                torch.cat([_widened(a, width), _widened(b.index_select(0, index), width)])
+                for a, b in zip(mine, its, strict=True)
+            )
+
+        return dataclasses.replace(
+            joined,
+            sources=self.sources + tuple(others.sources[number] for number in new),
+            keys=stacked(self.keys, others.keys),
+            values=stacked(self.values, others.values),
+            counts=self.counts + tuple(others.counts[number] for number in new),
+        )
+
+    def rows(self, rows: Sequence[int]) -> "SharedMemories":
+        """The memories of some of these rows, at least one; those that no row reads any more are left out.
+
+        Args:
+            rows: Indices of the rows, in their new order.
+        """
+        stay = sorted({self.of_rows[row] for row in rows})
+        of_rows = tuple(stay.index(self.of_rows[row]) for row in rows)
+        if len(stay) == len(self.sources):
+            return dataclasses.replace(self, of_rows=of_rows)
+        counts = tuple(self.counts[number] for number in stay)
+        width, index = max(counts), torch.tensor(stay, device=self.device)
+
+        def kept(tensors):
+            return tuple(tensor[:, :, tensor.shape[2] - width :].index_select(0, index) for tensor in tensors)
+
+        return SharedMemories(
+            tuple(self.sources[number] for number in stay),
+            of_rows,
+            kept(self.keys),
+            kept(self.values),
+            counts,
+            self.device,
+        )
+
+    @property
+    def _width(self) -> int:
+        return self.keys[0].shape[2]
+
+    @contextlib.contextmanager
+    def read_by(self, config: Any, starts: Sequence[int]) -> Iterator[None]:
+        """Let a model's attention read these memories before its own keys in the block: a context manager.
+
+        Args:
+            config: Configuration of the decoder, as transformers made it.
+            starts: Tokens of each row's own keys that are padding, the first ones.
+
+        Raises:
+            RuntimeError: After the block: a layer has not read them.
+        """
+        lengths, own_starts, readers = None, None, None
+        if len(set(self.counts)) > 1:
+            lengths = uploaded(torch.tensor(self.counts, dtype=torch.int32), self.device)
+        if any(starts):
+            own_starts = uploaded(torch.tensor(starts, dtype=torch.int32), self.device)
+        if self.of_rows != tuple(range(len(self.sources))):
+            readers = readers_of(self.of_rows, self.device)
+        have_read: set[int] = set()
+
+        def mask(batch_size: int, q_length: int, kv_length: int, **others: Any) -> SegmentMask:
+            return SegmentMask(kv_length - q_length, segment_starts=own_starts)
+
+        def attention(module: Any, query: torch.Tensor, key: Any, value: Any, mask: SegmentMask, **settings: Any):
+            layer = module.layer_idx
+            have_read.add(layer)
+            output = _attend(query, key, value, mask, self.keys[layer], self.values[layer], lengths, readers, settings)
+            return output.transpose(1, 2), None
+
+        with replaced_attention(config, attention, mask):
+            yield
+        if missing := sorted(set(range(len(self.keys))) - have_read):
+            raise RuntimeError(
+                f"the attention of layers {missing} is none of transformers' interchangeable functions, so it has not "
+                "read the memories; use model.generate"
+            )
+
+
+def _attend(query, key, value, mask, memory_key, memory_value, lengths, readers: Readers | None, settings):
+    """Attend to own keys and a layer's memories: `[B, heads, T, head_dim]`."""
+    scale = settings.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    given = {"scale": scale, "softcap": settings.get("softcap"), "sinks": settings.get("s_aux")}
+    given["segment_starts"] = mask.segment_starts
+    attend = memory_decode
+    if query.shape[1] // key.shape[1] * query.shape[2] > MAX_DECODED:
+        attend, given["query_offset"] = memory_attention, mask.query_offset
+    if not memory_key.shape[2]:
+        return attend(query, key, value, **given)
+    if readers is None:
+        return attend(query, key, value, memory_key, memory_value, memory_lengths=lengths, **given)
+    own = attend(query, key, value, **given, return_lse=True)
+    common = {"memory_lengths": lengths, "scale": scale, "softcap": given["softcap"]}
+    return merge(*own, *read_shared_memories(query, memory_key, memory_value, readers, **common))[0]
+
+
+def _widened(states, width):
+    """Keys or values of memories with zeros before them."""
+    missing = width - states.shape[2]
+    return torch.nn.functional.pad(states, (0, 0, missing, 0)) if missing else states
