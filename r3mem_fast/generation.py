@@ -11,7 +11,7 @@ from .batching import Rows, prompt_of, unfinished_of
 from .integrations import attention
 from .integrations.capture import implementation_of
 from .integrations.compat import cache_argument, cache_name
-from .integrations.scoped import evaluating, temporarily
+from .integrations.scoped import compact_head, evaluating, temporarily
 from .memory.memory import Memory
 from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
@@ -57,7 +57,7 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
-    with evaluating(network), temporarily(base, generation_config=own):
+    with evaluating(network), compact_head(base), temporarily(base, generation_config=own):
         # Drafts and pieces of a prompt are counted by the tokens of the cache, where a memory's would count, too.
         counted = others.get("assistant_model") is not None or config.prompt_lookup_num_tokens
         plain = is_prefix(network, memory) and not (counted or config.prefill_chunk_size)
@@ -177,7 +177,7 @@ def continued(
     """
     base = network.plain_model
     ends = {"eos_token_id": network.end_token_id, "pad_token_id": network.end_token_id}
-    with temporarily(base, generation_config=GenerationConfig()):
+    with compact_head(base), temporarily(base, generation_config=GenerationConfig()):
         return base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,

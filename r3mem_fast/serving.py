@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from .batching import left_padded
 from .generation import is_prefix
 from .integrations.compat import cache_argument
-from .integrations.scoped import evaluating
+from .integrations.scoped import compact_head, evaluating
 from .memory.memory import Memory
 from .memory.reader import positions_of_mask
 from .memory.room import roomy_cache
@@ -177,7 +177,7 @@ class Scheduler:
     def _reading(self):
         """Let the model be its base model, as transformers made it."""
         model = self._model
-        with evaluating(model), model.unconverted():
+        with evaluating(model), model.unconverted(), compact_head(model.plain_model):
             yield
 
     def _read(self, joining):

@@ -231,3 +231,17 @@ def test_requests_that_cannot_be_served():
         with pytest.raises(ValueError, match="for others use"):
             Scheduler(model).submit(ids, model.compress(ids_of(50)))
     assert len(scheduler) == 0
+
+
+def test_a_head_is_given_tokens_without_the_strides_of_the_rest():
+    """For those of a longer tensor PyTorch would copy the head's weight."""
+    model, strides = network(), []
+    head = model.plain_model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: strides.append(inputs[0].stride()))
+    memory, ids = model.compress(ids_of(50)), ids_of(5, seed=1)
+    model.generate(ids, memory=memory, max_new_tokens=2, do_sample=False)
+    scheduler = Scheduler(model)
+    scheduler.submit(ids[0], memory, max_new_tokens=2)
+    scheduler.run()
+    width = head.in_features
+    assert strides == 4 * [(width, width, 1)] and not head._forward_pre_hooks

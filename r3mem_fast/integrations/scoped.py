@@ -72,6 +72,36 @@ def returning(module: nn.Module, result: Any) -> contextlib.AbstractContextManag
 
 
 @contextlib.contextmanager
+def compact_head(model: Any) -> Iterator[None]:
+    """Give a model's head the hidden states that it computes logits of in a tensor of their own, in the block.
+
+    transformers cuts them out of the pass's, and the cut keeps the strides of the whole. For these, where the head's
+    weight is frozen, PyTorch's product copies that weight first, which takes longer than a small model's other layers.
+
+    Args:
+        model: A model of transformers.
+
+    Yields:
+        Nothing.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def compact(module: nn.Module, inputs: tuple) -> tuple:
+        hidden, *others = inputs
+        # `contiguous` would not do for one row of one token, whose strides it does not look at.
+        return hidden.flatten(0, -2).view(hidden.shape), *others
+
+    hook = head.register_forward_pre_hook(compact)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode in the block; afterwards every part of it is in its earlier mode.
 

@@ -214,9 +214,9 @@ class Rotation:
 
     def _turned(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Apply the model's own rotation in float32."""
-        # It rotates queries, too: give it a head of the keys in their place.
+        # It rotates queries, too: give it none.
         keys = keys.float()
-        return self._apply(keys[:, :1], keys, cos, sin)[1]
+        return self._apply(keys[:, :0], keys, cos, sin)[1]
 
 
 def _by_head(
