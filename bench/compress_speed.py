@@ -5,21 +5,24 @@
 
 The rival reads the same tokens in the same segments, each alone, by the base model's decoder with its key-value cache:
 no memory before them, no logits. With `--whole` another rival reads all tokens in one pass, as a prompt of that length
-is read. `..._operations` are the operations that PyTorch dispatches for a segment and layer, without views. `again` is
+is read. On a GPU compressing is measured once more with R3MEM_GRAPHS=1 (`graphs`). `..._operations` are the operations that PyTorch dispatches for a segment and layer, without views. `again` is
 the share of tokens that are read twice, as the overlap of segments; both arms read them.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from r3mem_fast import R3MemConfig
+from r3mem_fast import R3MemConfig, R3MemModel
 from r3mem_fast.devices import as_dtype
+from r3mem_fast.integrations import graphs
 from r3mem_fast.integrations.compat import cache_argument
 
 from . import models
@@ -78,6 +81,8 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
                 model.decoder(input_ids=piece, use_cache=True, **cache_argument(model.decoder, cache))
 
     arms: dict[str, Callable[[], Any]] = {"prefill": prefill, "compress": lambda: model.compress(history)}
+    if options.device != "cpu":
+        arms["graphs"] = lambda: _by_graphs(model, history)
     if whole:
         arms["whole"] = lambda: prefill([ids])
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -96,6 +101,10 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
             run()
         counts[f"{arm}_operations"] = round(counted.count / len(pieces) / len(model.layers), 2)
     ratios = sorted(a / b for a, b in zip(seconds["prefill"], seconds["compress"], strict=True))
+    more = {}
+    if "graphs" in seconds:
+        of_graphs = [a / b for a, b in zip(seconds["prefill"], seconds["graphs"], strict=True)]
+        more["graphs_of_prefill"] = round(statistics.median(of_graphs), 4)
     total = tokens * options.rows
     read = sum(piece.numel() for piece in pieces)
     return {
@@ -104,8 +113,13 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
         "rows": options.rows, "tokens": total, "again": round(read / total - 1, 4), "threads": torch.get_num_threads(),
         **{f"{arm}_tokens_per_second": round(total / statistics.median(times), 1) for arm, times in seconds.items()},
         "of_prefill": round(statistics.median(ratios), 4), "lowest": round(ratios[0], 4),
-        "highest": round(ratios[-1], 4), "pairs": options.pairs, **counts,
+        "highest": round(ratios[-1], 4), "pairs": options.pairs, **counts, **more,
     }  # fmt: skip
+
+
+def _by_graphs(model: R3MemModel, history: torch.Tensor) -> None:
+    with mock.patch.dict(os.environ, {graphs.VARIABLE: "1"}):
+        model.compress(history)
 
 
 if __name__ == "__main__":

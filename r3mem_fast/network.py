@@ -19,6 +19,7 @@ from r3mem_fast.kernels.matching import MAX_KEPT
 
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, layout_fingerprint
+from .integrations import graphs
 from .integrations.peft import MergedAdapters, adapters_are_off, adapters_off
 from .integrations.scoped import returning, temporarily
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
@@ -27,6 +28,7 @@ from .memory.layout import MemoryLayout, Origin
 from .memory.memory import Memory, empty_memory
 from .memory.reader import MemoryReader
 from .memory.writers import Writer
+from .memory.writers.graphed import GraphedWriter
 from .memory.writers.matched import MatchedWriter, QuestionsOf
 from .memory.writers.tokens import TokenWriter, new_memory_embeddings
 from .positions import first_id, original_positions_of, positions_for_memories, positions_of
@@ -186,7 +188,8 @@ class Network(nn.Module):
             dropout: Probability with which a row does not see its memory, for memory tokens that learn.
         """
         if self.memory_embeddings is None:
-            return MatchedWriter(self.reader, layout, self.questions_of)
+            writer = MatchedWriter(self.reader, layout, self.questions_of)
+            return GraphedWriter(writer, self.device) if graphs.are_wanted(self.device) else writer
         return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
 
     @contextlib.contextmanager

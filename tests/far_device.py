@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast.integrations import graphs
 
 NAME = "far"
 # Operators whose results have a shape, or are a number, that a device would have to be asked for.
@@ -119,12 +120,15 @@ def small_model(beyond, attention):
 
 
 def main():
-    """Compress histories of 3 and 9 segments, and print what the host waited for: by beyond_budget and segments."""
-    beyond, attention, *ragged = sys.argv[1:]
+    """Compress histories of 3 and 9 segments, and print what the host waited for: by beyond_budget and segments.
+
+    "graphs" captures segments by running them, for which nothing may be uploaded.
+    """
+    beyond, attention, *others = sys.argv[1:]
     model = small_model(beyond, attention)
     ids = torch.randint(3, 96, (2, 9 * 24))
     mask = torch.ones_like(ids)
-    if ragged:
+    if "ragged" in others:
         mask[0, :5] = 0
     expected = model.compress(ids, mask, finish=True).states
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
@@ -133,6 +137,16 @@ def main():
     with sdpa_kernel(SDPBackend.MATH), Waits() as waits:
         put_far(model)
         model.compress(ids[:, :30])  # makes the fingerprints, which read every weight
+        if "graphs" in others:
+
+            def captured(step, inputs):
+                before = dict(waits.counts)
+                step(*inputs)
+                waits.counts["captured"] += 1
+                assert before == {name: n for name, n in waits.counts.items() if name != "captured"}
+                return step
+
+            graphs.are_wanted, graphs.captured = lambda device: True, captured
         for segments in (3, 9):
             waits.counts.clear()
             memory = model.compress(ids[:, : segments * 24], mask[:, : segments * 24], finish=True)

@@ -25,3 +25,11 @@ def test_only_padding_makes_the_attention_ask():
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     few, many = json.loads(printed.splitlines()[-1]).values()
     assert few["_local_scalar_dense"] == many["_local_scalar_dense"] <= 3
+
+
+def test_what_is_captured_uploads_nothing_and_waits_for_nothing():
+    """Once segments are alike, they are one graph each, whose constants are on the device already."""
+    command = [sys.executable, str(Path(__file__).parent / "far_device.py"), "forget", "sdpa", "graphs"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    few, many = json.loads(printed.splitlines()[-1]).values()
+    assert "captured" not in few and many["captured"] == 1 and many["_local_scalar_dense"] == 1

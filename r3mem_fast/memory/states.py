@@ -3,7 +3,9 @@
 Its shape depends on the placement, see `Memory.states`.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -59,6 +61,57 @@ def appended(states: torch.Tensor, written: torch.Tensor, rows: Sequence[int], l
     return widened(states, width, layout.placement).index_copy(batch, indices, moved)
 
 
+class Constants:
+    """Tensors that one run of a step has uploaded, for runs that would upload the same.
+
+    A CUDA graph must not upload: it would copy from the host's memory whatever stands there when it is replayed.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._next: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what is uploaded in the block: a context manager."""
+        self._known, self._next = [], None
+        with _within(self):
+            yield
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Use what has been noted in place of uploads, in the same order: a context manager.
+
+        Raises:
+            RuntimeError: In the block: something else would be uploaded.
+        """
+        self._next = iter(self._known)
+        with _within(self):
+            yield
+
+    def uploaded(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor on the device: a new one, or the one that was noted. Raises as `used`."""
+        if self._next is None:
+            self._known.append((tensor.clone(), _uploaded(tensor, device)))
+            return self._known[-1][1]
+        known, on_device = next(self._next, (None, None))
+        if known is None or on_device is None or known.dtype != tensor.dtype or not torch.equal(known, tensor):
+            raise RuntimeError("a step uploads other tensors than it did before, so it cannot be one graph")
+        return on_device
+
+
+_constants: contextvars.ContextVar[Constants | None] = contextvars.ContextVar("constants", default=None)
+
+
+@contextlib.contextmanager
+def _within(constants):
+    token = _constants.set(constants)
+    try:
+        yield
+    finally:
+        _constants.reset(token)
+
+
 def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on another device, without waiting for what that device is doing.
 
@@ -66,6 +119,13 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor: The tensor.
         device: The device.
     """
+    constants = _constants.get()
+    if constants is not None and tensor.device.type == "cpu" != device.type:
+        return constants.uploaded(tensor, device)
+    return _uploaded(tensor, device)
+
+
+def _uploaded(tensor, device):
     if tensor.device.type != "cpu":
         return tensor.to(device)
     # CUDA promises not to wait only where it copies from pinned memory.

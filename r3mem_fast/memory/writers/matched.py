@@ -58,7 +58,7 @@ class MatchedWriter:
         self._reader, self._layout, self._questions_of = reader, layout, questions_of
         self._sources = layout.queries.split("+")
         # Whether something could not be matched, on the device, which is not asked before the end.
-        self._unmatched: list[torch.Tensor] = []
+        self.unmatched: list[torch.Tensor] = []
 
     def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """Read a segment behind a memory, and match its keys and values if the segment asks for it.
@@ -131,12 +131,50 @@ class MatchedWriter:
         own = Queries(found.calls, self._positions(segment.mask, found.hidden.device))
         match = Match(self._queries(segment, before, (old, new), own), found.cache, self._layout.first_position)
         after = replaced(found.memory, segment.rows, list(self._parts(old, new, match)))
-        self._unmatched += match.unmatched
+        self.unmatched += match.unmatched
         return after
+
+    def kind_of(self, segment: Segment, memory: Memory) -> tuple | None:
+        """What the host has to know to read a segment: those of one kind differ in tokens and states alone.
+
+        Args:
+            segment: The segment.
+            memory: The memory before it.
+
+        Returns:
+            Something to compare; None: there is nothing to write, the segment has not all rows or is padded, or what
+            will be asked of it is made on the host.
+        """
+        every = tuple(range(len(memory)))
+        if not segment.writes or segment.rows != every or "pairs" in self._sources or not segment.mask.all():
+            return None
+        assert memory.slots is not None, "see MemoryLayout.writer"
+        fresh = self._fresh(segment)
+        numbers = (fresh, self._newly_pinned(segment, memory, fresh), memory.pinned_slots(), memory.slots)
+        return segment.ids.shape, memory.states.shape, *(tuple(some.tolist()) for some in numbers)
+
+    def stepped(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, ...]:
+        """Read a segment, as `read` does, as a function of tensors.
+
+        Args:
+            segment: The segment, of a kind; its ids may be on the model's device.
+            memory: The memory before it.
+
+        Returns:
+            The last hidden states, states and ages of the memory after it, and whether something could not be matched.
+        """
+        before, self.unmatched = self.unmatched, []
+        try:
+            hidden, after = self.read(segment, memory)
+            assert after.ages is not None
+            found = torch.stack(self.unmatched).any() if self.unmatched else hidden.new_zeros((), dtype=torch.bool)
+            return hidden, after.states, after.ages, found
+        finally:
+            self.unmatched = before
 
     def finish(self) -> None:
         """Warn if values could not be matched since the last call. Synchronises with the device."""
-        unmatched, self._unmatched = self._unmatched, []
+        unmatched, self.unmatched = self.unmatched, []
         if unmatched and bool(torch.stack(unmatched).any()):
             warnings.warn(
                 "some heads' values could not be matched (the equations are singular, or not finite), and stay what "
@@ -153,16 +191,20 @@ class MatchedWriter:
         """The slots so far, and those of the segment's tokens, without the tokens that will be read again."""
         states, mask = cache.captured(), segment.mask
         lengths, fresh = mask.sum(1), self._fresh(segment)
-        starts = segment.places[:, -1] + 1 - lengths
         offsets = torch.arange(mask.shape[1]) - (mask.shape[1] - lengths)[:, None]
         exists = (offsets >= 0) & (offsets < fresh[:, None])
         ages = uploaded(torch.where(exists, fresh[:, None] - offsets, -1), states.device)
         layers, _, _, heads, _, _ = states.shape
-        carried = torch.stack([torch.tensor(list(map(len, ids))) for ids in (before.recent, before.unfinished)]).sum(0)
-        unread = before.pinned_slots() - (before.tokens_seen - carried + starts)  # pinned tokens from the first one on
-        pinned = torch.minimum(unread.clamp_min(0), fresh)
+        pinned = self._newly_pinned(segment, before, fresh)
         new = Slots(states, ages[None, :, None].expand(layers, -1, heads, -1), exists, pinned)
         return slots_of(before, fresh), new
+
+    def _newly_pinned(self, segment, before, fresh):
+        """How many of the tokens that will not be read again are pinned ones, int64 `[A]`."""
+        starts = segment.places[:, -1] + 1 - segment.mask.sum(1)
+        carried = torch.stack([torch.tensor(list(map(len, ids))) for ids in (before.recent, before.unfinished)]).sum(0)
+        unread = before.pinned_slots() - (before.tokens_seen - carried + starts)  # pinned tokens from the first one on
+        return torch.minimum(unread.clamp_min(0), fresh)
 
     def _queries(self, segment, before, slots, own):
         """The queries that the memory is matched to; `own` are those of the pass that has read the segment."""

@@ -1,0 +1,53 @@
+"""CUDA graphs: a step that the host has dispatched once, and the GPU repeats by itself."""
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+VARIABLE = "R3MEM_GRAPHS"
+
+# A function of tensors that gives tensors, of the same shapes at every call.
+Step = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def are_wanted(device: torch.device) -> bool:
+    """Whether steps that repeat are to be captured on a device: on a GPU, where R3MEM_GRAPHS=1 is set.
+
+    It is opt-in, because no GPU was at hand to measure what it gains.
+
+    Args:
+        device: The device.
+
+    Raises:
+        ValueError: The variable is neither 0 nor 1, nor unset.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, or unset; it is {value!r}")
+    return value == "1" and device.type == "cuda"
+
+
+def captured(step: Step, inputs: Sequence[torch.Tensor]) -> Step:
+    """Capture a step as a graph.
+
+    Args:
+        step: The step. It has run before, so that all its kernels are compiled, and neither waits for the GPU nor
+            uploads anything.
+        inputs: Tensors of the shapes and dtypes that all calls will have.
+
+    Returns:
+        A function that copies its arguments to where the graph reads, runs it, and returns copies of the results.
+    """
+    static = [tensor.clone() for tensor in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(*static)
+
+    def replay(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for to, tensor in zip(static, given, strict=True):
+            to.copy_(tensor)
+        graph.replay()
+        return tuple(result.clone() for result in results)
+
+    return replay
