@@ -5,8 +5,9 @@
 
 The rival reads the same tokens in the same segments, each alone, by the base model's decoder with its key-value cache:
 no memory before them, no logits. With `--whole` another rival reads all tokens in one pass, as a prompt of that length
-is read. On a GPU compressing is measured once more with R3MEM_GRAPHS=1 (`graphs`). `..._operations` are the operations that PyTorch dispatches for a segment and layer, without views. `again` is
-the share of tokens that are read twice, as the overlap of segments; both arms read them.
+is read. On a GPU compressing is measured once more with R3MEM_GRAPHS=1 (`graphs`). `..._operations` are the operations
+that PyTorch dispatches for a segment and layer, without views. `again` is the share of tokens that are read twice, as
+the overlap of segments; both arms read them.
 """
 
 import argparse

@@ -8,13 +8,15 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from .batching import Rows, prompt_of, unfinished_of
-from .integrations import attention
+from .integrations import attention, graphs
 from .integrations.capture import implementation_of
 from .integrations.compat import cache_argument, cache_name
 from .integrations.scoped import compact_head, evaluating, temporarily
+from .memory.fixed import fixed_cache
 from .memory.memory import Memory
 from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
+from .memory.states import uploaded
 from .network import Network
 from .reversible.convert import text_config
 
@@ -22,6 +24,8 @@ from .reversible.convert import text_config
 _DEFAULT_NEW_TOKENS = 20
 # Kinds of caches that transformers may be asked for behind a memory.
 _CACHES = (None, "dynamic", "static")
+# Tokens after which a graph is asked whether all rows have ended.
+_ASKED_EVERY = 8
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
 
 
@@ -152,9 +156,68 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
     with evaluating(network), network.reading_backward():
         if memory is not None:
             network.reader.read(cache, memory)
-        with network.must_read(None if memory is None else cache):
-            output = continued(network, ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
-    return [_until(row, network.end_token_id) for row in output[:, ids.shape[1] :]]
+        if graphs.are_wanted(network.device) and _sees_all_places(network):
+            found = _written_by_graphs(network, ids, mask, memory, cache, max_new_tokens)
+        else:
+            with network.must_read(None if memory is None else cache):
+                output = continued(network, ids, mask, cache=cache, do_sample=False, max_new_tokens=max_new_tokens)
+            found = output[:, ids.shape[1] :]
+    return [_until(row, network.end_token_id) for row in found]
+
+
+def _sees_all_places(network):
+    """Whether a mask is all that the attention of a layer needs to leave out places of a cache."""
+    config = network.decoder.config
+    windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    windowed = windowed or bool(getattr(config, "sliding_window", None))
+    return implementation_of(config) in ("sdpa", "eager") and not windowed
+
+
+@torch.no_grad()
+def _written_by_graphs(network, ids, mask, memory, cache, max_new_tokens):
+    """Continue prompts greedily, in the current direction: the new ids, int64 `[B, n]`, with what follows an end.
+
+    The prompts are read as always. Each token is then the same step on the same tensors: it is run once, and then
+    captured. Whether all rows have ended is asked once in so many tokens.
+    """
+    base, device = network.plain_model, network.device
+    positions = positions_of_mask(mask)
+    with compact_head(base), network.must_read(None if memory is None else cache):
+        last = {"logits_to_keep": 1} if network.slices_logits else {}
+        logits = base(
+            ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache_argument(base, cache), **last
+        ).logits
+    states, visible, first = [(layer.keys, layer.values) for layer in cache.layers], mask.bool(), 0
+    if memory is not None:
+        states, first = [cache.past(index) for index in range(len(states))], cache.first_position
+        visible = torch.cat([uploaded(memory.visible_on_host()[:, -cache.prefix_length :], device), visible], 1)
+    count = states[0][0].shape[2]
+    place = torch.tensor([count], device=device)
+    behind = fixed_cache(states, count + max_new_tokens, place)
+    seen = torch.nn.functional.pad(visible, (0, max_new_tokens))[:, None, None]
+    token, position = logits[:, -1:].argmax(-1), first + positions[:, -1:] + 1
+    found = token.new_zeros(len(ids), max_new_tokens)
+    found[:, 0] = token[:, 0]
+    additive = implementation_of(network.decoder.config) == "eager"
+
+    def step():
+        seen.index_fill_(3, place, True)
+        shown = torch.where(seen, 0.0, torch.finfo(logits.dtype).min).to(logits.dtype) if additive else seen
+        given = cache_argument(base, behind)
+        scores = base(token, attention_mask=shown, position_ids=position, use_cache=True, **given).logits
+        token.copy_(scores[:, -1:].argmax(-1))
+        position.add_(1)
+        place.add_(1)
+        found.index_copy_(1, place - count, token)
+
+    run = step
+    for index in range(1, max_new_tokens):
+        if index % _ASKED_EVERY == 1 and bool((found[:, :index] == network.end_token_id).any(1).all()):
+            return found[:, :index]
+        if index == 2:
+            run = graphs.captured_in_place(step)
+        run()
+    return found
 
 
 def continued(

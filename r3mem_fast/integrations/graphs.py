@@ -51,3 +51,18 @@ def captured(step: Step, inputs: Sequence[torch.Tensor]) -> Step:
         return tuple(result.clone() for result in results)
 
     return replay
+
+
+def captured_in_place(step: Callable[[], None]) -> Callable[[], None]:
+    """Capture a step that changes tensors in place.
+
+    Args:
+        step: The step, as `captured` takes it, but without arguments.
+
+    Returns:
+        A function that does what the step does, to the same tensors. The step has not run by being captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -1,0 +1,115 @@
+"""Reading backward by graphs: the same step on the same tensors for every token."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast.integrations import graphs
+from r3mem_fast.reversible.integrity import Integrity
+from r3mem_fast.reversible.stack import ReversibleStack
+from tests.reversible.tiny import build
+from tests.tape import ASKING
+
+from .test_model import FAMILIES, ROWS, collate_ids, made
+
+WINDOWED = ("mistral", "gemma2")
+
+
+class NobodyAsks(TorchDispatchMode):
+    """Raises where the host would wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not function.name().removeprefix("aten::").startswith(ASKING), f"the host asks: {function}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Captured steps: they run as they are, and must not ask for anything, but for flags, which a CPU has at once."""
+    found = []
+    real, report = ReversibleStack._leave, Integrity.report_if_known
+
+    def leave(stack, streams, hidden):
+        return hidden if found else real(stack, streams, hidden)
+
+    def report_if_known(*given):
+        return None if found else report(*given)
+
+    def captured_in_place(step):
+        found.append(step)
+
+        def run():
+            with NobodyAsks():
+                step()
+
+        return run
+
+    monkeypatch.setattr(ReversibleStack, "_leave", leave)
+    monkeypatch.setattr(Integrity, "report_if_known", report_if_known)
+    monkeypatch.setattr(graphs, "captured_in_place", captured_in_place)
+    return found
+
+
+def by_graphs(monkeypatch, captures, run):
+    """What is written one way and the other."""
+    expected = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "are_wanted", lambda device: True)
+        found = run()
+    assert len(captures) == 1
+    return found, expected
+
+
+@pytest.mark.parametrize("backward", ["reversed", "inverse"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WINDOWED])
+def test_recall(monkeypatch, captures, family, backward):
+    if backward == "inverse":  # whose reference asks a CPU, and whose kernels do not ask a GPU
+        monkeypatch.setattr(f"{__name__}.ASKING", ())
+    model = made(family, backward=backward).eval()
+    batch = collate_ids(ROWS)
+    given = batch["query_input_ids"], batch["query_attention_mask"]
+    found, expected = by_graphs(monkeypatch, captures, lambda: model.recall(*given, max_new_tokens=20))
+    assert all(map(torch.equal, found, expected)) and max(map(len, found)) > 8
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("settings", [{}, {"memory_placement": "input"}, {"memory_writer": "matched"}])
+def test_expand(monkeypatch, captures, settings, attention):
+    """From memories alone, of rows of which one has none."""
+    torch.manual_seed(0)
+    base = build("llama", scale=2.0, attn_implementation=attention)
+    model = R3MemModel(base, R3MemConfig(num_memory_tokens=4, segment_length=8, core=(1, 3), **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    ids, mask = torch.randint(3, 96, (2, 30)), torch.ones(2, 30, dtype=torch.int64)
+    mask[1, :29] = 0
+    memory = model.compress(ids, mask)
+    found, expected = by_graphs(monkeypatch, captures, lambda: model.expand(memory, max_new_tokens=18))
+    assert all(map(torch.equal, found, expected)) and max(map(len, found)) > 2
+
+
+def test_it_ends_when_all_rows_have_ended(monkeypatch, captures):
+    """And is asked for that once in eight tokens."""
+    model = made().eval()
+    ids = torch.tensor([[5, 6, 7]])
+    written = model.recall(ids, max_new_tokens=60)[0].tolist()
+    model.end_token_id = next(
+        token for index, token in enumerate(written[:8]) if token not in written[: max(1, index)]
+    )
+    steps = []
+    real = model.plain_model.forward
+    monkeypatch.setattr(model.plain_model, "forward", lambda *args, **kw: (steps.append(1), real(*args, **kw))[1])
+    monkeypatch.setattr(graphs, "are_wanted", lambda device: True)
+    assert model.recall(ids, max_new_tokens=60)[0].tolist() == written[: written.index(model.end_token_id)]
+    assert len(steps) == 9
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_are_read_as_always(monkeypatch, captures, family):
+    monkeypatch.setattr(graphs, "are_wanted", lambda device: True)
+    model = made(family).eval()
+    model.recall(torch.tensor([[5, 6, 7]]), max_new_tokens=5)
+    assert not captures
