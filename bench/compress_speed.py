@@ -5,9 +5,9 @@
 
 The rival reads the same tokens in the same segments, each alone, by the base model's decoder with its key-value cache:
 no memory before them, no logits. With `--whole` another rival reads all tokens in one pass, as a prompt of that length
-is read. On a GPU compressing is measured once more with R3MEM_GRAPHS=1 (`graphs`). `..._operations` are the operations
-that PyTorch dispatches for a segment and layer, without views. `again` is the share of tokens that are read twice, as
-the overlap of segments; both arms read them.
+is read. On a GPU compressing is measured with R3MEM_GRAPHS=1 (`graphs`) and R3MEM_GRAPHS=diagonal (`diagonal`), too.
+`..._operations` are the operations that PyTorch dispatches for a segment and layer, without views. `again` is the
+share of tokens that are read twice, as the overlap of segments; both arms read them.
 """
 
 import argparse
@@ -83,7 +83,8 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
 
     arms: dict[str, Callable[[], Any]] = {"prefill": prefill, "compress": lambda: model.compress(history)}
     if options.device != "cpu":
-        arms["graphs"] = lambda: _by_graphs(model, history)
+        arms |= {"graphs": lambda: _by_graphs(model, history, "1")}
+        arms |= {"diagonal": lambda: _by_graphs(model, history, "diagonal")}
     if whole:
         arms["whole"] = lambda: prefill([ids])
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -103,9 +104,9 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
         counts[f"{arm}_operations"] = round(counted.count / len(pieces) / len(model.layers), 2)
     ratios = sorted(a / b for a, b in zip(seconds["prefill"], seconds["compress"], strict=True))
     more = {}
-    if "graphs" in seconds:
-        of_graphs = [a / b for a, b in zip(seconds["prefill"], seconds["graphs"], strict=True)]
-        more["graphs_of_prefill"] = round(statistics.median(of_graphs), 4)
+    for arm in ("graphs", "diagonal"):
+        if found := [a / b for a, b in zip(seconds["prefill"], seconds.get(arm, []), strict=False)]:
+            more[f"{arm}_of_prefill"] = round(statistics.median(found), 4)
     total = tokens * options.rows
     read = sum(piece.numel() for piece in pieces)
     return {
@@ -118,8 +119,8 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
     }  # fmt: skip
 
 
-def _by_graphs(model: R3MemModel, history: torch.Tensor) -> None:
-    with mock.patch.dict(os.environ, {graphs.VARIABLE: "1"}):
+def _by_graphs(model: R3MemModel, history: torch.Tensor, value: str) -> None:
+    with mock.patch.dict(os.environ, {graphs.VARIABLE: value}):
         model.compress(history)
 
 

@@ -188,9 +188,13 @@ class Network(nn.Module):
             dropout: Probability with which a row does not see its memory, for memory tokens that learn.
         """
         if self.memory_embeddings is None:
-            writer = MatchedWriter(self.reader, layout, self.questions_of)
+            writer = self.matched_writer(layout)
             return GraphedWriter(writer, self.device) if graphs.are_wanted(self.device) else writer
         return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
+
+    def matched_writer(self, layout: MemoryLayout) -> MatchedWriter:
+        """Writer of matched memories of a layout, see `writer`, that captures nothing."""
+        return MatchedWriter(self.reader, layout, self.questions_of)
 
     @contextlib.contextmanager
     def disable_adapters(self) -> Iterator[None]:

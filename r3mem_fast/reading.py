@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .batching import Rows
+from .integrations import graphs
 from .integrations.fsdp import largest_of_ranks
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
+from .memory.writers.diagonal import DiagonalReader
 from .network import Network
 from .reversible.replay import replay
 
@@ -160,8 +163,40 @@ def compress_rows(
             f"max_memory_segments=None keeps {readable} segments within the model's positions, and this is more "
             "(to expand a memory compresses what is unfinished in it); use a number, or longer segments"
         )
-    _, after = read_segments(network, segments, memory, lambda segment, hidden: (), on_tokens)
+    if graphs.are_diagonal() and layout.writer == "matched" and network.memories_are_of_base:
+        after = _read_by_diagonals(network, segments, memory, on_tokens)
+    else:
+        _, after = read_segments(network, segments, memory, lambda segment, hidden: (), on_tokens)
     return dataclasses.replace(after, **carried)
+
+
+def _read_by_diagonals(network, segments, memory, on_tokens):
+    """Read segments behind a memory: those that are alike by diagonals, the others one after the other."""
+    memory = memory.to(network.device, network.dtype)
+    writer = network.matched_writer(memory.layout)
+    reader = DiagonalReader(writer, network.reader, network.layers)
+    index, last = 0, None
+    with network.behind_memory():
+        while index < len(segments):
+            before = dataclasses.replace(memory, num_segments=segments[index].num_segments)
+            kind, run = writer.kind_of(segments[index], before), []
+            if kind is not None and kind == last:  # so that the memory has stopped to grow
+                run = _first_of_kind(writer, kind, segments[index:], before)
+            if reader.takes(run):
+                memory, last = reader.read(run, before, on_tokens), None
+                index += len(run)
+                continue
+            _, memory = writer.read(segments[index], before)
+            if on_tokens is not None:
+                on_tokens(sum(end - start for start, end in segments[index].own))
+            index, last = index + 1, kind
+    writer.finish()
+    return memory
+
+
+def _first_of_kind(writer, kind, segments, memory):
+    """Segments that are of a kind, behind a memory that does not change its size, up to the first that is not."""
+    return list(itertools.takewhile(lambda segment: writer.kind_of(segment, memory) == kind, segments))
 
 
 def placed(rows: Rows, segments: Sequence[Segment], found: Sequence[torch.Tensor]) -> torch.Tensor:

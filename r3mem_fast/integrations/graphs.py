@@ -12,7 +12,7 @@ Step = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def are_wanted(device: torch.device) -> bool:
-    """Whether steps that repeat are to be captured on a device: on a GPU, where R3MEM_GRAPHS=1 is set.
+    """Whether steps that repeat are to be captured on a device: on a GPU, where R3MEM_GRAPHS is 1 or "diagonal".
 
     It is opt-in, because no GPU was at hand to measure what it gains.
 
@@ -20,12 +20,21 @@ def are_wanted(device: torch.device) -> bool:
         device: The device.
 
     Raises:
-        ValueError: The variable is neither 0 nor 1, nor unset.
+        ValueError: The variable is none of 0, 1 and "diagonal", nor unset.
     """
+    return _value() in ("1", "diagonal") and device.type == "cuda"
+
+
+def are_diagonal() -> bool:
+    """Whether histories are to be read by diagonals, on any device: R3MEM_GRAPHS=diagonal. Raises as `are_wanted`."""
+    return _value() == "diagonal"
+
+
+def _value():
     value = os.environ.get(VARIABLE, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} must be 0 or 1, or unset; it is {value!r}")
-    return value == "1" and device.type == "cuda"
+    if value not in ("", "0", "1", "diagonal"):
+        raise ValueError(f'{VARIABLE} must be 0, 1 or "diagonal", or unset; it is {value!r}')
+    return value
 
 
 def captured(step: Step, inputs: Sequence[torch.Tensor]) -> Step:

@@ -178,6 +178,16 @@ class PrefixCache(PassCache):
             keys = self.placed(prefix[:, 0], range(len(prefix)), (first - self._ages.long()).clamp_min(0))
         self._placed = {index: (keys[index], prefix[index, 1]) for index in range(len(prefix))}
 
+    def hold(self, prefix: torch.Tensor, ages: torch.Tensor) -> None:
+        """Hold other slots for layers that are called outside of a pass, as those of the last one were.
+
+        Args:
+            prefix: See `read`; of the shape that it had in that pass, likewise visible.
+            ages: See `read`.
+        """
+        self._prefix, self._ages = prefix, ages
+        self._place(prefix, self._of_pass)
+
     def placed(self, keys: torch.Tensor, layers: Sequence[int], places: torch.Tensor) -> torch.Tensor:
         """Rotate keys of some layers, as the pass that runs or ran last would, to positions up to its first one.
 

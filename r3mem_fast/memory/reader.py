@@ -7,7 +7,7 @@ from torch import nn
 
 from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument
-from ..integrations.scoped import evaluating
+from ..integrations.scoped import evaluating, temporarily
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
@@ -89,6 +89,27 @@ class MemoryReader:
         positions = uploaded(positions, embeddings.device)
         with self._stack.must_read(cache):
             return self.decoder(inputs_embeds=embeddings, position_ids=positions, **given).last_hidden_state
+
+    def entering(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What the decoder gives its first layer, for rows of tokens without padding that begin behind a memory.
+
+        Args:
+            ids: Token ids, int64 `[batch, tokens]`.
+
+        Returns:
+            Hidden states `[batch, tokens, width]`, and more arguments of the layer, with no cache among them.
+        """
+        found: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+        def passing(layer: Any, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+            found.append((hidden, arguments))
+            return hidden
+
+        embeddings = self.embeddings_of(ids)
+        positions = self.layout.first_position + torch.arange(ids.shape[1], device=embeddings.device)[None]
+        with temporarily(self._stack, run=passing):
+            self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        return found[0]
 
     def state_sizes(self) -> tuple[int, ...]:
         """Sizes of a memory's states that are the model's: `(layers, kv_heads, head_dim)`, or `(width,)`.

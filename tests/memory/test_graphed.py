@@ -60,7 +60,7 @@ def test_replayed_segments_are_the_same_to_the_last_bit(made, monkeypatch, rows,
     assert torch.equal(found.states, expected.states) and torch.equal(found.ages, expected.ages)
     assert found.slots.tolist() == expected.slots.tolist() and found.tokens_seen.tolist() == [149] * rows
     # Two of ten segments fill the memory, one is the first of its kind, one is noted, and the last is shorter.
-    assert made[-1].replays == 5
+    assert made[-1].repeated.replays == 5
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gpt2", "mistral"])
@@ -70,7 +70,7 @@ def test_other_families(made, monkeypatch, family):
     with without_graphs(monkeypatch):
         expected = model.compress(ids)
     found = model.compress(ids)
-    assert torch.equal(found.states, expected.states) and made[-1].replays > 0
+    assert torch.equal(found.states, expected.states) and made[-1].repeated.replays > 0
 
 
 def test_kept_tokens_end_in_a_kind_of_their_own(made, monkeypatch):
@@ -80,7 +80,7 @@ def test_kept_tokens_end_in_a_kind_of_their_own(made, monkeypatch):
     with without_graphs(monkeypatch):
         expected = model.compress(ids, pinned=20)
     found = model.compress(ids, pinned=20)
-    assert torch.equal(found.states, expected.states) and made[-1].replays > 0
+    assert torch.equal(found.states, expected.states) and made[-1].repeated.replays > 0
 
 
 def test_ragged_rows_are_read_as_always(made, monkeypatch):
@@ -94,7 +94,7 @@ def test_ragged_rows_are_read_as_always(made, monkeypatch):
     with without_graphs(monkeypatch):
         expected = model.compress(ids, attention_mask=mask)
     found = model.compress(ids, attention_mask=mask)
-    assert torch.equal(found.states, expected.states) and made[-1].replays > 0
+    assert torch.equal(found.states, expected.states) and made[-1].repeated.replays > 0
 
 
 def test_hidden_states_come_along(made, monkeypatch):
@@ -110,7 +110,7 @@ def test_hidden_states_come_along(made, monkeypatch):
     with without_graphs(monkeypatch):
         expected = read()
     found = read()
-    assert made[-1].replays > 2
+    assert made[-1].repeated.replays > 2
     for mine, its in zip(found, expected, strict=True):
         assert torch.equal(mine, its)
 
@@ -124,7 +124,7 @@ def test_what_could_not_be_matched_is_said(made, monkeypatch):
     )
     with pytest.warns(UserWarning, match="could not be matched"):
         model.compress(ids_of(150))
-    assert made[-1].replays > 0
+    assert made[-1].repeated.replays > 0
 
 
 def test_uploads_are_noted_once():
@@ -147,5 +147,5 @@ def test_graphs_are_asked_for(monkeypatch):
     monkeypatch.setenv(graphs.VARIABLE, "1")
     assert graphs.are_wanted(far) and not graphs.are_wanted(cpu)
     monkeypatch.setenv(graphs.VARIABLE, "yes")
-    with pytest.raises(ValueError, match="R3MEM_GRAPHS must be 0 or 1"):
+    with pytest.raises(ValueError, match='R3MEM_GRAPHS must be 0, 1 or "diagonal"'):
         graphs.are_wanted(far)

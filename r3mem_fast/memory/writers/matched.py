@@ -52,12 +52,15 @@ class MatchedWriter:
         reader: Reads memories with the model's decoder.
         layout: Layout of the memories; its reach is that of the reader's.
         questions_of: Gives what will be asked of a segment, for a layout with queries of "pairs".
+
+    Attributes:
+        sources: Where queries come from: "own", "reread", "pairs".
+        unmatched: Whether something could not be matched since the last `finish`, on the device.
     """
 
     def __init__(self, reader: MemoryReader, layout: MemoryLayout, questions_of: QuestionsOf | None = None):
         self._reader, self._layout, self._questions_of = reader, layout, questions_of
-        self._sources = layout.queries.split("+")
-        # Whether something could not be matched, on the device, which is not asked before the end.
+        self.sources = layout.queries.split("+")
         self.unmatched: list[torch.Tensor] = []
 
     def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
@@ -88,7 +91,7 @@ class MatchedWriter:
         Raises:
             ValueError: No memory can be matched to the model's attention.
         """
-        if segment.writes and "pairs" in self._sources and self._questions_of is None:
+        if segment.writes and "pairs" in self.sources and self._questions_of is None:
             raise ValueError(
                 f"memory_queries={self._layout.queries!r} asks a memory what will be asked of its text, and nothing "
                 "says what that is: an R3MemPipeline does, or set questions_of of the R3MemModel"
@@ -146,31 +149,12 @@ class MatchedWriter:
             will be asked of it is made on the host.
         """
         every = tuple(range(len(memory)))
-        if not segment.writes or segment.rows != every or "pairs" in self._sources or not segment.mask.all():
+        if not segment.writes or segment.rows != every or "pairs" in self.sources or not segment.mask.all():
             return None
         assert memory.slots is not None, "see MemoryLayout.writer"
         fresh = self._fresh(segment)
         numbers = (fresh, self._newly_pinned(segment, memory, fresh), memory.pinned_slots(), memory.slots)
         return segment.ids.shape, memory.states.shape, *(tuple(some.tolist()) for some in numbers)
-
-    def stepped(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, ...]:
-        """Read a segment, as `read` does, as a function of tensors.
-
-        Args:
-            segment: The segment, of a kind; its ids may be on the model's device.
-            memory: The memory before it.
-
-        Returns:
-            The last hidden states, states and ages of the memory after it, and whether something could not be matched.
-        """
-        before, self.unmatched = self.unmatched, []
-        try:
-            hidden, after = self.read(segment, memory)
-            assert after.ages is not None
-            found = torch.stack(self.unmatched).any() if self.unmatched else hidden.new_zeros((), dtype=torch.bool)
-            return hidden, after.states, after.ages, found
-        finally:
-            self.unmatched = before
 
     def finish(self) -> None:
         """Warn if values could not be matched since the last call. Synchronises with the device."""
@@ -208,16 +192,16 @@ class MatchedWriter:
 
     def _queries(self, segment, before, slots, own):
         """The queries that the memory is matched to; `own` are those of the pass that has read the segment."""
-        found = [own] if "own" in self._sources else []
-        if self._sources != ["own"]:
+        found = [own] if "own" in self.sources else []
+        if self.sources != ["own"]:
             old, new = slots
             together = old.followed_by(new)
             together = together.within(int(together.counts.max()))
             whole = replaced(before, range(len(before)), [(range(len(before)), together)])
-            if "reread" in self._sources:
+            if "reread" in self.sources:
                 everyone = torch.ones(len(before), dtype=torch.bool)
                 found.append(self._asked([(segment.ids, segment.mask, everyone)], whole))
-            if "pairs" in self._sources:
+            if "pairs" in self.sources:
                 found += self._asked_questions(segment, whole, own)
         return joined(found)
 
@@ -259,7 +243,7 @@ class MatchedWriter:
                 ids[index, width - len(row) :], mask[index, width - len(row) :] = row, 1
             texts.append((ids, mask, torch.tensor([place < len(row) for row in asked])))
         found = [self._asked(texts, whole)] if texts else []
-        if not bool(has_some.all()) and "own" not in self._sources:
+        if not bool(has_some.all()) and "own" not in self.sources:
             hidden = uploaded(has_some, own.positions.device)[:, None]
             found.append(Queries(own.calls, own.positions.masked_fill(hidden, -1)))
         return found
