@@ -10,6 +10,7 @@ _EXPORTS = {
     "GradientReport": "reversible",
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
+    "MasterAdamW": "integrations.masters",
     "Memory": "memory",
     "MemoryNotReadError": "reversible.past",
     "MemoryReport": "memory_check",
@@ -29,6 +30,7 @@ _EXPORTS = {
     "check_memories": "memory_check",
     "load_model": "data.models",
     "make_reversible": "reversible",
+    "master_weights": "integrations.masters",
     "reading_backward": "reversible",
     "replay": "reversible",
     "restore": "reversible",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
     from .config import R3MemConfig
     from .data.models import load_model
     from .hierarchy import build_pairs
+    from .integrations.masters import MasterAdamW, master_weights
     from .memory import Memory
     from .memory_check import MemoryReport, check_memories
     from .model import R3MemModel
@@ -65,6 +68,7 @@ __all__ = [
     "GradientReport",
     "IntegrityError",
     "InverseReport",
+    "MasterAdamW",
     "Memory",
     "MemoryNotReadError",
     "MemoryReport",
@@ -85,6 +89,7 @@ __all__ = [
     "check_memories",
     "load_model",
     "make_reversible",
+    "master_weights",
     "reading_backward",
     "replay",
     "restore",
