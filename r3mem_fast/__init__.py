@@ -28,12 +28,14 @@ _EXPORTS = {
     "check_integrity": "reversible",
     "check_inverse": "reversible",
     "check_memories": "memory_check",
+    "compile_layers": "reversible",
     "load_model": "data.models",
     "make_reversible": "reversible",
     "master_weights": "integrations.masters",
     "reading_backward": "reversible",
     "replay": "reversible",
     "restore": "reversible",
+    "uncompile_layers": "reversible",
 }
 
 if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot follow `__getattr__`
@@ -53,10 +55,12 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
         check_gradients,
         check_integrity,
         check_inverse,
+        compile_layers,
         make_reversible,
         reading_backward,
         replay,
         restore,
+        uncompile_layers,
     )
     from .reversible.past import MemoryNotReadError
     from .training.collate import PairCollator
@@ -87,12 +91,14 @@ __all__ = [
     "check_integrity",
     "check_inverse",
     "check_memories",
+    "compile_layers",
     "load_model",
     "make_reversible",
     "master_weights",
     "reading_backward",
     "replay",
     "restore",
+    "uncompile_layers",
 ]
 
 

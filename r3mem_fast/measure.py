@@ -63,6 +63,11 @@ class StorageRecorder(TorchDispatchMode):
         self._before: dict[int, StorageWeakRef] = {}
         self._created: dict[int, tuple] = {}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as it is while this records; torch.compile would give it up for good otherwise."""
+        return True
+
     def __enter__(self) -> "StorageRecorder":
         """Note the storages that exist already, and begin to record."""
         for tensor in _python_tensors():
