@@ -51,6 +51,9 @@ class StorageRecorder(TorchDispatchMode):
         phase: Label of what is created from now on; `begin` changes it.
     """
 
+    # Compiled code has some, such as those that save random states for checkpointing.
+    supports_higher_order_operators = True
+
     def __init__(self, phase: str | int | None = None) -> None:
         """Prepare to record.
 
