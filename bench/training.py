@@ -46,13 +46,12 @@ from typing import Any
 import torch
 import transformers
 
-from r3mem_fast.kernels.coupling import kept_bytes, side_bits_size
 from r3mem_fast.measure import ForwardMemory, peak_rss, reset_peak_rss
 
 from .coupling_cases import DTYPES
 from .models import SHAPES, apply_liger, has_liger, load
 from .records import add_output_option, write_records
-from .training_arms import ARMS, LIGER, LIGER_ARMS, Task, TrainingArm, Unavailable, recover, set_up, truncate
+from .training_arms import ALL_ARMS, ARMS, LIGER, LIGER_ARMS, Task, TrainingArm, Unavailable, recover, set_up, truncate
 from .training_report import completed, slope_table, slopes, table
 
 __all__ = [
@@ -306,11 +305,7 @@ def _record(training: TrainingArm, arm: str, loss: float, memory: ForwardMemory,
     record["live_bytes"], record["live_bytes_total"] = memory.on(device).layers, memory.on(device).total
     if device != "cpu":
         record["live_host_bytes"] = memory.on("cpu").layers
-    if arm.startswith("reversible"):
-        elements = training.input_ids.numel() * training.model.config.hidden_size
-        bits = int(arm.removesuffix(LIGER)[-1])
-        record["side_bytes_per_layer"] = side_bits_size(elements, bits)
-        record["checksum_bytes_per_layer"] = kept_bytes(elements, None)
+    record |= training.bytes_per_layer(arm)
     if note is not None:
         record["note"] = note
     return record
@@ -330,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=_positive, default=512, help="in a sequence (%(default)s)")
     parser.add_argument("--batch", type=_positive, default=1, help="sequences (%(default)s)")
     parser.add_argument("--depth", type=_positive_list, help="decoder layers kept, as in 8,16,30 (all)")
-    parser.add_argument("--arms", type=lambda text: text.split(","), help=", ".join(ARMS + LIGER_ARMS))
+    parser.add_argument("--arms", type=lambda text: text.split(","), help=", ".join(ALL_ARMS))
     parser.add_argument("--runs", type=_positive, default=7, help="timed steps an arm (%(default)s)")
     parser.add_argument("--lora-rank", type=_positive, default=16, help="(%(default)s)")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="(%(default)s)")
@@ -342,8 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
     arms = options.arms or list(ARMS if device == "cpu" else ARMS + LIGER_ARMS)
-    if unknown := [arm for arm in arms if arm not in ARMS + LIGER_ARMS]:
-        parser.error(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
+    if unknown := [arm for arm in arms if arm not in ALL_ARMS]:
+        parser.error(f"unknown arm {unknown[0]!r}; there are {', '.join(ALL_ARMS)}")
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

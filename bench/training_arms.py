@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from r3mem_fast import MomentumCoupling, make_reversible, restore
+from r3mem_fast import MomentumCoupling, compile_layers, make_reversible, restore
 from r3mem_fast.integrations.compat import checkpointing_switches
+from r3mem_fast.kernels.coupling import kept_bytes, side_bits_size
 from r3mem_fast.measure import ForwardMemory, forward_memory
 from r3mem_fast.reversible.convert import find_decoder_layers
 
@@ -22,6 +23,9 @@ BASELINE = "checkpoint"
 ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
 LIGER = "-liger"  # an arm whose name ends with this runs on Liger's kernels
 LIGER_ARMS = tuple(arm + LIGER for arm in (BASELINE, "checkpoint-offload", "reversible-b4"))
+COMPILED = "-compiled"  # an arm whose name ends with this has layers that torch.compile compiles, one graph for all
+COMPILED_ARMS = tuple(arm + COMPILED for arm in ("plain", BASELINE, "reversible-b4", "reversible-b2"))
+ALL_ARMS = ARMS + LIGER_ARMS + COMPILED_ARMS
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -115,6 +119,8 @@ class TrainingArm:
         """Set a plain arm's model up for `arm`, time a training step in seconds, and make the model plain again."""
         base = self.model.get_base_model()
         set_up(base, arm)
+        if arm.endswith(COMPILED):
+            self.step()  # compiles, the first time
         seconds = self.timed_step()
         tear_down(base, arm)
         return seconds
@@ -155,6 +161,14 @@ class TrainingArm:
         self._optimizer.zero_grad()
         return memory
 
+    def bytes_per_layer(self, arm: str) -> dict[str, int]:
+        """Return what a layer of a reversible arm keeps, its side bits and its checksums; nothing for other arms."""
+        if not arm.startswith("reversible"):
+            return {}
+        elements = self.input_ids.numel() * self.model.config.hidden_size
+        side_bytes = side_bits_size(elements, _side_bits_of(arm))
+        return {"side_bytes_per_layer": side_bytes, "checksum_bytes_per_layer": kept_bytes(elements, None)}
+
     def _synchronize(self) -> None:
         if self.input_ids.is_cuda:
             torch.cuda.synchronize(self.input_ids.device)
@@ -177,10 +191,18 @@ def set_up(model: Any, arm: str) -> str | None:
         ValueError: The arm is unknown.
     """
     arm = arm.removesuffix(LIGER)
+    if arm.endswith(COMPILED):
+        note = set_up(model, arm.removesuffix(COMPILED))
+        if arm.startswith("reversible"):
+            compile_layers(model)
+        else:
+            for layer in find_decoder_layers(model)[1]:
+                layer.compile(dynamic=False)
+        return note
     if arm == "plain":
         return None
     if arm.startswith("reversible-b"):
-        make_reversible(model, MomentumCoupling(bits=int(arm.removeprefix("reversible-b"))))
+        make_reversible(model, MomentumCoupling(bits=_side_bits_of(arm)))
         return None
     if arm == "checkpoint-every-4":
         _enable_checkpointing(model, every_n_layers=4)
@@ -203,11 +225,18 @@ def set_up(model: Any, arm: str) -> str | None:
     if arm == BASELINE:
         _enable_checkpointing(model)
         return None
-    raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS + LIGER_ARMS)}")
+    raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ALL_ARMS)}")
+
+
+def _side_bits_of(arm):
+    return int(arm.removesuffix(LIGER).removesuffix(COMPILED).removeprefix("reversible-b"))
 
 
 def tear_down(model: Any, arm: str) -> None:
     """Undo `set_up`."""
+    if arm.endswith(COMPILED):
+        for layer in find_decoder_layers(model)[1]:
+            layer._compiled_call_impl = None  # torch has no method that undoes `compile`
     if arm.startswith("reversible"):
         restore(model)
     elif arm.startswith(BASELINE):

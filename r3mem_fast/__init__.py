@@ -10,6 +10,7 @@ _EXPORTS = {
     "GradientReport": "reversible",
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
+    "MasterAdamW": "integrations.masters",
     "Memory": "memory",
     "MemoryNotReadError": "reversible.past",
     "MemoryReport": "memory_check",
@@ -27,17 +28,21 @@ _EXPORTS = {
     "check_integrity": "reversible",
     "check_inverse": "reversible",
     "check_memories": "memory_check",
+    "compile_layers": "reversible",
     "load_model": "data.models",
     "make_reversible": "reversible",
+    "master_weights": "integrations.masters",
     "reading_backward": "reversible",
     "replay": "reversible",
     "restore": "reversible",
+    "uncompile_layers": "reversible",
 }
 
 if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot follow `__getattr__`
     from .config import R3MemConfig
     from .data.models import load_model
     from .hierarchy import build_pairs
+    from .integrations.masters import MasterAdamW, master_weights
     from .memory import Memory
     from .memory_check import MemoryReport, check_memories
     from .model import R3MemModel
@@ -50,10 +55,12 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
         check_gradients,
         check_integrity,
         check_inverse,
+        compile_layers,
         make_reversible,
         reading_backward,
         replay,
         restore,
+        uncompile_layers,
     )
     from .reversible.past import MemoryNotReadError
     from .training.collate import PairCollator
@@ -65,6 +72,7 @@ __all__ = [
     "GradientReport",
     "IntegrityError",
     "InverseReport",
+    "MasterAdamW",
     "Memory",
     "MemoryNotReadError",
     "MemoryReport",
@@ -83,11 +91,14 @@ __all__ = [
     "check_integrity",
     "check_inverse",
     "check_memories",
+    "compile_layers",
     "load_model",
     "make_reversible",
+    "master_weights",
     "reading_backward",
     "replay",
     "restore",
+    "uncompile_layers",
 ]
 
 

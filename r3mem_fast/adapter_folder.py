@@ -21,6 +21,7 @@ from .data import hub
 from .data.models import EMBEDDED_MODEL, load_model
 from .files import flush, locked
 from .fingerprints import fingerprint
+from .integrations.masters import master_weights
 from .manifest import (
     ADAPTER_FILES,
     FORMAT_VERSION,
@@ -43,7 +44,8 @@ def save(model: Any, folder: str | Path, *, adapter_dtype: torch.dtype | None = 
     Args:
         model: A `Network`.
         folder: The folder, made if it is not there.
-        adapter_dtype: Dtype that the weights of adapters and memory tokens are rounded to; None: that which they have.
+        adapter_dtype: Dtype that the weights of adapters and memory tokens are rounded to; None: that which they have,
+            in training with `MasterAdamW` that of their master weights.
         details: More entries of the manifest, values for JSON.
 
     Raises:
@@ -68,12 +70,13 @@ def _save(model, folder, manifest, adapter_dtype):
         shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        # Embeddings belong to the base model. PEFT would ask a model hub about them, if it were left to choose.
-        model.peft_model.save_pretrained(staging, save_embedding_layers=False)
         files = list(ADAPTER_FILES)
-        if model.memory_embeddings is not None:
-            save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / MEMORY_TOKENS)
-            files.append(MEMORY_TOKENS)
+        with master_weights(model):
+            # Embeddings belong to the base model. PEFT would ask a model hub about them, if it were left to choose.
+            model.peft_model.save_pretrained(staging, save_embedding_layers=False)
+            if model.memory_embeddings is not None:
+                save_file({"embeddings": model.memory_embeddings.detach().cpu().contiguous()}, staging / MEMORY_TOKENS)
+                files.append(MEMORY_TOKENS)
         if adapter_dtype is not None:
             for name in files[1:]:
                 rounded = {key: tensor.to(adapter_dtype) for key, tensor in load_file(staging / name).items()}

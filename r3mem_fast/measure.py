@@ -51,6 +51,9 @@ class StorageRecorder(TorchDispatchMode):
         phase: Label of what is created from now on; `begin` changes it.
     """
 
+    # Compiled code has some, such as those that save random states for checkpointing.
+    supports_higher_order_operators = True
+
     def __init__(self, phase: str | int | None = None) -> None:
         """Prepare to record.
 
@@ -62,6 +65,11 @@ class StorageRecorder(TorchDispatchMode):
         # Keys are addresses of C++ storages; an address is not used again while a weak reference to it exists.
         self._before: dict[int, StorageWeakRef] = {}
         self._created: dict[int, tuple] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as it is while this records; torch.compile would give it up for good otherwise."""
+        return True
 
     def __enter__(self) -> "StorageRecorder":
         """Note the storages that exist already, and begin to record."""

@@ -143,6 +143,26 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def gradients_aside(module: nn.Module) -> Iterator[None]:
+    """Let the parameters of a module have no gradients in the block, in which none may be added.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Nothing.
+    """
+    before = [(parameter, parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+    try:
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
 def without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
     """Take some hooks off a module in the block; afterwards all are called in the order in which they were.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .masters import masters_of
 from .peft import own_parameters
 
 
@@ -24,6 +25,7 @@ class TrainerInterface(torch.nn.Module):
 
     def _register_checkpoint_hooks(self):
         self.register_state_dict_post_hook(_leave_frozen_base_out)
+        self.register_state_dict_post_hook(_give_masters)
         self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
 
     def to(self, *args: Any, **settings: Any) -> "TrainerInterface":
@@ -171,6 +173,11 @@ def _leave_frozen_base_out(model, state, prefix, metadata):
         # A quantised weight has more entries of its own, such as the scales of its blocks.
         for entry in [entry for entry in state if entry.startswith(f"{prefix}{name}.")]:
             del state[entry]
+
+
+def _give_masters(model, state, prefix, metadata):
+    """Put master weights into a checkpoint, in place of what they were rounded to: hook after `state_dict`."""
+    state.update({prefix + name: master for name, master in masters_of(model).items() if prefix + name in state})
 
 
 def _do_not_miss_frozen_base(model, incompatible):

@@ -2,6 +2,7 @@
 
 from ..integrations import attention  # noqa: F401  (registers attn_implementation="r3mem")
 from .check import GradientReport, InverseReport, check_gradients, check_inverse
+from .compiled import compile_layers, uncompile_layers
 from .convert import check_integrity, make_reversible, restore
 from .coupling import MomentumCoupling
 from .direction import reading_backward
@@ -16,8 +17,10 @@ __all__ = [
     "check_gradients",
     "check_integrity",
     "check_inverse",
+    "compile_layers",
     "make_reversible",
     "reading_backward",
     "replay",
     "restore",
+    "uncompile_layers",
 ]

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import replacing
+from ..integrations.masters import MasterAdamW, keep_master_weights
 from ..integrations.scoped import unchanged_on_failure
 from ..manifest import TRAIN_CHECKPOINTS
 from ..model import R3MemModel
@@ -109,9 +110,10 @@ def train(
     """Train the adapters and memory tokens of a model on long texts, through the memories of their segments.
 
     The loss is that of `R3MemModel.forward` with labels, in nats a token, with the model's `distillation_weight`. With
-    weights in bfloat16, autocast to bfloat16 is on; adapters and the optimizer's moments are float32. A model without
-    memory tokens reads each window in one pass: an ordinary fine-tune, to compare with. If training is interrupted, or
-    fails, the adapter is as it was before.
+    weights in bfloat16, autocast to bfloat16 is on; adapters and the optimizer's moments are float32. With the setting
+    `adapter_precision="bfloat16"` autocast is off, and adapters are bfloat16 until training ends; what is stepped and
+    saved is float32 (`MasterAdamW`). A model without memory tokens reads each window in one pass: an ordinary
+    fine-tune, to compare with. If training is interrupted, or fails, the adapter is as it was before.
 
     Args:
         model: The model.
@@ -126,8 +128,8 @@ def train(
         A report.
 
     Raises:
-        ValueError: The model is in float16 or on another device than Trainer's, all texts are too short, or the folder
-            holds the checkpoints of another run.
+        ValueError: The model is in float16 or on another device than Trainer's, adapters are to be in bfloat16 and the
+            model is not, all texts are too short, or the folder holds the checkpoints of another run.
         IntegrityError: A pass could not be trusted.
     """
     settings = TrainSettings() if settings is None else settings
@@ -136,6 +138,12 @@ def train(
         warn_if_busy(model.device)
     if model.peft_model.dtype == torch.float16:
         raise ValueError("training in float16 overflows without a scaled loss; load the model in bfloat16 or float32")
+    rounded = settings.adapter_precision == "bfloat16"
+    if rounded and model.peft_model.dtype != torch.bfloat16:
+        raise ValueError(
+            f'adapter_precision="bfloat16" is for weights in bfloat16, and the model\'s are {model.peft_model.dtype}: '
+            'adapters in another dtype would cast what they are given. Load it in bfloat16, or use "float32"'
+        )
     if model.learns_memories and model.memory_embeddings is None:
         raise ValueError(
             "matched memories need no training, and have nothing that could learn: compress with the model as "
@@ -156,7 +164,7 @@ def train(
         weight_decay=0.0,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        bf16=model.peft_model.dtype == torch.bfloat16,
+        bf16=model.peft_model.dtype == torch.bfloat16 and not rounded,
         use_cpu=model.device.type == "cpu",
         save_steps=settings.checkpoint_steps,
         save_total_limit=2,
@@ -180,11 +188,21 @@ def train(
         model.load_state_dict(load_file(last / SAFE_WEIGHTS_NAME))
         model.eval()
         return _report(TrainerState.load_from_json(last / TRAINER_STATE_NAME), windows, 0.0)
-    trainer = Trainer(model, arguments, collate_windows, train_dataset=windows, callbacks=[_CheckIntegrity(model)])
+    _, of_optimizer = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    trainer = Trainer(
+        model,
+        arguments,
+        collate_windows,
+        train_dataset=windows,
+        callbacks=[_CheckIntegrity(model)],
+        optimizer_cls_and_kwargs=(MasterAdamW, of_optimizer) if rounded else None,
+    )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     try:
-        with unchanged_on_failure(model):  # what was learned is in the checkpoints
+        # What was learned is in the checkpoints.
+        with unchanged_on_failure(model), contextlib.ExitStack() as afterwards:
+            afterwards.callback(keep_master_weights, model)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         model.eval()
@@ -247,6 +265,8 @@ def _identity(model, rows, settings):
     """Values for JSON that are the same for a run and for the checkpoints that it may go on from."""
     free = ("checkpoint_steps",)
     described = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    if settings.adapter_precision == "float32":  # a later setting: checkpoints from before it are of such runs
+        del described["adapter_precision"]
     origin = model.origin_of_adapters()
     return {
         "settings": described,

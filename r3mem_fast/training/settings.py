@@ -112,6 +112,16 @@ class TrainSettings:
         above=0,
     )
     warmup_steps: int = setting(20, "Steps until the learning rate is reached.", group=RUN, least=0)
+    adapter_precision: str = setting(
+        "float32",
+        "Dtype of adapters and memory tokens in training. `float32`: beside weights in bfloat16 autocast rounds them, "
+        "and what they are multiplied with, in each pass; `bfloat16`, for weights in bfloat16: they are rounded after "
+        "each step from float32 master weights, gradients are added in float32, and autocast is off. Checkpoints and "
+        "what is saved hold float32 in both cases.",
+        group=RUN,
+        option="adapter-precision",
+        choices=("float32", "bfloat16"),
+    )
     held_out: float = setting(
         0.0, "Share of each text, at its end, that is not trained on.", group=RUN, option="hold-out", least=0, below=1
     )

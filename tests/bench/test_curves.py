@@ -21,6 +21,16 @@ def test_loss_curve(folder, tmp_path, capsys):
     assert len(record["reversible"]) == 5 and record["max_abs_difference"] == 0.0
 
 
+def test_loss_curve_of_adapters(folder, tmp_path, capsys):
+    output = tmp_path / "curve.jsonl"
+    options = ["--compare", "adapters", "--learning-rate", "1e-3", "--steps", "5", "--tokens", "20"]
+    loss_curve.main(["--model", str(folder), *options, "--output", str(output)])
+    assert "masters from float32" in capsys.readouterr().out
+    (record,) = read(output)
+    assert len(record["masters"]) == len(record["bfloat16"]) == 5 and record["dtype"] == "bfloat16"
+    assert record["max_abs_difference"] <= 1e-2 and record["max_abs_difference_of_bfloat16"] >= 0
+
+
 def test_perplexity(folder, tmp_path, capsys):
     output = tmp_path / "perplexity.jsonl"
     perplexity.main(["--model", str(folder), "--tokens", "20", "--windows", "2", "--output", str(output)])

@@ -1,3 +1,4 @@
+import functools
 import json
 import multiprocessing
 import threading
@@ -6,8 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import context, models, training
+from bench import context, models, training, training_arms
 from bench.records import environment
+from r3mem_fast import compile_layers
 from r3mem_fast.kernels import coupling
 from r3mem_fast.reversible.convert import find_decoder_layers
 
@@ -81,6 +83,26 @@ def test_arms_without_reversibility_train_alike_and_hold_less_the_more_they_chec
     if not torch.accelerator.is_available():
         assert live["checkpoint-offload"] == live["checkpoint"]
         assert "no accelerator" in arms["checkpoint-offload"].note
+
+
+def test_compiled_arms_are_set_up_and_undone(monkeypatch):
+    """They train as their namesakes do; what is timed after them runs uncompiled."""
+    monkeypatch.setattr(training_arms, "compile_layers", functools.partial(compile_layers, backend="aot_eager"))
+    quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    arm = arm_of("plain")
+    layer, losses = arm.layers[0], {}
+    for name in training_arms.COMPILED_ARMS:
+        base = arm.model.get_base_model()
+        training.set_up(base, name)
+        compiled = layer._compiled_call_impl is not None
+        losses[name] = arm.forward().item()
+        training_arms.tear_down(base, name)
+        assert compiled != name.startswith("reversible") and layer._compiled_call_impl is None
+        assert bool(arm.bytes_per_layer(name)) == name.startswith("reversible")
+        training.set_up(base, name.removesuffix("-compiled"))
+        assert arm.forward().item() == pytest.approx(losses[name], rel=1e-4)
+        training_arms.tear_down(base, name.removesuffix("-compiled"))
 
 
 def test_measuring_the_live_bytes_leaves_the_arm_as_it_was():
