@@ -24,7 +24,9 @@ class FixedLayer(DynamicLayer):
         missing = (0, 0, 0, room - keys.shape[2])
         self.keys, self.values = (torch.nn.functional.pad(states, missing) for states in (keys, values))
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values of one token, `[B, kv_heads, 1, head_dim]`; returns those of all places."""
         self.keys.index_copy_(2, self._place, key_states)
         self.values.index_copy_(2, self._place, value_states)

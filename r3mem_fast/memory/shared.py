@@ -39,7 +39,9 @@ class SharedMemories:
     device: torch.device
 
     @classmethod
-    def of(cls, model: Any, memories: Sequence[Memory], sources: Sequence[Any], positions: torch.Tensor):
+    def of(
+        cls, model: Any, memories: Sequence[Memory], sources: Sequence[Any], positions: torch.Tensor
+    ) -> "SharedMemories":
         """Put memories to their positions.
 
         Args:
