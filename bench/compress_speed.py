@@ -25,6 +25,7 @@ from r3mem_fast import R3MemConfig, R3MemModel
 from r3mem_fast.devices import as_dtype
 from r3mem_fast.integrations import graphs
 from r3mem_fast.integrations.compat import cache_argument
+from r3mem_fast.integrations.scoped import temporarily
 
 from . import models
 from .decode import Operations
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overlap", type=int, default=32, help="of these read again with the next (%(default)s)")
     parser.add_argument("--slots", type=int, default=64, help="of a segment (%(default)s)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 256], help="slots in all (%(default)s)")
+    parser.add_argument("--attention", default="sdpa", help="of compress; the rivals' is sdpa (%(default)s)")
     parser.add_argument("--rows", type=int, default=1, help="histories at one time (%(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="of runs, alternating (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -75,8 +77,10 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
     pieces = [ids[:, start : (index + 1) * length] for index, start in enumerate(starts)]
     history = ids.cpu()
 
+    model.plain_model.set_attn_implementation(options.attention)
+
     def prefill(pieces: Sequence[torch.Tensor] = pieces) -> None:
-        with model.unconverted():
+        with model.unconverted(), temporarily(model.decoder.config, _attn_implementation="sdpa"):
             for piece in pieces:
                 cache = DynamicCache(config=model.config)
                 model.decoder(input_ids=piece, use_cache=True, **cache_argument(model.decoder, cache))
@@ -111,8 +115,8 @@ def _compare(options: argparse.Namespace, dtype: str, length: int, budget: int, 
     read = sum(piece.numel() for piece in pieces)
     return {
         "model": options.model, "device": options.device,
-        "dtype": dtype, "slots": options.slots, "budget": budget, "segment_length": length,
-        "rows": options.rows, "tokens": total, "again": round(read / total - 1, 4), "threads": torch.get_num_threads(),
+        "dtype": dtype, "attention": options.attention, "slots": options.slots, "budget": budget,
+        "segment_length": length, "rows": options.rows, "tokens": total, "again": round(read / total - 1, 4), "threads": torch.get_num_threads(),
         **{f"{arm}_tokens_per_second": round(total / statistics.median(times), 1) for arm, times in seconds.items()},
         "of_prefill": round(statistics.median(ratios), 4), "lowest": round(ratios[0], 4),
         "highest": round(ratios[-1], 4), "pairs": options.pairs, **counts, **more,

@@ -73,15 +73,15 @@ def compress_speed() -> str:
     """Return the table of compressing against plain prefill."""
     rows = [
         (
-            r["dtype"], str(r["budget"]), f"{r['compress_tokens_per_second']:.0f}",
+            r["dtype"], r["attention"], str(r["budget"]), f"{r['compress_tokens_per_second']:.0f}",
             f"{r['prefill_tokens_per_second']:.0f}",
             f"{r['of_prefill']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})",
             f"{r['compress_operations']:.1f} of {r['prefill_operations']:.1f}",
         )
         for r in records("compress_speed_smollm2")
     ]  # fmt: skip
-    names = ("dtype", "slots in all", "compress, tokens/s", "plain prefill, tokens/s", "compress of prefill",
-             "operations a segment and layer")  # fmt: skip
+    names = ("dtype", "attention", "slots in all", "compress, tokens/s", "plain prefill, tokens/s",
+             "compress of prefill", "operations a segment and layer")  # fmt: skip
     return table(names, rows)
 
 
