@@ -113,3 +113,14 @@ def test_windows_are_read_as_always(monkeypatch, captures, family):
     model = made(family).eval()
     model.recall(torch.tensor([[5, 6, 7]]), max_new_tokens=5)
     assert not captures
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backward", ["reversed", "inverse"])
+def test_graphs_of_a_gpu(monkeypatch, backward):
+    model = made(backward=backward).eval().to("cuda")
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]], device="cuda")
+    monkeypatch.delenv(graphs.VARIABLE, raising=False)
+    expected = model.recall(ids, max_new_tokens=30)
+    monkeypatch.setenv(graphs.VARIABLE, "1")
+    assert all(map(torch.equal, model.recall(ids, max_new_tokens=30), expected))

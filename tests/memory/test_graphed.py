@@ -149,3 +149,18 @@ def test_graphs_are_asked_for(monkeypatch):
     monkeypatch.setenv(graphs.VARIABLE, "yes")
     with pytest.raises(ValueError, match='R3MEM_GRAPHS must be 0, 1 or "diagonal"'):
         graphs.are_wanted(far)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("value", ["1", "diagonal"])
+@pytest.mark.parametrize("attention", ["sdpa", "r3mem"])
+def test_graphs_of_a_gpu(monkeypatch, value, attention):
+    """Captured and replayed, they keep what is kept without them."""
+    model = network(of_base={"attn_implementation": attention}).to("cuda")
+    ids = ids_of(16 * 14 + 5, 2)
+    monkeypatch.delenv(graphs.VARIABLE, raising=False)
+    expected = model.compress(ids, finish=True)
+    monkeypatch.setenv(graphs.VARIABLE, value)
+    found = model.compress(ids, finish=True)
+    torch.testing.assert_close(found.states, expected.states)
+    assert torch.equal(found.ages, expected.ages)
