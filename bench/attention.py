@@ -10,6 +10,7 @@ One record a case and arm, with `milliseconds` (median, quartiles beside it) and
     r3mem          `memory_attention` (decoding: `memory_decode`), by the implementation that the dispatcher chooses
     reference      the specification in PyTorch (up to 2048 tokens: it makes the whole matrix)
     vendor         the vendor's attention merged with a pass over the memory, where it can run
+    specialised    on a GPU: our forward pass whose warps share out the work, where it can run; backward as `r3mem`
     sdpa           PyTorch's attention over memory and segment concatenated, the copy included, by the backend that it
                    chooses for a mask
     sdpa-flash, sdpa-cudnn, sdpa-efficient    on a GPU, each backend alone; flash by a causal mask at the lower right
@@ -111,6 +112,8 @@ class TimedCase:
             found["reference"] = ("reference", ours)
         if not decodes:
             found["vendor"] = ("vendor", ours)
+            if device != "cpu":
+                found["specialised"] = ("specialised", ours)
         others = {"sdpa": sdpa, "copy": lambda: joined()[0]}
         if device != "cpu":
             others |= self._arms_of_gpus(query, joined, sdpa, decodes)
@@ -175,7 +178,10 @@ def timed_cases(device, few=False):
 
 def forced(implementation):
     """Force an implementation of ours in the block, if one is named: a context manager."""
-    return mock.patch.dict(os.environ, {} if implementation is None else {dispatch.VARIABLE: implementation})
+    variables = {} if implementation is None else {dispatch.VARIABLE: implementation}
+    if implementation == "specialised":
+        variables = {dispatch.VARIABLE: "triton", dispatch.FORWARD_VARIABLE: implementation}
+    return mock.patch.dict(os.environ, variables)
 
 
 def step_of(case, arm, tensors):

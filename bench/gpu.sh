@@ -101,8 +101,10 @@ tests() { echo "$python" -m pytest -q -p no:cacheprovider "$@"; }
 
 correctness() {
     local long=tests/kernels/test_attention_long.py triton=tests/kernels/test_attention_triton.py
+    local specialised=tests/kernels/test_attention_specialised.py
     if [[ $rehearse ]]; then
-        together 300 long $(tests $long -k 64) -- decode $(tests $triton -k head_dims)
+        together 300 long $(tests $long -k 64) -- decode $(tests $triton -k head_dims) -- \
+            specialised $(tests $specialised -k short)
         return
     fi
     together 330 \

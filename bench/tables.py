@@ -196,7 +196,7 @@ def attention_kernels() -> str:
     traffic = {(r["kernel"], r["head_dim"]): r for r in records("traffic_attention")}
     variants: dict[tuple[str, int], dict[str, dict]] = {}
     for record in records("compile_gate_attention"):
-        if record["dtype"] == "bfloat16":
+        if record["dtype"] == "bfloat16" and "warps" not in record:  # those have a table of their own
             variants.setdefault((record["kernel"], record["head_dim"]), {})[record["target"]] = record
     rows = []
     for (kernel, head_dim), found in sorted(variants.items(), key=_place):
