@@ -9,7 +9,7 @@ One record a case and arm, with `milliseconds` (median, quartiles beside it) and
 
     r3mem          `memory_attention` (decoding: `memory_decode`), by the implementation that the dispatcher chooses
     reference      the specification in PyTorch (up to 2048 tokens: it makes the whole matrix)
-    vendor         the vendor's attention merged with a pass over the memory, where it can run
+    vendor         the vendor's attention merged with a pass over the memory, where it can run; `kernel` is which it is
     specialised    on a GPU: our forward pass whose warps share out the work, where it can run; backward as `r3mem`
     sdpa           PyTorch's attention over memory and segment concatenated, the copy included, by the backend that it
                    chooses for a mask
@@ -35,7 +35,7 @@ from unittest import mock
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from r3mem_fast.kernels.attention import dispatch, memory_attention, memory_decode
+from r3mem_fast.kernels.attention import dispatch, memory_attention, memory_decode, vendor
 from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 
 from .records import add_output_option, add_record
@@ -230,6 +230,7 @@ def records_of(case, device, rounds, few=False):
             **common,
             "arm": name,
             "runs": chosen.implementation if name == "r3mem" else name,
+            **({"kernel": vendor.choose_kernel(*tensors[:3])} if name == "vendor" else {}),
             "milliseconds": round(statistics.median(found), 4),
             "milliseconds_quartiles": [round(low, 4), round(high, 4)],
             "ratio": round(statistics.median(ratios), 3),

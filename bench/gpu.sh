@@ -114,7 +114,7 @@ correctness() {
         random-others $(tests $triton) -k "not forward and not head_dims and not backward" -- \
         matching $(tests tests/kernels/test_matching_triton.py tests/kernels/test_matching.py) -- \
         coupling $(tests tests/kernels/test_coupling.py tests/kernels/test_coupling_operators.py) -- \
-        operators $(tests tests/kernels/test_attention.py tests/kernels/test_dispatch.py)
+        operators $(tests tests/kernels/test_attention.py tests/kernels/test_attention_vendor.py tests/kernels/test_dispatch.py)
     # It takes up to 40 GB of the GPU's memory.
     step coupling-large 140 $(tests tests/kernels/test_coupling_triton.py tests/reversible/test_kernels.py)
 }

@@ -32,6 +32,7 @@ def test_records():
     found = {record["arm"]: record for record in attention.records_of(case, "cpu", rounds=2)}
     assert set(found) == {"r3mem", "reference", "vendor", "sdpa"}
     assert found["r3mem"]["runs"] == "vendor" and found["r3mem"]["ratio"] == 1.0
+    assert found["vendor"]["kernel"] == "cpu"
     assert all(record["milliseconds"] > 0 for record in found.values())
 
 
