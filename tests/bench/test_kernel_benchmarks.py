@@ -127,6 +127,14 @@ print(json.dumps([(record, compile_gate.problems(record)) for record in records]
     assert "its warps do not share out the work" in wrong
 
 
+def test_what_an_older_compiler_spills_is_known_to_be_its_own(monkeypatch):
+    record = {"kernel": "attention_key/plain", "dtype": "float16", "target": "cuda:90", "head_dim": 128, "spills": 80}
+    record |= {"vector_bytes": 16, "shared_bytes": 0, "matrix": "wgmma"}
+    for version, wanted in (("3.6.0", []), ("3.7.1", ["80 bytes of spills"])):
+        monkeypatch.setattr("triton.__version__", version)
+        assert compile_gate.problems(record) == wanted
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 @pytest.mark.parametrize("case", cases([torch.float32]), ids=lambda case: f"{case.name}-{case.bits}")
 def test_kernels_move_the_least_bytes(case):
