@@ -219,17 +219,21 @@ def records_of(case, device, rounds, few=False):
             with forced(implementation):
                 times[name].append(time_of(step, device, graph=case.passed == "decode"))
     common = dataclasses.asdict(case)
-    inputs = AttentionInputs(*tensors)
-    chosen = dispatch.choose(inputs, AttentionSettings(case.head_dim**-0.5))
+    inputs, settings = AttentionInputs(*tensors), AttentionSettings(case.head_dim**-0.5)
+    chosen = dispatch.choose(inputs, settings)
     if case.passed == "decode":
         chosen = dispatch.choose_for_decoding(inputs.query)
+    runs = {name: name for name in steps} | {"r3mem": chosen.implementation}
+    if "specialised" in steps:  # which leaves to the other kernel what it does not take
+        with forced("specialised"):
+            runs["specialised"] = dispatch.choose_forward(inputs, settings).implementation
     for name, found in times.items():
         ratios = [a / b for a, b in zip(found, times["r3mem"], strict=True)]
         low, _, high = statistics.quantiles(found, n=4)
         yield {
             **common,
             "arm": name,
-            "runs": chosen.implementation if name == "r3mem" else name,
+            "runs": runs[name],
             **({"kernel": vendor.choose_kernel(*tensors[:3])} if name == "vendor" else {}),
             "milliseconds": round(statistics.median(found), 4),
             "milliseconds_quartiles": [round(low, 4), round(high, 4)],
