@@ -9,7 +9,8 @@ One record a case and arm, with `milliseconds` (median, quartiles beside it) and
 
     r3mem          `memory_attention` (decoding: `memory_decode`), by the implementation that the dispatcher chooses
     reference      the specification in PyTorch (up to 2048 tokens: it makes the whole matrix)
-    vendor         the vendor's attention merged with a pass over the memory, where it can run
+    vendor         the vendor's attention merged with a pass over the memory, where it can run; `kernel` is which it is
+    specialised    on a GPU: our forward pass whose warps share out the work, where it can run; backward as `r3mem`
     sdpa           PyTorch's attention over memory and segment concatenated, the copy included, by the backend that it
                    chooses for a mask
     sdpa-flash, sdpa-cudnn, sdpa-efficient    on a GPU, each backend alone; flash by a causal mask at the lower right
@@ -34,7 +35,7 @@ from unittest import mock
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from r3mem_fast.kernels.attention import dispatch, memory_attention, memory_decode
+from r3mem_fast.kernels.attention import dispatch, memory_attention, memory_decode, vendor
 from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 
 from .records import add_output_option, add_record
@@ -111,6 +112,8 @@ class TimedCase:
             found["reference"] = ("reference", ours)
         if not decodes:
             found["vendor"] = ("vendor", ours)
+            if device != "cpu":
+                found["specialised"] = ("specialised", ours)
         others = {"sdpa": sdpa, "copy": lambda: joined()[0]}
         if device != "cpu":
             others |= self._arms_of_gpus(query, joined, sdpa, decodes)
@@ -175,7 +178,10 @@ def timed_cases(device, few=False):
 
 def forced(implementation):
     """Force an implementation of ours in the block, if one is named: a context manager."""
-    return mock.patch.dict(os.environ, {} if implementation is None else {dispatch.VARIABLE: implementation})
+    variables = {} if implementation is None else {dispatch.VARIABLE: implementation}
+    if implementation == "specialised":
+        variables = {dispatch.VARIABLE: "triton", dispatch.FORWARD_VARIABLE: implementation}
+    return mock.patch.dict(os.environ, variables)
 
 
 def step_of(case, arm, tensors):
@@ -213,16 +219,20 @@ def records_of(case, device, rounds, few=False):
             with forced(implementation):
                 times[name].append(time_of(step, device, graph=case.passed == "decode"))
     common = dataclasses.asdict(case)
-    inputs = AttentionInputs(*tensors)
+    inputs, settings = AttentionInputs(*tensors), AttentionSettings(case.head_dim**-0.5)
     choose = dispatch.choose_for_decoding if case.passed == "decode" else dispatch.choose
-    chosen = choose(inputs, AttentionSettings(case.head_dim**-0.5))
+    runs = {name: name for name in steps} | {"r3mem": choose(inputs, settings).implementation}
+    if "specialised" in steps:  # which leaves to the other kernel what it does not take
+        with forced("specialised"):
+            runs["specialised"] = dispatch.choose_forward(inputs, settings).implementation
     for name, found in times.items():
         ratios = [a / b for a, b in zip(found, times["r3mem"], strict=True)]
         low, _, high = statistics.quantiles(found, n=4)
         yield {
             **common,
             "arm": name,
-            "runs": chosen.implementation if name == "r3mem" else name,
+            "runs": runs[name],
+            **({"kernel": vendor.choose_kernel(*tensors[:3])} if name == "vendor" else {}),
             "milliseconds": round(statistics.median(found), 4),
             "milliseconds_quartiles": [round(low, 4), round(high, 4)],
             "ratio": round(statistics.median(ratios), 3),

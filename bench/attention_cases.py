@@ -9,6 +9,8 @@ from r3mem_fast.kernels.attention import MAX_DECODED
 from r3mem_fast.kernels.attention.arguments import AttentionInputs, AttentionSettings
 
 KERNELS = ("forward", "query", "key", "memory", "delta", "decode", "combine")
+# The forward pass again, for some GPUs, head_dims and dtypes; not counted among the others.
+SPECIALISED = "specialised"
 # Variants by where tensors lie, and how many rows or memory tokens there are.
 _LAYOUTS = {
     "forward": ("packed", "alone", "short"),
@@ -24,12 +26,13 @@ _SHAPE = (2, 8, 2, 4096, 128)
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One kernel. kernel: of `KERNELS`; query, key, memory and delta are of the backward pass, combine of decoding.
+    """One kernel.
 
+    kernel: of `KERNELS`, or `SPECIALISED`; query, key, memory and delta are of the backward pass, combine of decoding.
     variant: `plain` (a memory, then the segment, causal), or `all` (also memory lengths, segment starts, a window, a
-    softcap and sinks); of decoding also `many` (as many queries as it takes) and `once` (so many rows that the keys
-    are not split); of others `packed` (sequences one after the other), `alone` (a memory without a
-    segment, as the vendor's attention is merged with) and `short` (a memory of 16 tokens).
+    softcap and sinks; no softcap of SPECIALISED, which takes none); of decoding also `many` (as many queries as it
+    takes) and `once` (so many rows that the keys are not split); of others `packed` (sequences one after the other),
+    `alone` (a memory without a segment, as the vendor's attention is merged with) and `short` (a memory of 16 tokens).
     """
 
     kernel: str
@@ -47,6 +50,11 @@ class AttentionCase:
         """What a record says of the case."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"kernel": self.name, "dtype": dtype, "head_dim": self.head_dim}
+
+    @property
+    def targets(self):
+        """Targets that there is such a kernel for; None: all."""
+        return ("cuda:90", "cuda:100") if self.kernel == SPECIALISED else None
 
     @property
     def uses_tensor_cores(self):
@@ -85,7 +93,7 @@ class AttentionCase:
         settings = AttentionSettings(
             scale=self.head_dim**-0.5,
             window=tokens // 2 if everything else None,
-            softcap=30.0 if everything else None,
+            softcap=30.0 if everything and self.kernel != SPECIALISED else None,
         )
         if decodes:
             inputs = AttentionInputs(query, *own, *of_memory, lengths, starts, sinks=sinks)
@@ -99,6 +107,8 @@ class AttentionCase:
         inputs = AttentionInputs(query, *own, *of_memory, lengths, starts, ends, sinks)
         if self.kernel == "forward":
             return kernels.plan_memory_attention(inputs, settings, target=target)[0]
+        if self.kernel == SPECIALISED:
+            return kernels.forward_specialised.plan_memory_attention(inputs, settings, target=target)[0]
         lse = values(*((heads, rows * tokens) if ends is not None else (rows, heads, tokens)), dtype=torch.float32)
         grad_lse = lse if everything else None
         launches, _ = kernels.plan_memory_attention_backward(
@@ -155,4 +165,9 @@ def attention_cases(dtypes, head_dims=HEAD_DIMS):
             if 128 in head_dims:
                 variants = ("all", *_LAYOUTS.get(kernel, ()))
                 found += [AttentionCase(kernel, variant, 128, dtype) for variant in variants]
+        if dtype.itemsize == 2:
+            variants = ("plain", "all")
+            found += [
+                AttentionCase(SPECIALISED, v, dim, dtype) for v in variants for dim in (64, 128) if dim in head_dims
+            ]
     return found

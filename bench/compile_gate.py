@@ -13,10 +13,15 @@ One record a kernel, target, dtype and number of side bits or head_dim, through 
     matrix         of attention and matching: the instructions of matrix products: `wgmma` (cuda:90), `tcgen05`
                    (cuda:100), `mma`, `mfma` (gfx942); null: none, as for float32, whose products are exact
     loop           of the same, but on gfx942: instructions of the shortest loop with such products; null: none has any
+    warps          of the specialised attention: all warps of a program; `warps_asked`: of these the launch asks for
+    setmaxnreg     of the same: instructions by which its groups of warps pass registers to each other
+    tma            of the same: instructions that copy a tile by its tensor descriptor
 
-Exit status 1 if a kernel fails to compile, spills (but for those in `_SPILLS`), exceeds its shared memory, has no
-16-byte access, if a coupling kernel fuses, or if attention in bfloat16 or float16 does without matrix instructions:
-wgmma on cuda:90, but for decoding, whose few queries are too small a matrix for it.
+Exit status 1 if a kernel fails to compile, spills (but for those in `_SPILLS` and, by Triton 3.6, `_SPILLS_3_6`),
+exceeds its shared memory, has no 16-byte access, if a coupling kernel fuses, or if attention in bfloat16 or float16
+does without matrix instructions: wgmma on cuda:90, but for decoding, whose few queries are too small a matrix for it.
+Also if the specialised attention is none: no more warps than asked for, registers that stay where they are, or no tile
+that is copied whole.
 """
 
 import argparse
@@ -29,7 +34,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
-from .attention_cases import attention_cases
+from .attention_cases import SPECIALISED, attention_cases
 from .coupling_cases import DTYPES, cases
 from .matching_cases import matching_cases
 from .records import add_output_option, write_records
@@ -75,6 +80,33 @@ _SPILLS = {
     ("matching_cross/plain", "cuda:90", "float32", 256): 152,
     ("matching_cross/plain", "cuda:100", "float32", 256): 176,
 }
+# What Triton 3.6 spills in place of these, or besides.
+_SPILLS_3_6 = {
+    ("momentum_forward/first", "cuda:80", "float32", None): 8,
+    ("attention_key/plain", "cuda:80", "float32", 80): 16,
+    ("attention_key/plain", "cuda:80", "float32", 96): 16,
+    ("attention_memory/all", "cuda:80", "float32", 128): 24,
+    ("attention_key/plain", "cuda:90", "bfloat16", 64): 8,
+    ("attention_key/plain", "cuda:90", "bfloat16", 80): 80,
+    ("attention_key/plain", "cuda:90", "bfloat16", 96): 80,
+    ("attention_key/plain", "cuda:90", "bfloat16", 128): 80,
+    ("attention_key/all", "cuda:90", "bfloat16", 128): 80,
+    ("attention_key/packed", "cuda:90", "bfloat16", 128): 80,
+    ("attention_key/plain", "cuda:90", "float32", 64): 24,
+    ("attention_key/plain", "cuda:90", "float32", 256): 40,
+    ("attention_memory/plain", "cuda:90", "float32", 64): 32,
+    ("attention_memory/plain", "cuda:90", "float32", 256): 48,
+    ("attention_decode/many", "cuda:90", "float32", 128): 432,
+    ("attention_query/packed", "cuda:100", "bfloat16", 128): 8,
+    ("attention_key/plain", "cuda:100", "bfloat16", 64): 152,
+    ("attention_decode/many", "cuda:100", "bfloat16", 256): 8,
+    ("attention_query/alone", "cuda:100", "float32", 128): 8,
+    ("attention_memory/plain", "cuda:100", "float32", 64): 8,
+    ("attention_decode/many", "cuda:100", "float32", 80): 1264,
+    ("attention_decode/many", "cuda:100", "float32", 96): 1264,
+    ("attention_decode/many", "cuda:100", "float32", 128): 1264,
+    ("attention_decode/many", "cuda:100", "float32", 256): 13680,
+}
 
 
 def compile_case(case, target) -> dict:
@@ -99,6 +131,8 @@ def compile_case(case, target) -> dict:
         return {**record, "error": f"{type(error).__name__}: {error}"}
     record["shared_bytes"] = compiled.metadata.shared
     record |= _read_cubin(compiled) if backend == "cuda" else _read_amdgcn(compiled)
+    if _is_specialised(record):
+        record |= _read_sharing(compiled, variant.options["num_warps"])
     for name in ("matrix", "loop") if "bits" in record else ("fused",):
         record.pop(name, None)
     return record
@@ -109,8 +143,7 @@ def problems(record) -> list[str]:
     if "error" in record:
         return [record["error"]]
     found = []
-    dtype = "float32" if record["dtype"] == "float32" else "bfloat16"
-    if record["spills"] > _SPILLS.get((record["kernel"], record["target"], dtype, record.get("head_dim")), 0):
+    if record["spills"] > _known_spills(record):
         found.append(f"{record['spills']} bytes of spills")
     if record["vector_bytes"] < 16:
         found.append(f"widest access {record['vector_bytes']} bytes, not 16")
@@ -118,9 +151,28 @@ def problems(record) -> list[str]:
         found.append(f"{record['fused']} fused multiply-adds")
     if "matrix" in record and (wanted := _matrix_wanted(record)) and record["matrix"] not in wanted:
         found.append(f"matrix products by {record['matrix']}, not {' or '.join(wanted)}")
+    if _is_specialised(record):
+        if record["warps"] <= record["warps_asked"] or not record["setmaxnreg"]:
+            found.append("its warps do not share out the work")
+        if not record["tma"]:
+            found.append("no copy by a tensor descriptor")
     if record["shared_bytes"] > _SHARED_LIMIT[record["target"]] * 1024:
         found.append(f"{record['shared_bytes']} bytes of shared memory")
     return found
+
+
+def _known_spills(record):
+    import triton
+
+    dtype = "float32" if record["dtype"] == "float32" else "bfloat16"
+    place = (record["kernel"], record["target"], dtype, record.get("head_dim"))
+    if triton.__version__.startswith("3.6."):
+        return max(_SPILLS.get(place, 0), _SPILLS_3_6.get(place, 0))
+    return _SPILLS.get(place, 0)
+
+
+def _is_specialised(record):
+    return record["kernel"].startswith(f"attention_{SPECIALISED}/")
 
 
 def _matrix_wanted(record):
@@ -152,6 +204,17 @@ def _read_cubin(compiled):
         "fused": len(re.findall(r"\bFFMA\b", code)),
         "loop": _main_loop(code),
         "matrix": next((name for name, instruction in matrix.items() if instruction in ptx), None),
+    }
+
+
+def _read_sharing(compiled, warps_asked):
+    """How a kernel's warps share out its work: read from the assembly that ptxas is given."""
+    ptx = compiled.asm["ptx"]
+    return {
+        "warps_asked": warps_asked,
+        "warps": int(re.search(r"\.reqntid (\d+)", ptx)[1]) // 32,
+        "setmaxnreg": len(re.findall(r"\bsetmaxnreg\.", ptx)),
+        "tma": len(re.findall(r"\bcp\.async\.bulk\.tensor\.", ptx)),
     }
 
 
@@ -230,7 +293,12 @@ def main(arguments=None):
         wanted = [case for case in wanted if getattr(case, "head_dim", None) in options.head_dims]
     if not wanted:
         parser.error(f"no kernel's name contains {' or '.join(options.kernel)!r}, with that head_dim")
-    jobs = [(case, target) for target in options.targets for case in wanted]
+    jobs = [
+        (case, target)
+        for target in options.targets
+        for case in wanted
+        if target in (getattr(case, "targets", None) or options.targets)
+    ]
     # The workers compile, whatever this process was told.
     os.environ.pop("TRITON_INTERPRET", None)
     context = multiprocessing.get_context("spawn")

@@ -4,7 +4,7 @@
 #   bench/gpu.sh [FOLDER [STAGE...]]
 #
 #   correctness   all kernels against the reference: every dtype, long main loops in 16 bits, past 2^31 elements, graphs
-#   kernels       coupling and attention kernels against their peers, a few shapes
+#   kernels       coupling, attention and matching kernels against their peers, a few shapes
 #   training      a step of Llama-3.1-8B's shape: checkpointing with and without offload, reversible with 4 and 2 side bits
 #   inference     131k tokens compressed in segments of 256, 1024 and 4096; tokens decoded behind a memory, eager and as graphs
 #
@@ -101,8 +101,10 @@ tests() { echo "$python" -m pytest -q -p no:cacheprovider "$@"; }
 
 correctness() {
     local long=tests/kernels/test_attention_long.py triton=tests/kernels/test_attention_triton.py
+    local specialised=tests/kernels/test_attention_specialised.py
     if [[ $rehearse ]]; then
-        together 300 long $(tests $long -k 64) -- decode $(tests $triton -k head_dims)
+        together 300 long $(tests $long -k 64) -- decode $(tests $triton -k head_dims) -- \
+            specialised $(tests $specialised -k short)
         return
     fi
     together 330 \
@@ -112,6 +114,7 @@ correctness() {
         random-others $(tests $triton) -k "not forward and not head_dims and not backward" -- \
         matching $(tests tests/kernels/test_matching_triton.py tests/kernels/test_matching.py) -- \
         coupling $(tests tests/kernels/test_coupling.py tests/kernels/test_coupling_operators.py) -- \
+        vendor $(tests tests/kernels/test_attention_vendor.py) -- \
         operators $(tests tests/kernels/test_attention.py tests/kernels/test_dispatch.py)
     # It takes up to 40 GB of the GPU's memory.
     step coupling-large 140 $(tests tests/kernels/test_coupling_triton.py tests/reversible/test_kernels.py)
@@ -128,6 +131,9 @@ kernels() {
     done
     together 150 "${commands[@]:0:${#commands[@]}-1}"
     measure attention_few 200 attention --device $device "${few[@]}"
+    local cases=(everyday segment long)
+    [[ $rehearse ]] && cases=(small)
+    measure matching 60 matching --device $device --cases "${cases[@]}"
     local result=$folder/.coupling.json
     step coupling 120 "$python" -m pytest -q bench/test_coupling.py --benchmark-only --benchmark-json "$result" \
         --benchmark-columns median ${rehearse:+--benchmark-max-time=0.05}

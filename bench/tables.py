@@ -16,10 +16,9 @@ from r3mem_fast.config import R3MemConfig
 from r3mem_fast.settings import default_text, settings_of
 from r3mem_fast.training.settings import RememberSettings, TrainSettings
 
-from . import inference_tables, memory_tables
+from . import inference_tables, kernel_tables, memory_tables
 from .markdown import ROOT, interval, records, table
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 _BLOCK = re.compile(r"(<!-- table: ([a-z_0-9]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ARMS = {
     "plain": "plain",
@@ -171,66 +170,6 @@ def ablation() -> str:
     return table(head, rows)
 
 
-def coupling_kernels() -> str:
-    """Tabulate traffic and resources of the coupling kernels."""
-    head = ("kernel / variant", "side bits", "least", "moved", "eager", "registers", "shared, bytes")
-    gate = {(r["kernel"], r["bits"], r["target"]): r for r in records("compile_gate") if r["dtype"] == "bfloat16"}
-    rows = []
-    for record in records("traffic"):
-        if record["dtype"] != "bfloat16":
-            continue
-        compiled = [gate[record["kernel"], record["bits"], target] for target in TARGETS]
-        rows.append((
-            f"`{record['kernel']}`", _or_dash(record["bits"]), f"{record['least_bytes_per_element']:.2f}",
-            f"{record['ratio']:.4f}", f"{record['eager_ratio']:.2f}",
-            " / ".join(str(variant["registers"]) for variant in compiled),
-            str(max(variant["shared_bytes"] for variant in compiled)),
-        ))  # fmt: skip
-    return table(head, rows)
-
-
-def attention_kernels() -> str:
-    """Tabulate traffic and resources of the attention kernels."""
-    head = ("kernel / variant", "head_dim", "moved over least", "of once", "registers", "shared, KiB",
-            "matrix products", "loop")  # fmt: skip
-    traffic = {(r["kernel"], r["head_dim"]): r for r in records("traffic_attention")}
-    variants: dict[tuple[str, int], dict[str, dict]] = {}
-    for record in records("compile_gate_attention"):
-        if record["dtype"] == "bfloat16":
-            variants.setdefault((record["kernel"], record["head_dim"]), {})[record["target"]] = record
-    rows = []
-    for (kernel, head_dim), found in sorted(variants.items(), key=_place):
-        compiled, moved = [found[target] for target in TARGETS], traffic.get((kernel, head_dim))
-        rows.append((
-            f"`{kernel.removeprefix('attention_')}`", str(head_dim),
-            "–" if moved is None else f"{moved['ratio']:.4f}", "–" if moved is None else f"{moved['once_ratio']:.2f}",
-            " / ".join(str(r["registers"]) for r in compiled),
-            " / ".join(f"{r['shared_bytes'] / 1024:.0f}" for r in compiled),
-            " / ".join(r["matrix"] or "–" for r in compiled),
-            " / ".join(str(r["loop"] or "–") for r in compiled if "loop" in r),
-        ))  # fmt: skip
-    return table(head, rows)
-
-
-def _place(item: tuple[tuple[str, int], dict]) -> tuple[int, int, int]:
-    """Return the sorting key of a kernel: operation, variant, head_dim."""
-    (kernel, head_dim), _ = item
-    name, _, variant = kernel.removeprefix("attention_").partition("/")
-    names = ("forward", "query", "key", "memory", "delta", "decode", "combine")
-    return names.index(name), ("plain", "many", "once", "all", "packed", "alone", "short").index(variant), head_dim
-
-
-def attention_spills() -> str:
-    """Tabulate the attention kernels that spill registers."""
-    head = ("kernel", "head_dim", "dtype", "target", "spills")
-    rows = [
-        (f"`{r['kernel'].removeprefix('attention_')}`", str(r["head_dim"]), r["dtype"], r["target"], str(r["spills"]))
-        for r in records("compile_gate_attention")
-        if r["spills"]
-    ]
-    return table(head, rows)
-
-
 def attention_cpu() -> str:
     """Tabulate attention's times on a CPU."""
     head = ("case", "ours, ms", "reference", "sdpa with copy", "copy")
@@ -306,6 +245,7 @@ def _settings(kind: type) -> str:
 
 TABLES = {
     **inference_tables.TABLES,
+    **kernel_tables.TABLES,
     **memory_tables.TABLES,
     "cli": cli,
     "r3mem_config": lambda: _settings(R3MemConfig),
@@ -319,9 +259,6 @@ TABLES = {
     "memory_worth": memory_worth,
     "memory_adapters": memory_adapters,
     "ablation": ablation,
-    "coupling_kernels": coupling_kernels,
-    "attention_kernels": attention_kernels,
-    "attention_spills": attention_spills,
     "attention_cpu": attention_cpu,
     "attention_logits": attention_logits,
 }
@@ -339,10 +276,6 @@ def _nats(measured: list[dict]) -> dict[str, str]:
 def _shares(measured: list[dict]) -> dict[str, str]:
     """Return the shares of the gap that memories close, by their names."""
     return {r["share"]: interval(r) for r in measured if r.get("gap_of") == "the same model"}
-
-
-def _or_dash(value: object) -> str:
-    return "–" if value is None else str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import tables
+from bench import kernel_tables, tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,10 +65,33 @@ def test_what_reversible_training_saves():
 def test_what_no_kernel_does():
     """No spills, 16-byte accesses, nothing fused: of all kernels, targets and dtypes."""
     compiled = records("compile_gate.jsonl")
-    assert {record["target"] for record in compiled} == set(tables.TARGETS)
+    assert {record["target"] for record in compiled} == set(kernel_tables.TARGETS)
     assert all(r["spills"] == r["fused"] == 0 and r["vector_bytes"] == 16 for r in compiled)
     assert max(record["ratio"] for record in records("traffic.jsonl")) <= 1.001
     assert max(record["ratio"] for record in records("traffic_attention.jsonl")) <= 1.001
+    for name in ("compile_gate", "compile_gate_attention", "compile_gate_matching"):
+        variants = [
+            {(r["kernel"], r["target"], r["dtype"], r.get("bits", r.get("head_dim"))) for r in records(f"{name}{end}")}
+            for end in (".jsonl", "_triton36.jsonl")
+        ]
+        assert variants[0] == variants[1]
+    matching = [r for r in records("compile_gate_matching_triton36.jsonl") if r["spills"]]
+    assert {(r["kernel"], r["dtype"], r["head_dim"]) for r in matching} == {("matching_cross/plain", "float32", 256)}
+    spills = [str(r["spills"]) for r in matching]
+    assert f"with {', '.join(spills[:-1])} and {spills[-1]} bytes" in text_of("kernels/matching/README.md")
+    older = records("compile_gate_triton36.jsonl")
+    assert all(r["fused"] == 0 and r["vector_bytes"] == 16 for r in older)
+    (spilling,) = (r for r in older if r["spills"])
+    place = [spilling[name] for name in ("kernel", "bits", "dtype", "target", "spills")]
+    assert place == ["momentum_forward/first", None, "float32", "cuda:80", 8]
+    specialised = [
+        record
+        for end in (".jsonl", "_triton36.jsonl")
+        for record in records(f"compile_gate_attention{end}")
+        if "warps" in record
+    ]
+    assert len(specialised) == 2 * 2 * 2 * 2 * 2
+    assert all(not r["spills"] and r["warps"] > r["warps_asked"] and r["setmaxnreg"] and r["tma"] for r in specialised)
     attention = records("compile_gate_attention.jsonl")
     assert f"of the {len(attention)} variants" in text_of("kernels/attention/README.md")
 

@@ -8,6 +8,10 @@ compute in float32.
 
 The environment variable R3MEM_ATTENTION (`reference`, `triton` or `vendor`) forces an implementation; where it is
 unset, R3MEM_KERNELS does. A forced implementation that cannot run raises.
+
+R3MEM_ATTENTION_FORWARD=specialised has Triton run the forward pass by `triton/forward_specialised.py`, which has not
+been measured on a GPU yet. It raises where the kernel cannot run at all; a call that the kernel does not take goes to
+the one that takes everything.
 """
 
 import os
@@ -20,6 +24,7 @@ from . import folded, vendor
 from .arguments import AttentionInputs, AttentionSettings
 
 VARIABLE = "R3MEM_ATTENTION"
+FORWARD_VARIABLE = "R3MEM_ATTENTION_FORWARD"
 IMPLEMENTATIONS = (*dispatch.IMPLEMENTATIONS, "vendor")
 
 
@@ -50,6 +55,37 @@ def choose(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
     if forced:
         raise RuntimeError(f"{VARIABLE}=vendor cannot run: {reason}")
     return Choice("reference", reason)
+
+
+def choose_forward(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
+    """Choose the implementation of the forward pass of `memory_attention`: that of `choose`, or `specialised`.
+
+    Args:
+        inputs: Tensors of the attention.
+        settings: Its settings; `query_offset` must be an int.
+
+    Returns:
+        The implementation and the reason for it.
+
+    Raises:
+        ValueError: If an environment variable names no implementation.
+        RuntimeError: If the implementation that one names cannot run.
+    """
+    chosen, forced = choose(inputs, settings), os.environ.get(FORWARD_VARIABLE, "")
+    if not forced:
+        return chosen
+    if forced != "specialised":
+        raise ValueError(f"{FORWARD_VARIABLE} must be specialised, or unset; it is {forced!r}")
+    if chosen.implementation != "triton":
+        why = f"not Triton is chosen, but {chosen.implementation} ({chosen.why})"
+        raise RuntimeError(f"{FORWARD_VARIABLE}=specialised cannot run: {why}")
+    from .triton import forward_specialised  # a machine without Triton must not import it
+
+    if reason := forward_specialised.why_not_on(inputs.query):
+        raise RuntimeError(f"{FORWARD_VARIABLE}=specialised cannot run: {reason}")
+    if reason := forward_specialised.why_not(inputs, settings):
+        return Choice("triton", f"{chosen.why}; {FORWARD_VARIABLE}=specialised: {reason}")
+    return Choice("specialised", f"{FORWARD_VARIABLE}=specialised")
 
 
 def choose_for_decoding(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:

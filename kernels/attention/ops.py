@@ -62,9 +62,11 @@ _library.define(f"memory_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
 @_implements("memory_attention")
 def _run_memory_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, settings = _bundle(arguments)
-    chosen = dispatch.choose(inputs, settings).implementation
+    chosen = dispatch.choose_forward(inputs, settings).implementation
     if chosen == "triton":
         return _triton().memory_attention(inputs, settings)
+    if chosen == "specialised":
+        return _triton().forward_specialised.memory_attention(inputs, settings)
     implementation = reference if chosen == "reference" else folded if inputs.key is None else vendor
     output, lse = implementation.memory_attention(inputs, settings)
     return new_output(inputs.query).copy_(output), lse.contiguous()

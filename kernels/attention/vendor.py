@@ -1,19 +1,23 @@
 """Attention by the vendor's kernel: its pass over the segment, a pass over the memory alone, and their merge.
 
-The segment's part is plain causal attention, for which PyTorch brings its vendors' best kernels. The softmax over the
-memory is merged into it (`reference.merge`). Backward, the vendor's kernel is given the merged output and lse in place
-of its own. All that it takes from them is `p_ij = exp(z_ij - lse_i)` and `delta_i = g^o_i · o_i`, so its gradients
-become those of the common softmax.
+The segment's part is plain causal attention, for which PyTorch brings its vendors' best kernels: its own on a CPU,
+cuDNN's on Hopper and newer GPUs, flash attention 2 on others. The softmax over the memory is merged into it
+(`reference.merge`). Backward, the vendor's kernel is given the merged output and lse in place of its own. All that it
+takes from them is `p_ij = exp(z_ij - lse_i)` and `delta_i = g^o_i · o_i`, so its gradients become those of the common
+softmax.
 """
 
 from types import ModuleType
 
 import torch
 
+from ..common.compat import capability_of
 from . import folded, reference
 from .arguments import AttentionInputs, AttentionSettings
 
 _aten = torch.ops.aten
+# Head_dims up to which every version of cuDNN computes both passes.
+_MAX_HEAD_DIM_OF_CUDNN = 128
 
 
 def why_not(inputs: AttentionInputs, settings: AttentionSettings) -> str | None:
@@ -44,6 +48,27 @@ def why_not(inputs: AttentionInputs, settings: AttentionSettings) -> str | None:
     return next((f"not for {name}" for name, found in reasons.items() if found), None)
 
 
+def choose_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    """Choose the kernel for a segment that `why_not` has nothing against.
+
+    Args:
+        query: `[B, Hq, T, D]`.
+        key: `[B, Hkv, T, D]`.
+        value: As `key`.
+
+    Returns:
+        `cpu`; `cudnn` on GPUs of compute capability 9.0 and newer, if PyTorch can call it; or `flash`.
+    """
+    if query.device.type == "cpu":
+        return "cpu"
+    if capability_of(query.device) >= (9, 0) and query.shape[-1] <= _MAX_HEAD_DIM_OF_CUDNN:
+        # PyTorch knows its version's limits, its switches, and that cuDNN is not deterministic.
+        asked = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, query.shape[1] != key.shape[1])
+        if torch.backends.cuda.can_use_cudnn_attention(asked):
+            return "cudnn"
+    return "flash"
+
+
 def memory_attention(inputs: AttentionInputs, settings: AttentionSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `(o, lse)` as `reference.memory_attention` does.
 
@@ -56,8 +81,12 @@ def memory_attention(inputs: AttentionInputs, settings: AttentionSettings) -> tu
     """
     query, key, value = _with_unit_strides(inputs)
     scale = settings.scale
-    if query.device.type == "cpu":
+    kernel = choose_kernel(query, key, value)
+    if kernel == "cpu":
         output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+    elif kernel == "cudnn":
+        found = _aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True, scale=scale)
+        output, lse = found[0], found[1].squeeze(-1)  # its log-sum-exps are [B, Hq, T, 1]
     else:
         output, lse, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
     if _is_empty(inputs.memory_key):
@@ -90,13 +119,23 @@ def memory_attention_backward(
     Returns:
         Gradients in the order of `reference.memory_attention_backward`.
     """
-    query, key, value, scale = inputs.query, inputs.key, inputs.value, settings.scale
+    query, key, value = _with_unit_strides(inputs)
+    scale, tokens = settings.scale, query.shape[2]
     arguments = (grad_output, query, key, value, output, lse)
-    if query.device.type == "cpu":
+    kernel = choose_kernel(query, key, value)
+    if kernel == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*arguments, 0.0, True, scale=scale)
+    elif kernel == "cudnn":
+        # PyTorch builds a graph for the layouts of the query, key and value, and takes it again for any layout of the
+        # others. So these are laid out as its own forward pass leaves them: like the query.
+        own = [_laid_out_as(query, tensor) for tensor in (grad_output, output)]
+        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # the random state of no dropout
+        grads = _aten._scaled_dot_product_cudnn_attention_backward(
+            own[0], query, key, value, own[1], lse.contiguous().unsqueeze(-1), unused, unused, None, None, None,
+            tokens, tokens, 0.0, True, scale=scale,
+        )  # fmt: skip
     else:
         unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the random state of no dropout
-        tokens = query.shape[2]
         grads = _aten._scaled_dot_product_flash_attention_backward(
             *arguments, None, None, tokens, tokens, 0.0, True, unused, unused, scale=scale
         )
@@ -117,6 +156,13 @@ def _with_unit_strides(inputs: AttentionInputs) -> list[torch.Tensor]:
     """Return query, key and value with contiguous head_dim, as the vendors' kernels need them."""
     own = (inputs.query, inputs.key, inputs.value)
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in own if tensor is not None]
+
+
+def _laid_out_as(query: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the query's shape with the strides that a new tensor like the query has."""
+    if tensor.stride() == (like := torch.empty_like(query)).stride():
+        return tensor
+    return like.copy_(tensor)
 
 
 def _is_empty(memory: torch.Tensor | None) -> bool:

@@ -91,6 +91,21 @@ def target_of(device: torch.device) -> str:
 
 
 @functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of an NVIDIA GPU; (0, 0) for any other device.
+
+    Args:
+        device: The device; a GPU without an index is the current one.
+
+    Returns:
+        Major and minor version.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def _sees_gpu() -> bool:
     return torch.cuda.is_available()
 

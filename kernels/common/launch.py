@@ -1,8 +1,11 @@
 """How a Triton kernel is launched, and the same launch described for the ahead-of-time compiler."""
 
+import contextvars
 from typing import Any, NamedTuple
 
 import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .compat import threads_per_warp
 
@@ -25,7 +28,7 @@ class Launch(NamedTuple):
     Attributes:
         kernel: Function decorated with `triton.jit`.
         grid: Number of programs.
-        arguments: Tensors (or None), integers and named tuples of integers, by parameter.
+        arguments: Tensors (or None), tensor descriptors, integers and named tuples of integers, by parameter.
         constexprs: Values of the compile-time parameters.
         threads: Threads of a program.
         options: Options of the compiler.
@@ -53,8 +56,21 @@ class Launch(NamedTuple):
                 self._run()
 
     def _run(self) -> None:
+        # In a context of its own, so that the user's choice of an allocator stays what it is.
+        contextvars.copy_context().run(self._run_with_allocator)
+
+    def _run_with_allocator(self) -> None:
+        triton.set_allocator(_allocate)
         warps = self.threads // threads_per_warp()
         self.kernel[(self.grid,)](**self.arguments, **self.constexprs, num_warps=warps, **self.options)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Allocate what a kernel asks for: memory on the current device for the tensor descriptors that it makes itself.
+
+    PyTorch's allocator aligns to more than any kernel asks for, and gives the memory to later work of the stream only.
+    """
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 class Specialisation(NamedTuple):
@@ -93,6 +109,8 @@ def specialise(launch: Launch, threads_per_warp: int) -> Specialisation:
         if isinstance(value, torch.Tensor):
             kind = "*" + _TYPES[value.dtype]
             divisible = value.device.type == "meta" or value.data_ptr() % DIVISIBILITY == 0
+        elif isinstance(value, TensorDescriptor):  # its strides are divisible, and its sizes unknown to the compiler
+            return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
         elif value is None or (value == 1 and specialised):  # constants to Triton
             found.constexprs[path] = value
             return "constexpr"

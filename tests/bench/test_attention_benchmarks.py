@@ -1,6 +1,7 @@
 """Attention's benchmarks at small sizes: every arm computes the same, and the records say what ran."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -31,7 +32,16 @@ def test_records():
     found = {record["arm"]: record for record in attention.records_of(case, "cpu", rounds=2)}
     assert set(found) == {"r3mem", "reference", "vendor", "sdpa"}
     assert found["r3mem"]["runs"] == "vendor" and found["r3mem"]["ratio"] == 1.0
+    assert found["vendor"]["kernel"] == "cpu"
     assert all(record["milliseconds"] > 0 for record in found.values())
+
+
+def test_our_two_forward_passes_are_forced_each(monkeypatch):
+    monkeypatch.delenv(attention.dispatch.FORWARD_VARIABLE, raising=False)
+    names = (attention.dispatch.VARIABLE, attention.dispatch.FORWARD_VARIABLE)
+    for implementation, wanted in (("triton", ("triton", None)), ("specialised", ("triton", "specialised"))):
+        with attention.forced(implementation):
+            assert tuple(map(os.environ.get, names)) == wanted
 
 
 def test_the_cases_of_a_gpu_are_those_that_are_asked_for():

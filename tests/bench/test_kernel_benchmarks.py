@@ -43,7 +43,8 @@ def test_attention_compiles_for_every_target_to_matrix_instructions():
     result = run("-m", "bench.compile_gate", *command, "--targets", "cuda:80,cuda:89,cuda:90,cuda:100,hip:gfx942")
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(records) == 5 * (2 * len(KERNELS) + 1 + 9)
+    # The specialised forward pass is for two targets, plain and with everything.
+    assert len(records) == 5 * (2 * len(KERNELS) + 1 + 9) + 2 * 2
     for record in records:
         kernel, variant = record["kernel"].removeprefix("attention_").split("/")
         assert record["vector_bytes"] == 16 and (variant in ("all", "packed") or not record["spills"]), record
@@ -97,6 +98,41 @@ def test_what_the_gate_calls_a_problem():
     assert compile_gate.problems(right) == compile_gate.problems({**right, "dtype": "float32", "matrix": None}) == []
     assert compile_gate.problems({**right, "matrix": "mma"}) == ["matrix products by mma, not wgmma"]
     assert compile_gate.problems({**right, "kernel": "attention_decode/plain", "matrix": "mma"}) == []
+    right |= {"kernel": "attention_specialised/plain", "warps_asked": 4, "warps": 12, "setmaxnreg": 8, "tma": 4}
+    assert compile_gate.problems(right) == []
+    for wrong in ({"warps": 4}, {"setmaxnreg": 0}):
+        assert compile_gate.problems({**right, **wrong}) == ["its warps do not share out the work"]
+    assert compile_gate.problems({**right, "tma": 0}) == ["no copy by a tensor descriptor"]
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:100"])
+def test_the_gate_sees_that_warps_share_out_the_work(target):
+    """Asked for by the loop and by the number of warps: with another number on Hopper, they all do the same."""
+    code = f"""
+import json, torch
+from bench import compile_gate
+from bench.attention_cases import SPECIALISED, AttentionCase
+from r3mem_fast.kernels.common import launch
+case = AttentionCase(SPECIALISED, "plain", 128, torch.bfloat16)
+original, records = launch.specialise, [compile_gate.compile_case(case, {target!r})]
+changed = {{"num_warps": 8, "num_stages": 2}}
+launch.specialise = lambda *arguments: original(*arguments)._replace(options=changed)
+records += [compile_gate.compile_case(case, "cuda:90")]
+print(json.dumps([(record, compile_gate.problems(record)) for record in records]))
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    (record, right), (_, wrong) = json.loads(result.stdout)
+    assert right == [] and record["warps"] > record["warps_asked"] and record["registers"] <= 168
+    assert "its warps do not share out the work" in wrong
+
+
+def test_what_an_older_compiler_spills_is_known_to_be_its_own(monkeypatch):
+    record = {"kernel": "attention_key/plain", "dtype": "float16", "target": "cuda:90", "head_dim": 128, "spills": 80}
+    record |= {"vector_bytes": 16, "shared_bytes": 0, "matrix": "wgmma"}
+    for version, wanted in (("3.6.0", []), ("3.7.1", ["80 bytes of spills"])):
+        monkeypatch.setattr("triton.__version__", version)
+        assert compile_gate.problems(record) == wanted
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")

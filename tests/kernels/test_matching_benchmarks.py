@@ -8,8 +8,32 @@ import sys
 import pytest
 import torch
 
-from bench import compile_gate, traffic
+from bench import compile_gate, matching, traffic
 from bench.matching_cases import KERNELS, MatchingCase, Shape, matching_cases
+
+
+@pytest.mark.parametrize("operation", matching.OPERATIONS)
+def test_the_arms_that_are_timed_compute_the_same(operation):
+    """Small, on a CPU; and the records say what ran."""
+    arms = matching.arms_of(operation, "small", "cpu")
+    ours = arms["r3mem"]()
+    with matching.forced("reference"):
+        assert all(torch.equal(*pair) for pair in zip(ours, arms["reference"](), strict=True))
+    if operation == "attention_scores":  # the mark gives the same output, by another way
+        torch.testing.assert_close(arms["attention"](), ours[2], atol=1e-5, rtol=1e-5)
+    found = {record["arm"]: record for record in matching.records_of(operation, "small", "cpu", 2)}
+    assert list(found) == list(arms) and found["r3mem"]["ratio"] == 1.0 and found["r3mem"]["runs"] == "reference"
+    assert all(record["milliseconds"] > 0 for record in found.values())
+
+
+def test_the_command_writes_a_result_file(tmp_path):
+    path = tmp_path / "matching.jsonl"
+    assert matching.main(["--device", "cpu", "--cases", "small", "--rounds", "2", "--output", str(path)]) == 0
+    head, *records = map(json.loads, path.read_text().splitlines())
+    assert (
+        "environment" in head
+        and [r["operation"] for r in records] == [matching.OPERATIONS[0]] * 3 + [matching.OPERATIONS[1]] * 2
+    )
 
 
 @pytest.mark.slow

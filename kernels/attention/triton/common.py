@@ -16,7 +16,10 @@ LOG2_E = 1 / math.log(2)
 _LOG2_E = tl.constexpr(LOG2_E)
 # Kernels compare with these integers and divide by them, but address nothing with them. The compiler is told nothing
 # of their values, so that one variant of a kernel serves all lengths.
-LENGTHS = ("tokens", "offset", "memory_tokens", "window", "blocks", "heads", "group", "splits", "shared", "rows")
+LENGTHS = (
+    "tokens", "offset", "memory_tokens", "memory_rows", "window", "blocks", "heads", "group", "splits", "shared",
+    "rows",
+)  # fmt: skip
 
 # Threads and stages of one launch, and its blocks of queries (BLOCK_M) and of keys (BLOCK_N).
 Configuration = tuple[int, int, int, int]

@@ -48,24 +48,19 @@ _CONFIGURATIONS = {
 
 
 @triton.jit
-def attend(
-    softmax, query, keys, columns, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Take one more block of keys into the running softmax (Dao et al. 2022, algorithm 1).
+def weigh(softmax, query, key, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Weigh one more block of keys for the running softmax (Dao et al. 2022, algorithm 1).
 
-    softmax: `(acc, total, largest)`: weighted sum of the values, float32 `[BLOCK_M, BLOCK_D]`, sum of the weights and
-    largest logit to base 2, float32 `[BLOCK_M]`. query: `[BLOCK_M, BLOCK_D]`. keys: a `Keys`. columns: int32
-    `[BLOCK_N]`, positions of the block. visible: bool `[BLOCK_M, BLOCK_N]`, or `[1, BLOCK_N]`; None: all are seen.
-    Returns the new softmax.
+    softmax, query, visible: as `attend` takes them. key: `[BLOCK_N, BLOCK_D]`. Returns `(weights, carried, total,
+    largest)`: the weights of the block, float32 `[BLOCK_M, BLOCK_N]`, the factor of what was summed before, and the
+    sum of all weights and the largest logit so far, float32 `[BLOCK_M]`.
     """
-    acc, total, largest = softmax
-    MASKED: tl.constexpr = visible is not None
-    key = load_tile(keys.key, columns, keys.key_token, keys.first, keys.end, MASKED, D, BLOCK_D)
+    _, total, largest = softmax
     logits, factor = tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE * _LOG2_E
     if SOFTCAP != 0.0 or SCALE <= 0.0:
         logits, _ = base_2_logits(logits, SCALE, SOFTCAP)
         factor = 1.0
+    MASKED: tl.constexpr = visible is not None
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
     # The largest is multiplied, and not all: product and difference are then one instruction.
@@ -74,10 +69,42 @@ def attend(
     base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
     weights = tl.exp2(logits * factor - base[:, None])
     carried = tl.exp2(largest - base)
-    total = total * carried + tl.sum(weights, axis=1)
+    return weights, carried, total * carried + tl.sum(weights, axis=1), new
+
+
+@triton.jit
+def attend(
+    softmax, query, keys, columns, visible, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Take one more block of keys into the running softmax.
+
+    softmax: `(acc, total, largest)`: weighted sum of the values, float32 `[BLOCK_M, BLOCK_D]`, sum of the weights and
+    largest logit to base 2, float32 `[BLOCK_M]`. query: `[BLOCK_M, BLOCK_D]`. keys: a `Keys`. columns: int32
+    `[BLOCK_N]`, positions of the block. visible: bool `[BLOCK_M, BLOCK_N]`, or `[1, BLOCK_N]`; None: all are seen.
+    Returns the new softmax.
+    """
+    MASKED: tl.constexpr = visible is not None
+    key = load_tile(keys.key, columns, keys.key_token, keys.first, keys.end, MASKED, D, BLOCK_D)
+    weights, carried, total, largest = weigh(softmax, query, key, visible, SCALE, SOFTCAP)
     value = load_tile(keys.value, columns, keys.value_token, keys.first, keys.end, MASKED, D, BLOCK_D)
-    acc = tl.dot(weights.to(value.dtype), value, acc * carried[:, None], input_precision="ieee")
-    return acc, total, new
+    acc = tl.dot(weights.to(value.dtype), value, softmax[0] * carried[:, None], input_precision="ieee")
+    return acc, total, largest
+
+
+@triton.jit
+def store_output(softmax, sinks, output, lse, head, lines, token, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store o and lse of a block of queries of one head, from a softmax of `attend`.
+
+    sinks: pointer to those of all heads, or None. output, lse: pointers to the first of this head and row. lines:
+    int32 `[BLOCK_M]`, positions of the queries. token: distance from an output to the next. count: number of queries.
+    """
+    acc, total, largest = softmax
+    if sinks is not None:
+        acc, total, largest = add_sink(softmax, tl.load(sinks + head))
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    store_tile(output, lines, token, count, acc, D, BLOCK_D)
+    tl.store(lse + lines, (largest + tl.log2(total)) / _LOG2_E, mask=lines < count)
 
 
 @triton.jit
@@ -173,14 +200,9 @@ def attention_forward_kernel(
                 positions = (offset + lines)[:, None]
                 visible = segment_visible(positions, columns[None, :], start, window, high, WINDOWED)
                 softmax = attend(softmax, queries, segment, columns, visible, SCALE, SOFTCAP, D, BLOCK_D)
-        acc, total, largest = softmax
-        if sinks is not None:
-            acc, total, largest = add_sink(softmax, tl.load(sinks + head))
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         to = advance(output, output_strides, stored, head, first)
-        store_tile(to, lines, output_strides.token, count, acc, D, BLOCK_D)
-        to = lse + (stored * heads + head) * tokens + first + lines
-        tl.store(to, (largest + tl.log2(total)) / _LOG2_E, mask=lines < count)
+        of_head = lse + (stored * heads + head) * tokens + first
+        store_output(softmax, sinks, to, of_head, head, lines, output_strides.token, count, D, BLOCK_D)
 
 
 def plan_memory_attention(
