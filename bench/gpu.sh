@@ -115,6 +115,7 @@ correctness() {
         matching $(tests tests/kernels/test_matching_triton.py tests/kernels/test_matching.py) -- \
         coupling $(tests tests/kernels/test_coupling.py tests/kernels/test_coupling_operators.py) -- \
         vendor $(tests tests/kernels/test_attention_vendor.py) -- \
+        graphs $(tests tests/memory/test_graphed.py tests/test_generation.py) -k gpu -- \
         operators $(tests tests/kernels/test_attention.py tests/kernels/test_dispatch.py)
     # It takes up to 40 GB of the GPU's memory.
     step coupling-large 140 $(tests tests/kernels/test_coupling_triton.py tests/reversible/test_kernels.py)
