@@ -10,7 +10,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import TRAINING_SETTINGS, R3MemConfig
-from .integrations.peft import own_parameters
+from .integrations.peft import base_parameters, own_parameters
 from .memory.layout import MemoryLayout, Origin
 from .reversible.convert import text_config
 
@@ -168,7 +168,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _base_stamps(peft_model):
-    return _stamps(parameter for _, parameter in own_parameters(peft_model))
+    return _stamps(base_parameters(peft_model))
 
 
 def _stamps(parameters):

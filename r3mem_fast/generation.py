@@ -11,11 +11,13 @@ from .batching import Rows, prompt_of, unfinished_of
 from .integrations import attention, graphs
 from .integrations.capture import implementation_of
 from .integrations.compat import cache_argument, cache_name
+from .integrations.fsdp import units_of
 from .integrations.scoped import compact_head, evaluating, temporarily
 from .memory.fixed import fixed_cache
 from .memory.memory import Memory
 from .memory.prefix import placed_prefix
 from .memory.reader import positions_of_mask
+from .memory.rotary import depends_on_pass
 from .memory.states import uploaded
 from .network import Network
 from .reversible.convert import text_config
@@ -156,7 +158,7 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
     with evaluating(network), network.reading_backward():
         if memory is not None:
             network.reader.read(cache, memory)
-        if graphs.are_wanted(network.device) and _sees_all_places(network):
+        if graphs.are_wanted(network.device) and _is_capturable(network):
             found = _written_by_graphs(network, ids, mask, memory, cache, max_new_tokens)
         else:
             with network.must_read(None if memory is None else cache):
@@ -165,9 +167,12 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
     return [_until(row, network.end_token_id) for row in found]
 
 
-def _sees_all_places(network):
-    """Whether a mask is all that the attention of a layer needs to leave out places of a cache."""
+def _is_capturable(network):
+    """Whether a step is the same for every token, in which a mask is all that hides places of a cache."""
     config = network.decoder.config
+    # Such frequencies are chosen by the host, which would ask the device for the largest position.
+    if depends_on_pass(network.decoder) or units_of(network):
+        return False
     windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     windowed = windowed or bool(getattr(config, "sliding_window", None))
     return implementation_of(config) in ("sdpa", "eager") and not windowed
@@ -215,7 +220,7 @@ def _written_by_graphs(network, ids, mask, memory, cache, max_new_tokens):
         if index % _ASKED_EVERY == 1 and bool((found[:, :index] == network.end_token_id).any(1).all()):
             return found[:, :index]
         if index == 2:
-            run = graphs.captured_in_place(step)
+            run = graphs.captured_in_place(step, device)
         run()
     return found
 

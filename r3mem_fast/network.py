@@ -20,8 +20,9 @@ from r3mem_fast.kernels.matching import MAX_KEPT
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, layout_fingerprint
 from .integrations import graphs
+from .integrations.fsdp import units_of
 from .integrations.peft import MergedAdapters, adapters_are_off, adapters_off
-from .integrations.scoped import returning, temporarily
+from .integrations.scoped import compacted, returning, temporarily
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
 from .memory.layout import MemoryLayout, Origin
@@ -189,7 +190,9 @@ class Network(nn.Module):
         """
         if self.memory_embeddings is None:
             writer = self.matched_writer(layout)
-            return GraphedWriter(writer, self.device) if graphs.are_wanted(self.device) else writer
+            # Processes that gather a sharded model's layers together must run alike, whatever their rows are.
+            by_graphs = graphs.are_wanted(self.device) and not units_of(self)
+            return GraphedWriter(writer, self.device) if by_graphs else writer
         return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
 
     def matched_writer(self, layout: MemoryLayout) -> MatchedWriter:
@@ -260,10 +263,8 @@ class Network(nn.Module):
         Returns:
             The base model's output.
         """
-        # Flattened and back, which makes it contiguous: fused losses (Liger's) view it as `[tokens, hidden_size]`.
-        # `contiguous` would not do for a single row, which would keep the stride of the longer tensor that it is part
-        # of, and for such a stride the head's product copies its whole weight.
-        compact = hidden.flatten(0, 1).view(hidden.shape)
+        # Fused losses (Liger's) view it as `[tokens, hidden_size]`, and the head's product would copy its weight.
+        compact = compacted(hidden)
         with returning(self.decoder, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=compact)):
             return self.peft_model(inputs_embeds=hidden, use_cache=False, **inputs)
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batching import Rows
 from .integrations import graphs
-from .integrations.fsdp import largest_of_ranks
+from .integrations.fsdp import largest_of_ranks, units_of
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
 from .memory.writers.diagonal import DiagonalReader
@@ -163,7 +163,9 @@ def compress_rows(
             f"max_memory_segments=None keeps {readable} segments within the model's positions, and this is more "
             "(to expand a memory compresses what is unfinished in it); use a number, or longer segments"
         )
-    if graphs.are_diagonal() and layout.writer == "matched" and network.memories_are_of_base:
+    # Processes that gather a sharded model's layers together must run alike, whatever their rows are.
+    diagonal = graphs.are_diagonal() and network.memories_are_of_base and not units_of(network)
+    if diagonal and layout.writer == "matched":
         after = _read_by_diagonals(network, segments, memory, on_tokens)
     else:
         _, after = read_segments(network, segments, memory, lambda segment, hidden: (), on_tokens)
@@ -173,24 +175,26 @@ def compress_rows(
 def _read_by_diagonals(network, segments, memory, on_tokens):
     """Read segments behind a memory: those that are alike by diagonals, the others one after the other."""
     memory = memory.to(network.device, network.dtype)
-    writer = network.matched_writer(memory.layout)
-    reader = DiagonalReader(writer, network.reader, network.layers)
-    index, last = 0, None
+    writer, matched = network.writer(memory.layout), network.matched_writer(memory.layout)
+    reader = DiagonalReader(matched, network.reader, network.layers)
+    # The kind of the last segment, and up to where segments have been looked at that are too few for diagonals.
+    index, last, looked = 0, None, 0
     with network.behind_memory():
         while index < len(segments):
             before = dataclasses.replace(memory, num_segments=segments[index].num_segments)
-            kind, run = writer.kind_of(segments[index], before), []
-            if kind is not None and kind == last:  # so that the memory has stopped to grow
-                run = _first_of_kind(writer, kind, segments[index:], before)
-            if reader.takes(run):
-                memory, last = reader.read(run, before, on_tokens), None
-                index += len(run)
-                continue
+            kind = matched.kind_of(segments[index], before)
+            if kind is not None and kind == last and index >= looked:  # so that the memory has stopped to grow
+                run = _first_of_kind(matched, kind, segments[index:], before)
+                looked = index + len(run)
+                if reader.takes(run):
+                    memory, index, last = reader.read(run, before, on_tokens), looked, None
+                    continue
             _, memory = writer.read(segments[index], before)
             if on_tokens is not None:
                 on_tokens(sum(end - start for start, end in segments[index].own))
             index, last = index + 1, kind
     writer.finish()
+    matched.finish()
     return memory
 
 

@@ -29,7 +29,7 @@ class Request:
     Attributes:
         ids: Token ids of the prompt, int64 `[T]`, on the CPU.
         memory: The memory before it, of one row.
-        source: What the memory was before it was brought to the model; requests with one source share it.
+        source: Requests whose memories have one source, the same object, share them.
         max_new_tokens: Tokens that are written at most.
         choose: How a token is chosen from scores `[1, V]`; None: the most probable one.
         tokens: Token ids that have been written, without the end token.
@@ -139,11 +139,8 @@ class Scheduler:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         model.check_length(count + max_new_tokens - 1, behind_memory=True)
-        # To the base model, layouts of memories differ in nothing but what may be written.
-        layout, origin = model.reader.layout, model.origin()
         # Of a memory that stands elsewhere for each pass, nothing can be shared.
         source = object() if depends_on_pass(model.reader.decoder) else memory.states
-        memory = dataclasses.replace(memory.to(model.device, model.dtype), layout=layout, origin=origin)
         choose = _Sampler(model.device, temperature, top_k, top_p, seed) if do_sample else None
         request = Request(prompt, memory, source, max_new_tokens, choose)
         self._waiting.append(request)
@@ -157,15 +154,35 @@ class Scheduler:
             The requests with their new tokens, in the order in which they joined; without an end token, with which a
             request may be done, too.
         """
+        count = min(len(self._waiting), self._max_rows - len(self._rows))
+        joining = list(itertools.islice(self._waiting, count))
+        before = self._state()
         with contextlib.nullcontext() if self._open else self:
-            count = min(len(self._waiting), self._max_rows - len(self._rows))
-            joining = list(itertools.islice(self._waiting, count))
-            joined = self._read(joining) if joining else None
-            scores = [self._continue()] if self._rows else []
-            if joined is not None:
-                scores.append(joined[0])
-                self._join(joining, *joined[1:])
-        return self._write(torch.cat(scores)) if scores else []
+            try:
+                read = self._read(joining) if joining else None
+                scores = [self._continue()] if self._rows else []
+                if read is not None:
+                    scores.append(read[0])
+                    self._join(*read[1:])
+                together = torch.cat(scores) if scores else None
+            except BaseException:
+                self._go_back(*before)
+                raise
+        self._rows += joining
+        for _ in joining:
+            self._waiting.popleft()
+        return [] if together is None else self._write(together)
+
+    def _state(self):
+        """What a step changes of the rows, for `_go_back`."""
+        states = [(layer.keys, layer.values) for layer in self._cache.layers]
+        return self._cache, states, self._starts, self._positions, self._memories
+
+    def _go_back(self, cache, states, starts, positions, memories):
+        """Let the rows be as they were."""
+        for layer, (keys, values) in zip(cache.layers, states, strict=True):
+            layer.keys, layer.values = keys, values
+        self._cache, self._starts, self._positions, self._memories = cache, starts, positions, memories
 
     def run(self) -> None:
         """Take steps until all requests are done."""
@@ -199,18 +216,12 @@ class Scheduler:
         """Read the last token of each row: the scores of the next, `[R, V]`."""
         last = torch.tensor([[request.tokens[-1]] for request in self._rows], device=self._positions.device)
         positions = self._positions + 1
-        before = [(layer.keys, layer.values) for layer in self._cache.layers]
-        try:
-            scores = self._scores(last, self._cache, self._starts, positions[:, None], self._memories)
-        except BaseException:
-            for layer, states in zip(self._cache.layers, before, strict=True):
-                layer.keys, layer.values = states
-            raise
+        scores = self._scores(last, self._cache, self._starts, positions[:, None], self._memories)
         self._positions = positions
         return scores
 
-    def _join(self, joining, cache, starts, positions, memories):
-        """Put the rows of requests that have been read below the others."""
+    def _join(self, cache, starts, positions, memories):
+        """Put rows that have been read below the others."""
         if self._memories is not None:
             widths = [some.get_seq_length() for some in (self._cache, cache)]
             width = max(widths)
@@ -223,9 +234,6 @@ class Scheduler:
         else:
             self._cache = cache
         self._starts, self._positions, self._memories = starts, positions, memories
-        self._rows += joining
-        for _ in joining:
-            self._waiting.popleft()
 
     def _scores(self, ids, cache, starts, positions, memories):
         base = self._model.plain_model

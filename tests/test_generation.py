@@ -36,7 +36,8 @@ def captures(monkeypatch):
     def report_if_known(*given):
         return None if found else report(*given)
 
-    def captured_in_place(step):
+    def captured_in_place(step, device):
+        assert device == torch.device("cpu")  # the model's
         found.append(step)
 
         def run():
@@ -111,6 +112,14 @@ def test_it_ends_when_all_rows_have_ended(monkeypatch, captures):
 def test_windows_are_read_as_always(monkeypatch, captures, family):
     monkeypatch.setattr(graphs, "are_wanted", lambda device: True)
     model = made(family).eval()
+    model.recall(torch.tensor([[5, 6, 7]]), max_new_tokens=5)
+    assert not captures
+
+
+def test_frequencies_that_the_host_chooses_are_read_as_always(monkeypatch, captures):
+    monkeypatch.setattr(graphs, "are_wanted", lambda device: True)
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = R3MemModel(build("llama", scale=2.0, rope_parameters=dynamic), R3MemConfig(core=(1, 3))).eval()
     model.recall(torch.tensor([[5, 6, 7]]), max_new_tokens=5)
     assert not captures
 

@@ -27,6 +27,15 @@ def test_only_padding_makes_the_attention_ask():
     assert few["_local_scalar_dense"] == many["_local_scalar_dense"] <= 3
 
 
+def test_diagonals_wait_once():
+    """To see that layers are given nothing of the tokens; and for nothing in a segment."""
+    command = [sys.executable, str(Path(__file__).parent / "far_device.py"), "forget", "sdpa", "diagonal"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    few, many = json.loads(printed.splitlines()[-1]).values()
+    assert few.pop("upload") > 0 and many.pop("upload") > 0 and few == {"_local_scalar_dense": 1}
+    assert many.pop("equal") <= 4 and many == few
+
+
 def test_what_is_captured_uploads_nothing_and_waits_for_nothing():
     """Once segments are alike, they are one graph each, whose constants are on the device already."""
     command = [sys.executable, str(Path(__file__).parent / "far_device.py"), "forget", "sdpa", "graphs"]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel
+from r3mem_fast.memory.shared import SharedMemories
 from r3mem_fast.serving import Scheduler
 from tests.memory.test_matched import ids_of, network
 from tests.reversible.tiny import build
@@ -105,6 +106,33 @@ def test_memories_of_other_sizes_and_dtypes_go_together(tmp_path):
     for request, memory in zip(requests, memories, strict=True):
         expected = model.generate(ids, memory=memory, max_new_tokens=3, do_sample=False)[0, 3:].tolist()
         assert request.tokens == expected[: len(request.tokens)]
+
+
+@pytest.mark.parametrize("where", ["followed_by", "cat"])
+def test_rows_that_cannot_be_joined_change_nothing(monkeypatch, where):
+    """Memory runs out after all have been read."""
+    model = network()
+    model.plain_model.generation_config.eos_token_id = 96  # which no text has
+    memory, ids = model.compress(ids_of(50)), ids_of(3, seed=1)
+    scheduler = Scheduler(model)
+    first = scheduler.submit(ids[0], memory, max_new_tokens=5)
+    scheduler.step()
+    second = scheduler.submit(ids[0].flip(0), model.compress(ids_of(33)), max_new_tokens=4)
+    owner = SharedMemories if where == "followed_by" else torch.Tensor
+    with monkeypatch.context() as patch:
+        if where == "followed_by":
+            patch.setattr(owner, where, mock.Mock(side_effect=RuntimeError("out of memory")))
+        else:
+            patch.setattr("r3mem_fast.serving._widened", mock.Mock(side_effect=[*3 * [torch.ones(1, 2, 9, 8)], None]))
+        with pytest.raises((RuntimeError, TypeError)):
+            scheduler.step()
+    assert len(first.tokens) == 1 and not second.tokens and len(scheduler) == 2
+    scheduler.run()
+    for request, prompt in ((first, ids), (second, ids.flip(1))):
+        expected = model.generate(
+            prompt, memory=request.memory, max_new_tokens=request.max_new_tokens, do_sample=False
+        )
+        assert request.tokens == expected[0, 3:].tolist()
 
 
 @pytest.mark.parametrize("when", ["joining", "going on"])
@@ -233,15 +261,30 @@ def test_requests_that_cannot_be_served():
     assert len(scheduler) == 0
 
 
-def test_a_head_is_given_tokens_without_the_strides_of_the_rest():
+def test_under_autocast():
+    """In autocast's dtype, as transformers' own attention computes."""
+    model = network()
+    model.plain_model.generation_config.eos_token_id = 96  # which no text has
+    memories = [model.compress(ids_of(50)), model.compress(ids_of(33))]
+    with torch.autocast("cpu", torch.bfloat16):
+        scheduler = Scheduler(model)
+        requests = [scheduler.submit(ids_of(3)[0], memory, max_new_tokens=3) for memory in (memories[0], *memories)]
+        scheduler.run()
+    assert [len(request.tokens) for request in requests] == [3, 3, 3] and requests[0].tokens == requests[1].tokens
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_head_is_given_tokens_without_the_strides_of_the_rest(rows):
     """For those of a longer tensor PyTorch would copy the head's weight."""
     model, strides = network(), []
+    model.plain_model.generation_config.eos_token_id = 96  # which no text has
     head = model.plain_model.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: strides.append(inputs[0].stride()))
-    memory, ids = model.compress(ids_of(50)), ids_of(5, seed=1)
+    memory, ids = model.compress(ids_of(50, rows)), ids_of(5, rows, seed=1)
     model.generate(ids, memory=memory, max_new_tokens=2, do_sample=False)
     scheduler = Scheduler(model)
-    scheduler.submit(ids[0], memory, max_new_tokens=2)
+    for row in range(rows):
+        scheduler.submit(ids[row], memory[row], max_new_tokens=2)
     scheduler.run()
     width = head.in_features
     assert strides == 4 * [(width, width, 1)] and not head._forward_pre_hooks

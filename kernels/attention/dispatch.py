@@ -3,8 +3,7 @@
 On a CPU the vendor's attention runs where it can take the segment (`vendor.py`), or where all queries see the same
 keys (`folded.py`), and the reference elsewhere. The vendor's is several times as fast, as measured
 (`bench/results/attention_cpu.jsonl`, table in README.md). On a GPU Triton runs everything: no measurement there has
-shown yet where the vendor's is faster. float64 is left to the reference there, since the kernels
-compute in float32.
+shown yet where the vendor's is faster; float64 is left to the reference, because Triton's kernels compute in float32.
 
 The environment variable R3MEM_ATTENTION (`reference`, `triton` or `vendor`) forces an implementation; where it is
 unset, R3MEM_KERNELS does. A forced implementation that cannot run raises.
@@ -42,12 +41,8 @@ def choose(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
         ValueError: If the environment variable names no implementation.
         RuntimeError: If the implementation that it names cannot run.
     """
-    forced = os.environ.get(VARIABLE, "")
-    if forced and forced not in IMPLEMENTATIONS:
-        raise ValueError(f"{VARIABLE} must be {', '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
-    if forced in dispatch.IMPLEMENTATIONS:
-        return _choose_without_vendor(inputs.query, forced)
-    if not forced and (inputs.query.device.type != "cpu" or os.environ.get(dispatch.VARIABLE)):
+    forced = _forced()
+    if _is_without_vendor(inputs.query, forced):
         return _choose_without_vendor(inputs.query, forced)
     reason = (folded if inputs.key is None else vendor).why_not(inputs, settings)
     if reason is None:
@@ -102,15 +97,30 @@ def choose_for_decoding(inputs: AttentionInputs, settings: AttentionSettings) ->
         ValueError: If the environment variable names no implementation.
         RuntimeError: If the implementation that it names cannot run.
     """
-    forced = os.environ.get(VARIABLE, "")
-    if forced in dispatch.IMPLEMENTATIONS:
-        return _choose_without_vendor(inputs.query, forced)
-    if not forced and (inputs.query.device.type != "cpu" or os.environ.get(dispatch.VARIABLE)):
+    forced = _forced()
+    if _is_without_vendor(inputs.query, forced):
         return _choose_without_vendor(inputs.query, forced)
     reason = folded.why_not(inputs, settings)
     if reason is None:
         return Choice("vendor", f"{VARIABLE}=vendor" if forced else "the fastest on a CPU")
+    if inputs.query.device.type != "cpu":  # where no vendor's kernel decodes, whatever is forced
+        return _choose_without_vendor(inputs.query, "")
     return Choice("reference", reason)
+
+
+def _forced() -> str:
+    """Return the implementation that the environment names; an empty string for none."""
+    forced = os.environ.get(VARIABLE, "")
+    if forced and forced not in IMPLEMENTATIONS:
+        raise ValueError(f"{VARIABLE} must be {', '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
+    return forced
+
+
+def _is_without_vendor(query: torch.Tensor, forced: str) -> bool:
+    """Tell whether the vendor's attention is out of the question."""
+    if forced:
+        return forced in dispatch.IMPLEMENTATIONS
+    return query.device.type != "cpu" or bool(os.environ.get(dispatch.VARIABLE))
 
 
 def _choose_without_vendor(query: torch.Tensor, forced: str) -> Choice:

@@ -25,12 +25,11 @@ class Readers(NamedTuple):
     places: torch.Tensor
 
 
-def readers_of(memories: Sequence[int], device: torch.device | str = "cpu") -> Readers:
-    """Sort rows by the memory that they read.
+def readers_of(memories: Sequence[int]) -> Readers:
+    """Sort rows by the memory that they read; the result is on the CPU.
 
     Args:
         memories: The memory of each row, a number from 0; every memory has a row.
-        device: Device of the result.
     """
     rows: list[list[int]] = [[] for _ in range(max(memories) + 1)]
     for row, memory in enumerate(memories):
@@ -41,7 +40,7 @@ def readers_of(memories: Sequence[int], device: torch.device | str = "cpu") -> R
         for index, row in enumerate(some):
             places[row] = memory * width + index
     padded = [some + some[:1] * (width - len(some)) for some in rows]
-    return Readers(torch.tensor(padded, device=device), torch.tensor(places, device=device))
+    return Readers(torch.tensor(padded), torch.tensor(places))
 
 
 def read_shared_memories(
@@ -60,7 +59,7 @@ def read_shared_memories(
         query: `[B, Hq, T, D]`.
         memory_key: Keys of N memories, `[N, Hkv, M, D]`.
         memory_value: Values of the memories, `[N, Hkv, M, D]`.
-        readers: Which rows read which memory, as `readers_of` gives it.
+        readers: Which rows read which memory, as `readers_of` gives it, on the device of the query.
         memory_lengths: int32 `[N]`, number of each memory's last tokens that are read; None: all.
         scale: Factor of `q · k`.
         softcap: c of `c * tanh(scale * q · k / c)`; None for no cap.

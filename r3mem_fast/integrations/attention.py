@@ -173,9 +173,7 @@ def memory_attention_forward(
             f"a {type(module).__name__} has a sliding window of {sliding_window}, and its mask one of {mask.window}; "
             f"{_OTHERS}"
         )
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    query, key, value = as_autocast(query, key, value)
     memory = [None if t is None else t.to(query.dtype) for t in (mask.memory_key, mask.memory_value)]
     tensors: list[Any] = [query, key, value, *memory]
     settings: dict[str, Any] = {
@@ -194,6 +192,18 @@ def memory_attention_forward(
     if mask.read is not None:
         mask.read.note()
     return output.transpose(1, 2), None
+
+
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors on one device in autocast's dtype, where autocast is on there; else as they are.
+
+    Args:
+        tensors: The tensors.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def _window_of(mask_function: Callable) -> int | None:

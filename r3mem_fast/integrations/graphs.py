@@ -38,40 +38,53 @@ def _value():
 
 
 def captured(step: Step, inputs: Sequence[torch.Tensor]) -> Step:
-    """Capture a step as a graph.
+    """Capture a step as a graph. Waits for the GPU, and frees what PyTorch keeps unused on it.
 
     Args:
         step: The step. It has run before, so that all its kernels are compiled, and neither waits for the GPU nor
             uploads anything.
-        inputs: Tensors of the shapes and dtypes that all calls will have.
+        inputs: Tensors of the shapes and dtypes that all calls will have, all on one GPU.
 
     Returns:
         A function that copies its arguments to where the graph reads, runs it, and returns copies of the results.
     """
     static = [tensor.clone() for tensor in inputs]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    results: tuple[torch.Tensor, ...] = ()
+
+    def run() -> None:
+        nonlocal results
         results = step(*static)
+
+    repeat = captured_in_place(run, static[0].device)
 
     def replay(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for to, tensor in zip(static, given, strict=True):
             to.copy_(tensor)
-        graph.replay()
+        repeat()
         return tuple(result.clone() for result in results)
 
     return replay
 
 
-def captured_in_place(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step that changes tensors in place.
+def captured_in_place(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture a step that changes tensors in place, as `captured` captures others.
 
     Args:
         step: The step, as `captured` takes it, but without arguments.
+        device: The GPU on which it runs.
 
     Returns:
         A function that does what the step does, to the same tensors. The step has not run by being captured.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On a stream of this device: PyTorch's own for captures belongs to the device that was the current one first, and
+    # what runs on others is not captured. Other threads may do with CUDA what they like meanwhile.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay

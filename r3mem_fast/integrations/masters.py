@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .scoped import holding
+
 # Attribute of a parameter: `(its master, its version when it was rounded from that)`.
 _MASTER = "r3mem_master"
 _DTYPE = torch.bfloat16
@@ -34,7 +36,8 @@ class MasterAdamW(torch.optim.AdamW):
         settings: Keyword arguments of `torch.optim.AdamW`.
 
     Raises:
-        ValueError: A parameter has another dtype (float16 needs a scaled loss), or several processes train together.
+        ValueError: A parameter has another dtype (float16 needs a scaled loss) or comes twice, or several processes
+            train together.
     """
 
     def __init__(self, params: Any, **settings: Any):
@@ -44,8 +47,11 @@ class MasterAdamW(torch.optim.AdamW):
                 "parameters. With fully_shard keep adapters in float32 and set MixedPrecisionPolicy("
                 "param_dtype=torch.bfloat16, reduce_dtype=torch.float32), which has masters of its own"
             )
+        groups = [params] if isinstance(params, torch.Tensor) else list(params)
+        everything = [p for group in groups for p in (_parameters_of(group) if isinstance(group, dict) else [group])]
+        _check_parameters([p[1] if isinstance(p, tuple) else p for p in everything])  # before any is changed
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
-        super().__init__(params, **settings)
+        super().__init__(groups, **settings)
         # As hooks, because a `step` of its own would have every hook on it called twice.
         self.register_step_pre_hook(_hand_gradients_to_masters)
         self.register_step_post_hook(_round_masters)
@@ -59,10 +65,15 @@ class MasterAdamW(torch.optim.AdamW):
         Raises:
             ValueError: A parameter is neither float32 nor bfloat16.
         """
-        given = param_group["params"]
-        given = [given] if isinstance(given, torch.Tensor) else list(given)
-        masters = [(p[0], self._master_for(p[1])) if isinstance(p, tuple) else self._master_for(p) for p in given]
-        super().add_param_group({**param_group, "params": masters})
+        given = _parameters_of(param_group)
+        parameters = [p[1] if isinstance(p, tuple) else p for p in given]
+        _check_parameters(parameters)
+        masters = [self._master_for(parameter) for parameter in parameters]
+        named = [(p[0], master) if isinstance(p, tuple) else master for p, master in zip(given, masters, strict=True)]
+        super().add_param_group({**param_group, "params": named})
+        for parameter, master in zip(parameters, masters, strict=True):
+            if parameter.requires_grad:
+                self._take(parameter, master)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Let go of the gradients of the model's parameters.
@@ -103,19 +114,39 @@ class MasterAdamW(torch.optim.AdamW):
         _round_masters(self)
 
     def _master_for(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The master that a parameter gets, or has; for a frozen one it is the parameter itself."""
         if not parameter.requires_grad:
             return parameter
-        if parameter not in self._masters:
-            if parameter.dtype not in (torch.float32, _DTYPE):
-                raise ValueError(f"master weights are for float32 and bfloat16 parameters, not for {parameter.dtype}")
-            master = _master_of(parameter)
-            # A parameter that has one goes on from it, as its own value is rounded.
-            self._masters[parameter] = nn.Parameter(parameter.detach().float().clone()) if master is None else master
-            parameter.grad = None  # of another dtype, perhaps
-            parameter.data = parameter.data.to(_DTYPE)
-            parameter.grad_dtype = torch.float32
-            _link(parameter, self._masters[parameter])
-        return self._masters[parameter]
+        if parameter in self._masters:
+            return self._masters[parameter]
+        # A parameter that has one goes on from it, as its own value is rounded.
+        known = _master_of(parameter)
+        return nn.Parameter(parameter.detach().float().clone()) if known is None else known
+
+    def _take(self, parameter: nn.Parameter, master: nn.Parameter) -> None:
+        """Make a parameter bfloat16, with a master."""
+        self._masters[parameter] = master
+        parameter.grad = None  # of another dtype, perhaps
+        parameter.data = parameter.data.to(_DTYPE)
+        parameter.grad_dtype = torch.float32
+        _link(parameter, master)
+
+
+def _parameters_of(group):
+    """The parameters of a group, or pairs of names and parameters, as a list."""
+    given = group["params"]
+    if not isinstance(given, (torch.Tensor, list)):
+        group["params"] = given = list(given)
+    return [given] if isinstance(given, torch.Tensor) else given
+
+
+def _check_parameters(parameters):
+    """Raise ValueError for parameters that cannot have masters."""
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        raise ValueError("a parameter comes twice: in one group two times, or in two groups")
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, _DTYPE):
+            raise ValueError(f"master weights are for float32 and bfloat16 parameters, not for {parameter.dtype}")
 
 
 @torch.no_grad()
@@ -161,6 +192,24 @@ def masters_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: master.detach() for name, master in found if master is not None}
 
 
+@torch.no_grad()
+def load_masters(model: nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> None:
+    """Let masters take over what is about to be loaded into their parameters, before it is rounded.
+
+    Args:
+        model: The model.
+        state: Tensors by name, as `load_state_dict` takes them.
+        prefix: What the names begin with.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        master, _ = getattr(parameter, _MASTER, (None, None))
+        if master is not None and (loaded := state.get(prefix + name)) is not None:
+            master.copy_(loaded)
+            parameter.copy_(master)
+            # One more than now, as loading will write it once more.
+            setattr(parameter, _MASTER, (master, parameter._version + 1))
+
+
 @contextlib.contextmanager
 def master_weights(model: nn.Module) -> Iterator[None]:
     """Let a model hold its float32 master weights in the block, to be saved: a context manager.
@@ -172,14 +221,8 @@ def master_weights(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     masters = masters_of(model)
-    parameters = [(p, p.data, masters[name]) for name, p in model.named_parameters() if name in masters]
-    try:
-        for parameter, _, master in parameters:
-            parameter.data = master
+    with holding((parameter, masters[name]) for name, parameter in model.named_parameters() if name in masters):
         yield
-    finally:
-        for parameter, rounded, _ in parameters:
-            parameter.data = rounded
 
 
 def keep_master_weights(model: nn.Module) -> None:

@@ -13,6 +13,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from .scoped import temporarily
 
+# Name of the modules of which PEFT trains copies.
+_SAVED = "modules_to_save"
+
 
 def own_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters of a base model, without those of adapters.
@@ -23,15 +26,42 @@ def own_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     Yields:
         Names and parameters. The names are those that the model has without adapters.
     """
-    adapter_prefix = getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
+    adapter_prefix = _adapter_prefix(model)
     for name, parameter in model.named_parameters():
         if adapter_prefix is not None:
-            if adapter_prefix in name or ".modules_to_save." in name:
+            if adapter_prefix in name or f".{_SAVED}." in name:
                 continue
             name = (
                 name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
             )
         yield name, parameter
+
+
+def base_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """Those of `own_parameters`, without their names, which take four times as long to make; some may come twice.
+
+    Args:
+        model: A causal language model, or a PeftModel of one.
+    """
+    prefix = _adapter_prefix(model)
+    found: list[torch.nn.Parameter] = []
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        parameters, modules = module._parameters, module._modules
+        if prefix is not None:
+            parameters, modules = (
+                {name: x for name, x in some.items() if prefix not in name and name != _SAVED}
+                for some in (parameters, modules)
+            )
+        found += [parameter for parameter in parameters.values() if parameter is not None]
+        waiting += [child for child in modules.values() if child is not None]
+    return found
+
+
+def _adapter_prefix(model):
+    """What is part of the names of adapters' modules or parameters; None for a model without adapters."""
+    return getattr(model.base_model, "prefix", "lora_") if isinstance(model, PeftModel) else None
 
 
 def adapters_are_off(peft_model: Any) -> bool:

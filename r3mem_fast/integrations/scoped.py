@@ -25,8 +25,10 @@ def temporarily(owner: Any, **values: Any) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    # A configuration may keep an attribute under another name (`attribute_map`): then it is not the owner's own.
-    renamed = getattr(owner, "attribute_map", {})
+    # A configuration may keep an attribute under another name, by a property or by its `attribute_map`: then it is not
+    # the owner's own.
+    renamed = {name for name in values if isinstance(getattr(type(owner), name, None), property)}
+    renamed |= values.keys() & getattr(owner, "attribute_map", {}).keys()
     before = {
         name: getattr(owner, name, _MISSING) if name in renamed else vars(owner).get(name, _MISSING) for name in values
     }
@@ -71,6 +73,54 @@ def returning(module: nn.Module, result: Any) -> contextlib.AbstractContextManag
     return temporarily(module, forward=lambda *args, **kwargs: result)
 
 
+def compacted(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states `[..., width]` with the strides of a tensor of their own."""
+    # `contiguous` would not do for one row of one token, whose strides it does not look at; flattened, it has others.
+    flat = hidden.flatten(0, -2)
+    return flat.contiguous().view(hidden.shape)
+
+
+@contextlib.contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Any, **settings: Any) -> Iterator[None]:
+    """Give modules a hook before their forward passes, in the block.
+
+    Args:
+        modules: The modules.
+        hook: The hook, see `torch.nn.Module.register_forward_pre_hook`.
+        settings: Further arguments of that method.
+
+    Yields:
+        Nothing.
+    """
+    handles = [module.register_forward_pre_hook(hook, **settings) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def holding(values: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+    """Let parameters hold other values in the block, which may be of another dtype.
+
+    Args:
+        values: The parameters, each with its value.
+
+    Yields:
+        Nothing.
+    """
+    values = list(values)
+    before = [(parameter, parameter.data) for parameter, _ in values]
+    try:
+        for parameter, value in values:
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.data = value
+
+
 @contextlib.contextmanager
 def compact_head(model: Any) -> Iterator[None]:
     """Give a model's head the hidden states that it computes logits of in a tensor of their own, in the block.
@@ -91,14 +141,10 @@ def compact_head(model: Any) -> Iterator[None]:
 
     def compact(module: nn.Module, inputs: tuple) -> tuple:
         hidden, *others = inputs
-        # `contiguous` would not do for one row of one token, whose strides it does not look at.
-        return hidden.flatten(0, -2).view(hidden.shape), *others
+        return compacted(hidden), *others
 
-    hook = head.register_forward_pre_hook(compact)
-    try:
+    with hooked([head], compact):
         yield
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager

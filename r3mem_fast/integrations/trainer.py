@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .masters import masters_of
+from .masters import load_masters, masters_of
 from .peft import own_parameters
 
 
@@ -26,6 +26,7 @@ class TrainerInterface(torch.nn.Module):
     def _register_checkpoint_hooks(self):
         self.register_state_dict_post_hook(_leave_frozen_base_out)
         self.register_state_dict_post_hook(_give_masters)
+        self.register_load_state_dict_pre_hook(_take_masters)
         self.register_load_state_dict_post_hook(_do_not_miss_frozen_base)
 
     def to(self, *args: Any, **settings: Any) -> "TrainerInterface":
@@ -178,6 +179,11 @@ def _leave_frozen_base_out(model, state, prefix, metadata):
 def _give_masters(model, state, prefix, metadata):
     """Put master weights into a checkpoint, in place of what they were rounded to: hook after `state_dict`."""
     state.update({prefix + name: master for name, master in masters_of(model).items() if prefix + name in state})
+
+
+def _take_masters(model, state, prefix, *others):
+    """Let master weights take over what is loaded: hook before `load_state_dict`."""
+    load_masters(model, state, prefix)
 
 
 def _do_not_miss_frozen_base(model, incompatible):

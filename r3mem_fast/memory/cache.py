@@ -1,7 +1,7 @@
 """`PrefixCache`: a key-value cache with a memory before its tokens."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class PrefixCache(PassCache):
             `captured`.
         adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
         decoder: The decoder whose layers' memory it is; another one is refused. None: any may read it.
+        still: Indices of layers that do not rotate their keys.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class PrefixCache(PassCache):
         capture: int = 0,
         adapted_tokens: int | None = None,
         decoder: Any = None,
+        still: Collection[int] = (),
     ):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
-        self._decoder = decoder
+        self._decoder, self._still = decoder, still
         self.adapted_tokens = adapted_tokens
         self._prefix: torch.Tensor | None = None
         self._visible: torch.Tensor | None = None
@@ -153,7 +155,8 @@ class PrefixCache(PassCache):
         self._of_pass, self._tables = positions, None
         self._config = config
         if self.rotation is None or list(order) != self._order:
-            self.rotation, self._order = Rotation(decoder, layers, order, config), list(order)
+            self.rotation = Rotation(decoder, layers, order, config, self._still)
+            self._order = list(order)
         self._positions = positions[:, -self.capture :] if self.capture else None
         self._lengths = None
         if self._apart and self._visible is not None and any(self._windows):
@@ -270,6 +273,10 @@ class PrefixCache(PassCache):
         if not placed:
             return states
         return tuple(torch.cat(pair, dim=-2) for pair in zip(placed, states, strict=True))
+
+    def captured_keys(self) -> torch.Tensor:
+        """Keys of the last `capture` tokens at their positions, `[layers, B, kv_heads, n, head_dim]`."""
+        return torch.stack([self._written[index][0] for index in range(len(self._written))])
 
     def captured(self) -> torch.Tensor:
         """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""

@@ -222,7 +222,7 @@ def placed_prefix(
     device = model.device
     states, ages = memory.states[..., start:, :].to(device, model.dtype), memory.ages[..., start:].to(device).long()
     order = range(len(model.layers))
-    rotation = Rotation(reader.decoder, model.layers, order, text_config(model.config))
+    rotation = Rotation(reader.decoder, model.layers, order, text_config(model.config), reader.still_layers())
     known = torch.arange(first - layout.reach, first + 1, device=device)[None]
     if read_with is None:
         read_with = torch.tensor([[first]], device=device)

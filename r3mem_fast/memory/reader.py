@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument
@@ -31,6 +32,7 @@ class MemoryReader:
         self._model, self._stack, self.decoder, self.layout = model, stack, decoder, layout
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
+        self._still: frozenset[int] = frozenset()
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -48,7 +50,8 @@ class MemoryReader:
             settings: More arguments of `PrefixCache`.
         """
         first = self.layout.first_position if first_position is None else first_position
-        return PrefixCache(text_config(self._model.config), first_position=first, decoder=self.decoder, **settings)
+        settings = {"decoder": self.decoder, "still": self._still, **settings}
+        return PrefixCache(text_config(self._model.config), first_position=first, **settings)
 
     def read(self, cache: PrefixCache, memory: Memory) -> PrefixCache:
         """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
@@ -107,9 +110,12 @@ class MemoryReader:
 
         embeddings = self.embeddings_of(ids)
         positions = self.layout.first_position + torch.arange(ids.shape[1], device=embeddings.device)[None]
+        # An empty cache, because without one transformers asks the device whether rows hold several texts.
+        empty = cache_argument(self.decoder, DynamicCache(config=text_config(self._model.config)))
         with temporarily(self._stack, run=passing):
-            self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        return found[0]
+            self.decoder(inputs_embeds=embeddings, position_ids=positions, **empty)
+        hidden, arguments = found[0]
+        return hidden, {name: value for name, value in arguments.items() if name not in empty}
 
     def state_sizes(self) -> tuple[int, ...]:
         """Sizes of a memory's states that are the model's: `(layers, kv_heads, head_dim)`, or `(width,)`.
@@ -124,9 +130,9 @@ class MemoryReader:
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
             with captured_attention(self.decoder.config) as calls:
-                keys = self._keys_at(0)
-            layers, _, heads, tokens, width = keys.shape
-            self._refuse_keys_that_cannot_be_moved(keys, tokens)
+                layers, _, heads, tokens, width = self._keys_at(0).captured_keys().shape
+            self._find_layers_that_do_not_rotate(tokens)
+            self._refuse_keys_that_cannot_be_moved(tokens)
             self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
             self._measured = (layers, heads, width)
         return self._measured
@@ -136,6 +142,11 @@ class MemoryReader:
         self.state_sizes()
         return self._windows
 
+    def still_layers(self) -> frozenset[int]:
+        """Indices of the layers, in the cache, that do not rotate their keys. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._still
+
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""
         sizes = list(self.state_sizes())
@@ -144,13 +155,22 @@ class MemoryReader:
         if found != sizes:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
 
-    def _refuse_keys_that_cannot_be_moved(self, keys, tokens):
+    def _step(self, tokens):
+        """How far a few tokens are moved to see what becomes of their keys; 0 where nothing ever is."""
         limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
         # Learned positions are part of what the tokens are, and nothing is moved.
-        step = min(37, (limit or 64) - tokens) if is_rotary(self.decoder) else 0
-        moved = self._keys_at(step).flatten(1) - keys.flatten(1)
-        error = (moved.norm(dim=1) / keys.flatten(1).norm(dim=1)).max().item()
-        if not error <= max(0.01, 16 * torch.finfo(self._model.dtype).eps):
+        return min(37, (limit or 64) - tokens) if is_rotary(self.decoder) else 0
+
+    def _find_layers_that_do_not_rotate(self, tokens):
+        """Find the layers whose keys, as they are, are the same at other positions."""
+        if step := self._step(tokens):
+            errors = _changes(*(self._keys_at(position).captured_keys() for position in (0, step)))
+            self._still = frozenset(index for index, error in enumerate(errors) if error <= self._tolerance())
+
+    def _refuse_keys_that_cannot_be_moved(self, tokens):
+        step = self._step(tokens)
+        error = max(_changes(*(self._keys_at(position).captured()[:, 0] for position in (0, step))))
+        if not error <= self._tolerance():
             base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
             raise ValueError(
                 f"in a {type(base).__name__} keys that were moved by {step} positions "
@@ -158,15 +178,24 @@ class MemoryReader:
                 'use memory_placement="input", or another model'
             )
 
+    def _tolerance(self):
+        return max(0.01, 16 * torch.finfo(self._model.dtype).eps)
+
     @torch.no_grad()
     def _keys_at(self, position):
-        """Keys of a few tokens from this position on, without their positions: float `[layers, 1, kv_heads, 4, D]`."""
+        """A cache that has captured a few tokens from this position on."""
         ids = torch.arange(4, device=self._model.device)[None]
         cache = self.new_cache(keep=False, capture=4, first_position=position)
         # In the weights' precision: autocast's would look like keys that cannot be moved.
         with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
             self.decode(self._model.get_input_embeddings()(ids), torch.ones(ids.shape, dtype=torch.int64), cache)
-        return cache.captured()[:, 0].float()
+        return cache
+
+
+def _changes(keys, others):
+    """How much the keys of each layer differ, relative to their size; NaN where they are not finite."""
+    keys, others = keys.float().flatten(1), others.float().flatten(1)
+    return ((others - keys).norm(dim=1) / keys.norm(dim=1)).tolist()
 
 
 def positions_of_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import nn
 _ABSOLUTE = ("wpe", "embed_positions")
 # Kinds of rotary embeddings whose frequencies are others for long texts.
 _CHANGING = ("dynamic", "longrope")
+# In place of the kind of a layer that does not rotate its keys.
+_STILL = "still"
 # Bytes of keys in float32 that are turned at once.
 _BYTES = 2**28
 
@@ -49,10 +51,17 @@ def depends_on_pass(decoder: nn.Module) -> bool:
 class Rotation:
     """Applies the rotary embedding of a decoder to keys outside of it.
 
-    For a model with absolute positions, keys stay as they are.
+    For a model with absolute positions, and in layers without a rotation, keys stay as they are.
     """
 
-    def __init__(self, decoder: nn.Module, layers: Sequence[nn.Module], order: Sequence[int], config: Any) -> None:
+    def __init__(
+        self,
+        decoder: nn.Module,
+        layers: Sequence[nn.Module],
+        order: Sequence[int],
+        config: Any,
+        still: Collection[int] = (),
+    ) -> None:
         """Find the rotary embedding.
 
         Args:
@@ -60,6 +69,7 @@ class Rotation:
             layers: The decoder's layers, reversible or not.
             order: Indices of the layers, in the order in which the loop calls them; see `Route`.
             config: The decoder's configuration.
+            still: Indices of the layers that do not rotate their keys, in the cache.
 
         Raises:
             ValueError: The decoder's kind of positions is not known, or its module has no `apply_rotary_pos_emb`.
@@ -67,6 +77,7 @@ class Rotation:
         self._rotary: Any = None
         self._apply: Any = None
         self._types: dict[int, str] | None = None
+        self._still = frozenset(still)
         if not is_rotary(decoder):
             return
         self._rotary = decoder.rotary_emb
@@ -91,7 +102,7 @@ class Rotation:
 
         Returns:
             A function of a layer's index that returns `(cos, sin)`, float32 `[1 or B, T, rotary dim]`; None for a
-            model with absolute positions.
+            layer that does not rotate its keys.
         """
         if self._rotary is None:
             return lambda index: None
@@ -100,8 +111,10 @@ class Rotation:
         if seen_with is not None:
             position_ids = torch.cat([position_ids.expand(len(seen_with), -1), seen_with], 1)
 
-        def tables_of_layer(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def tables_of_layer(index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
             kind = self._kind(index)
+            if kind == _STILL:
+                return None
             if kind not in made:
                 extra = () if kind is None else (kind,)
                 # Tables in the model's dtype, as the model uses them: keys that were rotated by rounded tables have to
@@ -210,13 +223,17 @@ class Rotation:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _kind(self, index: int) -> str | None:
+        if index in self._still:
+            return _STILL
         return None if self._types is None else self._types[index]
 
     def _turned(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Apply the model's own rotation in float32."""
-        # It rotates queries, too: give it none.
+        """Apply the model's own rotation in float32, to as much of each key as the tables are for."""
         keys = keys.float()
-        return self._apply(keys[:, :0], keys, cos, sin)[1]
+        part, rest = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
+        # It rotates queries, too: give it none.
+        turned = self._apply(part[:, :0], part, cos, sin)[1]
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
 def _by_head(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from r3mem_fast.kernels.attention import MAX_DECODED, memory_attention, memory_decode, merge
 from r3mem_fast.kernels.attention.shared import Readers, read_shared_memories, readers_of
 
-from ..integrations.attention import SegmentMask
+from ..integrations.attention import SegmentMask, as_autocast
 from ..integrations.capture import replaced_attention
 from .memory import Memory
 from .prefix import placed_prefix
@@ -46,17 +47,21 @@ class SharedMemories:
 
         Args:
             model: The `R3MemModel` of which they are.
-            memories: The memory of each row, of one row itself.
+            memories: The memory of each row, of one row itself, of any dtype and on any device.
             sources: What each was made of. Of those that are one object the first is taken for all.
             positions: Positions of the tokens that are read first, int64 `[B, T]`.
         """
         found: dict[int, int] = {}
         of_rows = tuple(found.setdefault(id(source), len(found)) for source in sources)
         firsts = [of_rows.index(number) for number in range(len(found))]
-        together = Memory.cat([memories[row] for row in firsts])
+        # To the base model, layouts of memories differ in nothing but what may be written.
+        layout, origin = model.reader.layout, model.origin()
+        own = [memories[row].to(model.device, model.dtype) for row in firsts]
+        together = Memory.cat([dataclasses.replace(memory, layout=layout, origin=origin) for memory in own])
         prefix = placed_prefix(model, together, model.reader.layout.first_position, read_with=positions)
         counts = tuple(together.visible_on_host().sum(1).tolist())
-        return cls(tuple(sources[row] for row in firsts), of_rows, prefix.keys, prefix.values, counts, model.device)
+        values = tuple(tensor.clone() for tensor in prefix.values)  # alone, without the keys beside them
+        return cls(tuple(sources[row] for row in firsts), of_rows, prefix.keys, values, counts, model.device)
 
     def followed_by(self, others: "SharedMemories") -> "SharedMemories":
         """The memories of these rows and, below them, of others; what both have is stored once.
@@ -117,6 +122,20 @@ class SharedMemories:
     def _width(self) -> int:
         return self.keys[0].shape[2]
 
+    @functools.cached_property
+    def _lengths(self) -> torch.Tensor | None:
+        """Slots of each memory, on the device; None: all have as many."""
+        if len(set(self.counts)) == 1:
+            return None
+        return uploaded(torch.tensor(self.counts, dtype=torch.int32), self.device)
+
+    @functools.cached_property
+    def _readers(self) -> Readers | None:
+        """Which rows read which memory, on the device; None: each row has one of its own."""
+        if self.of_rows == tuple(range(len(self.sources))):
+            return None
+        return Readers(*(uploaded(tensor, self.device) for tensor in readers_of(self.of_rows)))
+
     @contextlib.contextmanager
     def read_by(self, config: Any, starts: Sequence[int]) -> Iterator[None]:
         """Let a model's attention read these memories before its own keys in the block: a context manager.
@@ -128,13 +147,7 @@ class SharedMemories:
         Raises:
             RuntimeError: After the block: a layer has not read them.
         """
-        lengths, own_starts, readers = None, None, None
-        if len(set(self.counts)) > 1:
-            lengths = uploaded(torch.tensor(self.counts, dtype=torch.int32), self.device)
-        if any(starts):
-            own_starts = uploaded(torch.tensor(starts, dtype=torch.int32), self.device)
-        if self.of_rows != tuple(range(len(self.sources))):
-            readers = readers_of(self.of_rows, self.device)
+        own_starts = uploaded(torch.tensor(starts, dtype=torch.int32), self.device) if any(starts) else None
         have_read: set[int] = set()
 
         def mask(batch_size: int, q_length: int, kv_length: int, **others: Any) -> SegmentMask:
@@ -143,7 +156,8 @@ class SharedMemories:
         def attention(module: Any, query: torch.Tensor, key: Any, value: Any, mask: SegmentMask, **settings: Any):
             layer = module.layer_idx
             have_read.add(layer)
-            output = _attend(query, key, value, mask, self.keys[layer], self.values[layer], lengths, readers, settings)
+            tensors = as_autocast(query, key, value, self.keys[layer], self.values[layer])
+            output = _attend(tensors, mask, self._lengths, self._readers, settings)
             return output.transpose(1, 2), None
 
         with replaced_attention(config, attention, mask):
@@ -155,8 +169,9 @@ class SharedMemories:
             )
 
 
-def _attend(query, key, value, mask, memory_key, memory_value, lengths, readers: Readers | None, settings):
-    """Attend to own keys and a layer's memories: `[B, heads, T, head_dim]`."""
+def _attend(tensors, mask, lengths, readers, settings):
+    """Attend to own keys and a layer's memories, `[B, heads, T, head_dim]`; tensors: the query, and both of each."""
+    query, key, value, memory_key, memory_value = tensors
     scale = settings.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     given = {"scale": scale, "softcap": settings.get("softcap"), "sinks": settings.get("s_aux")}

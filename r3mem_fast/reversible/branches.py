@@ -15,7 +15,8 @@ import torch
 def llama_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """Compute the branch of layers with a norm before attention and one before the MLP.
 
-    These are the layers of Llama (and SmolLM2), Mistral, Qwen2 and Qwen3.
+    These are the layers of Llama (and SmolLM2), Mistral, Qwen2 and Qwen3, and of the mixtures Mixtral, OLMoE,
+    Qwen2-MoE and Qwen3-MoE.
 
     Args:
         layer: The decoder layer.
@@ -86,6 +87,10 @@ _EXACT = {
     ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"): llama_branch,
     ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"): llama_branch,
     ("transformers.models.qwen3.modeling_qwen3", "Qwen3DecoderLayer"): llama_branch,
+    ("transformers.models.mixtral.modeling_mixtral", "MixtralDecoderLayer"): llama_branch,
+    ("transformers.models.olmoe.modeling_olmoe", "OlmoeDecoderLayer"): llama_branch,
+    ("transformers.models.qwen2_moe.modeling_qwen2_moe", "Qwen2MoeDecoderLayer"): llama_branch,
+    ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeDecoderLayer"): llama_branch,
     ("transformers.models.gpt2.modeling_gpt2", "GPT2Block"): gpt2_branch,
 }
 

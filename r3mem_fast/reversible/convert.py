@@ -12,6 +12,7 @@ from torch import nn
 from ..integrations.scoped import without_hooks
 from .branches import branch_of, generic_branch
 from .coupling import MomentumCoupling
+from .experts import order_experts
 from .stack import Mode, ReversibleStack
 
 _INTEGRITY = ("auto", "raise", "nan")
@@ -41,8 +42,8 @@ def make_reversible(
 
     Raises:
         TypeError: It is no such model.
-        ValueError: It is an encoder-decoder, a mixture of experts, or reversible already, the `forward` of one of its
-            layers was replaced on the instance, or a setting does not fit.
+        ValueError: It is an encoder-decoder, or reversible already, the `forward` of one of its layers was replaced on
+            the instance, or a setting does not fit.
     """
     coupling = MomentumCoupling() if coupling is None else coupling
     if not isinstance(coupling, MomentumCoupling):
@@ -61,6 +62,7 @@ def make_reversible(
     bits = coupling.bits_of_layers(len(layers))
     stack = ReversibleStack(branches, bits, fraction_bits, integrity, offload_side_bits)
     _turn_off_checkpointing(stack, decoder)
+    order_experts(model, text_config(model.config))
     for index, layer in enumerate(layers):
         vars(layer).pop("forward", None)
         kind: Any = type(layer)
@@ -224,13 +226,6 @@ def _refuse_architecture(model):
             f"{type(model).__name__} has cross-attention to an encoder; only decoder-only models can be made "
             "reversible"
         )
-    config = text_config(config)
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if (getattr(config, name, None) or 0) > 1:
-            raise ValueError(
-                f"{type(model).__name__} is a mixture of experts ({name}={getattr(config, name)}): its routing "
-                "adds in no fixed order, so its branches cannot be recomputed exactly"
-            )
 
 
 def _refuse_layers(layers):

@@ -194,6 +194,22 @@ def test_weights_that_are_loaded_count(network):
     assert (master - 0.5).abs().max() <= 1.1e-3 and not torch.equal(master, torch.full_like(master, 0.5))
 
 
+def test_weights_that_are_loaded_are_not_rounded(network):
+    """A checkpoint's float32 weights are the masters from then on, to the last bit."""
+    optimizer = MasterAdamW(trainable(network), lr=1e-3)
+    losses_of(network, Letters().windows[:2, :24]).backward()
+    optimizer.step()
+    best = {name: master.clone() for name, master in network.state_dict().items()}
+    losses_of(network, Letters().windows[2:4, :24]).backward()
+    optimizer.step()
+    assert not torch.equal(network.state_dict()["memory_embeddings"], best["memory_embeddings"])
+    network.load_state_dict(best)
+    assert all(torch.equal(master, best[name]) for name, master in network.state_dict().items())
+    assert torch.equal(network.memory_embeddings, best["memory_embeddings"].to(torch.bfloat16))
+    optimizer.step()  # with no gradients
+    assert all(torch.equal(master, best[name]) for name, master in network.state_dict().items())
+
+
 def test_another_optimizer_goes_on_from_the_masters(network):
     first = MasterAdamW(trainable(network), lr=1e-3)
     losses_of(network, Letters().windows[:2, :24]).backward()
@@ -204,15 +220,19 @@ def test_another_optimizer_goes_on_from_the_masters(network):
 
 
 def test_what_it_refuses(monkeypatch):
-    with pytest.raises(ValueError, match=r"not for torch\.float16"):
-        MasterAdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.float16))])
+    fine, half = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    for params in ([fine, half], [{"params": [fine]}, {"params": [half]}]):
+        with pytest.raises(ValueError, match=r"not for torch\.float16"):
+            MasterAdamW(params)
+        assert fine.dtype == torch.float32 and not hasattr(fine, "r3mem_master")  # as it was
     parameter, frozen = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
     optimizer = MasterAdamW([("learned", parameter), ("frozen", frozen)])
     assert frozen.dtype == torch.float32 and len(masters_of(torch.nn.ParameterList([parameter, frozen]))) == 1
     with pytest.raises(ValueError, match="takes no closure"):
         optimizer.step(lambda: parameter.sum())
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        MasterAdamW([{"params": [parameter]}, {"params": [parameter]}])
+    with pytest.raises(ValueError, match="comes twice"):
+        MasterAdamW([{"params": [fine]}, {"params": iter([fine])}])
+    assert fine.dtype == torch.float32
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="MixedPrecisionPolicy"):

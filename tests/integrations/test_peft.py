@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from r3mem_fast.integrations.peft import adapters_are_off, adapters_off
+from r3mem_fast.integrations.peft import adapters_are_off, adapters_off, base_parameters, own_parameters
 from tests.reversible.tiny import build
 
 
@@ -41,3 +41,15 @@ def test_they_come_back_as_they_were():
         with adapters_off(model):
             pass
         assert adapters_are_off(model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}, None])
+def test_a_base_model_s_parameters_without_their_names(changes):
+    model = build()
+    if changes is not None:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", **changes))
+    named = {id(parameter) for _, parameter in own_parameters(model)}
+    assert {id(parameter) for parameter in base_parameters(model)} == named
+    replaced = torch.nn.Parameter(torch.zeros(1))
+    (model if changes is None else model.get_base_model()).model.norm.weight = replaced
+    assert any(parameter is replaced for parameter in base_parameters(model))

@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from r3mem_fast.integrations import scoped
 
@@ -27,6 +28,14 @@ def test_an_attribute_of_the_class_is_not_left_on_the_instance():
     with scoped.returning(layer, "result"):
         assert layer(None) == "result"
     assert "forward" not in vars(layer) and layer.forward == forward
+
+
+def test_a_property_is_set_back():
+    """As a configuration of transformers has them: the value lies under another name."""
+    config = LlamaConfig(attn_implementation="eager")
+    with scoped.temporarily(config, _attn_implementation="sdpa"):
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "eager"
 
 
 def test_one_change_inside_of_another():

@@ -250,6 +250,8 @@ def test_who_runs(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "flash")
     with pytest.raises(ValueError, match="R3MEM_ATTENTION must be reference, triton, vendor, or unset; it is 'flash'"):
         chosen()
+    with pytest.raises(ValueError, match="it is 'flash'"):
+        dispatch.choose_for_decoding(AttentionInputs(*torch.zeros(3, 1, 1, 1, 8)), AttentionSettings(1.0))
 
 
 def test_what_is_refused():

@@ -97,6 +97,13 @@ def test_ragged_rows_are_read_as_always(made, monkeypatch):
     assert torch.equal(found.states, expected.states) and made[-1].repeated.replays > 0
 
 
+def test_frequencies_that_the_host_chooses_are_not_captured(made):
+    """Dynamic scaling asks for the largest position of a pass."""
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    network(of_base={"rope_parameters": dynamic}).compress(ids_of(120))
+    assert made[-1].repeated.replays == 0
+
+
 def test_hidden_states_come_along(made, monkeypatch):
     """Each segment's own, whatever is replayed after it."""
     model = network()

@@ -7,8 +7,6 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -78,13 +76,6 @@ def test_encoder_decoder():
     crossing = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, add_cross_attention=True))
     with pytest.raises(ValueError, match="only decoder-only"):
         make_reversible(crossing)
-
-
-def test_mixture_of_experts():
-    config = MixtralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    config.vocab_size, config.num_key_value_heads = 32, 2
-    with pytest.raises(ValueError, match="mixture of experts"):
-        make_reversible(MixtralForCausalLM(config))
 
 
 def test_not_a_language_model():

@@ -56,11 +56,42 @@ GENERIC_FAMILIES = {
         "dropout": 0.0,
     },
 }
+# Models that rotate a part of each key, or the keys of some layers.
+MIXED_ROTARY = {
+    "phi": {**_SMALL, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "stablelm": {**_SMALL, "hidden_dropout": 0.0},
+    "persimmon": {**_SMALL, "hidden_dropout": 0.0},
+    "smollm3": {**_SMALL, "no_rope_layers": [1, 0, 1, 0]},
+    "cohere2": {**_SMALL, "sliding_window": 64},
+    "exaone4": {**_SMALL, "sliding_window": 64},
+}
+_DEEPSEEK = {
+    **_SMALL, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "first_k_dense_replace": 1,
+}  # fmt: skip
+MIXTURES = {
+    "mixtral": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**_SMALL, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_moe": {**_SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "granitemoe": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        **_SMALL, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1,
+        "topk_group": 1,
+    },
+    "gpt_oss": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+}  # fmt: skip
 
 
 def build(family="llama", dtype=torch.float32, scale=1.0, seed=0, **changes):
     """A tiny random model in train mode; `scale` multiplies its matrices, so that branches matter."""
-    settings = {**EXACT_FAMILIES, **GENERIC_FAMILIES}[family]
+    settings = {**EXACT_FAMILIES, **GENERIC_FAMILIES, **MIXED_ROTARY, **MIXTURES}[family]
     config = CONFIG_MAPPING[family](**{**settings, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ...integrations.capture import captured_attention
+from ...integrations.scoped import hooked
 from ..memory import Memory
 from ..reader import MemoryReader
 from ..segments import Segment
@@ -56,8 +57,11 @@ class DiagonalReader:
         if len(segments) <= len(self._layers) or self._writer.sources != ["own"]:
             return False
         if self._is_possible is None:
-            first, second = (tree_leaves(self._reader.entering(segment.ids)[1]) for segment in segments[:2])
-            # Some models give their layers something of the tokens themselves.
+            # Some models give their layers something of the tokens themselves: other tokens would show it.
+            ids = segments[0].ids
+            first, second = (
+                tree_leaves(self._reader.entering(some)[1]) for some in (ids, (ids + 1) % (ids.max() + 1))
+            )
             self._is_possible = all(
                 torch.equal(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, torch.Tensor)
             )
@@ -148,15 +152,9 @@ class _Calls:
         self._arguments: list[tuple[tuple, dict[str, Any]]] = []
         self.hidden: list[torch.Tensor] = []
 
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
+    def noted(self) -> contextlib.AbstractContextManager[None]:
         """Note the calls of the block: a context manager."""
-        hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self._layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return hooked(self._layers, self._note, with_kwargs=True)
 
     def _note(self, layer, args, kwargs):
         kind: Any = type(layer)

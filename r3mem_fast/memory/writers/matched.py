@@ -16,6 +16,7 @@ from ..cache import PrefixCache
 from ..layout import MemoryLayout
 from ..memory import Memory
 from ..reader import MemoryReader
+from ..rotary import depends_on_pass
 from ..segments import Segment
 from ..slots import Slots, replaced, slots_of
 from ..states import uploaded
@@ -145,11 +146,13 @@ class MatchedWriter:
             memory: The memory before it.
 
         Returns:
-            Something to compare; None: there is nothing to write, the segment has not all rows or is padded, or what
-            will be asked of it is made on the host.
+            Something to compare; None: there is nothing to write, the segment has not all rows or is padded, or
+            something is decided on the host, such as what will be asked of it.
         """
         every = tuple(range(len(memory)))
         if not segment.writes or segment.rows != every or "pairs" in self.sources or not segment.mask.all():
+            return None
+        if depends_on_pass(self._reader.decoder):  # the host asks for the largest position
             return None
         assert memory.slots is not None, "see MemoryLayout.writer"
         fresh = self._fresh(segment)
