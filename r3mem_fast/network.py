@@ -189,15 +189,11 @@ class Network(nn.Module):
             dropout: Probability with which a row does not see its memory, for memory tokens that learn.
         """
         if self.memory_embeddings is None:
-            writer = self.matched_writer(layout)
+            writer = MatchedWriter(self.reader, layout, self.questions_of)
             # Processes that gather a sharded model's layers together must run alike, whatever their rows are.
             by_graphs = graphs.are_wanted(self.device) and not units_of(self)
             return GraphedWriter(writer, self.device) if by_graphs else writer
         return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
-
-    def matched_writer(self, layout: MemoryLayout) -> MatchedWriter:
-        """Writer of matched memories of a layout, see `writer`, that captures nothing."""
-        return MatchedWriter(self.reader, layout, self.questions_of)
 
     @contextlib.contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -262,10 +258,20 @@ class Network(nn.Module):
 
         Returns:
             The base model's output.
+
+        Raises:
+            ValueError: The model is to return router logits.
         """
         # Fused losses (Liger's) view it as `[tokens, hidden_size]`, and the head's product would copy its weight.
         compact = compacted(hidden)
-        with returning(self.decoder, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=compact)):
+        if getattr(self.config, "output_router_logits", False):
+            raise ValueError(
+                "output_router_logits asks for a loss of the experts' router, which reversible layers do not give; "
+                "set it to False in the model's config"
+            )
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=compact)
+        output.router_logits = None  # which mixtures of experts look for
+        with returning(self.decoder, output):
             return self.peft_model(inputs_embeds=hidden, use_cache=False, **inputs)
 
     def check_length(self, tokens: int, *, behind_memory: bool) -> None:

@@ -15,6 +15,7 @@ from .integrations.fsdp import largest_of_ranks, units_of
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
 from .memory.writers.diagonal import DiagonalReader
+from .memory.writers.graphed import GraphedWriter
 from .network import Network
 from .reversible.replay import replay
 
@@ -175,7 +176,8 @@ def compress_rows(
 def _read_by_diagonals(network, segments, memory, on_tokens):
     """Read segments behind a memory: those that are alike by diagonals, the others one after the other."""
     memory = memory.to(network.device, network.dtype)
-    writer, matched = network.writer(memory.layout), network.matched_writer(memory.layout)
+    writer = network.writer(memory.layout)
+    matched = writer.matched if isinstance(writer, GraphedWriter) else writer
     reader = DiagonalReader(matched, network.reader, network.layers)
     # The kind of the last segment, and up to where segments have been looked at that are too few for diagonals.
     index, last, looked = 0, None, 0
@@ -194,7 +196,6 @@ def _read_by_diagonals(network, segments, memory, on_tokens):
                 on_tokens(sum(end - start for start, end in segments[index].own))
             index, last = index + 1, kind
     writer.finish()
-    matched.finish()
     return memory
 
 

@@ -275,7 +275,17 @@ class PrefixCache(PassCache):
         return tuple(torch.cat(pair, dim=-2) for pair in zip(placed, states, strict=True))
 
     def captured_keys(self) -> torch.Tensor:
-        """Keys of the last `capture` tokens at their positions, `[layers, B, kv_heads, n, head_dim]`."""
+        """Keys of the last `capture` tokens at their positions, `[layers, B, kv_heads, n, head_dim]`.
+
+        Raises:
+            ValueError: Layers have keys or values of other sizes than others.
+        """
+        sizes = {(states.shape[1], states.shape[-1]) for pair in self._written.values() for states in pair}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"not all layers' keys and values have heads of one number and size ({sorted(sizes)}), so a memory "
+                'cannot be one tensor of them; use memory_placement="input", or another model'
+            )
         return torch.stack([self._written[index][0] for index in range(len(self._written))])
 
     def captured(self) -> torch.Tensor:

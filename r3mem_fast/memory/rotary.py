@@ -78,6 +78,7 @@ class Rotation:
         self._apply: Any = None
         self._types: dict[int, str] | None = None
         self._still = frozenset(still)
+        self._is_partial = _rotates_a_part(config)
         if not is_rotary(decoder):
             return
         self._rotary = decoder.rotary_emb
@@ -181,6 +182,8 @@ class Rotation:
         cos, sin = tables
         # Tables may carry a scale s (YaRN's attention scaling): turning back by them gives s², which is divided out.
         square = (cos * cos + sin * sin)[:, None]
+        if not self._is_partial:  # a table may be for halves of a key
+            square = torch.cat([square] * (keys.shape[-1] // square.shape[-1]), -1)
         back = self._turned(keys, cos, -sin)
         turned, rest = back[..., : square.shape[-1]], back[..., square.shape[-1] :]
         return torch.cat([turned / square, rest], -1).to(keys.dtype)
@@ -228,12 +231,21 @@ class Rotation:
         return None if self._types is None else self._types[index]
 
     def _turned(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Apply the model's own rotation in float32, to as much of each key as the tables are for."""
+        """Apply the model's own rotation in float32, to as much of each key as it rotates."""
         keys = keys.float()
-        part, rest = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
+        width = cos.shape[-1] if self._is_partial else keys.shape[-1]
+        part, rest = keys[..., :width], keys[..., width:]
         # It rotates queries, too: give it none.
         turned = self._apply(part[:, :0], part, cos, sin)[1]
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _rotates_a_part(config: Any) -> bool:
+    """Whether a configuration says that a part of each key is rotated."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    named = [parameters, *(some for some in parameters.values() if isinstance(some, dict))]
+    factors = [getattr(config, "partial_rotary_factor", None), *(some.get("partial_rotary_factor") for some in named)]
+    return any(factor is not None and factor < 1 for factor in factors)
 
 
 def _by_head(

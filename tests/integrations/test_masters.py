@@ -206,6 +206,7 @@ def test_weights_that_are_loaded_are_not_rounded(network):
     network.load_state_dict(best)
     assert all(torch.equal(master, best[name]) for name, master in network.state_dict().items())
     assert torch.equal(network.memory_embeddings, best["memory_embeddings"].to(torch.bfloat16))
+    optimizer.zero_grad()
     optimizer.step()  # with no gradients
     assert all(torch.equal(master, best[name]) for name, master in network.state_dict().items())
 

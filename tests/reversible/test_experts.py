@@ -13,7 +13,7 @@ from tests.reversible.tiny import MIXTURES, assert_gradients_as_stored, build, t
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no exact branch is known:UserWarning")
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-# Attention whose keys are made of parts of which one alone is rotated, so that no memory can be placed.
+# Attention whose keys and values have other sizes.
 LATENT = ("deepseek_v2", "deepseek_v3")
 
 
@@ -54,7 +54,7 @@ def test_what_is_written_behind_a_memory_is_what_its_logits_say(family):
 @pytest.mark.parametrize("family", LATENT)
 def test_memories_of_latent_attention_are_refused(family):
     model = R3MemModel(build(family, scale=2.0), R3MemConfig(num_memory_tokens=2, segment_length=8)).eval()
-    with pytest.raises(ValueError, match="cannot be"):
+    with pytest.raises(ValueError, match="heads of one number and size|has no apply_rotary_pos_emb"):
         model.compress(ids_of(8))
 
 
@@ -67,3 +67,9 @@ def test_experts_that_add_in_no_order_are_replaced_on_a_gpu():
     with on_gpu, pytest.warns(UserWarning, match="adds in no fixed order"):
         order_experts(base, base.config)
     assert base.config._experts_implementation == "grouped_mm"
+
+
+def test_a_router_s_loss_is_refused():
+    model = R3MemModel(build("mixtral", output_router_logits=True), R3MemConfig(core=(1, 3)))
+    with pytest.raises(ValueError, match="output_router_logits"):
+        model(token_ids(), labels=token_ids(), query_input_ids=token_ids())

@@ -66,10 +66,11 @@ MIXED_ROTARY = {
     "exaone4": {**_SMALL, "sliding_window": 64},
 }
 _DEEPSEEK = {
-    **_SMALL, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-    "v_head_dim": 8, "first_k_dense_replace": 1,
-}  # fmt: skip
+    **{name: value for name, value in _SMALL.items() if name != "head_dim"},
+    **{"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4},
+    **{"qk_nope_head_dim": 4, "v_head_dim": 6, "first_k_dense_replace": 1},
+}
 MIXTURES = {
     "mixtral": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {**_SMALL, "num_experts": 4, "num_experts_per_tok": 2},

@@ -81,23 +81,27 @@ class GraphedWriter:
     Args:
         writer: The writer.
         device: The model's device.
+
+    Attributes:
+        matched: The writer.
+        repeated: Runs its segments.
     """
 
     def __init__(self, writer: MatchedWriter, device: torch.device):
-        self._writer, self._device, self.repeated = writer, device, Repeated(writer, device)
+        self.matched, self._device, self.repeated = writer, device, Repeated(writer, device)
 
     def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """Read a segment behind a memory, and match its keys and values; see `MatchedWriter.read`."""
-        kind = self._writer.kind_of(segment, memory)
+        kind = self.matched.kind_of(segment, memory)
         if kind is None:
-            return self._writer.read(segment, memory)
+            return self.matched.read(segment, memory)
         assert memory.ages is not None  # as a matched memory has them
         after = memory
 
         def step(ids, states, ages):
             nonlocal after
             before = dataclasses.replace(memory, states=states, ages=ages)
-            hidden, after = self._writer.read(dataclasses.replace(segment, ids=ids), before)
+            hidden, after = self.matched.read(dataclasses.replace(segment, ids=ids), before)
             return hidden, after.states, after.ages
 
         ids = uploaded(segment.ids, self._device)
@@ -106,4 +110,4 @@ class GraphedWriter:
 
     def finish(self) -> None:
         """Warn if values could not be matched since the last call; see `MatchedWriter.finish`."""
-        self._writer.finish()
+        self.matched.finish()
