@@ -78,7 +78,7 @@ def compress_speed() -> str:
             f"{r['of_prefill']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})",
             f"{r['compress_operations']:.1f} of {r['prefill_operations']:.1f}",
         )
-        for r in records("compress_speed_smollm2")
+        for r in (*records("compress_speed_smollm2"), *records("compress_speed_r3mem_smollm2"))
     ]  # fmt: skip
     names = ("dtype", "attention", "slots in all", "compress, tokens/s", "plain prefill, tokens/s",
              "compress of prefill", "operations a segment and layer")  # fmt: skip

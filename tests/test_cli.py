@@ -52,7 +52,7 @@ def test_env(capsys, monkeypatch):
     assert report["kernels"] == {
         "coupling": "reference (device type cpu)",
         "attention of a segment": "vendor (the fastest on a CPU)",
-        "attention in decoding": "reference (device type cpu)",
+        "attention in decoding": "vendor (the fastest on a CPU)",
     }
     assert main(["env", "--device", "cpu"]) == 0
     assert "coupling: reference (device type cpu)" in capsys.readouterr().out

@@ -25,7 +25,7 @@ def unset(monkeypatch):
 @example(Case(tokens=1, offset=3, memory=7, memory_lengths=True, segment_starts=True, sinks=True, window=2))
 @example(Case(rows=2, tokens=1, memory=4, memory_lengths=True, seed=3))
 def test_decoding_one_token(case):
-    """By the vendor's kernel, in the budget of eager; what no query sees may be NaN."""
+    """By the vendor's kernel, whose parts are rounded before they are merged; what no query sees may be NaN."""
     tensors = case.tensors()
     inputs = AttentionInputs(**tensors)
     assert dispatch.choose_for_decoding(inputs, case.settings) == ("vendor", "the fastest on a CPU")
@@ -40,7 +40,7 @@ def test_decoding_one_token(case):
         memory_lengths=tensors["memory_lengths"], segment_starts=tensors["segment_starts"], sinks=tensors["sinks"],
         window=case.window, return_lse=True,
     )  # fmt: skip
-    assert_within_budget(output, exact[0], eager[0], "output")
+    assert_within_budget(output, exact[0], eager[0], "output", factor=3)
     assert_within_budget(lse, exact[1], eager[1], "lse")
 
 

@@ -22,7 +22,10 @@ LATENT = ("deepseek_v2", "deepseek_v3")
 @pytest.mark.parametrize("family", MIXTURES)
 def test_exact(family, implementation, dtype):
     base = build(family, dtype=dtype, scale=2.0)
-    base.set_experts_implementation(implementation)
+    if implementation != "eager" and not base._can_set_experts_implementation():
+        pytest.skip("this version of transformers has one implementation of its experts")
+    if base._can_set_experts_implementation():
+        base.set_experts_implementation(implementation)
     model = make_reversible(base, MomentumCoupling(fraction_bits=20))
     report = check_inverse(model, token_ids())
     assert report.exact
@@ -54,7 +57,7 @@ def test_what_is_written_behind_a_memory_is_what_its_logits_say(family):
 @pytest.mark.parametrize("family", LATENT)
 def test_memories_of_latent_attention_are_refused(family):
     model = R3MemModel(build(family, scale=2.0), R3MemConfig(num_memory_tokens=2, segment_length=8)).eval()
-    with pytest.raises(ValueError, match="heads of one number and size|has no apply_rotary_pos_emb"):
+    with pytest.raises(ValueError, match=r"heads of one number and size|has no apply_rotary_pos_emb"):
         model.compress(ids_of(8))
 
 
