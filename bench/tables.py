@@ -243,7 +243,20 @@ def _settings(kind: type) -> str:
     return table(("group", "setting", "default", "option", "what it does"), rows)
 
 
+def families() -> str:
+    """Return the table of what families of models can do."""
+    rows = []
+    for record in records("families"):
+        if record["refused"] is None:
+            results = record["results"]
+            why = next((result for result in results.values() if result != "yes"), "").split(";")[0].replace("|", "/")
+            cells = ("yes" if results[check] == "yes" else "–" for check in ("reversible", "matched", "learned"))
+            rows.append((f"`{record['family']}`", *cells, why))
+    return table(("family", "reversible", "memories without training", "memories that learn", "why not"), rows)
+
+
 TABLES = {
+    "families": families,
     **inference_tables.TABLES,
     **kernel_tables.TABLES,
     **memory_tables.TABLES,

@@ -1,4 +1,4 @@
-"""`r3mem demo`, `check` and `env`: show what runs on this machine, and prove that it is right."""
+"""`r3mem demo`, `check`, `env` and `families`: show what runs on this machine, and prove that it is right."""
 
 import argparse
 import dataclasses
@@ -142,6 +142,27 @@ def _env(options: argparse.Namespace) -> int:
     else:
         _print_values({name: report[name] for name in ("cpu_capability", "threads", "gpu", "kernels")})
     return 0
+
+
+def add_families(commands: Any) -> None:
+    """Add the command `families`."""
+    families = commands.add_parser("families", help="say which families of models can do what, by a tiny one of each")
+    families.set_defaults(run=_families)
+    families.add_argument(
+        "names", nargs="*", metavar="NAME", help="model_type of a family (all that transformers has)"
+    )
+    families.add_argument("--json", action="store_true", help="print one JSON object a line")
+
+
+def _families(options: argparse.Namespace) -> int:
+    begin(options, "Trying families; all of them take about two minutes")
+    from ..families import try_families
+
+    failed = False
+    for report in try_families(options.names):
+        print(json.dumps(dataclasses.asdict(report)) if options.json else report, flush=True)
+        failed = failed or not report.does_all
+    return 1 if failed and options.names else 0
 
 
 def _print_values(values: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_commands(commands)
     memories.add_commands(commands)
     check.add_env(commands)
+    check.add_families(commands)
     parser.epilog = (
         "R3MEM_CACHE: the folder of the embedded model. R3MEM_MAX_STEPS: a limit of training steps, to try commands "
         "out. R3MEM_KERNELS, R3MEM_ATTENTION: reference or triton."

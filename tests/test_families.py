@@ -1,0 +1,44 @@
+"""Families of models, each by a tiny random one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from r3mem_fast.cli.main import main
+from r3mem_fast.families import CHECKS, families, try_family
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results" / "families.jsonl"
+CLAIMED = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()[1:]]
+CLAIMED = [record for record in CLAIMED if "yes" in record["results"].values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", CLAIMED, ids=lambda record: record["family"])
+def test_what_is_claimed(record):
+    """Of the versions of transformers that are supported, those that know the family can do as much with it."""
+    if record["family"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("this version of transformers does not know the family")
+    found = try_family(record["family"])
+    assert found.refused is None, found
+    assert all(found.results[check] == "yes" for check, result in record["results"].items() if result == "yes"), found
+
+
+def test_a_family_that_can_do_all(capsys):
+    report = try_family("llama")
+    assert report.does_all and tuple(report.results) == CHECKS
+    assert str(report) == "llama: reversible: yes; base: yes; matched: yes; learned: yes"
+    assert main(["families", "llama", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"family": "llama", "results": report.results, "refused": None}
+
+
+def test_what_cannot_be_is_said(capsys):
+    """A model without positions has no memories; one that is made of several is not tried."""
+    assert main(["families", "bloom", "bart"]) == 1
+    bloom, bart = capsys.readouterr().out.splitlines()
+    assert "reversible: yes" in bloom and "matched: ValueError" in bloom
+    assert bart.startswith("bart: not tried: ")
+    assert main(["families", "nothing"]) == 2
+    assert "registers no causal language model 'nothing'" in capsys.readouterr().err
+    assert {"llama", "gpt2", "qwen3_moe"} <= set(families())
