@@ -15,6 +15,9 @@ from ..reversible.past import MemoryNotReadError, PassCache, States
 from .room import Room
 from .rotary import Rotation
 
+# Kinds of layers, as configurations name them, that have keys and values.
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+
 
 class PrefixCache(PassCache):
     """A cache of a reversible model with keys and values that every layer reads before its own: a memory.
@@ -221,11 +224,19 @@ class PrefixCache(PassCache):
 
         Raises:
             MemoryNotReadError: One has not.
+            ValueError: One is of a kind that has no keys and values.
         """
         expected, self._expected = self._expected, None
         missing = (expected or set()) - self._extended
         if self._apart and self._placed:  # and read out of the masks
             missing |= (expected or set()) - self._attended
+        kinds = getattr(self._config, "layer_types", None) or ()
+        others = {kinds[index] for index in missing if index < len(kinds)} - set(_ATTENTION)
+        if others:
+            raise ValueError(
+                f"layers {sorted(missing)} of a {self._config.model_type} model are {' and '.join(sorted(others))}: "
+                "they have no keys and values that a memory could be, and what they carry along a text is not kept"
+            )
         if missing:
             raise MemoryNotReadError(
                 f"layers {sorted(missing)} did not take part in reading and writing the memory, so this output does "
