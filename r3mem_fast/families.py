@@ -4,7 +4,6 @@ That needs no weights, so every causal language model that the installed transfo
 on the day they appear.
 """
 
-import contextlib
 import copy
 import dataclasses
 import warnings
@@ -104,7 +103,8 @@ def try_family(family: str) -> FamilyReport:
     """
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"transformers registers no causal language model {family!r}; r3mem families lists them")
-    with _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             base = _tiny_model(family)
             with torch.no_grad():
@@ -124,13 +124,6 @@ def _tried(check: Callable[[Any], str], base: Any) -> str:
 
 def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _tiny_config(family: str) -> Any:

@@ -120,7 +120,7 @@ def read_segments(
                 else:
                     outcomes.append(outcome(segment, hidden))
             if on_tokens is not None:
-                on_tokens(sum(end - start for start, end in segment.own))
+                on_tokens(segment.new_tokens)
     writer.finish()
     return outcomes, memory
 
@@ -193,7 +193,7 @@ def _read_by_diagonals(network, segments, memory, on_tokens):
                     continue
             _, memory = writer.read(segments[index], before)
             if on_tokens is not None:
-                on_tokens(sum(end - start for start, end in segments[index].own))
+                on_tokens(segments[index].new_tokens)
             index, last = index + 1, kind
     writer.finish()
     return memory

@@ -19,6 +19,7 @@ from .memory.reader import positions_of_mask
 from .memory.room import roomy_cache
 from .memory.rotary import depends_on_pass
 from .memory.shared import SharedMemories
+from .memory.states import right_aligned
 from .network import Network
 
 
@@ -70,8 +71,8 @@ class Scheduler:
         self._model, self._max_rows, self._ends = model, max_rows, _end_tokens(model)
         self._waiting: deque[Request] = deque()
         self._rows: list[Request] = []
-        # Of the rows: the keys and values of their own tokens, how many columns of these are padding, the positions of
-        # their last tokens, and their memories.
+        # What the rows have: keys and values of their own tokens, the padding in front of these, the position of each
+        # row's last token, and their memories.
         self._cache = roomy_cache(len(model.layers))
         self._starts: list[int] = []
         self._positions = torch.zeros(0, dtype=torch.int64, device=model.device)
@@ -139,7 +140,7 @@ class Scheduler:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         model.check_length(count + max_new_tokens - 1, behind_memory=True)
-        # Of a memory that stands elsewhere for each pass, nothing can be shared.
+        # Where keys are rotated otherwise for each pass, requests cannot share them.
         source = object() if depends_on_pass(model.reader.decoder) else memory.states
         choose = _Sampler(model.device, temperature, top_k, top_p, seed) if do_sample else None
         request = Request(prompt, memory, source, max_new_tokens, choose)
@@ -226,8 +227,8 @@ class Scheduler:
             widths = [some.get_seq_length() for some in (self._cache, cache)]
             width = max(widths)
             for mine, its in zip(self._cache.layers, cache.layers, strict=True):
-                mine.keys = torch.cat([_widened(layer.keys, width) for layer in (mine, its)])
-                mine.values = torch.cat([_widened(layer.values, width) for layer in (mine, its)])
+                mine.keys = torch.cat([right_aligned(layer.keys, width) for layer in (mine, its)])
+                mine.values = torch.cat([right_aligned(layer.values, width) for layer in (mine, its)])
             mine, its = (width - some for some in widths)
             starts = [start + mine for start in self._starts] + [start + its for start in starts]
             positions, memories = torch.cat([self._positions, positions]), self._memories.followed_by(memories)
@@ -297,8 +298,3 @@ class _Sampler:
         """Draw a token from scores `[1, V]`."""
         none = torch.zeros(1, 0, dtype=torch.int64, device=scores.device)
         return int(torch.multinomial(self._warpers(none, scores).softmax(-1), 1, generator=self._generator))
-
-
-def _widened(states, width):
-    """Keys or values `[B, kv_heads, T, head_dim]` with zeros before them, so that there are so many."""
-    return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))

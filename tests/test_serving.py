@@ -123,7 +123,9 @@ def test_rows_that_cannot_be_joined_change_nothing(monkeypatch, where):
         if where == "followed_by":
             patch.setattr(owner, where, mock.Mock(side_effect=RuntimeError("out of memory")))
         else:
-            patch.setattr("r3mem_fast.serving._widened", mock.Mock(side_effect=[*3 * [torch.ones(1, 2, 9, 8)], None]))
+            patch.setattr(
+                "r3mem_fast.serving.right_aligned", mock.Mock(side_effect=[*3 * [torch.ones(1, 2, 9, 8)], None])
+            )
         with pytest.raises((RuntimeError, TypeError)):
             scheduler.step()
     assert len(first.tokens) == 1 and not second.tokens and len(scheduler) == 2

@@ -39,6 +39,11 @@ class Segment:
     writes: bool
     num_segments: torch.Tensor
 
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens, of all rows, that this segment is the first to have."""
+        return sum(end - start for start, end in self.own)
+
 
 def cut_segments(
     memory: Memory, rows: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None, *, finish: bool,

@@ -15,7 +15,7 @@ from ..integrations.attention import SegmentMask, as_autocast
 from ..integrations.capture import replaced_attention
 from .memory import Memory
 from .prefix import placed_prefix
-from .states import uploaded
+from .states import right_aligned, uploaded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class SharedMemories:
 
         def stacked(mine, its):
             return tuple(
-                torch.cat([_widened(a, width), _widened(b.index_select(0, index), width)])
+                torch.cat([right_aligned(a, width), right_aligned(b.index_select(0, index), width)])
                 for a, b in zip(mine, its, strict=True)
             )
 
@@ -186,9 +186,3 @@ def _attend(tensors, mask, lengths, readers, settings):
     own = attend(query, key, value, **given, return_lse=True)
     common = {"memory_lengths": lengths, "scale": scale, "softcap": given["softcap"]}
     return merge(*own, *read_shared_memories(query, memory_key, memory_value, readers, **common))[0]
-
-
-def _widened(states, width):
-    """Keys or values of memories with zeros before them."""
-    missing = width - states.shape[2]
-    return torch.nn.functional.pad(states, (0, 0, missing, 0)) if missing else states

@@ -132,6 +132,17 @@ def _uploaded(tensor, device):
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
+def right_aligned(states: torch.Tensor, width: int) -> torch.Tensor:
+    """Put zeros before keys or values until there are so many tokens.
+
+    Args:
+        states: Keys or values, `[B, kv_heads, T, head_dim]`.
+        width: Tokens that the result has, T at least.
+    """
+    missing = width - states.shape[2]
+    return torch.nn.functional.pad(states, (0, 0, missing, 0)) if missing else states
+
+
 def widened(states: torch.Tensor, slots: int, placement: str) -> torch.Tensor:
     """Put zeros before states until they have a given number of memory tokens.
 

@@ -58,7 +58,7 @@ LONG = [(1000, 300, 64), (4096, 128, 128), (4096, 1024, 128)] if GPU else [(150,
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("tokens", "memory", "head_dim"), LONG)
 def test_many_blocks(tokens, memory, head_dim, window, dtype):
-    """Of memory and segment, both of no multiple of a block, of rows with lengths of their own."""
+    """Forward pass over a memory and a segment whose lengths differ by row and are multiples of no block."""
     assert_exact(
         Case(
             shared=2, group=4, tokens=tokens, memory=memory, head_dim=head_dim, dtype=dtype, window=window,

@@ -116,5 +116,5 @@ def test_full_diagonals_are_one_graph_each(monkeypatch, runs):
     monkeypatch.setattr(graphs, "are_wanted", lambda device: True)
     found = model.compress(ids_of(TOKENS))
     assert torch.equal(found.states, expected.states) and torch.equal(found.ages, expected.ages)
-    # Of the run's segments one is read as always, and of the full diagonals two more.
+    # The run's first segment is read as always, and so are the first two of the full diagonals.
     assert runs and made[-1].replays == runs[0] - 1 - len(model.layers) + 1 - 2 > 0

@@ -85,7 +85,8 @@ class DiagonalReader:
         with calls.noted():
             passed = self._writer.pass_over(segments[0], memory)
         memory = self._writer.written(passed)
-        _tell(on_tokens, segments[0])
+        told = on_tokens or (lambda tokens: None)
+        told(segments[0].new_tokens)
         count, rest = len(self._layers), segments[1:]
         step, repeated = self._step_of(passed, calls, memory), Repeated(self._writer, self._device)
         # What enters each layer next; of those that nothing enters yet, what the first segment has left.
@@ -101,7 +102,7 @@ class DiagonalReader:
             entering[low + 1 : high + 1] = left
             del entering[count:]
             if high == count:
-                _tell(on_tokens, rest[diagonal - count + 1])
+                told(rest[diagonal - count + 1].new_tokens)
         return dataclasses.replace(memory, states=states, ages=ages)
 
     def _step_of(self, passed: Pass, calls: "_Calls", memory: Memory) -> Callable:
@@ -173,8 +174,3 @@ class _Calls:
             return output[0] if isinstance(output, tuple) else output
 
         return call
-
-
-def _tell(on_tokens, segment):
-    if on_tokens is not None:
-        on_tokens(sum(end - start for start, end in segment.own))
