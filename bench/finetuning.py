@@ -7,9 +7,9 @@ same seed in each arm. Then perplexity of the book's last part, and of another t
 and in the plain network with the same adapters. One record an arm; arms that the output file holds are not run again.
 
 The first arm is gradient checkpointing, which computes what plain fine-tuning does. `seed-1` is the same with another
-seed for the adapters' first weights: what differs by chance. `calibrated` has the side bits that `calibrate` chooses by
-the text to train on. `adapter-4` trains adapters between the streams, of as many parameters, in place of LoRA; the plain
-network has no place for them.
+seed for the adapters' first weights: what differs by chance. `calibrated` has the side bits that `calibrate` chooses
+by the text to train on. `adapter-4` trains adapters between the streams, of as many parameters, in place of LoRA; the
+plain network has no place for them.
 """
 
 import argparse

@@ -99,6 +99,32 @@ def calibrate(
         restore(model)
 
 
+def perplexity_ratio(model: Any, input_ids: torch.Tensor, coupling: MomentumCoupling) -> float:
+    """Measure the perplexity of the reversible network, untrained, over that of the plain one.
+
+    Args:
+        model: A causal language model that `make_reversible` accepts; it is left as it is.
+        input_ids: Text, int64 `[rows, tokens]`.
+        coupling: The coupling.
+
+    Returns:
+        The ratio.
+    """
+    with _evaluation(model):
+        plain = _losses(model, input_ids)
+        make_reversible(model, coupling)
+        try:
+            reversible = _losses(model, input_ids)
+        finally:
+            restore(model)
+    return math.exp(statistics.fmean(reversible) - statistics.fmean(plain))
+
+
+def _losses(model: Any, rows: torch.Tensor) -> list[float]:
+    """Loss of each row, in nats a token."""
+    return [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows]
+
+
 @contextmanager
 def _evaluation(model: Any) -> Iterator[None]:
     """Let all modules be in evaluation mode in the block, without gradients."""
@@ -119,7 +145,7 @@ class _Search:
         self._model, self._rows, self._progress = model, rows, progress
         self._stack, self._most = stack_of(model), math.log(most)
         with self._stack.in_mode(Mode.PLAIN):
-            self._plain = self._losses(rows)
+            self._plain = _losses(model, rows)
         self._evaluations = 0
 
     def result(self) -> Calibration:
@@ -192,10 +218,7 @@ class _Search:
         self._evaluations += 1
         updates = MomentumCoupling(bits=bits, balanced=True).updates(len(bits))
         with temporarily(self._stack, route=Route(tuple(range(len(bits))), tuple(updates))):
-            return self._losses(rows)
-
-    def _losses(self, rows: torch.Tensor) -> list[float]:
-        return [self._model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows]
+            return _losses(self._model, rows)
 
 
 def _changed(bits: Sequence[int], layers: Sequence[int], number: int) -> tuple[int, ...]:
