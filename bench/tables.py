@@ -16,7 +16,7 @@ from r3mem_fast.config import R3MemConfig
 from r3mem_fast.settings import default_text, settings_of
 from r3mem_fast.training.settings import RememberSettings, TrainSettings
 
-from . import inference_tables, kernel_tables, memory_tables
+from . import coupling_tables, inference_tables, kernel_tables, memory_tables
 from .markdown import ROOT, interval, records, table
 
 _BLOCK = re.compile(r"(<!-- table: ([a-z_0-9]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -257,6 +257,7 @@ def families() -> str:
 
 TABLES = {
     "families": families,
+    **coupling_tables.TABLES,
     **inference_tables.TABLES,
     **kernel_tables.TABLES,
     **memory_tables.TABLES,
