@@ -70,15 +70,13 @@ def generic_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> 
     output = type(layer).unreversed.forward(layer, hidden.clone(), **kwargs)
     # Layers of older versions of transformers return tuples, and the model's loop then expects one from the reversible
     # layer too.
-    layer.reversible.returns_tuple = isinstance(output, (tuple, list))
-    if layer.reversible.returns_tuple:
-        output, *others = output
-        # Some layers return attention weights whether they are asked for or not, and the model's loop leaves them.
-        if kwargs.get("output_attentions") and any(other is not None for other in others):
-            raise TypeError(
-                "a decoder layer returned more than its hidden state (attention weights, router logits?); a "
-                "reversible layer cannot. Turn that output off, or call restore(model) first."
-            )
+    output, others = layer.reversible.unpacked(output)
+    # Some layers return attention weights whether they are asked for or not, and the model's loop leaves them.
+    if kwargs.get("output_attentions") and any(other is not None for other in others):
+        raise TypeError(
+            "a decoder layer returned more than its hidden state (attention weights, router logits?); a reversible "
+            "layer cannot. Turn that output off, or call restore(model) first."
+        )
     return output.float() - hidden.float()
 
 

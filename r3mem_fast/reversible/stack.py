@@ -4,7 +4,6 @@ import collections
 import contextlib
 import copy
 import enum
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -15,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from ..integrations.capture import implementation_of
-from ..integrations.compat import cache_name, captured_outputs
+from ..integrations.compat import cache_name, captured_outputs, without_new_cache
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
 from .inference import versioned_tensors
 from .integrity import Integrity, poisoned
@@ -185,8 +184,7 @@ class ReversibleStack:
                     "filled.",
                     stacklevel=2,
                 )
-            if "use_cache" in inspect.signature(decoder.forward).parameters:
-                kwargs["use_cache"] = False
+            args, kwargs = without_new_cache(decoder, args, kwargs)
         return args, kwargs
 
     @torch.compiler.disable
@@ -339,8 +337,7 @@ def plain_output(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> to
         Its output, `[batch, tokens, width]`.
     """
     output = type(layer).unreversed.forward(layer, hidden, **kwargs)
-    layer.reversible.returns_tuple = isinstance(output, tuple)
-    return output[0] if layer.reversible.returns_tuple else output
+    return layer.reversible.unpacked(output)[0]
 
 
 def _run_inference(layer, branch_of, update, hidden, kwargs, streams):
