@@ -84,13 +84,21 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16},
 }  # fmt: skip
 
+_DRAFTS = "it drafts for a Gemma 4, whose keys and values its layers read, and is no language model by itself"
+_NO_MODEL = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}
+
 
 def tiny_config(family: str) -> Any:
     """Make a small configuration of a family; of a model made of several, all of them are small.
 
     Args:
         family: Name of the family, `model_type` of its configurations.
+
+    Raises:
+        ValueError: The family has no language models.
     """
+    if family in _NO_MODEL:
+        raise ValueError(_NO_MODEL[family])
     kind = CONFIG_MAPPING[family]
     made_from = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[kind], "config_class", kind)
     # The causal language model of a composite is often its text model alone.
@@ -163,7 +171,7 @@ def tiny_model(family: str) -> Any:
         family: Name of the family.
 
     Raises:
-        ValueError: Some of its settings have names that are not known here, so that it is large.
+        ValueError: The family has no language models, or has settings of names that are not known here.
     """
     torch.manual_seed(0)
     config, kind = tiny_config(family), MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
