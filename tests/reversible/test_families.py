@@ -144,7 +144,7 @@ def test_a_text_config_inside_another():
 
 @pytest.mark.parametrize("family", ["bamba", "cpmant", "longcat_flash"])
 def test_loops_of_other_kinds(family):
-    """Layers whose loop unpacks a pair, is given `use_cache` by position, or counts two places in the cache a layer."""
+    """A loop unpacks pairs, gives `use_cache` by position, or has two places in the cache for each layer."""
     model = make_reversible(tiny_model(family).train())
     assert check_inverse(model, token_ids().clamp(max=89)).exact
     assert check_gradients(model, token_ids().clamp(max=89)).max_relative_error < 1e-5
