@@ -74,7 +74,8 @@ def try_family(family: str) -> FamilyReport:
       the tokens (if positions are rotary).
     - generate: it writes behind such a memory what its logits say.
     - padded: rows behind memories, padded on the left, are read as each is alone.
-    - attention: all of that with `attn_implementation="r3mem"` is what it is with the family's own.
+    - attention: `attn_implementation="r3mem"` gives what the family's own attention gives, reversibly, too, and behind
+      a memory: a matched one, or where layers have windows (in which it refuses those) of memory tokens.
     - learned: a loss through segments with memory tokens has gradients.
     - expand: a memory that memory tokens wrote is read forward and backward.
 
@@ -98,7 +99,7 @@ def try_family(family: str) -> FamilyReport:
 
 
 def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _ids(tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
@@ -134,12 +135,13 @@ class _Trial:
 
     @functools.cached_property
     def _with_learned(self) -> R3MemModel:
-        return R3MemModel(self._copy(), R3MemConfig(num_memory_tokens=3, segment_length=8, core=(1, 3)))
+        return _learned_model(self._copy())
 
     def reversible(self) -> str:
         ids = _ids(17, 2)
         try:
-            self._base(input_ids=ids, labels=ids, use_cache=False)
+            with torch.no_grad():
+                self._base(input_ids=ids, labels=ids, use_cache=False)
         except Exception as error:  # of any kind: gradients have nothing to be compared by
             return f"transformers' own loss cannot be computed of text alone ({_in_words(error)})"
         return _reversibly(self._copy().train(), MomentumCoupling())
@@ -148,6 +150,8 @@ class _Trial:
         model = self._copy()
         if not _enlarge(model):
             return f"no scale of its weights makes hidden states larger than {_LARGE:.0e}"
+        if not _has_finite_gradients(model):
+            return "gradients of the plain network are not finite with such hidden states"
         return _reversibly(model.train(), MomentumCoupling(fraction_bits="auto"))
 
     def base(self) -> str:
@@ -188,9 +192,15 @@ class _Trial:
             result = _same(model(input_ids=ids).logits, self._base(input_ids=ids).logits, "logits")
         if result == "yes":
             result = _reversibly(model.train(), MomentumCoupling())
-        if result == "yes" and self._found["matched"] == "yes":
-            result = _read_behind_all(_matched_model(restore(model).eval()))
-        return result
+        if result != "yes" or self._found["matched"] != "yes":
+            return result
+        if getattr(text_config(model.config), "sliding_window", None) is None:
+            return _read_behind_all(_matched_model(restore(model).eval()))
+        # In layers with a window it refuses memories that were matched.
+        model = _learned_model(self._copy()).eval()
+        own = _read_behind_tokens(model)
+        model.plain_model.set_attn_implementation(NAME)
+        return _same(_read_behind_tokens(model), own, "logits behind memory tokens", _TOLERANCE)
 
     def learned(self) -> str:
         model, ids = self._with_learned.train(), _ids(17, 2)
@@ -218,6 +228,16 @@ def _matched_model(base: Any) -> R3MemModel:
         segment_overlap=4,
     )
     return R3MemModel(base, config).eval()
+
+
+def _learned_model(base: Any) -> R3MemModel:
+    return R3MemModel(base, R3MemConfig(num_memory_tokens=3, segment_length=8, core=(1, 3)))
+
+
+def _read_behind_tokens(model: R3MemModel) -> torch.Tensor:
+    """Logits of a text behind the memory of another one that memory tokens wrote."""
+    with torch.no_grad():
+        return model(_ids(9, seed=1), memory=model.compress(_ids(40), finish=True)).logits
 
 
 def _read_behind_all(model: R3MemModel) -> str:
@@ -257,6 +277,13 @@ def _enlarge(model: Any) -> bool:
     norms = [weight for name, weight in last.named_parameters() if weight.dim() == 1 and name.endswith("weight")]
     choices = ((second, _matrices(second)[-1:]), (last, norms[-1:]), (second, _matrices(second)))
     return any(_scaled_until_large(model, layer, weights) for layer, weights in choices)
+
+
+def _has_finite_gradients(model: Any) -> bool:
+    model.train()(input_ids=_ids(17, 2), labels=_ids(17, 2), use_cache=False).loss.backward()
+    finite = all(weight.grad is None or bool(weight.grad.isfinite().all()) for weight in model.parameters())
+    model.zero_grad(set_to_none=True)
+    return finite
 
 
 def _matrices(layer: Any) -> list[Any]:

@@ -213,9 +213,8 @@ def find_decoder_layers(model: Any) -> tuple[Any, list[Any]]:
         fitting = own or [one for one in fitting if id(one[0]) in inside] or fitting
     if len(fitting) != 1:
         raise TypeError(
-            f"make_reversible takes a transformers causal language model, or another one with one list of "
-            f"config.num_hidden_layers ({depths[0]}) layers; a {type(model).__name__} has "
-            f"{_in_its_place(fitting, lists)}"
+            f"a {type(model).__name__} has {_in_its_place(fitting, lists)}; make_reversible takes a transformers "
+            f"causal language model, or another one with one list of config.num_hidden_layers ({depths[0]}) layers"
         )
     owner, _, layers = fitting[0]
     return owner, list(layers)
@@ -225,12 +224,12 @@ def _in_its_place(fitting, lists):
     """What a model has in place of one list of layers, and what follows from that."""
     if not fitting:
         sizes = ", ".join(f"{name} of {len(child)}" for _, name, child in lists)
-        return f"others ({sizes}): it does not run once through one list of layers" if lists else "no list at all"
+        return f"lists of others ({sizes}) and does not run once through one of them" if lists else "no list of layers"
     if len({id(owner) for owner, _, _ in fitting}) == 1:
         names = ", ".join(name for _, name, _ in fitting)
-        return f"{len(fitting)} ({names}): they hold parts of layers, and a reversible layer is one module"
+        return f"{len(fitting)} lists of parts of layers ({names}), where a reversible layer is one module"
     names = ", ".join(type(owner).__name__ for owner, _, _ in fitting)
-    return f"{len(fitting)} (in {names}): it is several models side by side; convert one of them by itself"
+    return f"{len(fitting)} lists of layers (in {names}): it is several models, each to be converted by itself"
 
 
 def text_config(config: Any) -> Any:

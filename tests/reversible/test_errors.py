@@ -86,12 +86,15 @@ REFUSED = {
     "clip": ("CLIPModel compares the outputs of two encoders; convert one of them", ValueError),
     "gpt2 with cross-attention": ("only decoder-only", ValueError),
     "xlnet": ("XLNetLayer returns `output_g` beside its hidden state", ValueError),
-    "xlm": ("XLMWithLMHeadModel has 4 .attentions, .*: they hold parts of layers", TypeError),
+    "xlm": ("XLMWithLMHeadModel has 4 lists of parts of layers .attentions, ", TypeError),
     "rwkv": ("RwkvBlock returns `state` beside its hidden state", ValueError),
     "hy_v4": ("HYV4DecoderLayer returns `prev_topk_indices` beside its hidden state", ValueError),
-    "hrm_text": ("HrmTextForCausalLM has others .*: it does not run once through one list", TypeError),
+    "hrm_text": ("HrmTextForCausalLM has lists of others .*does not run once through one", TypeError),
     "reformer": ("ReformerLayer returns `prev_attn_output` beside its hidden state", ValueError),
-    "a module": ("transformers causal language model, .* Linear has no list at all", TypeError),
+    "a module": (
+        "Linear has no list of layers; make_reversible takes a transformers causal language model",
+        TypeError,
+    ),
 }
 
 
