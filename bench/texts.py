@@ -44,7 +44,7 @@ def texts_of(kind: str, data: Path | None = None) -> list[str]:
     if data is None:
         raise ValueError(f"texts of the kind {kind!r} lie in a folder of data sets: give it (--data)")
     if kind == "novels":
-        return [_novel(data / "gutenberg" / f"{name}.txt") for name in _NOVELS]
+        return [book(data / "gutenberg" / f"{name}.txt") for name in _NOVELS]
     if kind == "wikipedia":
         return [read_text(data / "wikitext2" / "valid.txt")]
     if kind == "meetings":
@@ -60,8 +60,8 @@ def _origin(name: str) -> str:
     return spec.origin
 
 
-def _novel(path: Path) -> str:
-    """A book without what Project Gutenberg writes before and after it."""
+def book(path: Path) -> str:
+    """Read a book, without what Project Gutenberg writes before and after it."""
     text = read_text(path)
     start = re.search(r"\*\*\* ?START OF.*?\*\*\*", text, re.S)
     end = re.search(r"\*\*\* ?END OF", text)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from .. import __version__
-from . import check, memories, remember, train
+from . import calibrate, check, memories, remember, train
 from .common import say
 
 
@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
     check.add_demo(commands)
     check.add_check(commands)
+    calibrate.add_commands(commands)
     remember.add_commands(commands)
     train.add_commands(commands)
     memories.add_commands(commands)
