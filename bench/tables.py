@@ -245,14 +245,32 @@ def _settings(kind: type) -> str:
 
 def families() -> str:
     """Return the table of what families of models can do."""
-    rows = []
-    for record in records("families"):
-        if record["refused"] is None:
-            results = record["results"]
-            why = next((result for result in results.values() if result != "yes"), "").split(";")[0].replace("|", "/")
-            cells = ("yes" if results[check] == "yes" else "–" for check in ("reversible", "matched", "learned"))
-            rows.append((f"`{record['family']}`", *cells, why))
-    return table(("family", "reversible", "memories without training", "memories that learn", "why not"), rows)
+    found = list(records("families"))
+    checks = list(next(record["results"] for record in found if record["refused"] is None))
+    shown = [check for check in checks if check != "base"]  # which all have that can be given LoRA
+    counts = [sum(record["results"].get(check) == "yes" for record in found) for check in shown]
+    whole = sum(all(record["results"].get(check) == "yes" for check in checks) for record in found)
+    rows = [(f"**all {len(found)}**", *(f"**{count}**" for count in counts), f"everything: **{whole}**")]
+    for record in found:
+        cells = ("yes" if record["results"].get(check) == "yes" else "–" for check in shown)
+        rows.append((f"`{record['family']}`", *cells, _why_not(record)))
+    return table(("family", *shown, "why not"), rows)
+
+
+def _why_not(record: dict) -> str:
+    """Return what a family's checks found instead of "yes", each reason once, behind the checks that found it."""
+    if record["refused"] is not None:
+        return f"not tried: {_reason(record['refused'])}"
+    checks: dict[str, list[str]] = {}
+    for check, result in record["results"].items():
+        if result != "yes" and not result.startswith("see "):
+            checks.setdefault(_reason(result), []).append(check)
+    return "; ".join(f"*{', '.join(found)}*: {reason}" for reason, found in checks.items())
+
+
+def _reason(result: str) -> str:
+    """Return a reason without the error's class, and without what to do instead."""
+    return re.sub(r"^\w+(Error|Exception): ", "", result).split(";")[0].replace("|", "/")
 
 
 TABLES = {

@@ -32,7 +32,7 @@ from .memory.writers import Writer
 from .memory.writers.graphed import GraphedWriter
 from .memory.writers.matched import MatchedWriter, QuestionsOf
 from .memory.writers.tokens import TokenWriter, new_memory_embeddings
-from .positions import first_id, original_positions_of, positions_for_memories, positions_of
+from .positions import first_id, original_positions_of, positions_for_memories, positions_of, special_id
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers, unconverted
 from .reversible.stack import Mode
@@ -76,8 +76,8 @@ class Network(nn.Module):
         learned = config.memory_layout(positions_for_memories(config, plain))
         self.learns_memories = learned is not None
         self.layout = learned or default_matched(original_positions_of(plain))
-        self.end_token_id = first_id(plain.config.eos_token_id)
-        self.start_token_id = first_id(plain.config.bos_token_id, self.end_token_id)
+        self.end_token_id = special_id(plain, "eos_token_id")
+        self.start_token_id = first_id(special_id(plain, "bos_token_id"), self.end_token_id)
         if self.end_token_id is None:
             raise ValueError("the model's config has no eos_token_id, which ends a recalled context; set it")
         if not isinstance(base, PeftModel):

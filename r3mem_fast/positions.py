@@ -8,7 +8,9 @@ from .reversible.convert import text_config
 
 def positions_of(model: Any) -> int | None:
     """Number of positions of a model; None if its configuration names no limit."""
-    return getattr(text_config(model.config), "max_position_embeddings", None)
+    config = text_config(model.config)
+    # The other name is Whisper's, whose decoder has other positions than its encoder.
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
 
 
 def original_positions_of(model: Any) -> int | None:
@@ -27,6 +29,16 @@ def positions_for_memories(config: R3MemConfig, model: Any) -> int | None:
         model: The base model.
     """
     return original_positions_of(model) if config.memory_writer == "matched" else positions_of(model)
+
+
+def special_id(model: Any, name: str) -> Any:
+    """An id that a model's configuration names, or that of its language model; None if neither does.
+
+    Args:
+        model: The model.
+        name: Name of the setting, such as `eos_token_id`.
+    """
+    return first_id(*(getattr(config, name, None) for config in (model.config, text_config(model.config))))
 
 
 def first_id(*ids: Any) -> Any:

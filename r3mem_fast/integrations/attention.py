@@ -4,6 +4,7 @@ Importing this module, or anything of `r3mem_fast.reversible`, registers it. No 
 `SegmentMask` in its place, which can carry a memory for the attention to read.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from r3mem_fast.kernels.attention import MAX_DECODED, memory_attention, memory_d
 
 NAME = "r3mem"
 _OTHERS = 'use attn_implementation="sdpa" or "eager"'
+_NO_TENSOR = f'attn_implementation="{NAME}" makes no mask tensor, and a layer looks for something of one'
 # Keywords that attention functions may be given, and that this one cannot serve.
 _UNSUPPORTED = (
     "position_bias", "head_mask", "layer_head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions",
@@ -36,10 +38,27 @@ class LayerRead:
             index: The layer's index.
         """
         self._layers, self._index = layers, index
+        self._key: weakref.ref[torch.Tensor] | None = None
 
-    def note(self) -> None:
-        """Note that the layer has read the memory."""
+    def note(self, module: torch.nn.Module, key: torch.Tensor) -> None:
+        """Note that the layer has read the memory.
+
+        Args:
+            module: Its attention.
+            key: The segment's keys that it was read with.
+
+        Raises:
+            ValueError: They are those of the attention before: its values are not those that the cache holds then.
+        """
         self._layers.add(self._index)
+        if torch.compiler.is_compiling():
+            return
+        if self._key is not None and self._key() is key:
+            raise ValueError(
+                f"a {type(module).__name__} computes several attentions over the same keys, with parts of the values "
+                f'that a cache holds, and attn_implementation="{NAME}" knows the memory\'s whole values; {_OTHERS}'
+            )
+        self._key = weakref.ref(key)
 
 
 class SegmentMask(NamedTuple):
@@ -62,6 +81,14 @@ class SegmentMask(NamedTuple):
     memory_value: torch.Tensor | None = None
     memory_lengths: torch.Tensor | None = None
     read: LayerRead | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{_NO_TENSOR} ({name}); {_OTHERS}")
+
+    def __getitem__(self, place: Any) -> Any:
+        if not isinstance(place, (int, slice)):
+            raise TypeError(f"{_NO_TENSOR} (an index); {_OTHERS}")
+        return tuple.__getitem__(self, place)
 
 
 def segment_mask(
@@ -173,6 +200,12 @@ def memory_attention_forward(
             f"a {type(module).__name__} has a sliding window of {sliding_window}, and its mask one of {mask.window}; "
             f"{_OTHERS}"
         )
+    if mask.memory_key is not None and mask.memory_key.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"a {type(module).__name__} attends with {key.shape[1]} heads of keys, and its cache holds those of "
+            f"{mask.memory_key.shape[1]}: a memory is read as the cache holds it; {_OTHERS}"
+        )
+    given_key = key
     query, key, value = as_autocast(query, key, value)
     memory = [None if t is None else t.to(query.dtype) for t in (mask.memory_key, mask.memory_value)]
     tensors: list[Any] = [query, key, value, *memory]
@@ -190,7 +223,7 @@ def memory_attention_forward(
     else:
         output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
     if mask.read is not None:
-        mask.read.note()
+        mask.read.note(module, given_key)
     return output.transpose(1, 2), None
 
 

@@ -69,6 +69,26 @@ def without_cache(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in left.items() if not isinstance(value, Cache)}
 
 
+def without_new_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Ask a decoder that can make a key-value cache to make none.
+
+    Args:
+        decoder: The decoder.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        Arguments and keyword arguments to use in their place.
+    """
+    names = list(signature_of(decoder).parameters)
+    if "use_cache" not in names:
+        return args, kwargs
+    place = names.index("use_cache")
+    if place < len(args):
+        return (*args[:place], False, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "use_cache": False}
+
+
 def signature_of(module: torch.nn.Module) -> inspect.Signature:
     """Return the signature of a module's forward pass, without `self`. That of a class is looked at once."""
     own = vars(module).get("forward")  # set on the instance

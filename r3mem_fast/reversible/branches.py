@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+# Computes the branch of a layer: `(layer, hidden, kwargs) -> tensor`, of the input and the layer's keyword arguments.
+Branch = Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor]
+
 
 def llama_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """Compute the branch of layers with a norm before attention and one before the MLP.
@@ -70,33 +73,31 @@ def generic_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> 
     output = type(layer).unreversed.forward(layer, hidden.clone(), **kwargs)
     # Layers of older versions of transformers return tuples, and the model's loop then expects one from the reversible
     # layer too.
-    layer.reversible.returns_tuple = isinstance(output, (tuple, list))
-    if layer.reversible.returns_tuple:
-        output, *others = output
-        # Some layers return attention weights whether they are asked for or not, and the model's loop leaves them.
-        if kwargs.get("output_attentions") and any(other is not None for other in others):
-            raise TypeError(
-                "a decoder layer returned more than its hidden state (attention weights, router logits?); a "
-                "reversible layer cannot. Turn that output off, or call restore(model) first."
-            )
+    output, others = layer.reversible.unpacked(output)
+    # Some layers return attention weights whether they are asked for or not, and the model's loop leaves them.
+    if kwargs.get("output_attentions") and any(other is not None for other in others):
+        raise TypeError(
+            "a decoder layer returned more than its hidden state (attention weights, router logits?); a reversible "
+            "layer cannot. Turn that output off, or call restore(model) first."
+        )
     return output.float() - hidden.float()
 
 
-# The branch of each known decoder layer, by the layer's module and class.
-_EXACT = {
-    ("transformers.models.llama.modeling_llama", "LlamaDecoderLayer"): llama_branch,
-    ("transformers.models.mistral.modeling_mistral", "MistralDecoderLayer"): llama_branch,
-    ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"): llama_branch,
-    ("transformers.models.qwen3.modeling_qwen3", "Qwen3DecoderLayer"): llama_branch,
-    ("transformers.models.mixtral.modeling_mixtral", "MixtralDecoderLayer"): llama_branch,
-    ("transformers.models.olmoe.modeling_olmoe", "OlmoeDecoderLayer"): llama_branch,
-    ("transformers.models.qwen2_moe.modeling_qwen2_moe", "Qwen2MoeDecoderLayer"): llama_branch,
-    ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeDecoderLayer"): llama_branch,
-    ("transformers.models.gpt2.modeling_gpt2", "GPT2Block"): gpt2_branch,
+# The branch of each layer that is known: of `NAME.CLASS`, a class in `transformers.models.NAME.modeling_NAME`.
+_EXACT: dict[str, Branch] = {
+    "gpt2.GPT2Block": gpt2_branch,
+    "llama.LlamaDecoderLayer": llama_branch,
+    "mistral.MistralDecoderLayer": llama_branch,
+    "mixtral.MixtralDecoderLayer": llama_branch,
+    "olmoe.OlmoeDecoderLayer": llama_branch,
+    "qwen2.Qwen2DecoderLayer": llama_branch,
+    "qwen2_moe.Qwen2MoeDecoderLayer": llama_branch,
+    "qwen3.Qwen3DecoderLayer": llama_branch,
+    "qwen3_moe.Qwen3MoeDecoderLayer": llama_branch,
 }
 
 
-def branch_of(layer_class: type[torch.nn.Module]) -> Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor]:
+def branch_of(layer_class: type[torch.nn.Module]) -> Branch:
     """Choose the branch function for a class of decoder layers.
 
     A class is known if it has the *forward function* of a known class: a subclass that overrides it is another layer,
@@ -112,8 +113,9 @@ def branch_of(layer_class: type[torch.nn.Module]) -> Callable[[Any, torch.Tensor
     forward = inspect.unwrap(layer_class.forward)
     if inspect.signature(forward).return_annotation not in (torch.Tensor, "torch.Tensor"):
         return generic_branch
-    for (module, name), branch in _EXACT.items():
-        known = getattr(sys.modules.get(module), name, None)
+    for place, branch in _EXACT.items():
+        family, name = place.split(".")
+        known = getattr(sys.modules.get(f"transformers.models.{family}.modeling_{family}"), name, None)
         if known is not None and inspect.unwrap(known.forward) is forward:
             return branch
     return generic_branch

@@ -91,7 +91,7 @@ class GradientReport:
 
 
 def check_inverse(
-    model: torch.nn.Module, input_ids: torch.Tensor, *, per_layer: bool = True, **inputs: Any
+    model: torch.nn.Module, input_ids: torch.Tensor | None = None, *, per_layer: bool = True, **inputs: Any
 ) -> InverseReport:
     """Run a reversible model forward, then backward from its final streams alone, and compare every layer.
 
@@ -99,10 +99,10 @@ def check_inverse(
     and random state stay as they are.
 
     Args:
-        model: A causal language model that `make_reversible` has changed.
-        input_ids: int64 `[batch, tokens]`.
+        model: A model that `make_reversible` has changed.
+        input_ids: int64 `[batch, tokens]`; None for a model that takes something else.
         per_layer: Report the error of every layer.
-        inputs: Further inputs of the model (`attention_mask`, ...).
+        inputs: Further inputs of the model (`attention_mask`, `pixel_values`, ...).
 
     Returns:
         What was found.
@@ -114,12 +114,12 @@ def check_inverse(
     stack = stack_of(model)
     recording = _Recording()
     with _restored_random_state(), temporarily(stack, recording=recording), torch.enable_grad():
-        model(input_ids=input_ids, use_cache=False, **inputs)
+        model(**_arguments(input_ids, inputs))
         state = recording.state
         raise_for(state.flags, state.fraction_bits)
         report: dict[str, Any] = {
             "layers": state.level,
-            "tokens": input_ids.numel(),
+            "tokens": state.position[..., 0].numel() if input_ids is None else input_ids.numel(),
             "dtype": str(state.dtype).removeprefix("torch."),
             "bits": list(stack.bits),
             "fraction_bits": state.fraction_bits,
@@ -151,7 +151,11 @@ def check_inverse(
 
 
 def check_gradients(
-    model: torch.nn.Module, input_ids: torch.Tensor, *, labels: torch.Tensor | None = None, **inputs: Any
+    model: torch.nn.Module,
+    input_ids: torch.Tensor | None = None,
+    *,
+    labels: torch.Tensor | None = None,
+    **inputs: Any,
 ) -> GradientReport:
     """Compare a reversible model's gradients with those of the same network with stored activations.
 
@@ -159,16 +163,17 @@ def check_gradients(
     state stay as they are. The second pass stores all activations, so it needs the memory of plain training.
 
     Args:
-        model: A causal language model that `make_reversible` has changed.
-        input_ids: int64 `[batch, tokens]`.
-        labels: int64 `[batch, tokens]`; None: `input_ids`.
-        inputs: Further inputs of the model (`attention_mask`, ...).
+        model: A model that `make_reversible` has changed.
+        input_ids: int64 `[batch, tokens]`; None for a model that takes something else.
+        labels: What the model computes its loss with, for a language model int64 `[batch, tokens]`; None: `input_ids`.
+        inputs: Further inputs of the model (`attention_mask`, `pixel_values`, ...).
 
     Returns:
         What was found.
 
     Raises:
-        ValueError: The model is not reversible, is sharded, or has no parameter that requires a gradient.
+        ValueError: The model is not reversible, is sharded, or has no parameter that requires a gradient, or there are
+            no labels.
     """
     stack = stack_of(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -177,10 +182,12 @@ def check_gradients(
     if any(hasattr(p, "full_tensor") for p in parameters.values()):
         raise ValueError("check_gradients needs the whole model on one device: call it before fully_shard")
     labels = input_ids if labels is None else labels
+    if labels is None:
+        raise ValueError("check_gradients needs a loss: pass the model's labels")
 
     def gradients() -> tuple[float, tuple[torch.Tensor | None, ...]]:
         with _restored_random_state(), torch.enable_grad():
-            loss = model(input_ids=input_ids, labels=labels, use_cache=False, **inputs).loss
+            loss = model(**_arguments(input_ids, inputs), labels=labels).loss
             return loss.item(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
     loss, computed = gradients()
@@ -202,6 +209,11 @@ def check_gradients(
         errors[name] = difference and difference / (norm if norm > noise else max(norms))
     worst = max(errors, key=errors.__getitem__)
     return GradientReport(errors[worst], worst, len(errors), loss, loss_stored)
+
+
+def _arguments(input_ids: torch.Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the model. One that reads no tokens has no cache that could be turned off."""
+    return inputs if input_ids is None else {"input_ids": input_ids, "use_cache": False, **inputs}
 
 
 def _largest(tensor: torch.Tensor) -> int | float:

@@ -46,9 +46,10 @@ def make_reversible(
         The same model.
 
     Raises:
-        TypeError: It is no such model.
-        ValueError: It is an encoder-decoder, or reversible already, the `forward` of one of its layers was replaced on
-            the instance, or a setting does not fit.
+        TypeError: It is no such model, or has not one list of layers. It is then as it was.
+        ValueError: It is an encoder-decoder, its layers hand on more than their hidden state, it is reversible
+            already, the `forward` of one of its layers was replaced on the instance, or a setting does not fit. It is
+            then as it was.
     """
     coupling = MomentumCoupling() if coupling is None else coupling
     if not isinstance(coupling, Coupling):
@@ -209,24 +210,43 @@ def find_decoder_layers(model: Any) -> tuple[Any, list[Any]]:
         The module that owns the layers, called the decoder, and the layers, in order.
 
     Raises:
-        TypeError: The model does not have exactly one list of `config.num_hidden_layers` layers.
+        TypeError: The model does not have exactly one list of layers as deep as its configuration says. Of a model
+            made of several, its decoder counts (`get_decoder`).
     """
-    config = getattr(model, "config", None)
-    depth = getattr(text_config(config), "num_hidden_layers", None)
-    candidates = [
-        (owner, child)
+    config = text_config(getattr(model, "config", None))
+    depths = [getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")]
+    lists = [
+        (owner, name, child)
         for owner in model.modules()
-        for child in owner.children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
+        for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList)
     ]
-    if len(candidates) != 1:
-        found = "none" if not candidates else f"{len(candidates)} of them"
+    # Some configurations count what the cache has of a layer, and their layers by the other name.
+    fitting = next((found for depth in depths if (found := [one for one in lists if len(one[2]) == depth])), [])
+    if len(fitting) > 1 and hasattr(model, "get_decoder"):
+        decoder = model.get_decoder()
+        inside = {id(module) for module in decoder.modules()}
+        own = [one for one in fitting if one[0] is decoder]
+        fitting = own or [one for one in fitting if id(one[0]) in inside] or fitting
+    if len(fitting) != 1:
         raise TypeError(
-            f"make_reversible takes a transformers causal language model: a {type(model).__name__} should have one "
-            f"list of config.num_hidden_layers ({depth}) decoder layers, and has {found}"
+            f"a {type(model).__name__} has {_in_its_place(fitting, lists)}; make_reversible takes a transformers "
+            f"causal language model, or another one with one list of config.num_hidden_layers ({depths[0]}) layers"
         )
-    owner, layers = candidates[0]
+    owner, _, layers = fitting[0]
     return owner, list(layers)
+
+
+def _in_its_place(fitting, lists):
+    """What a model has in place of one list of layers, and what follows from that."""
+    if not fitting:
+        sizes = ", ".join(f"{name} of {len(child)}" for _, name, child in lists)
+        return f"lists of others ({sizes}) and does not run once through one of them" if lists else "no list of layers"
+    if len({id(owner) for owner, _, _ in fitting}) == 1:
+        names = ", ".join(name for _, name, _ in fitting)
+        return f"{len(fitting)} lists of parts of layers ({names}), where a reversible layer is one module"
+    names = ", ".join(type(owner).__name__ for owner, _, _ in fitting)
+    return f"{len(fitting)} lists of layers (in {names}): it is several models, each to be converted by itself"
 
 
 def text_config(config: Any) -> Any:
@@ -251,11 +271,22 @@ def _refuse_architecture(model):
             f"{type(model).__name__} has cross-attention to an encoder; only decoder-only models can be made "
             "reversible"
         )
+    if isinstance(getattr(model, "logit_scale", None), nn.Parameter):
+        raise ValueError(
+            f"a {type(model).__name__} compares the outputs of two encoders; convert one of them by itself "
+            "(of CLIP, a CLIPTextModel or a CLIPVisionModel)"
+        )
 
 
 def _refuse_layers(layers):
     if len(set(layers)) < len(layers):
         raise ValueError("the model runs one layer more than once, which is not supported")
+    if handed_on := {name: layer for layer in layers for name in _handed_on(layer)}:
+        name, layer = next(iter(handed_on.items()))
+        raise ValueError(
+            f"a {type(layer).__name__} returns `{name}` beside its hidden state, which the next layer or pass needs; "
+            "a reversible layer hands on its hidden state alone"
+        )
     for index, layer in enumerate(layers):
         if isinstance(vars(layer).get("reversible"), LayerLink):
             raise ValueError("the model is reversible already; call restore(model) first")
@@ -267,6 +298,15 @@ def _refuse_layers(layers):
                 "accelerate hook, say), which would be bypassed. Call make_reversible before adding such hooks; a "
                 'device_map of several devices adds them, so load the model on one: device_map={"": "cuda:0"}.'
             )
+
+
+def _handed_on(layer):
+    """Names of what a layer takes from another one, or from itself in the pass before, beside its hidden state."""
+    _, *further = inspect.signature(inspect.unwrap(type(layer).forward)).parameters
+    names = [name for name in further if name.startswith("prev_") or name in ("state", "output_g")]
+    # In T5 and its kin the first layer alone computes the bias of positions.
+    shared = any(hasattr(module, "has_relative_attention_bias") for module in layer.modules())
+    return names + ["position_bias"] * shared
 
 
 def _turn_off_checkpointing(stack, decoder):
@@ -297,15 +337,32 @@ class LayerLink:
         stack: The stack of the model.
         index: Index of the layer.
         decoder: The module whose loop calls the layer.
-        returns_tuple: Whether that loop expects a tuple, `(hidden,)`, from a layer.
+        tuple_length: Items of the tuple that the loop expects from a layer, all but the first None; None: no tuple.
         adapted_tokens: `(n, tokens)` while a branch is evaluated in which adapters change only the last n of so many
             tokens; None: they change all.
     """
 
     def __init__(self, stack: ReversibleStack, index: int, decoder: nn.Module):
         self.stack, self.index, self.decoder = stack, index, decoder
-        self.returns_tuple = False
+        self.tuple_length: int | None = None
         self.adapted_tokens: tuple[int, int] | None = None
+
+    def unpacked(self, output: Any) -> tuple[Any, list[Any]]:
+        """Split what a layer's own forward pass returned, and note what the model's loop expects.
+
+        Args:
+            output: A hidden state, or a tuple that begins with one.
+
+        Returns:
+            The hidden state and the other items.
+        """
+        if not isinstance(output, (tuple, list)):
+            self.tuple_length = None
+            return output, []
+        hidden, *others = output
+        # An item that is something is left out, not replaced: a loop that needs it then fails.
+        self.tuple_length = len(output) if all(other is None for other in others) else 1
+        return hidden, others
 
 
 @functools.cache
@@ -323,7 +380,7 @@ def _reversible_class(base):
         hidden = arguments.pop(hidden_name)
         link = self.reversible
         output = link.stack.run(self, link.index, hidden, arguments)
-        return (output,) if link.returns_tuple else output
+        return output if link.tuple_length is None else (output, *[None] * (link.tuple_length - 1))
 
     def set_checkpointing(self, enable):
         if enable:

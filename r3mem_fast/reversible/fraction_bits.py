@@ -8,7 +8,7 @@ from torch import nn
 
 from r3mem_fast.kernels.coupling import MAX_FRACTION_BITS
 
-from ..integrations.compat import without_cache
+from ..integrations.compat import without_cache, without_new_cache
 from .integrity import IntegrityError
 
 # One bit for a velocity larger than every position that was seen, one for a longer or stranger text.
@@ -49,7 +49,8 @@ def run_to_observe(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> N
             "or pass a number"
         )
     with torch.random.fork_rng(), torch.no_grad():
-        decoder.forward(*args, **_without_past(args, kwargs))
+        args, kwargs = without_new_cache(decoder, args, _without_past(args, kwargs))
+        decoder.forward(*args, **kwargs)
 
 
 def fraction_bits_for(largest: float) -> int:
@@ -72,7 +73,7 @@ def fraction_bits_for(largest: float) -> int:
 
 def _without_past(args, kwargs):
     """The arguments of a pass over the new tokens alone: no cache, and no mask of what it holds."""
-    kwargs = {**without_cache(kwargs), "use_cache": False}
+    kwargs = without_cache(kwargs)
     tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     tokens = args[0] if tokens is None and args else tokens
     mask = kwargs.get("attention_mask")

@@ -205,10 +205,10 @@ def layer_index(layer: nn.Module) -> int:
         layer: The decoder layer.
 
     Raises:
-        TypeError: No module of the layer has a `layer_idx`.
+        TypeError: No module of the layer has a `layer_idx`, which is `layer_id` in GPT-Neo.
     """
     for module in layer.modules():
-        index = getattr(module, "layer_idx", None)
+        index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
         if isinstance(index, int):
             return index
     raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")

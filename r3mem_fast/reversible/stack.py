@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import enum
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..integrations.capture import implementation_of
-from ..integrations.compat import cache_name
+from ..integrations.compat import cache_name, without_new_cache
 from . import stored
 from .forms import Update
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
@@ -188,8 +187,7 @@ class ReversibleStack:
                     "filled.",
                     stacklevel=2,
                 )
-            if "use_cache" in inspect.signature(decoder.forward).parameters:
-                kwargs["use_cache"] = False
+            args, kwargs = without_new_cache(decoder, args, kwargs)
         return args, kwargs
 
     @torch.compiler.disable
@@ -344,8 +342,7 @@ def plain_output(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> to
         Its output, `[batch, tokens, width]`.
     """
     output = type(layer).unreversed.forward(layer, hidden, **kwargs)
-    layer.reversible.returns_tuple = isinstance(output, tuple)
-    return output[0] if layer.reversible.returns_tuple else output
+    return layer.reversible.unpacked(output)[0]
 
 
 def _run_inference(layer, branch_of, update, hidden, kwargs, streams):

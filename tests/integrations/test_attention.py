@@ -1,6 +1,8 @@
 """`attn_implementation="r3mem"`: what eager attention computes, in every family, without a mask tensor."""
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -14,13 +16,15 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
+from transformers.models.diffllama import modeling_diffllama
 
-from r3mem_fast import MomentumCoupling, load_model, make_reversible
+from r3mem_fast import MomentumCoupling, R3MemConfig, R3MemModel, load_model, make_reversible
 from r3mem_fast.integrations import attention
 from r3mem_fast.integrations.attention import SegmentMask, memory_attention_forward, segment_mask
 from r3mem_fast.kernels.attention import MAX_DECODED
 from r3mem_fast.memory.cache import PrefixCache
 from r3mem_fast.reversible.convert import text_config
+from r3mem_fast.tiny_models import tiny_model
 from tests.memory.test_cache import FIRST, cache_with, prefix_of
 from tests.reversible.tiny import (
     EXACT_FAMILIES,
@@ -396,3 +400,31 @@ def test_a_mask_that_was_not_made_does_not_drop_a_memory():
     other = PrefixCache(text_config(model.config), first_position=FIRST)
     with torch.no_grad():
         assert_close(model(token_ids(), past_key_values=other).logits, model(token_ids()).logits, 1e-3)
+
+
+def behind_a_memory(family):
+    """Logits of a text behind a memory, by this attention."""
+    base = tiny_model(family)
+    base.set_attn_implementation("r3mem")
+    model = R3MemModel(base, R3MemConfig(memory_writer="matched", adapter_rows="memory", segment_length=16)).eval()
+    with torch.no_grad():
+        return model(token_ids(1, 9), memory=model.compress(token_ids(1, 40), finish=True)).logits
+
+
+def test_attention_that_changes_what_the_cache_holds_is_refused():
+    """DiffLlama attends twice, with a part of the values each time; JetMoe repeats its heads."""
+    if not hasattr(modeling_diffllama, "DiffLlamaSdpaAttention"):  # in older versions it has its own attention
+        with pytest.raises(ValueError, match=r"DiffLlama\w*Attention computes several attentions over the same keys"):
+            behind_a_memory("diffllama")
+    with pytest.raises(ValueError, match=r"JetMoe\w*Attention attends with 4 heads of keys, and its cache holds .* 2"):
+        behind_a_memory("jetmoe")
+
+
+def test_a_layer_that_looks_into_its_mask_is_told_that_there_is_none():
+    mask = SegmentMask(0)
+    assert mask[0] == 0 and mask[:2] == (0, None)
+    with pytest.raises(AttributeError, match=r"makes no mask tensor.*\(dtype\).*use attn_implementation="):
+        mask.dtype  # noqa: B018
+    with pytest.raises(TypeError, match=r"makes no mask tensor.*use attn_implementation="):
+        mask[:, :, :, :3]
+    assert copy.deepcopy(mask) == mask and pickle.loads(pickle.dumps(mask)) == mask

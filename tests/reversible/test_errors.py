@@ -3,15 +3,18 @@
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     BertConfig,
     BertForMaskedLM,
-    GPT2Config,
+    CLIPModel,
     GPT2LMHeadModel,
-    T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
+    WhisperForConditionalGeneration,
 )
 
-from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible
+from r3mem_fast import MomentumCoupling, R3MemModel, check_gradients, check_inverse, make_reversible
+from r3mem_fast.tiny_models import tiny_model
 from tests.reversible.tiny import build, token_ids, train_step
 
 
@@ -69,18 +72,68 @@ def test_a_failed_forward_pass_leaves_no_trace():
     assert train_step(model, token_ids())[0] == expected
 
 
-def test_encoder_decoder():
-    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=32)
-    with pytest.raises(ValueError, match="only decoder-only"):
-        make_reversible(T5ForConditionalGeneration(config))
-    crossing = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, add_cross_attention=True))
-    with pytest.raises(ValueError, match="only decoder-only"):
-        make_reversible(crossing)
+def small(kind, **settings):
+    """A random model of a class of transformers, from a configuration with these settings."""
+    return kind(kind.config_class(**settings))
 
 
-def test_not_a_language_model():
-    with pytest.raises(TypeError, match="causal language model"):
-        make_reversible(torch.nn.Linear(2, 2))
+_CLIP = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+# What is no model that could be made reversible, and what is said of it.
+REFUSED = {
+    "t5": ("T5ForConditionalGeneration has cross-attention to an encoder", ValueError),
+    "t5 encoder": ("returns `position_bias` beside its hidden state", ValueError),
+    "whisper": ("WhisperForConditionalGeneration has cross-attention to an encoder", ValueError),
+    "clip": ("CLIPModel compares the outputs of two encoders; convert one of them", ValueError),
+    "gpt2 with cross-attention": ("only decoder-only", ValueError),
+    "xlnet": ("XLNetLayer returns `output_g` beside its hidden state", ValueError),
+    "xlm": ("XLMWithLMHeadModel has 4 lists of parts of layers .attentions, ", TypeError),
+    "rwkv": ("RwkvBlock returns `state` beside its hidden state", ValueError),
+    "hy_v4": ("HYV4DecoderLayer returns `prev_topk_indices` beside its hidden state", ValueError),
+    "hrm_text": ("HrmTextForCausalLM has lists of others .*does not run once through one", TypeError),
+    "reformer": ("ReformerLayer returns `prev_attn_output` beside its hidden state", ValueError),
+    "a module": (
+        "Linear has no list of layers; make_reversible takes a transformers causal language model",
+        TypeError,
+    ),
+}
+
+
+def refused_model(name):
+    t5 = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 3, "num_heads": 2, "vocab_size": 32}
+    if name == "t5":
+        return small(T5ForConditionalGeneration, **t5)
+    if name == "t5 encoder":
+        return small(T5EncoderModel, **t5)
+    if name == "whisper":
+        sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        return small(WhisperForConditionalGeneration, **sizes, **heads, **ids)
+    if name == "clip":
+        images = {**_CLIP, "num_hidden_layers": 3, "image_size": 16, "patch_size": 8}
+        return small(CLIPModel, text_config={**_CLIP, "num_hidden_layers": 2}, vision_config=images)
+    if name == "gpt2 with cross-attention":
+        return small(GPT2LMHeadModel, n_embd=16, n_layer=2, n_head=2, vocab_size=32, add_cross_attention=True)
+    return torch.nn.Linear(2, 2) if name == "a module" else tiny_model(name)
+
+
+@pytest.mark.parametrize("convert", [make_reversible, R3MemModel])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_reversible_is_refused_and_left_as_it_is(name, convert):
+    """At the conversion, not in the first pass, with the reason; nothing is changed."""
+    if name in ("hy_v4", "hrm_text") and name not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {name}")
+    model = refused_model(name)
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
+    why, kind = REFUSED[name]
+    with pytest.raises(kind, match=why):
+        convert(model)
+    after = [(type(module), dict(vars(module))) for module in model.modules()]
+    assert len(before) == len(after)
+    for (kind_before, own_before), (kind_after, own_after) in zip(before, after, strict=True):
+        assert kind_after is kind_before and own_after.keys() == own_before.keys()
+        assert all(own_after[name] is value for name, value in own_before.items())
+        assert not own_after["_forward_hooks"] and not own_after["_forward_pre_hooks"]
 
 
 def test_bidirectional_encoder_is_refused_or_exact():

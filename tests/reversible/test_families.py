@@ -1,7 +1,9 @@
 """Every family trains reversibly: exact inverse, gradients of stored activations, one notice where the branch is
 generic, the ordinary model back after restore."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +12,30 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
+from r3mem_fast.reversible import branches
 from r3mem_fast.reversible.branches import branch_of, generic_branch
-from r3mem_fast.reversible.convert import find_decoder_layers, text_config
+from r3mem_fast.reversible.convert import LayerLink, find_decoder_layers, text_config
+from r3mem_fast.reversible.past import layer_index
+from r3mem_fast.tiny_models import tiny_model
 from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, assert_gradients_as_stored, build, token_ids
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_of_a_new_family(monkeypatch):
+    """What CONTRIBUTING.md shows makes OLMo 2's branch exact."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setattr(branches, "_EXACT", dict(branches._EXACT))
+    exec(code, {"_EXACT": branches._EXACT})
+    assert_exact_branch("olmo2")
 
 
 @pytest.mark.parametrize("family", EXACT_FAMILIES)
 def test_exact_branch_is_the_layer_minus_its_input(family):
+    assert_exact_branch(family)
+
+
+def assert_exact_branch(family):
     """In float64, where cancellation is no matter, branch(x) + x is what the untouched layer returns."""
     model = build(family, torch.float64, scale=3.0).eval()
     _, layers = find_decoder_layers(model)
@@ -121,3 +140,26 @@ def test_a_text_config_inside_another():
     model = AutoModelForImageTextToText.from_config(config)
     _, layers = find_decoder_layers(model)
     assert len(layers) == 4 and text_config(model.config).max_position_embeddings == 128
+
+
+@pytest.mark.parametrize("family", ["bamba", "cpmant", "longcat_flash"])
+def test_loops_of_other_kinds(family):
+    """A loop unpacks pairs, gives `use_cache` by position, or has two places in the cache for each layer."""
+    model = make_reversible(tiny_model(family).train())
+    assert check_inverse(model, token_ids().clamp(max=89)).exact
+    assert check_gradients(model, token_ids().clamp(max=89)).max_relative_error < 1e-5
+    make_reversible(restore(model), MomentumCoupling(fraction_bits="auto"))
+    assert check_inverse(model, token_ids().clamp(max=89)).exact
+
+
+def test_the_place_in_the_cache_has_two_names():
+    for family in ("llama", "gpt_neo"):
+        _, layers = find_decoder_layers(tiny_model(family))
+        assert [layer_index(layer) for layer in layers] == [0, 1, 2, 3]
+
+
+def test_what_a_loop_unpacks():
+    """A tuple keeps its length where its other items were None; one that would be missing is left out."""
+    link = LayerLink(None, 0, None)
+    for output, length in (("hidden", None), (("hidden",), 1), (("hidden", None), 2), (("hidden", "state"), 1)):
+        assert link.unpacked(output)[0] == "hidden" and link.tuple_length == length
