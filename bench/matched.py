@@ -109,8 +109,9 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found, chains, long = places(1, options.segments), places(CHAIN, options.chains), places(LONG, options.long)
     learned = _learned(options, model) if options.adapter else None
     yield {
-        "kind": options.kind, "model": Path(options.model).name, "dtype": options.dtype, "segment_length": options.length,
-        "tail": options.tail, "segments": len(found), "chains": len(chains), "long_chains": len(long),
+        "kind": options.kind, "model": Path(options.model).name, "dtype": options.dtype,
+        "segment_length": options.length, "tail": options.tail,
+        "segments": len(found), "chains": len(chains), "long_chains": len(long),
         "texts": len({place.text for place in found}), "presses": options.presses,
         "beyond_budget": options.beyond,
     }  # fmt: skip
