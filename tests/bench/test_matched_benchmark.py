@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from bench import compress_speed, matched, texts
+from bench import compress_speed, matched, perplexity, texts
 from tests.test_codec import begins_texts
 
 
@@ -84,3 +84,13 @@ def test_texts_that_are_not_there(tmp_path):
         texts.texts_of("poems")
     with pytest.raises(FileNotFoundError):
         texts.texts_of("dialogue", tmp_path)
+
+
+def test_perplexity_by_chosen_settings(folder, tmp_path):
+    """One record of the ordinary network, and one of each setting asked for."""
+    output = tmp_path / "out.jsonl"
+    settings = ["--tokens", "16", "--windows", "2", "--settings", "4,14", "8,12", "--output", str(output)]
+    perplexity.main(["--model", str(folder), *settings])
+    found = [json.loads(line) for line in output.read_text().splitlines()][1:]
+    assert [(r["bits"], r["fraction_bits"]) for r in found] == [(None, None), (4, 14), (8, 12)]
+    assert all(0.5 < r["ratio"] < 2 for r in found)
