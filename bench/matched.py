@@ -17,7 +17,10 @@ the segment before and
     foreign_N   the matched memory of a segment of another text
     foreign     the whole segment of another text
 
-and, at fewer places, of seven segments: `full_of_7`, `raw_B_of_7`, and `matched_B_of_7` in B slots, matched again and
+What a tokenizer puts before a text stands before all of these, in place of the first tokens of a whole segment or of
+seven, and is pinned in a memory, beside its N slots.
+
+And, at fewer places, of seven segments: `full_of_7`, `raw_B_of_7`, and `matched_B_of_7` in B slots, matched again and
 again; and, at places with 64 segments before them, also `matched_B_of_64`. `closed` is the share of the gap between
 `tail` and `full` (or `full_of_7`) that an arm closes, with a bootstrapped interval of 95 % over segments.
 """
@@ -36,13 +39,13 @@ from tqdm import tqdm
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, load_model
 from r3mem_fast.choices import BEYOND_BUDGET, QUERIES
 from r3mem_fast.codec import TextCodec
-from r3mem_fast.data.text import read_text
+from r3mem_fast.data.text import opening_ids, read_text
 from r3mem_fast.memory import MemoryLayout
 from r3mem_fast.memory.segments import advance, cut_segments
 from r3mem_fast.memory.writers.matched import MatchedWriter, Pass
 from r3mem_fast.questions import SegmentQuestions
 
-from .places import CHAIN, LONG, Place, foreign_of, interval, places_of
+from .places import CHAIN, LONG, Place, begun, foreign_of, interval, places_of
 from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
 from .records import add_output_option, add_record
 from .rivals import evenly_spaced, laid_out, values_kept
@@ -106,21 +109,22 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found, chains, long = places(1, options.segments), places(CHAIN, options.chains), places(LONG, options.long)
     learned = _learned(options, model) if options.adapter else None
     yield {
-        "kind": options.kind, "model": options.model, "dtype": options.dtype, "segment_length": options.length,
-        "tail": options.tail, "segments": len(found), "chains": len(chains), "long_chains": len(long),
+        "kind": options.kind, "model": Path(options.model).name, "dtype": options.dtype,
+        "segment_length": options.length, "tail": options.tail,
+        "segments": len(found), "chains": len(chains), "long_chains": len(long),
         "texts": len({place.text for place in found}), "presses": options.presses,
         "beyond_budget": options.beyond,
     }  # fmt: skip
     if found:
         yield from _compared(options, _losses(options, model, learned, tokenizer, found))
     if chains:
-        losses = _chain_losses(options, model, chains, [CHAIN])
+        losses = _chain_losses(options, model, tokenizer, chains, [CHAIN])
         yield from _means(losses, places="chains")
         yield from _closed(losses, "full_of_7")
         rival, mine = (losses[f"{arm}_{options.budget}_of_7"] for arm in ("raw", "matched"))
         yield _better(rival, mine, "raw", slots=options.budget, of=CHAIN)
     if long:
-        losses = _chain_losses(options, model, long, [CHAIN, LONG])
+        losses = _chain_losses(options, model, tokenizer, long, [CHAIN, LONG])
         yield from _means(losses, places="long chains")
         shorter, mine = (losses[f"matched_{options.budget}_of_{count}"] for count in (CHAIN, LONG))
         yield _better(shorter, mine, "matched, of 7 segments", slots=options.budget, of=LONG)
@@ -179,28 +183,29 @@ def _losses(
 ) -> Losses:
     """Read segments behind one segment: nats a token by arm, `[segments]` each."""
     arms: dict[str, list[torch.Tensor]] = {}
-    foreign = foreign_of(places)
+    foreign, opening = foreign_of(places), opening_ids(tokenizer)
     for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading"):
         context = torch.stack([place.segments for place in places[start : start + options.batch]])
         others = torch.stack([place.segments for place in foreign[start : start + options.batch]])
-        before, segment, tail = context[:, -2], context[:, -1], context[:, -2, -options.tail :]
-        raw = {"tail": tail, "full": before}
+        segment, tail = context[:, -1], context[:, -2, -options.tail :]
+        before, other = (begun(opening, rows[:, -2], replace=True) for rows in (context, others))
+        raw = {"tail": begun(opening, tail), "full": before}
         if options.foreign:
-            raw["foreign"] = torch.cat([others[:, -2], tail], 1)
+            raw["foreign"] = torch.cat([other, tail], 1)
         if "raw" in options.rivals:
-            raw |= {f"raw_{slots}": before[:, -options.tail - slots :] for slots in options.slots}
+            raw |= {f"raw_{n}": begun(opening, context[:, -2, -options.tail - n :]) for n in options.slots}
         for arm, ids in raw.items():
             _add(arms, arm, _raw_loss(model, ids, segment))
         for arm, memory in _memories(options, model, tokenizer, before):
             _add(arms, arm, _loss_behind(options, model, memory, segment))
         for slots in options.foreign:
-            memory = _matched(options, model, others[:, -2], slots, slots)
+            memory = _matched(options, model, other, slots, slots, len(opening))
             memory = dataclasses.replace(memory, recent=tuple(tail))
             _add(arms, f"foreign_{slots}", _loss_behind(options, model, memory, segment))
         if learned is not None:
             # Compute as in training, where adapters ran in bfloat16, too.
             with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):
-                memory = dataclasses.replace(learned.compress(before, finish=True), recent=tuple(tail))
+                memory = dataclasses.replace(learned.compress(context[:, -2], finish=True), recent=tuple(tail))
                 logits = learned(segment, memory=memory).logits
                 _add(arms, f"learned_{learned.r3mem_config.num_memory_tokens}", _mean_loss(logits, segment))
                 logits = learned(torch.cat([tail, segment], 1), logits_to_keep=options.length).logits
@@ -212,9 +217,9 @@ def _memories(
     options: argparse.Namespace, model: R3MemModel, tokenizer: Any, before: torch.Tensor
 ) -> Iterator[tuple[str, Memory]]:
     """Memories of segments, by arm, all of the same pass over them but those of another pass's queries."""
-    rows = list(before)
+    rows, pinned = list(before), len(opening_ids(tokenizer))
     with model.disable_adapters(), laid_out(model, _layout(options, model, options.length, options.length)):
-        none = model.new_memory(len(rows), origin=None)
+        none = model.new_memory(len(rows), origin=None, pinned=pinned)
         segments = cut_segments(none, rows, finish=True, writes_all=True)
         found = _writer(model).pass_over(segments[0], none)
         whole = _written(model, found)
@@ -235,30 +240,33 @@ def _memories(
     for name in options.presses:
         with model.disable_adapters():
             scores = press_scores(model.plain_model, PRESSES[name](2 * options.tail), before, repeat_ids=repeat)
+        scores[..., :pinned] = torch.inf
         for slots in options.slots:
-            memory = keep_best(whole, scores[..., : -options.tail], slots)
+            memory = keep_best(whole, scores[..., : -options.tail], pinned + slots)
             yield f"{name}_{slots}", dataclasses.replace(memory, **carried)
 
 
 @torch.no_grad()
 def _chain_losses(
-    options: argparse.Namespace, model: R3MemModel, places: list[Place], lengths: Sequence[int]
+    options: argparse.Namespace, model: R3MemModel, tokenizer: Any, places: list[Place], lengths: Sequence[int]
 ) -> Losses:
     """Read segments behind so many segments: nats a token by arm, `[segments]` each."""
     arms: dict[str, list[torch.Tensor]] = {}
-    budget = options.budget
+    budget, opening = options.budget, opening_ids(tokenizer)
     for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading chains"):
         context = torch.stack([place.segments for place in places[start : start + options.batch]])
         segment = context[:, -1]
         seven = context[:, -1 - CHAIN : -1].flatten(1)
-        for arm, count in (
-            ("tail", options.tail),
-            ("full_of_7", seven.shape[1]),
-            (f"raw_{budget}_of_7", options.tail + budget),
-        ):
-            _add(arms, arm, _raw_loss(model, seven[:, -count:], segment))
+        raw = {
+            "tail": begun(opening, seven[:, -options.tail :]),
+            "full_of_7": begun(opening, seven, replace=True),
+            f"raw_{budget}_of_7": begun(opening, seven[:, -options.tail - budget :]),
+        }
+        for arm, ids in raw.items():
+            _add(arms, arm, _raw_loss(model, ids, segment))
         for count in lengths:
-            memory = _matched(options, model, context[:, -1 - count : -1].flatten(1), max(options.slots), budget)
+            before = begun(opening, context[:, -1 - count : -1].flatten(1), replace=True)
+            memory = _matched(options, model, before, max(options.slots), budget, len(opening))
             _add(arms, f"matched_{budget}_of_{count}", _loss_behind(options, model, memory, segment))
     return {arm: torch.cat(found) for arm, found in arms.items()}
 
@@ -287,10 +295,12 @@ def _written(model: R3MemModel, found: Pass) -> Memory:
     return memory
 
 
-def _matched(options: argparse.Namespace, model: R3MemModel, before: torch.Tensor, slots: int, budget: int) -> Memory:
+def _matched(
+    options: argparse.Namespace, model: R3MemModel, before: torch.Tensor, slots: int, budget: int, pinned: int
+) -> Memory:
     """Matched memories of what is before segments, int64 `[B, T]`, with so many slots a segment, and in all."""
     with laid_out(model, _layout(options, model, slots, budget)):
-        return model.compress(before, finish=True)
+        return model.compress(before, finish=True, pinned=pinned)
 
 
 def _loss_behind(
@@ -315,7 +325,9 @@ def _layout(options: argparse.Namespace, model: R3MemModel, slots: int, budget: 
 
 
 def _mean_loss(logits: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits[:, :-1].float().transpose(1, 2), segment[:, 1:], reduction="none").mean(1)
+    # Flat, because a softmax over a dimension that is not the last takes seconds where the vocabulary is large.
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), segment[:, 1:].flatten(), reduction="none")
+    return losses.view(len(segment), -1).mean(1)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,26 @@ def memory_questions() -> str:
     return table(names, rows)
 
 
+def second_model() -> str:
+    """Return the table of how the second model reads, beside the embedded one."""
+    columns = ("nats_per_token", "nats_per_token_without_opening", "nats_per_byte")
+    rows = [(r["model"], *(f"{r[name]:.3f}" for name in columns)) for r in records("second_model_gemma3_270m")]
+    names = ("model", "nats a token of a novel", "without the token that begins a text", "nats a byte")
+    return table(names, rows)
+
+
+def second_model_side_bits() -> str:
+    """Return the table of what side bits cost the second model, untrained."""
+    rows = [
+        (str(r["bits"] or "ordinary network"), f"{r['perplexity']:.2f}", f"{r['ratio']:.4f}")
+        for r in records("perplexity_gemma3_270m")
+    ]
+    return table(("side bits", "perplexity", "of the ordinary network's"), rows)
+
+
 TABLES = {
+    "second_model": second_model,
+    "second_model_side_bits": second_model_side_bits,
     "memory_questions": memory_questions,
     "matched_memories": matched_memories,
     "matched_rivals": matched_rivals,

@@ -31,6 +31,12 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
         return math.exp(statistics.fmean(model(input_ids=w[None], labels=w[None]).loss.item() for w in windows))
 
 
+def _setting(text: str) -> tuple[int, int]:
+    """Read side bits and binary places of the grid, "4,14"."""
+    bits, fraction_bits = map(int, text.split(","))
+    return bits, fraction_bits
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__.split("\n")[0])
@@ -38,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="in a window (%(default)s)")
     parser.add_argument("--windows", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--text", help="a text file, in place of Python's help topics")
+    default = " ".join(f"{bits},{fraction_bits}" for bits, fraction_bits in SETTINGS)
+    about = f"side bits and binary places ({default})"
+    parser.add_argument("--settings", nargs="+", type=_setting, default=SETTINGS, metavar="BITS,PLACES", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON line a setting")
     add_output_option(parser)
     options = parser.parse_args(arguments)
@@ -53,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     plain = perplexity(model, windows)
     records = [{**common, "bits": None, "fraction_bits": None, "perplexity": plain, "ratio": 1.0}]
-    for bits, fraction_bits in SETTINGS:
+    for bits, fraction_bits in options.settings:
         make_reversible(model, MomentumCoupling(bits=bits, fraction_bits=fraction_bits))
         value = perplexity(model, windows)
         restore(model)

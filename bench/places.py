@@ -50,6 +50,18 @@ def places_of(
     return spread(places, count)
 
 
+def begun(opening: Sequence[int], ids: torch.Tensor, *, replace: bool = False) -> torch.Tensor:
+    """Put the tokens that begin a text before rows of token ids.
+
+    Args:
+        opening: Those tokens, see `r3mem_fast.data.text.opening_ids`.
+        ids: int64 `[B, T]`.
+        replace: Whether they take the places of the first tokens, so that there are T tokens still.
+    """
+    first = ids.new_tensor(opening).expand(len(ids), -1)
+    return torch.cat([first, ids[:, len(opening) if replace else 0 :]], 1)
+
+
 def spread(places: list[Place], count: int) -> list[Place]:
     """Choose at most `count` of the places, at equal distances, so that they come from all texts."""
     step = max(1.0, len(places) / count)

@@ -9,6 +9,8 @@ share its budget out among heads if it could.
 import argparse
 import contextlib
 import dataclasses
+import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -136,10 +138,13 @@ def _score_by_repeating(model, press, input_ids, prefix, repeat_ids, cache):
 def _hooked(model: Any, score: Callable) -> Iterator[None]:
     """Call a function after the attention of each layer, in the block; modules have what kvpress looks for there."""
     decoder, layers = find_decoder_layers(model)
+    # A method, because a module would be registered as a part of the attention.
+    rotary = decoder.rotary_emb.forward
+    by_type = "layer_type" in inspect.signature(rotary).parameters
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            # A method, because a module would be registered as a part of the attention.
-            stack.enter_context(temporarily(layer.self_attn, rotary_emb=decoder.rotary_emb.forward))
+            mine = functools.partial(rotary, layer_type=layer.self_attn.layer_type) if by_type else rotary
+            stack.enter_context(temporarily(layer.self_attn, rotary_emb=mine))
             hook = layer.self_attn.register_forward_hook(score, with_kwargs=True)
             stack.callback(hook.remove)
         yield

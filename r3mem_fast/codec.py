@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .data.text import opening_ids
 from .fingerprints import tokenizer_fingerprint
 
 # Stand for a user's words in a chat template; no template holds them.
@@ -39,7 +40,9 @@ def around_words(tokenizer: Any, turns: Sequence[tuple[str, str]] = ()) -> tuple
 
 
 class TextCodec:
-    """Encodes texts of any length as a memory network reads them, without special tokens, and decodes them.
+    """Encodes texts of any length as a memory network reads them, and decodes them.
+
+    A piece of a text has no special tokens. The beginning of one has those that the tokenizer puts there (`begun`).
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -66,6 +69,16 @@ class TextCodec:
         return len(self.ids(text))
 
     @functools.cached_property
+    def opening(self) -> list[int]:
+        """Token ids that the tokenizer puts before a text; often none."""
+        return opening_ids(self.tokenizer)
+
+    def begun(self, text: str) -> list[int]:
+        """Token ids of a text that nothing stands before: behind `opening`, unless the text itself begins with it."""
+        ids = self.ids(text)
+        return ids if ids[: len(self.opening)] == self.opening else self.opening + ids
+
+    @functools.cached_property
     def turn(self) -> tuple[list[int], list[int]]:
         """Token ids of what the chat template puts before a user's words, and after them, up to the answer.
 
@@ -74,6 +87,24 @@ class TextCodec:
         """
         before, after = around_words(self.tokenizer)
         return self.ids(before), self.ids(after)
+
+    def histories(self, texts: Sequence[str], *, chat: bool, begins: bool) -> tuple[list[list[int]], int]:
+        """Token ids of texts that are to be compressed, and how many of them are pinned at the beginning of each.
+
+        Args:
+            texts: The texts.
+            chat: Whether each stands in a user's turn.
+            begins: Whether nothing stands before them and their first tokens can be pinned, as in a matched memory.
+
+        Raises:
+            ValueError: They cannot stand in a turn.
+        """
+        if chat:
+            before = self.turn[0]
+            return [before + self.ids(text) for text in texts], len(before)
+        if begins:
+            return [self.begun(text) for text in texts], len(self.opening)
+        return [self.ids(text) for text in texts], 0
 
     def prompts(self, prompts: Sequence[str], *, chat: bool | None, pinned: Sequence[int] | None) -> list[list[int]]:
         """Token ids of prompts that are to be continued.
@@ -93,7 +124,7 @@ class TextCodec:
             chats = getattr(self.tokenizer, "chat_template", None) is not None
             chat = chats and pinned is not None and any(pinned) and len(self.turn[0]) in pinned
         if not chat:
-            return [self.ids(text) for text in prompts]
+            return [self.begun(text) if pinned is None else self.ids(text) for text in prompts]
         before, after = self.turn
         if pinned is None:
             return [before + self.ids(text) + after for text in prompts]

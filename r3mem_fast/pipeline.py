@@ -262,13 +262,13 @@ class R3MemPipeline:
         memory = None if memory is None else self._memory(memory)
         rows_before = None if memory is None else memory.labels
         texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
-        before = self.codec.turn[0] if chat else []
-        rows = [before + self.codec.ids(text) for text in texts]
+        begins = memory is None and self.model.reader.layout.writer == "matched"
+        rows, pinned = self.codec.histories(texts, chat=chat, begins=begins)
         parts = []
         for start in range(0, len(rows), _BATCH):
             some = None if memory is None else memory[start : start + _BATCH]
             ids, mask = padded(rows[start : start + _BATCH])
-            parts.append(self.model.compress(ids, mask, some, finish=finish, progress=progress, pinned=len(before)))
+            parts.append(self.model.compress(ids, mask, some, finish=finish, progress=progress, pinned=pinned))
         joined = Memory.cat(parts)
         origin = dataclasses.replace(joined.origin, tokenizer=self.codec.fingerprint)
         return dataclasses.replace(joined, origin=origin).labelled(labels)

@@ -183,10 +183,24 @@ def _convert(folder: Path) -> None:
     """Convert the package's GGUF file into a new folder, which then takes the place of `folder`."""
     package = importlib.util.find_spec(_PACKAGE)
     assert package is not None and package.submodule_search_locations, "see missing_packages"
-    source = package.submodule_search_locations[0]
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    convert_gguf(Path(package.submodule_search_locations[0]) / _GGUF, folder)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Convert a GGUF file into a folder of bfloat16 safetensors with their tokenizer: all of it, or nothing.
+
+    Args:
+        file: The GGUF file. Its quantised weights are dequantised.
+        folder: The new folder. If there is one, the new one takes its place.
+
+    Raises:
+        OSError: The file cannot be read, or the folder not be written.
+        ValueError: The installed transformers does not know this kind of model in GGUF files.
+    """
+    source, name = file.parent, file.name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     with bars_of_gguf_on_terminals_only():
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16, **gguf_options())
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16, **gguf_options())
     # Some versions of transformers leave this setting behind, and then refuse to save the dequantised weights.
     vars(model.config).pop("quantization_config", None)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

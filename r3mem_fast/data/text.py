@@ -35,32 +35,52 @@ def read_text(path: str | os.PathLike[str] | None = None) -> str:
     return text
 
 
+def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token ids that a tokenizer puts before a text, such as that of a beginning; often there are none.
+
+    Models that were pretrained with them may be of no use without: attention rests on the first of them.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+    found, text = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    starts = (start for start in range(len(found)) if found[start : start + len(text)] == text)
+    return found[: next(starts, 0)]
+
+
 def token_windows(
     tokenizer: "PreTrainedTokenizerBase", text: str, *, tokens: int, count: int | None = None
 ) -> "torch.Tensor":
-    """Cut a text into windows of token ids, one after the other.
+    """Cut a text into windows of token ids, one after the other, each behind what the tokenizer puts before a text.
 
     Args:
         tokenizer: The tokenizer.
         text: The text.
-        tokens: Tokens of a window.
+        tokens: Tokens of a window, with those before the text.
         count: Number of windows; None: as many as the text has.
 
     Returns:
         int64 `[count, tokens]`.
 
     Raises:
-        ValueError: The text is too short.
+        ValueError: The text is too short, or a window has no room for a token of it.
     """
+    # Imported here, because `r3mem --help` reads this module and needs no torch.
+    import torch
+
+    opening = torch.tensor(opening_ids(tokenizer), dtype=torch.int64)
+    of_text = tokens - len(opening)
+    if of_text < 1:
+        raise ValueError(f"a window of {tokens} tokens has no room behind the {len(opening)} that begin a text")
     if count is not None:
         # No token of real text is longer than 64 characters, and tokenising all of the text could take seconds.
         text = text[: 64 * count * tokens + 1024]
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    found = len(ids) // tokens
+    found = len(ids) // of_text
     if found < (count or 1):
-        raise ValueError(f"the text has {len(ids)} tokens; {(count or 1) * tokens} are needed")
+        raise ValueError(f"the text has {len(ids)} tokens; {(count or 1) * of_text} are needed")
     count = found if count is None else count
-    return ids[: count * tokens].view(count, tokens)
+    return torch.cat([opening.expand(count, -1), ids[: count * of_text].view(count, of_text)], 1)
 
 
 def pages_of(

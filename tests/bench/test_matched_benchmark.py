@@ -1,14 +1,23 @@
 """`bench.matched`: its arms and shares, on a tiny model."""
 
 import json
+import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
-from bench import compress_speed, matched, texts
+from bench import compress_speed, matched, perplexity, texts
+from tests.test_codec import begins_texts
 
 
-def test_arms_and_shares(folder, tmp_path, monkeypatch):
-    """What nothing is left out of is the whole segment: 12 slots for the 12 tokens before a tail of 4."""
+@pytest.mark.parametrize("begins", [False, True])
+def test_arms_and_shares(folder, tmp_path, monkeypatch, begins):
+    """What nothing is left out of is the whole segment: 12 slots for the 12 tokens before a tail of 4. A token that
+    begins a text, if the tokenizer has one, is the first of them for all arms, and has a slot beside."""
+    most = 11 if begins else 12
+    if begins:
+        folder = shutil.copytree(folder, tmp_path / "model")
+        begins_texts(AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
     texts = []
     for index in range(2):
         texts.append(tmp_path / f"{index}.txt")
@@ -17,24 +26,35 @@ def test_arms_and_shares(folder, tmp_path, monkeypatch):
     settings = {"segments": 6, "chains": 2, "batch": 4, "budget": 16, "length": 16, "tail": 4}
     settings |= {"dtype": "float32"}
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    arguments += ["--slots", "3", "12", "--text", *map(str, texts), "--model", str(folder), "--output", str(output)]
+    arguments += [
+        "--slots",
+        "3",
+        str(most),
+        "--text",
+        *map(str, texts),
+        "--model",
+        str(folder),
+        "--output",
+        str(output),
+    ]
     arguments += ["--presses", "--queries", "reread", "own+pairs", "--long", "2"]
     monkeypatch.setattr(matched, "LONG", 9)
     assert matched.main(arguments) == 0
     head, *found = [json.loads(line) for line in output.read_text().splitlines()][1:]
     assert (head["segments"], head["chains"], head["texts"]) == (6, 2, 2)
     arms = {r["arm"]: r["nats_per_token"] for r in found if "arm" in r and "places" not in r}
-    kinds = {f"{kind}_{slots}" for kind in ("raw", "even", "attended", "matched", "foreign") for slots in (3, 12)}
-    kinds |= {f"matched_{slots} by {queries}" for queries in ("reread", "own+pairs") for slots in (3, 12)}
+    kinds = {f"{kind}_{slots}" for kind in ("raw", "even", "attended", "matched", "foreign") for slots in (3, most)}
+    kinds |= {f"matched_{slots} by {queries}" for queries in ("reread", "own+pairs") for slots in (3, most)}
     assert set(arms) == {"tail", "full", "foreign", *kinds}
-    for arm in ("raw_12", "even_12", "attended_12", "matched_12", "matched_12 by reread"):
+    for kind in ("raw_{}", "even_{}", "attended_{}", "matched_{}", "matched_{} by reread"):
+        arm = kind.format(most)
         assert abs(arms[arm] - arms["full"]) < 2e-3, arm
     closed = {(r["closed_by"], r["of"]): r for r in found if "closed_by" in r}
     assert all(r["low"] <= r["mean"] <= r["high"] for r in closed.values())
     assert ("matched_16_of_7", "full_of_7") in closed and ("raw_16_of_7", "full_of_7") in closed
     better = {(r["nats_better_than"], r["slots"]) for r in found if "nats_better_than" in r}
     rivals = ("raw", "even", "attended", "matched by reread", "matched by own+pairs")
-    singles = {(rival, slots) for rival in rivals for slots in (3, 12)}
+    singles = {(rival, slots) for rival in rivals for slots in (3, most)}
     assert better == {*singles, ("raw", 16), ("matched, of 7 segments", 16)}
     assert head["long_chains"] == 2 and "matched_16_of_9" in {r.get("arm") for r in found}
 
@@ -64,3 +84,13 @@ def test_texts_that_are_not_there(tmp_path):
         texts.texts_of("poems")
     with pytest.raises(FileNotFoundError):
         texts.texts_of("dialogue", tmp_path)
+
+
+def test_perplexity_by_chosen_settings(folder, tmp_path):
+    """One record of the ordinary network, and one of each setting asked for."""
+    output = tmp_path / "out.jsonl"
+    settings = ["--tokens", "16", "--windows", "2", "--settings", "4,14", "8,12", "--output", str(output)]
+    perplexity.main(["--model", str(folder), *settings])
+    found = [json.loads(line) for line in output.read_text().splitlines()][1:]
+    assert [(r["bits"], r["fraction_bits"]) for r in found] == [(None, None), (4, 14), (8, 12)]
+    assert all(0.5 < r["ratio"] < 2 for r in found)

@@ -20,9 +20,10 @@ def scored(model, name, ids):
 
 
 @needs_kvpress
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # the latter with a rotary table for each kind of layer
 @pytest.mark.parametrize("name", presses.PRESSES)
-def test_scores_of_all_keys_and_nothing_is_left_behind(name):
-    model, ids = build(scale=2.0).eval(), token_ids(tokens=20)
+def test_scores_of_all_keys_and_nothing_is_left_behind(name, family):
+    model, ids = build(family, scale=2.0).eval(), token_ids(tokens=20)
     scores = scored(model, name, ids)
     assert scores.shape == (4, 2, 2, 20) and scores.dtype == torch.float32
     assert scores.isfinite().all() and scores.std() > 0

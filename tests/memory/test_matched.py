@@ -15,7 +15,8 @@ from tests.reversible.tiny import build
 SLOTS, LENGTH, OVERLAP = 6, 16, 4
 ROTARY = ("llama", "qwen2", "qwen3", "gpt_neox", "olmo2")
 ABSOLUTE = ("gpt2", "opt")
-WINDOWED = (("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager"))  # gemma2 caps its logits, too
+# Gemma 2 caps its logits, too; Gemma 3 has another rotary table in layers with a window.
+WINDOWED = (("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager"), ("gemma3_text", "sdpa"))
 
 
 def network(family="llama", seed=0, of_base=None, **changes):

@@ -50,3 +50,31 @@ def test_what_is_written_behind_a_memory_is_what_its_logits_say(family):
     with torch.no_grad():
         said = model(written[:, :-1], memory=memory).logits[:, text.shape[1] - 1 :].argmax(-1)
     assert torch.equal(said[:, : written.shape[1] - 4], written[:, 4:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_long_wavelengths_in_bfloat16_are_a_rotation(family):
+    """Keys whose weight lies in wavelengths of thousands of positions hardly turn in the few that are tried: by less
+    than bfloat16's tolerance. They are rotated all the same, and a memory of all tokens is the context."""
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e10}}
+    if family == "gemma3_text":
+        changes = {
+            "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), changes["rope_parameters"])
+        }
+    base = build(family, scale=2.0, dtype=torch.bfloat16, **changes).eval()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            attention = layer.self_attn
+            weight = attention.k_norm.weight if family == "gemma3_text" else attention.k_proj.weight
+            for shortest in (0, 4):  # the two elements of each head that turn by one radian a position
+                weight[shortest::8] = weight[shortest::8] * 0.05 if family == "llama" else -0.95
+    config = R3MemConfig(memory_writer="matched", num_memory_tokens=16, memory_budget=16, segment_length=16)
+    model = R3MemModel(base, config).eval()
+    changed = [model.reader._keys_at(position).captured_keys().float() for position in (0, 37)]
+    assert (changed[1] - changed[0]).norm() < model.reader._tolerance() * changed[0].norm()  # what misled
+    assert not model.reader.still_layers()
+    ids, text = ids_of(16), ids_of(8, seed=1)
+    with torch.no_grad(), model.disable_adapters():
+        behind = model(text, memory=model.compress(ids, finish=True)).logits
+        whole = model.plain_model(torch.cat([ids, text], 1)).logits[:, 16:]
+    assert (behind - whole).abs().max() <= 0.05 * whole.abs().max()

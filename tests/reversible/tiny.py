@@ -43,6 +43,12 @@ EXACT_FAMILIES = {
 }
 GENERIC_FAMILIES = {
     "gemma2": {**_SMALL, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **_SMALL,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "gpt_neox": {**_SMALL, "hidden_dropout": 0.0},
     "olmo2": _SMALL,
     "opt": {
