@@ -18,7 +18,7 @@ def trained():
     """A small model that has learned something, in which the coupling matters, and text."""
     model, windows = build(scale=2.0, num_hidden_layers=6), Letters(tokens=48, count=160).windows
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(60):
+    for step in range(200):
         batch = windows[(step * 16) % 144 :][:16]
         model(batch, labels=batch).loss.backward()
         optimizer.step()
@@ -30,7 +30,7 @@ def test_the_choice_keeps_to_the_perplexity_with_few_bits(trained):
     model, rows = trained
     all_two = perplexity_ratio(model, rows, MomentumCoupling(bits=2, balanced=True))
     all_one = perplexity_ratio(model, rows, MomentumCoupling(bits=1, balanced=True))
-    assert all_one > all_two > 1.0
+    assert all_one > 1.02 * all_two > 1.02
     most = math.sqrt(all_one * all_two)  # between them, so that a mixture is to be found
     told = []
     found = calibrate(model, rows, most, progress=told.append)

@@ -192,7 +192,7 @@ def test_fraction_bits_out_of_range(fraction_bits):
 
 def test_wrong_settings_leave_the_model_as_it_was():
     model = build()
-    with pytest.raises(TypeError, match="must be a MomentumCoupling"):
+    with pytest.raises(TypeError, match="must be a Coupling"):
         make_reversible(model, 4)
     with pytest.raises(ValueError, match="integrity must be one of"):
         make_reversible(model, integrity="never")
