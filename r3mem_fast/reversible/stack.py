@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from ..integrations.capture import implementation_of
-from ..integrations.compat import cache_name, captured_outputs
+from ..integrations.compat import cache_name, captured_outputs, has_recurrent_layers
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
 from .inference import versioned_tensors
 from .integrity import Integrity, poisoned
@@ -177,11 +177,11 @@ class ReversibleStack:
         self._relay.drop()
         if self.fraction_bits is None:
             self.fraction_bits = self._chosen_fraction_bits(decoder, args, kwargs)
-        if decoder.training and torch.is_grad_enabled() and cache_name(kwargs) is None:
-            # A cache that nobody passed would keep every layer's keys and values beyond the backward pass.
+        if torch.is_grad_enabled() and cache_name(kwargs) is None and _goes_without_cache(decoder, args, kwargs):
             if kwargs.get("use_cache"):
+                doing = "training" if decoder.training else "differentiating"
                 warnings.warn(
-                    "use_cache=True while training a reversible model: no cache is made. Pass one if you want it "
+                    f"use_cache=True while {doing} a reversible model: no cache is made. Pass one if you want it "
                     "filled.",
                     stacklevel=2,
                 )
@@ -378,13 +378,24 @@ def _refuse_surroundings(layer):
         raise RuntimeError("a reversible layer has no forward-mode derivative; call restore(model) first")
 
 
+def _goes_without_cache(decoder, args, kwargs):
+    """Whether the decoder is to make no cache of its own in a pass with gradients."""
+    if decoder.training:  # a cache would keep every layer's keys and values beyond the backward pass
+        return True
+    # Recurrent layers change the states that they keep in place, some of them in the layer itself, where a second
+    # evaluation would go on from what the first has left.
+    return has_recurrent_layers(decoder.config) and any(
+        isinstance(tensor, torch.Tensor) and tensor.requires_grad
+        for tensor in (*decoder.parameters(), *tree_leaves([args, kwargs]))
+    )
+
+
 def _any_requires_grad(layer, kwargs):
     if any(p.requires_grad for p in layer.parameters()):
         return True
-    memory = memory_cache(kwargs)
-    cached = kwargs.get(cache_name(kwargs))
-    past = [t for c in getattr(cached, "layers", ()) for t in (c.keys, c.values)]
-    past += [] if memory is None else past_of(memory, layer_index(layer))
+    memory, cached = memory_cache(kwargs), kwargs.get(cache_name(kwargs))
+    past = tree_leaves([list(vars(layer).values()) for layer in getattr(cached, "layers", ())])
+    past += [] if memory is None else past_of(memory, layer_index(layer)).values()
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in [*tree_leaves(kwargs), *past])
 
 
