@@ -79,7 +79,7 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
 
 
 def is_prefix(network: Network, memory: Memory) -> bool:
-    """Whether a memory is keys and values alone to the base model, without windows that hide some of its slots.
+    """Whether a memory is keys and values alone to the base model, without states, or windows that hide some of its slots.
 
     Args:
         network: The model.
@@ -87,7 +87,9 @@ def is_prefix(network: Network, memory: Memory) -> bool:
     """
     if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
         return False
-    return memory.ages is not None and network.memories_are_of_base and not any(network.reader.windows())
+    if memory.ages is None or memory.carried is not None:
+        return False
+    return network.memories_are_of_base and not any(network.reader.windows())
 
 
 def _read_as_prefix(network, memory, ids, mask, config, kind, others):
@@ -95,9 +97,7 @@ def _read_as_prefix(network, memory, ids, mask, config, kind, others):
     base, first = network.plain_model, network.reader.layout.first_position
     positions = first + positions_of_mask(mask)
     copies = _copies(config)
-    if copies > 1:
-        memory = memory.rows([row for row in range(len(memory)) for _ in range(copies)])
-    prefix = placed_prefix(network, memory, first, read_with=positions)
+    prefix = placed_prefix(network, _repeated(memory, copies), first, read_with=positions)
     room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
     others |= cache_argument(base, prefix.to_cache(network.config, room))
     with network.unconverted():
@@ -118,12 +118,15 @@ def _read_with_hooks(network, memory, ids, mask, config, kind, others):
             'attn_implementation "sdpa" or "eager", and not for drafts or prompts in pieces: all else is read by '
             "reversible layers, which no static cache knows"
         )
-    cache = network.reading_cache(memory)
-    if _copies(config) > 1:
-        cache.batch_repeat_interleave(_copies(config))
+    cache = network.reading_cache(_repeated(memory, _copies(config)))
     others |= cache_argument(network.plain_model, cache)
     with network.behind_memory(), network.must_read(cache):
         return network.plain_model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
+
+
+def _repeated(memory, copies):
+    """A memory with so many copies of each row, one behind the other."""
+    return memory if copies == 1 else memory.rows([row for row in range(len(memory)) for _ in range(copies)])
 
 
 def _copies(config):

@@ -343,8 +343,8 @@ class Network(nn.Module):
         most = min(layout.reach // 2, MAX_KEPT - layout.most_matched)
         if not 0 <= pinned <= most:
             raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
-        made, sizes = cast(Origin, origin), self.reader.state_sizes()
-        return empty_memory(layout, made, rows, sizes, dtype=self.dtype, device=self.device, pinned=pinned)
+        made, sizes, carried = cast(Origin, origin), self.reader.state_sizes(), self.reader.states_of_nothing(rows)
+        return empty_memory(layout, made, rows, sizes, dtype=self.dtype, device=self.device, pinned=pinned, carried=carried)
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:
         """A cache that holds a memory, to read tokens behind it.

@@ -14,6 +14,7 @@ from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
 from .layout import MemoryLayout
 from .memory import Memory
+from .recurrent import Carried, check_states, no_states, states_that_go_on
 from .rotary import is_rotary
 from .states import uploaded
 
@@ -33,6 +34,7 @@ class MemoryReader:
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
         self._still: frozenset[int] = frozenset()
+        self._carried: Carried = {}  # states of recurrent layers, of one row
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -68,7 +70,10 @@ class MemoryReader:
         visible = uploaded(visible, device)
         if memory.ages is None:
             return cache.read(states, visible, all_visible)
-        return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows())
+        windows, carried = self.windows(), memory.carried
+        if carried is not None:
+            carried = {name: state.to(device, self._carried[name].dtype) for name, state in carried.items()}
+        return cache.read(states, visible, all_visible, memory.ages.to(device), windows, carried)
 
     def decode(
         self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
@@ -121,7 +126,8 @@ class MemoryReader:
         """Sizes of a memory's states that are the model's: `(layers, kv_heads, head_dim)`, or `(width,)`.
 
         The latter of placement "input". The first call runs the decoder on a few tokens, once to see the sizes and
-        once more, elsewhere, to prove that keys can be moved to other positions.
+        once more, elsewhere, to prove that keys can be moved to other positions; with recurrent layers also in parts,
+        to prove that these go on from their states.
 
         Raises:
             ValueError: They cannot, so that no memory could stand before a text.
@@ -129,11 +135,14 @@ class MemoryReader:
         if self.layout.placement == "input":
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
+            with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
+                self._carried = states_that_go_on(self, self._tolerance())
             with captured_attention(self.decoder.config) as calls:
-                layers, _, heads, tokens, width = self._keys_at(0).captured_keys().shape
+                cache = self._keys_at(0)
+                layers, _, heads, tokens, width = cache.captured_keys().shape
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
-            self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
+            self._windows = tuple(calls[index].window if index in calls else None for index in cache.keyed)
             self._measured = (layers, heads, width)
         return self._measured
 
@@ -147,6 +156,18 @@ class MemoryReader:
         self.state_sizes()
         return self._still
 
+    def states_of_nothing(self, rows: int) -> Carried | None:
+        """States of recurrent layers that have read nothing, as a memory carries them; None: no layer is one.
+
+        Args:
+            rows: Number of rows.
+
+        Raises:
+            ValueError: As of `state_sizes`.
+        """
+        self.state_sizes()
+        return no_states(self._carried, rows) if self._carried else None
+
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""
         sizes = list(self.state_sizes())
@@ -154,6 +175,7 @@ class MemoryReader:
         found = shape[2:] if self.layout.placement == "input" else [shape[0], shape[3], shape[5]]
         if found != sizes:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
+        check_states(memory.carried, self._carried)
 
     def _step(self, tokens):
         """How far a few tokens are moved to see what becomes of their keys; 0 where nothing ever is."""
@@ -164,8 +186,10 @@ class MemoryReader:
     def _find_layers_that_do_not_rotate(self, tokens):
         """Find the layers whose keys, as they are, are the same at other positions."""
         if step := self._step(tokens):
-            errors = _changes(*(self._keys_at(position).captured_keys() for position in (0, step)))
-            self._still = frozenset(index for index, error in enumerate(errors) if error <= self._tolerance())
+            caches = [self._keys_at(position) for position in (0, step)]
+            errors = _changes(*(cache.captured_keys() for cache in caches))
+            of_layer = zip(caches[0].keyed, errors, strict=True)
+            self._still = frozenset(index for index, error in of_layer if error <= self._tolerance())
 
     def _refuse_keys_that_cannot_be_moved(self, tokens):
         step = self._step(tokens)

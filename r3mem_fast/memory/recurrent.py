@@ -1,0 +1,251 @@
+"""Layers with a recurrent or convolutional state: how a memory carries what they keep along a text.
+
+Such a layer has no keys and values to be matched. What it knows of a text is a state of constant size, from which it
+goes on exactly; so a memory holds the states as they are, beside the slots of the layers with attention.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from ..integrations.compat import (
+    has_recurrent_layers,
+    layers_with_keys,
+    recurrent_layers,
+    recurrent_states,
+    set_recurrent_states,
+)
+from ..reversible.past import MemoryNotReadError, Past, PassCache
+from .states import uploaded
+
+# States by layer and name, such as "3.conv.0" or "3.recurrent.0", `[B, ...]` each.
+Carried = dict[str, torch.Tensor]
+
+
+class CarryingCache(PassCache):
+    """A cache whose recurrent layers go on from given states.
+
+    Attributes:
+        keep: Whether the cache goes on with what a pass leaves in it. If not, each pass begins with the given states.
+        passes: See `PassCache`.
+    """
+
+    keep: bool
+    _given: Mapping[str, torch.Tensor] | None = None
+    _is_read = False  # whether the layers have the given states
+    _gone_on: set[int] | None = None  # recurrent layers that have read their state in the pass that is running
+
+    def go_on_from(self, states: Mapping[str, torch.Tensor] | None) -> None:
+        """Set the states from which the next pass begins.
+
+        Args:
+            states: The states, in the dtypes in which the layers keep them; None: there are none, nothing was read.
+        """
+        self._given, self._is_read = states, False
+
+    def states_after(self) -> Carried:
+        """The states in which the last pass has left the layers: the layers' own, which the next pass may change."""
+        return {
+            f"{index}.{name}": state
+            for index in recurrent_layers(self)
+            for name, state in recurrent_states(self.layers[index]).items()
+        }
+
+    def carried(self, layer_idx: int) -> Past:
+        """The states of a layer from before this pass; none for a layer without."""
+        return recurrent_states(self.layers[layer_idx]) if layer_idx in recurrent_layers(self) else {}
+
+    def carry(self, states: Mapping[str, torch.Tensor], layer_idx: int) -> None:
+        """Take over a recurrent layer's new states."""
+        self._note(layer_idx)
+        set_recurrent_states(self.layers[layer_idx], states)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The state of a layer's convolution, as of `Cache.get_conv_state`."""
+        self._note(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The state of a layer's recurrence, as of `Cache.get_recurrent_state`."""
+        self._note(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer has read anything, as of `Cache.has_previous_state`; older layers ask for this first."""
+        if layer_idx is not None:
+            self._note(layer_idx)
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    def _note(self, layer_idx):
+        if self._gone_on is None and not self.passes:
+            raise MemoryNotReadError(
+                "a recurrent layer was given a memory's cache of which its decoder did not know, and would not have gone "
+                f"on from the memory. transformers is {transformers.__version__}; install a version that r3mem_fast "
+                "supports"
+            )
+        if self._gone_on is not None:
+            self._gone_on.add(layer_idx)
+
+    def _begin(self, rows: int, tokens: int, mask: Any) -> None:
+        """Give the layers their states.
+
+        Args:
+            rows: Rows of the pass.
+            tokens: Tokens of each.
+            mask: Mask of the pass, as the decoder is given it; None: there is no padding.
+
+        Raises:
+            ValueError: There is padding, or another number of rows than of states.
+        """
+        self._gone_on = set()
+        indices = recurrent_layers(self)
+        if not indices:
+            return
+        if self._given is not None:
+            states = next(iter(self._given.values()))
+            if not self._is_read and len(states) != rows:
+                raise ValueError(f"{rows} rows of tokens and {len(states)} of memory: one of each a row")
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -tokens:].all()):
+                raise ValueError(
+                    "behind a memory, recurrent layers would take padding for tokens: give rows of one length, or one "
+                    "row at a time (a memory's unfinished tokens count, too: compress with finish=True leaves none)"
+                )
+        if self.keep and self._is_read:
+            return
+        for index in indices:
+            start = f"{index}."
+            given = self._given or {}
+            own = {name.removeprefix(start): state.clone() for name, state in given.items() if name.startswith(start)}
+            set_recurrent_states(self.layers[index], own)
+        self._is_read = True
+
+    def _end(self) -> set[int]:
+        """End a pass; returns the recurrent layers that have not gone on from their states in it."""
+        gone_on, self._gone_on = self._gone_on, None
+        return set() if gone_on is None else set(recurrent_layers(self)) - gone_on
+
+
+@torch.no_grad()
+def states_that_go_on(reader: Any, tolerance: float) -> Carried:
+    """States that the recurrent layers of a model keep, of one row; none if it has no such layers.
+
+    A few tokens are read in one pass and in parts, to prove that the layers go on from their states.
+
+    Args:
+        reader: The model's `MemoryReader`.
+        tolerance: How much hidden states may differ, relative to their size.
+
+    Raises:
+        ValueError: No layer has keys and values, or the layers do not go on.
+    """
+    if not has_recurrent_layers(reader.decoder.config):
+        return {}
+    name, parts = type(reader.decoder).__name__, (4, 2, 1)
+    if not layers_with_keys(reader.new_cache()):
+        raise ValueError(
+            f"a {name} is recurrent in all its layers: what it knows of a text is the state in its own cache, of constant "
+            "size and exact, and there is nothing that a memory could compress. Keep that cache (use_cache=True)"
+        )
+    embeddings = reader.embeddings_of(torch.arange(sum(parts))[None])
+
+    def read(cache, start, end):
+        mask, positions = torch.ones(1, end - start, dtype=torch.int64), torch.arange(start, end)[None]
+        return reader.decode(embeddings[:, start:end], mask, cache, positions)
+
+    cache = reader.new_cache(first_position=0)
+    whole, found, start = read(reader.new_cache(first_position=0), 0, sum(parts)), [], 0
+    problem = "in several passes it computes something else than in one"
+    try:
+        for length in parts:
+            found.append(read(cache, start, start + length))
+            start += length
+        error = ((torch.cat(found, 1) - whole).norm() / whole.norm()).item()
+        cause: Exception | None = None
+    except (RuntimeError, IndexError) as raised:  # of shapes: the layer takes one token at a time
+        error, cause = float("nan"), raised
+    if not error <= tolerance:
+        raise ValueError(
+            f"the recurrent layers of a {name} do not go on from their states ({problem}) with transformers "
+            f"{transformers.__version__}, so a memory cannot carry these; install a newer one"
+        ) from cause
+    return {name: state.clone() for name, state in cache.states_after().items()}
+
+
+def no_states(like: Mapping[str, torch.Tensor], rows: int) -> Carried:
+    """The states of layers that have read nothing: zeros, as the layers themselves put before a text.
+
+    Args:
+        like: States of the model, of any number of rows.
+        rows: Number of rows.
+    """
+    return {name: state.new_zeros(rows, *state.shape[1:]) for name, state in like.items()}
+
+
+def rows_of(carried: Mapping[str, torch.Tensor] | None, index: torch.Tensor) -> Carried | None:
+    """The states of some rows; None if there are no states.
+
+    Args:
+        carried: The states.
+        index: Indices of the rows, int64, on the states' device.
+    """
+    return None if carried is None else {name: state.index_select(0, index) for name, state in carried.items()}
+
+
+def joined_states(parts: Sequence[Carried | None]) -> Carried | None:
+    """Join the rows of several states.
+
+    Args:
+        parts: States of one model; None: its layers are not recurrent.
+    """
+    found = [part for part in parts if part is not None]
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]} if found else None
+
+
+def replaced_states(carried: Carried, rows: Sequence[int], new: Mapping[str, torch.Tensor]) -> Carried:
+    """States in which some rows have other ones.
+
+    Args:
+        carried: States of B rows.
+        rows: Indices of the rows that change.
+        new: Their new states.
+    """
+    index = uploaded(torch.as_tensor(list(rows), dtype=torch.int64), next(iter(carried.values())).device)
+    return {name: state.index_copy(0, index, new[name].to(state.dtype)) for name, state in carried.items()}
+
+
+def check_states(carried: Mapping[str, torch.Tensor] | None, known: Mapping[str, torch.Tensor]) -> None:
+    """Check that a memory's states are those of a model.
+
+    Args:
+        carried: States of the memory.
+        known: States of the model, of any number of rows.
+
+    Raises:
+        ValueError: They are not.
+    """
+    mine, its = ({name: list(s.shape[1:]) for name, s in (states or {}).items()} for states in (known, carried))
+    if mine != its:
+        raise ValueError(f"the memory carries states {its}, of another model than one of {mine}")
+
+
+def refuse_layers_without_memory(config: Any, layers: Collection[int]) -> None:
+    """Raise ValueError for layers that keep what they carry along a text where no memory can take it from.
+
+    Args:
+        config: Configuration of the decoder.
+        layers: Indices of layers that have neither written keys and values, nor read or written a state.
+    """
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = {kinds[index] for index in layers if index < len(kinds)} - set(_ATTENTION)
+    if others:
+        raise ValueError(
+            f"layers {sorted(layers)} of a {config.model_type} model are {' and '.join(sorted(others))}: they have no "
+            "keys and values that a memory could be, and what they carry along a text is not kept where a memory "
+            f"could take it from (transformers {transformers.__version__})"
+        )
+
+
+# Kinds of layers, as configurations name them, that have keys and values.
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
