@@ -147,6 +147,16 @@ def is_recurrent(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
+def idle_layers(config: Any) -> list[int]:
+    """Return the indices of the layers that look at each token alone, and so keep nothing of a text.
+
+    Args:
+        config: Configuration of the decoder.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    return [index for index, kind in enumerate(kinds) if kind in ("moe", "mlp")]
+
+
 def layers_with_keys(cache: Cache) -> list[int]:
     """Return the indices of the layers of a cache that hold keys and values."""
     return [index for index, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)]
@@ -164,7 +174,8 @@ def has_recurrent_layers(config: Any) -> bool:
         config: Configuration of the decoder.
     """
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    return any(kind in _RECURRENT for kind in kinds)
+    # RWKV's configuration does not name the kinds of its layers.
+    return any(kind in _RECURRENT for kind in kinds) or config.model_type == "rwkv"
 
 
 def recurrent_states(layer: Any) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..integrations import attention
 from ..integrations.capture import implementation_of
-from ..integrations.compat import layers_with_keys, recurrent_layers, signature_of
+from ..integrations.compat import signature_of
 from ..reversible.past import MemoryNotReadError, States
 from .recurrent import CarryingCache, refuse_layers_without_memory
 from .room import Room
@@ -159,10 +159,8 @@ class PrefixCache(CarryingCache):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
-        keyless = set(recurrent_layers(self)) - set(layers_with_keys(self))
-        self.keyed = [index for index in range(len(layers)) if index not in keyless]
+        self.keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"))
         self._expected = set(self.keyed)  # as their attention addresses the cache
-        self._begin(*tokens.shape[:2], arguments.get("attention_mask"))
         self._extended, self._attended = set(), set()
         self._of_pass, self._tables = positions, None
         self._config = config

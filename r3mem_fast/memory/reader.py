@@ -136,7 +136,7 @@ class MemoryReader:
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
             with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
-                self._carried = states_that_go_on(self, self._tolerance())
+                self._carried = states_that_go_on(self)
             with captured_attention(self.decoder.config) as calls:
                 cache = self._keys_at(0)
                 layers, _, heads, tokens, width = cache.captured_keys().shape

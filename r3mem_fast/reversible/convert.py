@@ -272,14 +272,14 @@ class LayerLink:
         stack: The stack of the model.
         index: Index of the layer.
         decoder: The module whose loop calls the layer.
-        returns_tuple: Whether that loop expects a tuple, `(hidden,)`, from a layer.
+        others: What that loop expects beside a layer's hidden state, in a tuple; None: no tuple.
         adapted_tokens: `(n, tokens)` while a branch is evaluated in which adapters change only the last n of so many
             tokens; None: they change all.
     """
 
     def __init__(self, stack: ReversibleStack, index: int, decoder: nn.Module):
         self.stack, self.index, self.decoder = stack, index, decoder
-        self.returns_tuple = False
+        self.others: tuple[Any, ...] | None = None
         self.adapted_tokens: tuple[int, int] | None = None
 
 
@@ -298,7 +298,8 @@ def _reversible_class(base):
         hidden = arguments.pop(hidden_name)
         link = self.reversible
         output = link.stack.run(self, link.index, hidden, arguments)
-        return (output,) if link.returns_tuple else output
+        others, link.others = link.others, None
+        return output if others is None else (output, *others)
 
     def set_checkpointing(self, enable):
         if enable:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..integrations.capture import implementation_of
 from ..integrations.compat import cache_name, captured_outputs, has_recurrent_layers
+from .branches import hidden_of
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
 from .inference import versioned_tensors
 from .integrity import Integrity, poisoned
@@ -338,9 +339,7 @@ def plain_output(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> to
     Returns:
         Its output, `[batch, tokens, width]`.
     """
-    output = type(layer).unreversed.forward(layer, hidden, **kwargs)
-    layer.reversible.returns_tuple = isinstance(output, tuple)
-    return output[0] if layer.reversible.returns_tuple else output
+    return hidden_of(layer, type(layer).unreversed.forward(layer, hidden, **kwargs), kwargs)
 
 
 def _run_inference(layer, branch_of, update, hidden, kwargs, streams):
