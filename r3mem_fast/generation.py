@@ -20,6 +20,7 @@ from .memory.reader import positions_of_mask
 from .memory.rotary import depends_on_pass
 from .memory.states import uploaded
 from .network import Network
+from .reading import held
 from .reversible.convert import text_config
 
 # Number of new tokens that transformers writes where no length is asked for.
@@ -61,6 +62,8 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
     own, config, others = _configs(base.generation_config, settings, rows.ids.shape[1])
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
+    if memory.carried is not None and not mask.all():
+        memory, ids, mask = _of_one_length(network, memory, ids, mask)
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
     with evaluating(network), compact_head(base), temporarily(base, generation_config=own):
@@ -76,6 +79,14 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         return found
     output.sequences = found
     return output
+
+
+def _of_one_length(network, memory, ids, mask):
+    """The same prompts, of one length: what longer ones begin with is held by the memory (`reading.held`)."""
+    lengths, host = mask.sum(1).tolist(), ids.cpu()
+    shortest, width = min(lengths), ids.shape[1]
+    begun = [row[width - length : width - shortest] for row, length in zip(host, lengths, strict=True)]
+    return held(network, begun, memory), ids[:, width - shortest :], mask[:, width - shortest :]
 
 
 def is_prefix(network: Network, memory: Memory) -> bool:

@@ -181,11 +181,27 @@ class MatchedWriter:
         self._check_budget(old, new)
         own = Queries(found.calls, self._positions(segment.mask, found.hidden.device))
         match = Match(self._queries(found, (old, new), own), found.cache, self._layout.first_position)
-        after = replaced(found.memory, segment.rows, list(self._parts(old, new, match)))
+        after = _replaced(found, list(self._parts(old, new, match)))
         self.unmatched += match.unmatched
-        if found.carried is None or after.carried is None:
-            return after
-        return dataclasses.replace(after, carried=replaced_states(after.carried, segment.rows, found.carried))
+        return after
+
+    @torch.no_grad()
+    def extended(self, segment: Segment, memory: Memory) -> Memory:
+        """Read a segment behind a memory, and hold it with a slot for every token, whatever the budget is.
+
+        Args:
+            segment: A piece of A rows of a batch of B.
+            memory: The memory of what comes before, of B rows.
+
+        Returns:
+            The memory after it.
+        """
+        for _, part in without_padding(segment):
+            found = self.pass_over(part, memory)
+            old, new = self._candidates(found)
+            together = old.followed_by(new)
+            memory = _replaced(found, [(range(len(part.rows)), together.within(int(together.counts.max())))])
+        return memory
 
     def kind_of(self, segment: Segment, memory: Memory) -> tuple | None:
         """What the host has to know to read a segment: those of one kind differ in tokens and states alone.
@@ -354,3 +370,11 @@ class MatchedWriter:
         slots = slots.up_to(age, layout.budget + int(pinned[0]))
         found = match(slots._replace(pinned=held), layout.budget - int((held - pinned)[0]), rows)
         return found._replace(pinned=pinned)
+
+
+def _replaced(found, parts):
+    """The memory after a pass, of all rows: with these slots, and the states of recurrent layers."""
+    rows, after = found.segment.rows, replaced(found.memory, found.segment.rows, parts)
+    if found.carried is None or after.carried is None:
+        return after
+    return dataclasses.replace(after, carried=replaced_states(after.carried, rows, found.carried))
