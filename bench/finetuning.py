@@ -7,10 +7,13 @@ same seed in each arm. Then perplexity of the book's last part, and of another t
 and in the plain network with the same adapters. One record an arm; arms that the output file holds are not run again.
 
 The first arm is gradient checkpointing, which computes what plain fine-tuning does. `seed-1` is the same with another
-seed for the adapters' first weights: what differs by chance.
+seed for the adapters' first weights: what differs by chance. `calibrated` has the side bits that `calibrate` chooses by
+the text to train on. `adapter-4` trains adapters between the streams, of as many parameters, in place of LoRA; the plain
+network has no place for them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -22,13 +25,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
-from r3mem_fast import MomentumCoupling, load_model, make_reversible, restore
+from r3mem_fast import (
+    AdaptedCoupling,
+    BDIACoupling,
+    MomentumCoupling,
+    ScaledCoupling,
+    calibrate,
+    load_model,
+    make_reversible,
+    restore,
+)
 from r3mem_fast.data.text import token_windows
+from r3mem_fast.reversible.coupling import Coupling
 
 from .records import add_output_option, add_record
 from .texts import book
 
 _LAST_LOSSES = 50
+_CALIBRATION_WINDOWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +54,32 @@ class Arm:
         seed: Seed of the adapters' first weights.
     """
 
-    coupling: Callable[[Any, torch.Tensor], Any] | None
+    coupling: Callable[[Any, torch.Tensor], Coupling] | None
     seed: int = 0
 
 
-def _momentum(bits: int) -> Arm:
-    return Arm(lambda model, windows: MomentumCoupling(bits=bits))
+def _fixed(coupling: Coupling) -> Arm:
+    return Arm(lambda model, windows: coupling)
+
+
+def _calibrated(model: Any, windows: torch.Tensor) -> Coupling:
+    rows = windows[torch.linspace(0, len(windows) - 1, _CALIBRATION_WINDOWS).long()]
+    return calibrate(model, rows, 1.10).coupling
 
 
 BASELINE = "checkpointing"
 ARMS = {
     BASELINE: Arm(None),
-    "momentum-4": _momentum(4),
-    "momentum-2": _momentum(2),
-    "momentum-8": _momentum(8),
+    "momentum-8": _fixed(MomentumCoupling(bits=8)),
+    "momentum-4": _fixed(MomentumCoupling(bits=4)),
+    "momentum-2": _fixed(MomentumCoupling(bits=2)),
+    "balanced-4": _fixed(MomentumCoupling(bits=4, balanced=True)),
+    "balanced-2": _fixed(MomentumCoupling(bits=2, balanced=True)),
+    "calibrated": Arm(_calibrated),
+    "bdia-4": _fixed(BDIACoupling(bits=4)),
+    "meft-8": _fixed(ScaledCoupling(bits=8)),
+    "meft-4": _fixed(ScaledCoupling(bits=4)),
+    "adapter-4": _fixed(AdaptedCoupling(bits=4, rank=141)),
     "seed-1": Arm(None, seed=1),
 }
 
@@ -102,7 +128,11 @@ def _run(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     }
     coupling = None if arm.coupling is None else arm.coupling(base, text[: options.steps])
     torch.manual_seed(arm.seed)
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+    between_streams = coupling is not None and coupling.adapter_rank is not None
+    model: Any = base.requires_grad_(False)
+    if not between_streams:
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    model.train()
     if coupling is None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -113,7 +143,7 @@ def _run(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     if coupling is not None:
         restore(model)
         plain = {name: window_losses(model, windows) for name, windows in held_out.items()}
-    with model.disable_adapter():
+    with contextlib.nullcontext() if between_streams else model.disable_adapter():
         before = {name: window_losses(model, windows) for name, windows in held_out.items()}
     return {
         "model": Path(options.model).name,

@@ -7,6 +7,10 @@ __version__ = "0.2.0.dev0"
 
 # Loaded on first use, so that `r3mem_fast.kernels` alone can be used without importing transformers.
 _EXPORTS = {
+    "AdaptedCoupling": "reversible",
+    "AdditiveCoupling": "reversible",
+    "BDIACoupling": "reversible",
+    "Calibration": "reversible",
     "GradientReport": "reversible",
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
@@ -21,9 +25,11 @@ _EXPORTS = {
     "R3MemPipeline": "pipeline",
     "RememberReport": "training.remember",
     "RememberSettings": "training.settings",
+    "ScaledCoupling": "reversible",
     "TrainReport": "training.history",
     "TrainSettings": "training.settings",
     "build_pairs": "hierarchy",
+    "calibrate": "reversible",
     "check_gradients": "reversible",
     "check_integrity": "reversible",
     "check_inverse": "reversible",
@@ -48,10 +54,16 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
     from .model import R3MemModel
     from .pipeline import R3MemPipeline
     from .reversible import (
+        AdaptedCoupling,
+        AdditiveCoupling,
+        BDIACoupling,
+        Calibration,
         GradientReport,
         IntegrityError,
         InverseReport,
         MomentumCoupling,
+        ScaledCoupling,
+        calibrate,
         check_gradients,
         check_integrity,
         check_inverse,
@@ -69,6 +81,10 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
     from .training.settings import RememberSettings, TrainSettings
 
 __all__ = [
+    "AdaptedCoupling",
+    "AdditiveCoupling",
+    "BDIACoupling",
+    "Calibration",
     "GradientReport",
     "IntegrityError",
     "InverseReport",
@@ -83,10 +99,12 @@ __all__ = [
     "R3MemPipeline",
     "RememberReport",
     "RememberSettings",
+    "ScaledCoupling",
     "TrainReport",
     "TrainSettings",
     "__version__",
     "build_pairs",
+    "calibrate",
     "check_gradients",
     "check_integrity",
     "check_inverse",

@@ -90,7 +90,7 @@ def _of_one_length(network, memory, ids, mask):
 
 
 def is_prefix(network: Network, memory: Memory) -> bool:
-    """Whether a memory is keys and values alone to the base model, without states, or windows that hide some of its slots.
+    """Whether a memory is keys and values alone to the base model, without states, and no window hides some of them.
 
     Args:
         network: The model.

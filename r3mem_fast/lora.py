@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from .config import R3MemConfig
 from .reversible.convert import find_decoder_layers
 
-# Models whose kernels take the weight of a state-space mixer's last projection, `out_proj`, past an adapter on it; PEFT
-# refuses it in most of them.
+# Models whose kernels take the weight of a state-space mixer's last projection, `out_proj`, past an adapter on it.
+# PEFT refuses one in most of them.
 _FUSED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "granitemoehybrid", "nemotron_h", "zamba2")
 
 

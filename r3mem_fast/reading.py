@@ -177,8 +177,7 @@ def compress_rows(
 def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memory:
     """Read the beginning of rows behind a matched memory, and hold it with a slot for every token.
 
-    So rows that are longer than others can be read as far as what is left of all has one length: recurrent layers would
-    take padding for tokens.
+    So what is left of rows of several lengths can have one length: recurrent layers would take padding for tokens.
 
     Args:
         network: The model.

@@ -111,6 +111,8 @@ def specialise(launch: Launch, threads_per_warp: int) -> Specialisation:
             divisible = value.device.type == "meta" or value.data_ptr() % DIVISIBILITY == 0
         elif isinstance(value, TensorDescriptor):  # its strides are divisible, and its sizes unknown to the compiler
             return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, float):
+            return "fp32"
         elif value is None or (value == 1 and specialised):  # constants to Triton
             found.constexprs[path] = value
             return "constexpr"

@@ -11,7 +11,7 @@ synchronises with a GPU. Autograd does not see through these functions.
 
 import torch
 
-from . import ops
+from . import ops, others
 from .checks import (
     FLOAT_DTYPES,
     MAX_FRACTION_BITS,
@@ -29,7 +29,7 @@ from .checks import (
     check_streams,
     describe,
 )
-from .fixed_point import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE
+from .fixed_point import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, dequantize, gain_of
 from .inverse import inverse_backward, inverse_forward, inverse_gradient
 from .kept import Kept, kept_bytes
 from .tiles import TILE, side_bits_size
@@ -43,6 +43,7 @@ __all__ = [
     "SIDE_BITS",
     "TILE",
     "Kept",
+    "dequantize",
     "inverse_backward",
     "inverse_forward",
     "inverse_gradient",
@@ -54,6 +55,7 @@ __all__ = [
     "momentum_gradient",
     "momentum_rewind",
     "new_flags",
+    "others",
     "side_bits_size",
 ]
 
@@ -107,6 +109,7 @@ def momentum_forward(
     dtype: torch.dtype,
     keep: bool = True,
     sum_streams: bool = False,
+    gain: float | None = None,
 ) -> tuple[torch.Tensor, Kept | None]:
     """Run one layer forward, in place on both streams.
 
@@ -121,6 +124,7 @@ def momentum_forward(
         dtype: Dtype of the hidden state that is returned: bfloat16, float16 or float32.
         keep: Whether the layer will be run backward.
         sum_streams: Whether to take `Kept.entry_sums`, which the layer needs that the backward pass ends at.
+        gain: Factor of the branch; None: 1 - m.
 
     Returns:
         `(hidden, kept)`: x' in `dtype`, and what the backward pass needs, or None without `keep`.
@@ -131,7 +135,7 @@ def momentum_forward(
     """
     check_layer(position, velocity, branch, bits, fraction_bits, flags, dtype)
     hidden, *kept = ops.momentum_forward(
-        position, velocity, branch, flags, bits or 0, fraction_bits, dtype, keep, sum_streams
+        position, velocity, branch, flags, bits or 0, fraction_bits, dtype, keep, sum_streams, gain_of(gain, bits)
     )
     return hidden, Kept(*kept) if keep else None
 
@@ -170,8 +174,9 @@ def momentum_gradient(
     bits_above: int | None,
     flags: torch.Tensor,
     dtype: torch.dtype,
+    gain: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradient of a layer's branch, `(1 - m) g_v'`.
+    """Compute the gradient of a layer's branch, `gain g_v'`.
 
     Args:
         grad_output: `g_x'`, of the streams' shape, bfloat16, float16 or float32.
@@ -184,6 +189,7 @@ def momentum_gradient(
         bits_above: Side bits of the layer above; None for m = 0.
         flags: int32 `[3]`, as `new_flags` makes it.
         dtype: Dtype of the branch's gradient: bfloat16, float16 or float32.
+        gain: Factor of the branch in the forward pass; None: 1 - m.
 
     Returns:
         `(gradient, grad_velocity)`: the gradient of the branch in `dtype`, and `g_v'` in float32.
@@ -196,12 +202,22 @@ def momentum_gradient(
     check_bits(bits_above)
     check_gradient(grad_output, branch, kept, flags, dtype)
     if grad_velocity is None:
-        return ops.momentum_gradient_top(grad_output, branch, kept.branch_sums, flags, bits or 0, dtype)
+        return ops.momentum_gradient_top(
+            grad_output, branch, kept.branch_sums, flags, bits or 0, dtype, gain_of(gain, bits)
+        )
     check_alike(branch=branch, grad_velocity=grad_velocity)
     if grad_velocity.dtype != torch.float32 or not grad_velocity.is_contiguous():
         raise TypeError(f"grad_velocity must be a contiguous float32 tensor, got {describe(grad_velocity)}")
     gradient = ops.momentum_gradient(
-        grad_output, grad_velocity, branch, kept.branch_sums, flags, bits or 0, bits_above or 0, dtype
+        grad_output,
+        grad_velocity,
+        branch,
+        kept.branch_sums,
+        flags,
+        bits or 0,
+        bits_above or 0,
+        dtype,
+        gain_of(gain, bits),
     )
     return gradient, grad_velocity
 
@@ -219,6 +235,7 @@ def momentum_backward(
     flags: torch.Tensor,
     dtype: torch.dtype,
     last: bool,
+    gain: float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Cross one layer boundary backward, in place on both streams.
 
@@ -235,6 +252,7 @@ def momentum_backward(
         dtype: Dtype of the hidden state that is returned: bfloat16, float16 or float32.
         last: Whether no layer lies below. Then streams that differ from `kept.entry_sums` set
             `flags[CHECKSUM_MISMATCH]`.
+        gain: Factor of the branch in the forward pass; None: 1 - m.
 
     Returns:
         `(hidden, grad)`: the new position in `dtype` (None with `last`), and `g_x = g_x' + J_f^T g_f` (or None).
@@ -259,6 +277,7 @@ def momentum_backward(
         fraction_bits,
         dtype,
         last,
+        gain_of(gain, bits),
     )
     return None if last else hidden, None if grad_branch is None else grad
 

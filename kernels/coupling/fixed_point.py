@@ -14,8 +14,13 @@ def momentum_of(bits: int | None) -> float:
     return 0.0 if bits is None else 2.0**-bits
 
 
+def gain_of(gain: float | None, bits: int | None) -> float:
+    """Return the factor of a branch: the one that is given, or `1 - m`."""
+    return 1.0 - momentum_of(bits) if gain is None else gain
+
+
 def quantize(
-    value: torch.Tensor, fraction_bits: int, flags: torch.Tensor | None = None, *, gain: float = 1.0
+    value: torch.Tensor, fraction_bits: int, flags: torch.Tensor | None = None, *, gain: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """Compute `Q(gain * value) = round_half_even(gain * value * 2**fraction_bits)`, clamped to ±QUANTIZED_MAX.
 
@@ -26,7 +31,7 @@ def quantize(
         fraction_bits: Bits behind the binary point, 0 to 24.
         flags: int32 `[3]`. A NaN or an infinity sets `flags[NON_FINITE]`, a clamped value (an infinity too)
             `flags[OUT_OF_RANGE]`. With None nothing is reported.
-        gain: Factor of the value.
+        gain: Factor of the value: a number, or a float32 tensor that broadcasts to it.
 
     Returns:
         int32, of the shape of `value`.

@@ -63,7 +63,7 @@ def _fake_momentum_enter(hidden, flags, fraction_bits):
 
 @_operator(
     "momentum_forward(Tensor(a!) position, Tensor(b!) velocity, Tensor branch, Tensor(c!) flags, int bits, "
-    "int fraction_bits, ScalarType dtype, bool keep, bool sum_streams) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int fraction_bits, ScalarType dtype, bool keep, bool sum_streams, float gain) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def momentum_forward(
     position: torch.Tensor,
@@ -75,6 +75,7 @@ def momentum_forward(
     dtype: torch.dtype,
     keep: bool,
     sum_streams: bool,
+    gain: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one layer forward; returns the hidden state and the fields of `Kept`, empty without `keep`."""
     hidden, side, sums, entry_sums = _implementation(dtype, position, branch).momentum_forward(
@@ -87,6 +88,7 @@ def momentum_forward(
         dtype=dtype,
         keep=keep,
         sum_streams=sum_streams,
+        gain=gain,
     )
     return (
         hidden,
@@ -97,7 +99,7 @@ def momentum_forward(
 
 
 @torch.library.register_fake("r3mem::momentum_forward", lib=_library)
-def _fake_momentum_forward(position, velocity, branch, flags, bits, fraction_bits, dtype, keep, sum_streams):
+def _fake_momentum_forward(position, velocity, branch, flags, bits, fraction_bits, dtype, keep, sum_streams, gain):
     numel = position.numel()
     side = reference.side_bits_size(numel, bits) if keep and bits else 0
     tiles = reference.num_tiles(numel)
@@ -126,7 +128,7 @@ def _fake_momentum_rewind(position, velocity, fraction_bits, dtype):
 
 @_operator(
     "momentum_gradient(Tensor grad_output, Tensor(a!) grad_velocity, Tensor branch, Tensor sums, Tensor(b!) flags, "
-    "int bits, int bits_above, ScalarType dtype) -> Tensor"
+    "int bits, int bits_above, ScalarType dtype, float gain) -> Tensor"
 )
 def momentum_gradient(
     grad_output: torch.Tensor,
@@ -137,6 +139,7 @@ def momentum_gradient(
     bits: int,
     bits_above: int,
     dtype: torch.dtype,
+    gain: float,
 ) -> torch.Tensor:
     """Compute the gradient of a branch below the top; `grad_velocity` is updated in place."""
     gradient, _ = _implementation(dtype, grad_velocity, grad_output, branch).momentum_gradient(
@@ -148,18 +151,19 @@ def momentum_gradient(
         bits_above=bits_above or None,
         flags=flags,
         dtype=dtype,
+        gain=gain,
     )
     return gradient
 
 
 @torch.library.register_fake("r3mem::momentum_gradient", lib=_library)
-def _fake_momentum_gradient(grad_output, grad_velocity, branch, sums, flags, bits, bits_above, dtype):
+def _fake_momentum_gradient(grad_output, grad_velocity, branch, sums, flags, bits, bits_above, dtype, gain):
     return torch.empty_like(grad_velocity, dtype=dtype)
 
 
 @_operator(
     "momentum_gradient_top(Tensor grad_output, Tensor branch, Tensor sums, Tensor(a!) flags, int bits, "
-    "ScalarType dtype) -> (Tensor, Tensor)"
+    "ScalarType dtype, float gain) -> (Tensor, Tensor)"
 )
 def momentum_gradient_top(
     grad_output: torch.Tensor,
@@ -168,15 +172,16 @@ def momentum_gradient_top(
     flags: torch.Tensor,
     bits: int,
     dtype: torch.dtype,
+    gain: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradient of the topmost branch, and a new gradient of the velocity."""
     return _implementation(dtype, grad_output, branch).momentum_gradient(
-        grad_output, None, branch, sums, bits=bits or None, bits_above=None, flags=flags, dtype=dtype
+        grad_output, None, branch, sums, bits=bits or None, bits_above=None, flags=flags, dtype=dtype, gain=gain
     )
 
 
 @torch.library.register_fake("r3mem::momentum_gradient_top", lib=_library)
-def _fake_momentum_gradient_top(grad_output, branch, sums, flags, bits, dtype):
+def _fake_momentum_gradient_top(grad_output, branch, sums, flags, bits, dtype, gain):
     grad_velocity = torch.empty_like(grad_output, dtype=torch.float32, memory_format=torch.contiguous_format)
     return torch.empty_like(grad_velocity, dtype=dtype), grad_velocity
 
@@ -184,7 +189,7 @@ def _fake_momentum_gradient_top(grad_output, branch, sums, flags, bits, dtype):
 @_operator(
     "momentum_backward(Tensor(a!) position, Tensor(b!) velocity, Tensor branch, Tensor side, Tensor entry_sums, "
     "Tensor? grad_output, Tensor? grad_branch, Tensor(c!) flags, int bits, int fraction_bits, ScalarType dtype, "
-    "bool last) -> (Tensor, Tensor)"
+    "bool last, float gain) -> (Tensor, Tensor)"
 )
 def momentum_backward(
     position: torch.Tensor,
@@ -199,6 +204,7 @@ def momentum_backward(
     fraction_bits: int,
     dtype: torch.dtype,
     last: bool,
+    gain: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross one layer boundary backward; returns the hidden state below and g_x, empty where there is none."""
     hidden, grad = _implementation(dtype, position, branch, grad_branch).momentum_backward(
@@ -214,13 +220,26 @@ def momentum_backward(
         flags=flags,
         dtype=dtype,
         last=last,
+        gain=gain,
     )
     return _or_empty(hidden, position, dtype), _or_empty(grad, position, dtype)
 
 
 @torch.library.register_fake("r3mem::momentum_backward", lib=_library)
 def _fake_momentum_backward(
-    position, velocity, branch, side, entry_sums, grad_output, grad_branch, flags, bits, fraction_bits, dtype, last
+    position,
+    velocity,
+    branch,
+    side,
+    entry_sums,
+    grad_output,
+    grad_branch,
+    flags,
+    bits,
+    fraction_bits,
+    dtype,
+    last,
+    gain,
 ):
     hidden = position.new_empty(0, dtype=dtype) if last else torch.empty_like(position, dtype=dtype)
     if grad_branch is None:

@@ -44,6 +44,7 @@ from .fixed_point import (
     QUANTIZED_MAX,
     add_checked_,
     dequantize,
+    gain_of,
     momentum_of,
     quantize,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "momentum_rewind",
     "num_tiles",
     "pack_side_bits",
+    "poison_changed_tiles_",
     "quantize",
     "side_bits_plane",
     "side_bits_size",
@@ -113,6 +115,7 @@ def momentum_forward(
     dtype: torch.dtype,
     keep: bool = True,
     sum_streams: bool = False,
+    gain: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Run one layer forward, in place on both streams.
 
@@ -126,13 +129,14 @@ def momentum_forward(
         dtype: Dtype of the hidden state that is returned.
         keep: Whether the layer will be run backward.
         sum_streams: Whether to take the streams' checksums on entry.
+        gain: Factor of the branch; None: 1 - m.
 
     Returns:
         `(hidden, side, branch sums, stream sums)`: x' dequantised to `dtype`; with `keep` the packed side bits (None
         if `bits` is) and `branch_sums`, else None; with `sum_streams` the `stream_sums` on entry, else None.
     """
     stream_sums_before = stream_sums(position, velocity) if sum_streams else None
-    increment = quantize(branch, fraction_bits, flags, gain=1.0 - momentum_of(bits))
+    increment = quantize(branch, fraction_bits, flags, gain=gain_of(gain, bits))
     side = None
     if bits is None:
         velocity.copy_(increment)
@@ -173,8 +177,9 @@ def momentum_gradient(
     bits_above: int | None,
     flags: torch.Tensor,
     dtype: torch.dtype,
+    gain: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradient of a branch: `g_f = (1 - m) g_v'` with `g_v' = m_above g_v'_above + g_x'`.
+    """Compute the gradient of a branch: `g_f = gain g_v'` with `g_v' = m_above g_v'_above + g_x'`.
 
     Args:
         grad_output: `g_x'`, in any supported float.
@@ -187,12 +192,13 @@ def momentum_gradient(
         bits_above: Side bits of the layer above; None for m = 0.
         flags: int32 `[3]`.
         dtype: Dtype of the gradient that is returned.
+        gain: Factor of the branch in the forward pass; None: 1 - m.
 
     Returns:
         `(g_f, g_v')`: the gradient of the branch in `dtype`, and that of the velocity in float32.
     """
-    carried, gain = momentum_of(bits_above), 1.0 - momentum_of(bits)
-    return _gradient(grad_output, grad_velocity, branch, sums, carried, gain, flags, dtype)
+    carried = momentum_of(bits_above)
+    return _gradient(grad_output, grad_velocity, branch, sums, carried, gain_of(gain, bits), flags, dtype)
 
 
 def _gradient(
@@ -212,13 +218,30 @@ def _gradient(
     else:
         grad_velocity.mul_(carried).add_(grad_output)
     gradient = (grad_velocity * gain).to(dtype)
+    return poison_changed_tiles_(gradient, branch, sums, flags), grad_velocity
+
+
+def poison_changed_tiles_(
+    gradient: torch.Tensor, branch: torch.Tensor, sums: torch.Tensor, flags: torch.Tensor
+) -> torch.Tensor:
+    """Let the gradient of a branch be NaN where the branch's checksums are not those of the forward pass.
+
+    Args:
+        gradient: The gradient, of the branch's shape; changed in place.
+        branch: f(x), recomputed.
+        sums: `branch_sums` of the forward pass.
+        flags: int32 `[3]`. A tile that differs sets `flags[CHECKSUM_MISMATCH]`.
+
+    Returns:
+        `gradient`.
+    """
     found = branch_sums(branch)
     if branch.device.type != "cpu" or not torch.equal(found, sums):
         differs = found != sums
         flags[CHECKSUM_MISMATCH] |= differs.any()
         of_element = differs.repeat_interleave(TILE, output_size=differs.numel() * TILE)[: gradient.numel()]
         gradient.masked_fill_(of_element.view(gradient.shape), torch.nan)
-    return gradient, grad_velocity
+    return gradient
 
 
 def momentum_backward(
@@ -235,6 +258,7 @@ def momentum_backward(
     flags: torch.Tensor,
     dtype: torch.dtype,
     last: bool,
+    gain: float | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Cross one layer boundary backward, in place on both streams.
 
@@ -252,12 +276,13 @@ def momentum_backward(
             `flags[CHECKSUM_MISMATCH]`.
         dtype: Dtype of the hidden state that is returned.
         last: Whether there is no layer below.
+        gain: Factor of the branch in the forward pass; None: 1 - m.
 
     Returns:
         `(hidden, g_x)`: the new position dequantised to `dtype`, None with `last`; and `g_x = g_x' + J_f^T g_f`, or
         None.
     """
-    velocity -= quantize(branch, fraction_bits, gain=1.0 - momentum_of(bits))  # the forward pass set the flags
+    velocity -= quantize(branch, fraction_bits, gain=gain_of(gain, bits))  # the forward pass set the flags
     if bits is not None:
         assert side is not None
         unpack_side_bits_(velocity.bitwise_left_shift_(bits), side, bits)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..common.launch import Launch
-from .fixed_point import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, QUANTIZED_MAX, momentum_of
+from .fixed_point import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, QUANTIZED_MAX, gain_of, momentum_of
 from .tiles import POSITION_WEIGHT, TILE, VELOCITY_WEIGHT, num_tiles, side_bits_plane, side_bits_size
 
 # Elements that a program takes at a time, four a thread: 16 bytes of a stream in one access, the same layout for every
@@ -43,9 +43,9 @@ _CHECKSUM_MISMATCH = tl.constexpr(CHECKSUM_MISMATCH)
 
 
 @triton.jit
-def _quantize(value, SCALE: tl.constexpr):
-    """Compute `(Q, not finite, clamped)`, elementwise; SCALE is gain * 2**fraction_bits."""
-    scaled = value.to(tl.float32) * SCALE
+def _quantize(value, scale):
+    """Compute `(Q, not finite, clamped)`, elementwise; scale is gain * 2**fraction_bits."""
+    scaled = value.to(tl.float32) * scale
     size = tl.abs(scaled)
     # Half-even: at 2**23 the spacing of float32 is 1, so that the addition rounds to an integer. From there on every
     # float32 is one.
@@ -106,7 +106,7 @@ def momentum_enter_kernel(
     output,
     flags,
     numel,
-    SCALE: tl.constexpr,
+    scale,
     INVERSE: tl.constexpr,
     TILE: tl.constexpr,
     LANES: tl.constexpr,
@@ -117,7 +117,7 @@ def momentum_enter_kernel(
     for chunk in range(TILE // LANES):
         lane = chunk * LANES + tl.arange(0, LANES)
         mask = lane < numel - start
-        x, not_finite, too_large = _quantize(tl.load(hidden + start + lane, mask=mask, other=0.0), SCALE)
+        x, not_finite, too_large = _quantize(tl.load(hidden + start + lane, mask=mask, other=0.0), scale)
         tl.store(position + start + lane, x, mask=mask)
         tl.store(velocity + start + lane, tl.zeros([LANES], tl.int32), mask=mask)
         tl.store(output + start + lane, (x.to(tl.float32) * INVERSE).to(output.dtype.element_ty), mask=mask)
@@ -137,7 +137,7 @@ def momentum_forward_kernel(
     flags,
     numel,
     last_plane,  # bytes that the side bits of a short last tile take
-    SCALE: tl.constexpr,
+    scale,  # a number, not a constant: layers may have gains of their own
     INVERSE: tl.constexpr,
     BITS: tl.constexpr,  # 0: the first layer
     PLANES: tl.constexpr,
@@ -168,7 +168,7 @@ def momentum_forward_kernel(
                 v = tl.load(velocity + first + lane, mask=mask, other=0)
             if stream_sums is not None:
                 mixed += _weighted_streams(x, v, plane * stride + lane)
-            increment, not_finite, too_large = _quantize(f, SCALE)
+            increment, not_finite, too_large = _quantize(f, scale)
             if BITS == 0:
                 new_v = increment
             else:
@@ -216,8 +216,8 @@ def momentum_gradient_kernel(
     gradient,
     flags,
     numel,
+    gain,  # of this layer, 1 - m or another one
     ABOVE: tl.constexpr,  # m of the layer above
-    GAIN: tl.constexpr,  # 1 - m of this one
     TOP: tl.constexpr,  # grad_velocity counts as 0 on entry
     TILE: tl.constexpr,
     LANES: tl.constexpr,
@@ -237,7 +237,7 @@ def momentum_gradient_kernel(
         g_v = tl.load(grad_output + start + lane, mask=mask, other=0.0).to(tl.float32)
         if not TOP:
             g_v = tl.load(grad_velocity + start + lane, mask=mask, other=0.0) * ABOVE + g_v
-        g_f = tl.where(differs, float("nan"), g_v * GAIN)
+        g_f = tl.where(differs, float("nan"), g_v * gain)
         tl.store(grad_velocity + start + lane, g_v, mask=mask)
         tl.store(gradient + start + lane, g_f.to(gradient.dtype.element_ty), mask=mask)
 
@@ -256,7 +256,7 @@ def momentum_backward_kernel(
     flags,
     numel,
     last_plane,
-    SCALE: tl.constexpr,
+    scale,
     INVERSE: tl.constexpr,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
@@ -280,7 +280,7 @@ def momentum_backward_kernel(
                 mask = mask & (lane < stride)
             x = tl.load(position + first + lane, mask=mask, other=0)
             v = tl.load(velocity + first + lane, mask=mask, other=0)
-            increment, _, _ = _quantize(tl.load(branch + first + lane, mask=mask, other=0.0), SCALE)
+            increment, _, _ = _quantize(tl.load(branch + first + lane, mask=mask, other=0.0), scale)
             v -= increment
             if BITS > 0:
                 v = (v << BITS) | ((packed >> (plane * BITS)) & ((1 << BITS) - 1))
@@ -317,7 +317,8 @@ def plan_momentum_enter(
     position = torch.empty_like(hidden, dtype=torch.int32)
     velocity, output = torch.empty_like(position), torch.empty_like(hidden)
     arguments = {"hidden": hidden, "position": position, "velocity": velocity, "output": output, "flags": flags}
-    launch = _launch(momentum_enter_kernel, hidden.numel(), arguments, _scale_constexprs(fraction_bits, 1.0))
+    arguments["scale"] = 2.0**fraction_bits
+    launch = _launch(momentum_enter_kernel, hidden.numel(), arguments, {"INVERSE": 2.0**-fraction_bits})
     return launch, (position, velocity, output)
 
 
@@ -332,6 +333,7 @@ def plan_momentum_forward(
     dtype: torch.dtype,
     keep: bool = True,
     sum_streams: bool = False,
+    gain: float | None = None,
 ) -> tuple[Launch, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
     """Plan the launch of `momentum_forward`, and make its outputs.
 
@@ -345,6 +347,7 @@ def plan_momentum_forward(
         dtype: Dtype of the hidden state.
         keep: Whether the layer will be run backward.
         sum_streams: Whether to take the streams' checksums on entry.
+        gain: Factor of the branch; None: 1 - m.
 
     Returns:
         The launch, and `(hidden, side, branch sums, stream sums)`, which it will write.
@@ -368,6 +371,7 @@ def plan_momentum_forward(
         "stream_sums": entry_sums,
         "flags": flags,
         "last_plane": 0 if side is None or bits is None else side_bits_plane(numel, bits),
+        "scale": gain_of(gain, bits) * 2.0**fraction_bits,
     }
     constexprs = _bit_constexprs(bits, fraction_bits, packed=side is not None)
     return _launch(momentum_forward_kernel, numel, arguments, constexprs), (hidden, side, sums, entry_sums)
@@ -403,6 +407,7 @@ def plan_momentum_gradient(
     bits_above: int | None,
     flags: torch.Tensor,
     dtype: torch.dtype,
+    gain: float | None = None,
 ) -> tuple[Launch, tuple[torch.Tensor, torch.Tensor]]:
     """Plan the launch of `momentum_gradient`, and make its outputs.
 
@@ -415,6 +420,7 @@ def plan_momentum_gradient(
         bits_above: Side bits of the layer above; None for m = 0.
         flags: int32 `[3]`.
         dtype: Dtype of the branch's gradient.
+        gain: Factor of the branch in the forward pass; None: 1 - m.
 
     Returns:
         The launch, and `(g_f, g_v')`, which it will write.
@@ -431,9 +437,10 @@ def plan_momentum_gradient(
         "branch_sums": sums,
         "gradient": gradient,
         "flags": flags,
+        "gain": gain_of(gain, bits),
     }
     # The layer above matters only below the top.
-    constexprs = {"ABOVE": 0.0 if top else momentum_of(bits_above), "GAIN": 1.0 - momentum_of(bits), "TOP": top}
+    constexprs = {"ABOVE": 0.0 if top else momentum_of(bits_above), "TOP": top}
     launch = _launch(momentum_gradient_kernel, grad_output.numel(), arguments, constexprs)
     return launch, (gradient, grad_velocity)
 
@@ -452,6 +459,7 @@ def plan_momentum_backward(
     flags: torch.Tensor,
     dtype: torch.dtype,
     last: bool,
+    gain: float | None = None,
 ) -> tuple[Launch, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Plan the launch of `momentum_backward`, and make its outputs.
 
@@ -468,6 +476,7 @@ def plan_momentum_backward(
         flags: int32 `[3]`.
         dtype: Dtype of the hidden state.
         last: Whether there is no layer below.
+        gain: Factor of the branch in the forward pass; None: 1 - m.
 
     Returns:
         The launch, and `(hidden, g_x)`, which it will write; None where there is none.
@@ -490,6 +499,7 @@ def plan_momentum_backward(
         "grad": grad,
         "flags": flags,
         "last_plane": 0 if bits is None else side_bits_plane(numel, bits),
+        "scale": gain_of(gain, bits) * 2.0**fraction_bits,
     }
     constexprs = _bit_constexprs(bits, fraction_bits, packed=bits is not None)
     return _launch(momentum_backward_kernel, numel, arguments, constexprs), (hidden, grad)
@@ -498,12 +508,7 @@ def plan_momentum_backward(
 def _bit_constexprs(bits: int | None, fraction_bits: int, *, packed: bool) -> dict[str, Any]:
     """Return the constexprs that depend on the side bits, which the kernel reads or writes if they are `packed`."""
     planes = 8 // bits if packed and bits is not None else 1
-    return {**_scale_constexprs(fraction_bits, 1.0 - momentum_of(bits)), "BITS": bits or 0, "PLANES": planes}
-
-
-def _scale_constexprs(fraction_bits: int, gain: float) -> dict[str, Any]:
-    """Return the factors of quantising and of dequantising."""
-    return {"SCALE": gain * 2.0**fraction_bits, "INVERSE": 2.0**-fraction_bits}
+    return {"INVERSE": 2.0**-fraction_bits, "BITS": bits or 0, "PLANES": planes}
 
 
 def _launch(kernel: Any, numel: int, arguments: dict[str, Any], constexprs: dict[str, Any]) -> Launch:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import cache_utils
 from tqdm.auto import tqdm
+from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.utils.output_capturing import _active_collector
 
@@ -25,8 +25,8 @@ from .scoped import temporarily
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 # Kinds of layers, as configurations name them, that carry a state along a text: a recurrence's, or a convolution's.
 _RECURRENT = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")
-# Layers of a `DynamicCache` that hold states of recurrences or convolutions, some of them keys and values beside these,
-# and those that hold nothing. Not every version has all of them.
+# Layers of a `DynamicCache` that hold states of recurrences or convolutions, some of them keys and values, too, and
+# those that hold nothing. Not every version has all of them.
 _DYNAMIC_RECURRENT = (
     "LinearAttentionLayer",
     "LinearAttentionAndFullAttentionLayer",

@@ -92,8 +92,8 @@ class PrefixCache(CarryingCache):
         """Set the memory; returns the cache.
 
         Args:
-            prefix: Keys without positions, and values, `[layers, 2, B, kv_heads, N, head_dim]`, of the layers that have
-                some, in order. A place among these layers is meant below where a method takes layers.
+            prefix: Keys without positions, and values, `[layers, 2, B, kv_heads, N, head_dim]`, of the layers that
+                have some, in order. Methods that take layers mean their places in this.
             visible: Which of them each row has, the last ones, bool `[B, N]`.
             all_visible: Whether all of `visible` is true; to ask its device would synchronise.
             ages: Tokens from each key to the cache's first token, `[layers, B, kv_heads, N]`; None: the keys stand
@@ -152,23 +152,20 @@ class PrefixCache(CarryingCache):
                 arguments.update(arguments.pop(name, {}))
         tokens = arguments.get("inputs_embeds")
         tokens = arguments["input_ids"] if tokens is None else tokens
-        if self._visible is not None and len(self._visible) != len(tokens):
-            raise ValueError(f"{len(tokens)} rows of tokens and {len(self._visible)} of memory: one of each a row")
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
-        self.keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"))
+        held = None if self._visible is None else len(self._visible)
+        self.keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
         self._expected = set(self.keyed)  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
-        self._of_pass, self._tables = positions, None
-        self._config = config
+        self._of_pass, self._tables, self._config = positions, None, config
         if self.rotation is None or list(order) != self._order:
             self.rotation = Rotation(decoder, layers, order, config, self._still)
             self._order = list(order)
-        self._positions = positions[:, -self.capture :] if self.capture else None
-        self._lengths = None
+        self._positions, self._lengths = positions[:, -self.capture :] if self.capture else None, None
         if self._apart and self._visible is not None and any(self._windows):
             raise ValueError(
                 f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding window '

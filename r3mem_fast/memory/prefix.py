@@ -176,8 +176,8 @@ def prefix_of(model: Any, memory: Any, first_position: int | None = None) -> Pre
 
     Raises:
         ValueError: The memory is another model's; it is not the base model's alone; a layer has a sliding window,
-            which hides some of its slots, or is recurrent; or positions are learned, and the first position is another one than the
-            memory was made for.
+            which hides some of its slots, or is recurrent; or positions are learned, and the first position is
+            another one than the memory was made for.
     """
     model.check_memory(memory)
     if memory.ages is None or not model.memories_are_of_base:
@@ -207,7 +207,7 @@ def placed_prefix(
     reader, layout = model.reader, memory.layout
     if memory.carried is not None:
         raise ValueError(
-            f"a {type(model.plain_model).__name__} has recurrent layers, whose states a memory carries beside its keys "
+            f"a {type(model.plain_model).__name__} has recurrent layers, whose states a memory carries beside keys "
             "and values, as no other engine knows: use model.generate, or memory.to_cache(model)"
         )
     if any(reader.windows()):

@@ -6,14 +6,16 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from r3mem_fast.kernels.matching import MAX_KEPT
+
 from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument
 from ..integrations.scoped import evaluating, temporarily
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
-from .layout import MemoryLayout
-from .memory import Memory
+from .layout import MemoryLayout, Origin
+from .memory import Memory, empty_memory
 from .recurrent import Carried, check_states, no_states, states_that_go_on
 from .rotary import is_rotary
 from .states import uploaded
@@ -156,17 +158,26 @@ class MemoryReader:
         self.state_sizes()
         return self._still
 
-    def states_of_nothing(self, rows: int) -> Carried | None:
-        """States of recurrent layers that have read nothing, as a memory carries them; None: no layer is one.
+    def empty_memory(self, rows: int, origin: Origin, pinned: int = 0) -> Memory:
+        """Make a memory of nothing.
 
         Args:
             rows: Number of rows.
+            origin: Fingerprints that it carries.
+            pinned: Tokens at the beginning of each row whose slots stay as they are.
 
         Raises:
-            ValueError: As of `state_sizes`.
+            ValueError: There are pinned tokens and no matched memories, or too many; or as of `state_sizes`.
         """
-        self.state_sizes()
-        return no_states(self._carried, rows) if self._carried else None
+        layout, device, dtype = self.layout, self._model.device, self._model.dtype
+        if pinned and layout.writer != "matched":
+            raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
+        most = min(layout.reach // 2, MAX_KEPT - layout.most_matched)
+        if not 0 <= pinned <= most:
+            raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
+        sizes = self.state_sizes()
+        carried = no_states(self._carried, rows) if self._carried else None
+        return empty_memory(layout, origin, rows, sizes, dtype=dtype, device=device, pinned=pinned, carried=carried)
 
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""

@@ -19,7 +19,9 @@ from ..integrations.compat import (
     recurrent_states,
     set_recurrent_states,
 )
-from ..reversible.past import MemoryNotReadError, Past, PassCache
+from ..reversible.convert import text_config
+from ..reversible.past import MemoryNotReadError, PassCache, Past
+from .layout import MemoryLayout
 from .states import uploaded
 
 # Kinds of layers, as configurations name them, that have keys and values.
@@ -86,43 +88,45 @@ class CarryingCache(PassCache):
     def _note(self, layer_idx):
         if self._gone_on is None and not self.passes:
             raise MemoryNotReadError(
-                "a recurrent layer was given a memory's cache of which its decoder did not know, and would not have gone "
-                f"on from the memory. transformers is {transformers.__version__}; install a version that r3mem_fast "
-                "supports"
+                "a recurrent layer was given a memory's cache of which its decoder did not know, and would not have "
+                f"gone on from the memory. transformers is {transformers.__version__}; install a version that "
+                "r3mem_fast supports"
             )
         if self._gone_on is not None:
             self._gone_on.add(layer_idx)
 
-    def _begin(self, config: Any, layers: int, tokens: torch.Tensor, mask: Any) -> list[int]:
-        """Give the layers their states.
+    def _begin(self, config: Any, layers: int, tokens: torch.Tensor, mask: Any, held: int | None) -> list[int]:
+        """Begin a pass: check its rows, and give the layers their states.
 
         Args:
             config: Configuration of the decoder.
             layers: Number of its layers.
             tokens: Tokens of the pass, `[B, T]` or `[B, T, width]`.
             mask: Mask of the pass, as the decoder is given it; None: there is no padding.
+            held: Rows of the slots before it; None: there are none.
 
         Returns:
             Indices of the layers that have keys and values.
 
         Raises:
-            ValueError: There is padding, or another number of rows than of states.
+            ValueError: There is padding, or another number of rows than of slots or states.
         """
+        if self._given is not None and not self._is_read:
+            held = len(next(iter(self._given.values())))
+        if held not in (None, len(tokens)):
+            raise ValueError(f"{len(tokens)} rows of tokens and {held} of memory: one of each a row")
         idle = set(idle_layers(config))
         self._gone_on, self._recurrent = set(), [index for index in recurrent_layers(self) if index not in idle]
         without = {*idle, *self._recurrent} - set(layers_with_keys(self))
         keyed = [index for index in range(layers) if index not in without]
         if not self._recurrent:
             return keyed
-        if self._given is not None:
-            states = next(iter(self._given.values()))
-            if not self._is_read and len(states) != len(tokens):
-                raise ValueError(f"{len(tokens)} rows of tokens and {len(states)} of memory: one of each a row")
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -tokens.shape[1] :].all()):
-                raise ValueError(
-                    "behind a memory, recurrent layers would take padding for tokens: give rows of one length, or one "
-                    "row at a time (a memory's unfinished tokens count, too: compress with finish=True leaves none)"
-                )
+        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -tokens.shape[1] :].all())
+        if self._given is not None and padded:
+            raise ValueError(
+                "behind a memory, recurrent layers would take padding for tokens: give rows of one length, or one row "
+                "at a time (a memory's unfinished tokens count, too: compress with finish=True leaves none)"
+            )
         if self.keep and self._is_read:
             return keyed
         for index in self._recurrent:
@@ -137,6 +141,20 @@ class CarryingCache(PassCache):
         """End a pass; returns the recurrent layers that have not gone on from their states in it."""
         gone_on, self._gone_on = self._gone_on, None
         return set() if gone_on is None else set(self._recurrent) - gone_on
+
+
+def refuse_learned_states(layout: MemoryLayout | None, config: Any) -> None:
+    """Raise ValueError where memory tokens would have to learn beside the states of recurrent layers.
+
+    Args:
+        layout: Layout of the memories; None: there are none.
+        config: Configuration of the model.
+    """
+    if layout is not None and layout.writer == "tokens" and has_recurrent_layers(text_config(config)):
+        raise ValueError(
+            f"a {config.model_type} model has recurrent layers, whose states memory tokens that learn do not carry: "
+            'give it matched memories (memory_writer="matched"), or no num_memory_tokens'
+        )
 
 
 def has_no_positions(decoder: Any) -> bool:
@@ -168,8 +186,8 @@ def states_that_go_on(reader: Any) -> Carried:
     name, parts = type(reader.decoder).__name__, (4, 2, 1)
     if not layers_with_keys(reader.new_cache()):
         raise ValueError(
-            f"a {name} is recurrent in all its layers: what it knows of a text is the state in its own cache, of constant "
-            "size and exact, and there is nothing that a memory could compress. Keep that cache (use_cache=True)"
+            f"a {name} is recurrent in all its layers: what it knows of a text is the state in its own cache, exact "
+            "and of constant size, and there is nothing that a memory could compress. Keep that cache (use_cache=True)"
         )
     embeddings = reader.embeddings_of(torch.arange(sum(parts))[None])
 

@@ -132,9 +132,18 @@ def without_padding(segment: Segment, *, each_row: bool = False) -> Iterator[tup
         alike.setdefault(place if each_row else length, []).append(place)
     for places in alike.values():
         last = slice(segment.ids.shape[1] - lengths[places[0]], None)
-        parts = {name: getattr(segment, name)[places, last] for name in ("ids", "mask", "targets", "places")}
-        chosen = {name: tuple(getattr(segment, name)[place] for place in places) for name in ("rows", "own")}
-        yield places, dataclasses.replace(segment, **parts, **chosen)
+        yield (
+            places,
+            dataclasses.replace(
+                segment,
+                rows=tuple(segment.rows[place] for place in places),
+                ids=segment.ids[places, last],
+                mask=segment.mask[places, last],
+                targets=segment.targets[places, last],
+                own=tuple(segment.own[place] for place in places),
+                places=segment.places[places, last],
+            ),
+        )
 
 
 def advance(memory: Memory, rows: Sequence[torch.Tensor], segments: Sequence[Segment]) -> dict[str, Any]:

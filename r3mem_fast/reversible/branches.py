@@ -88,15 +88,15 @@ def hidden_of(layer: Any, output: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         return output
     hidden, *others = output
     # What layers were given, such as a state, they may give back. Some return attention weights whether they are asked
-    # for or not, and the model's loop leaves them; but what belongs to tokens, `[B, T, n]`, it hands to the next layer.
+    # for or not, and the model's loop leaves them; what belongs to tokens, `[B, T, n]`, it hands to the next layer.
     known = tuple(other if any(other is given for given in kwargs.values()) else None for other in others)
     layer.reversible.others = known
     lost = [other for other, kept in zip(others, known, strict=True) if other is not None and kept is None]
     handed_on = any(isinstance(other, torch.Tensor) and other.dim() == 3 for other in lost)
     if handed_on or (kwargs.get("output_attentions") and lost):
         raise TypeError(
-            f"a {type(layer).__name__} returned more than its hidden state (attention weights, router logits, something "
-            "for the next layer?); a reversible layer cannot. Turn that output off, or call restore(model) first."
+            f"a {type(layer).__name__} returned more than its hidden state (attention weights, router logits, what "
+            "the next layer needs?); a reversible layer cannot. Turn that output off, or call restore(model) first."
         )
     return hidden
 

@@ -7,29 +7,34 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..integrations.scoped import without_hooks
+from .adapter import BottleneckAdapter
 from .branches import branch_of, generic_branch
-from .coupling import MomentumCoupling
+from .coupling import Coupling, MomentumCoupling
 from .experts import order_experts
 from .stack import Mode, ReversibleStack
 
 _INTEGRITY = ("auto", "raise", "nan")
+# Name of the adapter that a coupling gives to a layer, among the layer's submodules.
+_ADAPTER = "reversible_adapter"
 
 
 def make_reversible(
-    model: Any, coupling: MomentumCoupling | None = None, *, integrity: str = "auto", offload_side_bits: bool = False
+    model: Any, coupling: Coupling | None = None, *, integrity: str = "auto", offload_side_bits: bool = False
 ) -> Any:
     """Make the decoder layers of a causal language model reversible, in place.
 
     A backward pass then reconstructs each layer's input from its output instead of storing it: between the passes a
     layer keeps `bits / 8` bytes an element, and the gradients are those of the same network with stored activations.
-    The network computed is the momentum network (see `MomentumCoupling`), in training and in inference alike.
+    The network computed is the coupling's, by default the momentum network (see `MomentumCoupling`), in training and
+    in inference alike.
 
     Args:
         model: A `transformers` causal language model, or a PEFT model of one. Adapters may be put on before or after.
-        coupling: Settings of the coupling; None: the defaults, which keep 4 side bits.
+        coupling: Settings of the coupling; None: `MomentumCoupling()`, which keeps 4 side bits.
         integrity: What happens when values leave the range of the streams, are not finite, or are not reconstructed
             exactly. "auto": on the CPU, IntegrityError is raised at once; on a GPU, outputs or gradients become NaN
             without synchronising, until `check_integrity(model)` raises. "raise": IntegrityError is raised at once on
@@ -46,8 +51,8 @@ def make_reversible(
             the instance, or a setting does not fit.
     """
     coupling = MomentumCoupling() if coupling is None else coupling
-    if not isinstance(coupling, MomentumCoupling):
-        raise TypeError(f"coupling must be a MomentumCoupling, got {type(coupling).__name__}")
+    if not isinstance(coupling, Coupling):
+        raise TypeError(f"coupling must be a Coupling, such as MomentumCoupling(), got {type(coupling).__name__}")
     if integrity not in _INTEGRITY:
         raise ValueError(f"integrity must be one of {_INTEGRITY}, got {integrity!r}")
     decoder, layers = check_convertible(model, coupling)
@@ -59,8 +64,14 @@ def make_reversible(
             stacklevel=2,
         )
     fraction_bits = coupling.fraction_bits if isinstance(coupling.fraction_bits, int) else None  # None for "auto"
-    bits = coupling.bits_of_layers(len(layers))
-    stack = ReversibleStack(branches, bits, fraction_bits, integrity, offload_side_bits)
+    bits, updates = coupling.bits_of_layers(len(layers)), coupling.updates(len(layers))
+    if coupling.adapter_rank is not None:
+        width = text_config(model.config).hidden_size
+        updates = [
+            update._replace(adapter=_add_adapter(layer, width, coupling.adapter_rank))
+            for update, layer in zip(updates, layers, strict=True)
+        ]
+    stack = ReversibleStack(branches, bits, updates, fraction_bits, integrity, offload_side_bits)
     _turn_off_checkpointing(stack, decoder)
     order_experts(model, text_config(model.config))
     for index, layer in enumerate(layers):
@@ -75,7 +86,7 @@ def make_reversible(
     return model
 
 
-def check_convertible(model: Any, coupling: MomentumCoupling) -> tuple[Any, list[Any]]:
+def check_convertible(model: Any, coupling: Coupling) -> tuple[Any, list[Any]]:
     """Check that `make_reversible` can convert a model, and change nothing.
 
     Args:
@@ -99,6 +110,8 @@ def check_convertible(model: Any, coupling: MomentumCoupling) -> tuple[Any, list
 def restore(model: Any) -> Any:
     """Undo `make_reversible`, in place.
 
+    Adapters that the coupling gave to layers are taken off, with a warning: the plain network has no place for them.
+
     Args:
         model: A reversible model.
 
@@ -114,6 +127,10 @@ def restore(model: Any) -> Any:
     for layer in layers:
         layer.__class__ = type(layer).unreversed
         del layer.reversible
+    if adapted := [layer for layer in layers if hasattr(layer, _ADAPTER)]:
+        for layer in adapted:
+            delattr(layer, _ADAPTER)
+        warnings.warn("the adapters of the coupling are taken off, with what they have learned", stacklevel=2)
     for hook in stack.hooks:
         hook.remove()
     return model
@@ -215,6 +232,14 @@ def find_decoder_layers(model: Any) -> tuple[Any, list[Any]]:
 def text_config(config: Any) -> Any:
     """The part of a model's configuration that describes its language model; often all of it."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _add_adapter(layer, width, rank):
+    """Give a layer an adapter, in float32 as PEFT's adapters are."""
+    device = next(layer.parameters()).device
+    adapter = BottleneckAdapter(width, rank, device=device, dtype=torch.float32)
+    layer.add_module(_ADAPTER, adapter)
+    return adapter
 
 
 def _refuse_architecture(model):

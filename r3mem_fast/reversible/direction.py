@@ -82,6 +82,8 @@ def reading_backward(
     stack, layers = reversible_layers(model)
     if stack.route.order != tuple(range(len(layers))):
         raise ValueError("the model is being read backward already")
+    if any(update.form != "momentum" or update.gain is not None for update in stack.route.updates):
+        raise ValueError("only a model with a MomentumCoupling that is not balanced can be read backward")
     reach = core_of(core, len(layers))
     order = [*range(reach.start), *reversed(reach), *range(reach.stop, len(layers))]
     inverse = reach if form == "inverse" else ()

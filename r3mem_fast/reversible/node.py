@@ -43,7 +43,7 @@ class LayerNode(torch.autograd.Function):
         branch, new_states, leaves = step.evaluate_again(hidden)
         if grad_output is None:  # only the keys and values have a part in the loss
             grad_output = torch.zeros_like(hidden)
-        grad_branch = streams.branch_gradient(grad_output, index, branch.detach())
+        grad_branch, grad_beside, of_adapter = streams.branch_gradient(grad_output, index, branch.detach())
         where = f"layer {index} ({type(step.layer).__name__}): "
         integrity.report_if_known(streams.flags, streams.fraction_bits, where)
         outputs, grads = [branch], [grad_branch]
@@ -55,9 +55,11 @@ class LayerNode(torch.autograd.Function):
             leaves = leaves[1:]
         with hooks_paused(leaves):
             gradients = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+        if of_adapter:  # the layer's branch has no part in it
+            gradients = [of_adapter.get(leaf, found) for leaf, found in zip(leaves, gradients, strict=True)]
         if ctx.needs_input_grad[4]:
             grad_branch, *grad_inputs = gradients
-            grad_hidden = streams.finish(index, branch.detach(), grad_output, grad_branch)
+            grad_hidden = streams.finish(index, branch.detach(), grad_beside, grad_branch)
         else:
             grad_hidden, grad_inputs = None, list(gradients)
             streams.finish(index, branch.detach(), None, None)

@@ -5,14 +5,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..integrations.compat import DYNAMIC_RECURRENT_LAYERS, is_recurrent, recurrent_states, set_recurrent_states
+from ..integrations.compat import (
+    DYNAMIC_RECURRENT_LAYERS,
+    has_recurrent_layers,
+    is_recurrent,
+    recurrent_states,
+    set_recurrent_states,
+)
 
 # Keys and values, `[batch, kv_heads, tokens, head_dim]` each; () if there are none.
 States = tuple[torch.Tensor, ...]
-# What a layer keeps, by name: "keys" and "values" as above; of a recurrent or convolutional layer its states, "conv.0",
-# "recurrent.0" and so on, `[batch, ...]`.
+# What a layer keeps, by name: "keys" and "values" as above; of a recurrent or convolutional layer its states, such as
+# "conv.0" and "recurrent.0", `[batch, ...]`.
 Past = dict[str, torch.Tensor]
 # These classes alone: a subclass may keep its states quantised, or elsewhere.
 _SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer, *DYNAMIC_RECURRENT_LAYERS)
@@ -288,6 +295,24 @@ def layer_index(layer: nn.Module) -> int:
         if isinstance(index, int):
             return index
     raise TypeError(f"{type(layer).__name__} does not say its place in the cache (layer_idx); pass use_cache=False")
+
+
+def goes_without_cache(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder that nobody gave a cache is to make none of its own in a pass with gradients.
+
+    Args:
+        decoder: The decoder.
+        args: Arguments that it is called with.
+        kwargs: Keyword arguments that it is called with.
+    """
+    if decoder.training:  # a cache would keep every layer's keys and values beyond the backward pass
+        return True
+    # Recurrent layers change the states that they keep in place, some of them in the layer itself, where a second
+    # evaluation would go on from what the first has left.
+    return has_recurrent_layers(decoder.config) and any(
+        isinstance(tensor, torch.Tensor) and tensor.requires_grad
+        for tensor in (*decoder.parameters(), *tree_leaves([args, kwargs]))
+    )
 
 
 def memory_cache(kwargs: dict[str, Any]) -> "PassCache | None":

@@ -3,7 +3,7 @@
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
-from .streams import Update
+from .forms import Update
 
 
 class Route(NamedTuple):

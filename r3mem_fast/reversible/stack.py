@@ -1,6 +1,5 @@
 """The reversible stack of one model: runs the layers that the model's own loop calls, and carries the streams."""
 
-import collections
 import contextlib
 import copy
 import enum
@@ -11,19 +10,29 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from ..integrations.capture import implementation_of
-from ..integrations.compat import cache_name, captured_outputs, has_recurrent_layers
+from ..integrations.compat import cache_name
+from . import stored
 from .branches import hidden_of
+from .forms import Update
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
 from .inference import versioned_tensors
 from .integrity import Integrity, poisoned
-from .node import LayerNode, StoredValue
-from .past import MemoryNotReadError, PassCache, layer_index, memory_cache, past_of, viewed
+from .node import LayerNode
+from .past import (
+    MemoryNotReadError,
+    PassCache,
+    goes_without_cache,
+    layer_index,
+    memory_cache,
+    past_of,
+    viewed,
+)
+from .refusals import refuse_captured_outputs, refuse_evaluated_bdia, refuse_surroundings
 from .relay import Relay
-from .route import route_through
+from .route import Route
 from .step import Step
 from .streams import Streams
 
@@ -44,6 +53,7 @@ class ReversibleStack:
     Args:
         branches: Branch function of each layer, `(layer, hidden, kwargs) -> tensor`.
         bits: Side bits of each layer for an element.
+        updates: How each layer's branch joins the streams.
         fraction_bits: Binary places of the streams; None: they are chosen in the first pass.
         integrity: "auto" (raise at once on the CPU, NaN elsewhere), "raise" or "nan".
         offload_side_bits: Whether side bits wait for the backward pass in host memory.
@@ -59,6 +69,7 @@ class ReversibleStack:
         self,
         branches: Sequence[Callable],
         bits: Sequence[int],
+        updates: Sequence[Update],
         fraction_bits: int | None,
         integrity: str,
         offload_side_bits: bool = False,
@@ -66,7 +77,7 @@ class ReversibleStack:
         self.branches, self.bits, self.fraction_bits = branches, bits, fraction_bits
         self.integrity = Integrity(integrity)
         self.mode = Mode.REVERSIBLE
-        self.route = route_through(bits, range(len(bits)))
+        self.route = Route(tuple(range(len(updates))), tuple(updates))
         self.recording: Any = None
         self.offload_side_bits = offload_side_bits
         self.checkpointing_refused = False
@@ -178,7 +189,7 @@ class ReversibleStack:
         self._relay.drop()
         if self.fraction_bits is None:
             self.fraction_bits = self._chosen_fraction_bits(decoder, args, kwargs)
-        if torch.is_grad_enabled() and cache_name(kwargs) is None and _goes_without_cache(decoder, args, kwargs):
+        if torch.is_grad_enabled() and cache_name(kwargs) is None and goes_without_cache(decoder, args, kwargs):
             if kwargs.get("use_cache"):
                 doing = "training" if decoder.training else "differentiating"
                 warnings.warn(
@@ -211,7 +222,7 @@ class ReversibleStack:
         kwargs = _with_memory_in_mask(layer, hidden, kwargs)
         if self.mode is Mode.PLAIN:
             return self._branch(index, kwargs)(layer, hidden, viewed(kwargs))
-        _refuse_surroundings(layer)
+        refuse_surroundings(layer)
         streams = self._streams_of(layer, index, hidden)
         if self.mode is Mode.STORED:
             hidden = self._run_stored(layer, index, hidden, kwargs, streams)
@@ -243,12 +254,13 @@ class ReversibleStack:
             cache.end_pass()
 
     def _run_reversible(self, layer, index, hidden, kwargs, streams):
-        update, branch_of = self.route.updates[index], self._branch(index, kwargs)
+        update, branch_of = self._update(layer, index, hidden), self._branch(index, kwargs)
         differentiated = torch.is_grad_enabled() and (hidden.requires_grad or _any_requires_grad(layer, kwargs))
         if not differentiated and self.recording is None:
             return _run_inference(layer, branch_of, update, hidden, kwargs, streams)
         if differentiated:
-            _refuse_captured_outputs(kwargs)
+            refuse_captured_outputs(kwargs)
+            refuse_evaluated_bdia(layer, update)
         forgets = self.mode is Mode.FORGETTING
         step = Step(layer, branch_of, kwargs, hidden.device, evaluated_once=forgets)
         if differentiated and not forgets:
@@ -262,20 +274,20 @@ class ReversibleStack:
 
     def _run_stored(self, layer, index, hidden, kwargs, streams):
         """Run a layer with the same values; autograd differentiates it through a float surrogate of the streams."""
-        update = self.route.updates[index]
-        momentum = 0.0 if update.bits is None else 2.0**-update.bits
+        update = self._update(layer, index, hidden)
         if streams.level == 0:
-            hidden = StoredValue.apply(hidden, streams.input_of_next(hidden))
-            streams.surrogates = collections.defaultdict(lambda: torch.zeros_like(hidden, dtype=torch.float32))
-        # Through an alias and in float32: gradients are then added in the order of the reversible backward pass.
+            hidden = stored.enter(streams, hidden)
+        # Through an alias: gradients are then added in the order of the reversible backward pass.
         branch = self._branch(index, kwargs)(layer, hidden.view_as(hidden), viewed(kwargs))
-        velocity, addend = streams.surrogates[update.form], (1.0 - momentum) * branch.float()
-        velocity = (velocity + addend) / momentum if update.form == "inverse" else momentum * velocity + addend
-        streams.surrogates[update.form] = velocity
-        surrogate = hidden + velocity.to(hidden.dtype)
-        with torch.no_grad():
-            value = streams.forward(branch.detach(), update)
-        return StoredValue.apply(surrogate, value)
+        return stored.joined(streams, update, hidden, branch)
+
+    def _update(self, layer, index, hidden):
+        """How a layer's branch joins the streams now. BDIA draws a sign for each row, as dropout does masks."""
+        update = self.route.updates[index]
+        if update.form != "bdia":
+            return update
+        signs = torch.zeros(len(hidden), dtype=torch.int32, device=hidden.device)
+        return update._replace(signs=signs.random_(0, 2).mul_(2).sub_(1) if layer.training else signs)
 
     def _branch(self, index, kwargs):
         """The branch function of a layer. If adapters are to act on some tokens alone, they do so in it."""
@@ -302,7 +314,8 @@ class ReversibleStack:
             with versioned_tensors(), torch.no_grad():
                 on_host = self.offload_side_bits or self._on_host
                 bits = cast(int, self.fraction_bits)  # `prepare` has chosen them
-                return Streams(hidden.detach(), bits, self.recording, on_host)
+                first_form = self.route.updates[index].form
+                return Streams(hidden.detach(), bits, self.recording, on_host, first_form)
         raise RuntimeError(
             f"layer {index} ({type(layer).__name__}) of a reversible model did not receive the output of the layer "
             "before it, unchanged: a hook, a wrapper or the model's own loop replaced it or edited it in place "
@@ -367,28 +380,6 @@ def _with_memory_in_mask(layer, hidden, kwargs):
     return {**kwargs, "attention_mask": mask}
 
 
-def _refuse_surroundings(layer):
-    if getattr(layer, "_is_replica", False):
-        raise RuntimeError(
-            "a reversible model does not run under nn.DataParallel, whose replicas have no parameters of their "
-            "own; use DistributedDataParallel (torchrun, accelerate launch), or show the process one GPU"
-        )
-    if forward_ad._current_level >= 0:
-        raise RuntimeError("a reversible layer has no forward-mode derivative; call restore(model) first")
-
-
-def _goes_without_cache(decoder, args, kwargs):
-    """Whether the decoder is to make no cache of its own in a pass with gradients."""
-    if decoder.training:  # a cache would keep every layer's keys and values beyond the backward pass
-        return True
-    # Recurrent layers change the states that they keep in place, some of them in the layer itself, where a second
-    # evaluation would go on from what the first has left.
-    return has_recurrent_layers(decoder.config) and any(
-        isinstance(tensor, torch.Tensor) and tensor.requires_grad
-        for tensor in (*decoder.parameters(), *tree_leaves([args, kwargs]))
-    )
-
-
 def _any_requires_grad(layer, kwargs):
     if any(p.requires_grad for p in layer.parameters()):
         return True
@@ -396,13 +387,3 @@ def _any_requires_grad(layer, kwargs):
     past = tree_leaves([list(vars(layer).values()) for layer in getattr(cached, "layers", ())])
     past += [] if memory is None else past_of(memory, layer_index(layer)).values()
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in [*tree_leaves(kwargs), *past])
-
-
-def _refuse_captured_outputs(kwargs):
-    wrong = [key for key in captured_outputs() if key != "hidden_states" and not key.startswith("_")]
-    if wrong or kwargs.get("output_attentions"):
-        name = wrong[0] if wrong else "attentions"
-        raise ValueError(
-            f"output_{name}=True while gradients are on: a reversible layer discards the graph of its first "
-            "evaluation, so these tensors would carry no gradient. Use torch.no_grad(), or restore(model)."
-        )

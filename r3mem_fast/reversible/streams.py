@@ -3,50 +3,16 @@
 A backward pass needs nothing else from the forward pass but them, and what `Passed` says of each layer.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from r3mem_fast.kernels import coupling
 
+from ..integrations.scoped import hooks_paused
 from . import offload
+from .forms import FORMS_OF_UPDATE, Update
 from .step import Step
-
-
-class Update(NamedTuple):
-    """How a layer's branch joins the streams.
-
-    Attributes:
-        form: "momentum", or "inverse" for a layer that is read backward in the coupling's inverse form.
-        bits: The momentum is `2**-bits`; None means no momentum.
-    """
-
-    form: str
-    bits: int | None
-
-
-class _Operations(NamedTuple):
-    forward: Callable
-    rewind: Callable
-    gradient: Callable
-    backward: Callable
-
-
-_OPERATIONS = {
-    "momentum": _Operations(
-        coupling.momentum_forward,
-        coupling.momentum_rewind,
-        coupling.momentum_gradient,
-        coupling.momentum_backward,
-    ),
-    "inverse": _Operations(
-        coupling.inverse_forward,
-        coupling.inverse_rewind,
-        coupling.inverse_gradient,
-        coupling.inverse_backward,
-    ),
-}
 
 
 class Passed(NamedTuple):
@@ -74,10 +40,12 @@ class Streams:
         fraction_bits: Binary places of the streams.
         recording: Is told of every level; None: nobody is.
         side_bits_on_host: Whether side bits wait for the backward pass in host memory.
+        first_form: Form of the first layer's update.
 
     Attributes:
         position: int32, the shape of the hidden state.
-        velocities: The same by form; that of a form which is not running waits.
+        velocities: The same by form; that of a form which is not running waits. Two-step couplings have the position
+            of one layer before in its place.
         flags: int32 `[3]`, see `Integrity`.
         level: Number of layers that the streams have passed.
         start: Index of the first layer that autograd reaches, from which on side bits are kept; None: none so far.
@@ -85,7 +53,12 @@ class Streams:
     """
 
     def __init__(
-        self, hidden: torch.Tensor, fraction_bits: int, recording: Any = None, side_bits_on_host: bool = False
+        self,
+        hidden: torch.Tensor,
+        fraction_bits: int,
+        recording: Any = None,
+        side_bits_on_host: bool = False,
+        first_form: str = "momentum",
     ):
         self.fraction_bits, self.dtype = fraction_bits, hidden.dtype
         self.flags = coupling.new_flags(hidden.device)
@@ -93,14 +66,16 @@ class Streams:
         self.position, velocity, self._entered = coupling.momentum_enter(
             hidden, fraction_bits=fraction_bits, flags=self.flags
         )
-        self.velocities: Any = {"momentum": velocity}
+        # A second stream that starts as a copy hands its gradient on to the input, too.
+        self._copied = FORMS_OF_UPDATE[first_form].start is torch.clone
+        self.velocities: Any = {first_form: self.position.clone() if self._copied else velocity}
         self.surrogates: Any = None  # of `Mode.STORED`
         self.level = 0
         self.start: int | None = None
         self.passed: list[Passed | None] = []
         self._form: str | None = None  # of the layer below, while running forward
         self._grad_velocities: dict[str, torch.Tensor] = {}
-        self._bits_above: dict[str, int | None] = {}
+        self._above: dict[str, Update] = {}
         self._graph_task: int | None = None
         self._hidden: torch.Tensor | None = (
             None  # while running backward: the dequantised position, one layer below the velocity
@@ -126,21 +101,23 @@ class Streams:
         """
         form = update.form
         if form not in self.velocities:
-            self.velocities[form] = torch.zeros_like(self.position)
+            self.velocities[form] = FORMS_OF_UPDATE[form].start(self.position)
         if step is not None and self.start is None:
             self.start = self.level
         opens = step is not None and (self.level == self.start or form != self._form)
-        hidden, kept = _OPERATIONS[form].forward(
+        hidden, kept = FORMS_OF_UPDATE[form].forward(
+            update,
             self.position,
             self.velocities[form],
             branch,
-            bits=update.bits,
             fraction_bits=self.fraction_bits,
             flags=self.flags,
             dtype=self.dtype,
             keep=step is not None,
             sum_streams=opens,
         )
+        if update.adapter is not None:
+            hidden = self._adapt(update)
         if step is None:
             self.passed.append(None)
         else:
@@ -177,8 +154,11 @@ class Streams:
             above = self.level - 1
             self.finish(above, self.layer(above).step.value_again(self.input_of(above)), None, None)
         if self._hidden is None:
-            form = self.layer(index).update.form
-            self._hidden = _OPERATIONS[form].rewind(
+            update = self.layer(index).update
+            form = update.form
+            if update.adapter is not None:
+                self._adapt(update, undo=True)
+            self._hidden = FORMS_OF_UPDATE[form].rewind(
                 self.position, self.velocities[form], fraction_bits=self.fraction_bits, dtype=self.dtype
             )
         hidden, self._hidden = self._hidden, None
@@ -202,56 +182,97 @@ class Streams:
         graph_task = torch._C._current_graph_task_id()
         if graph_task == self._graph_task:
             return False
-        self._graph_task, self._grad_velocities, self._bits_above = graph_task, {}, {}
+        self._graph_task, self._grad_velocities, self._above = graph_task, {}, {}
         return True
 
-    def branch_gradient(self, grad_output: torch.Tensor, index: int, branch: torch.Tensor) -> torch.Tensor:
-        """The gradient of layer `index`'s branch from that of its output.
+    def branch_gradient(
+        self, grad_output: torch.Tensor, index: int, branch: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[torch.Tensor, torch.Tensor]]:
+        """Compute the gradients of a layer's branch and adapter, and of its input beside the branch.
 
-        NaN and a flag where `branch`, the second evaluation, is not what the first one was.
+        Args:
+            grad_output: Gradient of the layer's output.
+            index: Index of the layer, counted as the streams passed them.
+            branch: The second evaluation of the branch. Where it is not what the first one was, the gradient is NaN
+                and a flag is set.
+
+        Returns:
+            The gradient of the branch; that of the input but for what passes through the branch; and those of the
+            adapter's parameters, by parameter.
         """
         passed = self.layer(index)
-        form, bits = passed.update
-        gradient, self._grad_velocities[form] = _OPERATIONS[form].gradient(
-            grad_output,
-            self._grad_velocities.get(form),
-            branch,
-            passed.kept,
-            bits=bits,
-            bits_above=self._bits_above.get(form),
-            flags=self.flags,
-            dtype=branch.dtype,
+        update = passed.update
+        above, grad_velocity = self._above.get(update.form), self._grad_velocities.get(update.form)
+        of_parameters: dict[torch.Tensor, torch.Tensor] = {}
+        through_adapter = grad_output
+        if update.adapter is not None:
+            of_adapted = grad_output if FORMS_OF_UPDATE[update.form].adapts_position else grad_velocity
+            if of_adapted is not None:
+                read, of_parameters = self._through_adapter(update, of_adapted)
+                through_adapter = grad_output + read.to(grad_output.dtype)
+        gradient, self._grad_velocities[update.form], beside = FORMS_OF_UPDATE[update.form].gradient(
+            update, above, through_adapter, grad_velocity, branch, passed.kept, flags=self.flags, dtype=branch.dtype
         )
-        self._bits_above[form] = bits
-        return gradient
+        if FORMS_OF_UPDATE[update.form].adapts_position:
+            beside = grad_output  # the adapter reads the velocity, not the input
+        self._above[update.form] = update
+        return gradient, beside, of_parameters
+
+    def _adapt(self, update: Update, *, undo: bool = False) -> torch.Tensor:
+        """Let an adapter change one stream by what the other is, or take that away again; return the hidden state."""
+        position, velocity = self.position, self.velocities[update.form]
+        changed, read = position, velocity
+        if not FORMS_OF_UPDATE[update.form].adapts_position:
+            changed, read = velocity, position
+        with torch.no_grad():
+            value = update.adapter(coupling.dequantize(read, self.fraction_bits, self.dtype))
+        flags, sign = (None, -1) if undo else (self.flags, 1)
+        coupling.others.add_quantized_(changed, value, fraction_bits=self.fraction_bits, flags=flags, sign=sign)
+        return coupling.dequantize(position, self.fraction_bits, self.dtype)
+
+    def _through_adapter(
+        self, update: Update, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[torch.Tensor, torch.Tensor]]:
+        """Run an adapter backward, once the position is the layer's input: gradients of its input and parameters."""
+        # In either form the second stream is now what the adapter read.
+        read = coupling.dequantize(self.velocities[update.form], self.fraction_bits, self.dtype).requires_grad_()
+        parameters = [p for p in update.adapter.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            value = update.adapter(read)
+        with hooks_paused(parameters):
+            found = torch.autograd.grad(value, [read, *parameters], gradient.to(value.dtype))
+        of_read, *of_parameters = found
+        return of_read, dict(zip(parameters, of_parameters, strict=True))
 
     def finish(
         self,
         index: int,
         branch: torch.Tensor,
-        grad_output: torch.Tensor | None,
+        grad_beside: torch.Tensor | None,
         grad_branch: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Undo layer `index`, whose input is known; returns the gradient of its input.
+        """Undo layer `index`, whose input is known; returns the gradient of its input: the sum of both.
 
         Where the layer opens, the streams are compared with what they were there in the forward pass.
         """
         passed, self.passed[index] = self.layer(index), None
-        form, bits = passed.update
-        self._hidden, gradient = _OPERATIONS[form].backward(
+        form = passed.update.form
+        self._hidden, gradient = FORMS_OF_UPDATE[form].backward(
+            passed.update,
             self.position,
             self.velocities[form],
             branch,
             passed.kept._replace(side=offload.back(passed.kept.side)),
-            grad_output,
+            grad_beside,
             grad_branch,
-            bits=bits,
             fraction_bits=self.fraction_bits,
             flags=self.flags,
             dtype=self.dtype,
             last=passed.opens,
         )
         self.level = index
+        if index == 0 and self._copied and gradient is not None:
+            gradient = gradient + self._grad_velocities[form].to(gradient.dtype)
         return gradient
 
     def release(self):

@@ -14,6 +14,7 @@ from r3mem_fast.kernels.coupling import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RA
 INT32 = st.integers(-(2**31), 2**31 - 1)
 BITS = st.sampled_from([None, 1, 2, 4, 8])
 FRACTION_BITS = st.integers(0, 24)
+GAINS = st.one_of(st.none(), st.floats(0.25, 1.0, width=32))
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 1000, 4097]))
 
 
@@ -21,8 +22,15 @@ def random_stream(size, seed, low=-(2**31), high=2**31):
     return torch.randint(low, high, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-@given(SIZES, BITS, FRACTION_BITS, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 99))
-def test_backward_undoes_forward_on_any_streams(size, bits, fraction_bits, dtype, seed):
+@given(
+    SIZES,
+    BITS,
+    FRACTION_BITS,
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.integers(0, 99),
+    GAINS,
+)
+def test_backward_undoes_forward_on_any_streams(size, bits, fraction_bits, dtype, seed, gain):
     """Bit for bit, also where additions wrap around: the whole int32 range, any branch, even a non-finite one."""
     position, velocity = random_stream(size, seed), random_stream(size, seed + 1)
     if bits is None:
@@ -31,7 +39,7 @@ def test_backward_undoes_forward_on_any_streams(size, bits, fraction_bits, dtype
     branch[0] = math.nan if seed % 3 == 0 else math.inf if seed % 3 == 1 else 1.0
     x, v = position.clone(), velocity.clone()
     flags = coupling.new_flags("cpu")
-    settings = {"bits": bits, "fraction_bits": fraction_bits, "dtype": dtype, "flags": flags}
+    settings = {"bits": bits, "fraction_bits": fraction_bits, "dtype": dtype, "flags": flags, "gain": gain}
     hidden, kept = coupling.momentum_forward(x, v, branch, **settings)
     assert kept.side.numel() == (0 if bits is None else coupling.side_bits_size(size, bits))
     assert torch.equal(hidden, reference.dequantize(x, fraction_bits, dtype))

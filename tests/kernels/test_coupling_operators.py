@@ -27,17 +27,17 @@ def arguments(operation, bits, last=False, gradients=True, keep=True, sum_stream
     if operation == "momentum_rewind":
         return stream(), stream(), 14, torch.float16
     if operation == "momentum_forward":
-        return stream(), stream(), values(), flags, bits, 14, torch.float16, keep, sum_streams
+        return stream(), stream(), values(), flags, bits, 14, torch.float16, keep, sum_streams, 0.75
     branch = values()
     sums = coupling.reference.branch_sums(branch)
     if operation == "momentum_gradient_top":
-        return values(), branch, sums, flags, bits, torch.float16
+        return values(), branch, sums, flags, bits, torch.float16, 0.75
     if operation == "momentum_gradient":
-        return values(), values(), branch, sums, flags, bits, 4, torch.float16
+        return values(), values(), branch, sums, flags, bits, 4, torch.float16, 0.75
     side = torch.zeros(coupling.side_bits_size(SIZE, bits) if bits else 0, dtype=torch.uint8, device=DEVICE)
     entry = torch.zeros(tiles if last else 0, dtype=torch.int64, device=DEVICE)
     grads = (values(), values()) if gradients else (None, None)
-    return stream(), stream(), values(), side, entry, *grads, flags, bits, 14, torch.float16, last
+    return stream(), stream(), values(), side, entry, *grads, flags, bits, 14, torch.float16, last, 0.75
 
 
 CALLS = [

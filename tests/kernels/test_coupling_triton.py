@@ -19,6 +19,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16][: 3 if GPU else 2])
 BITS = st.sampled_from([None, 1, 2, 4, 8])
 FRACTION_BITS = st.sampled_from([0, 14, 16, 24])  # on a GPU, each is a compilation
+GAINS = st.one_of(st.none(), st.floats(0.25, 1.0, width=32))
 TILE = coupling.TILE
 SIZES = st.one_of(
     st.integers(1, 70), st.integers(TILE - 9, TILE + 9), st.integers(1, 3 * TILE), st.sampled_from([16, 2 * TILE])
@@ -67,8 +68,8 @@ class Draw:
 
 
 @settings(max_examples=60)
-@given(SIZES, BITS, FRACTION_BITS, DTYPES, DTYPES, st.booleans(), st.integers(0, 99))
-def test_forward(size, bits, fraction_bits, dtype, branch_dtype, small, seed):
+@given(SIZES, BITS, FRACTION_BITS, DTYPES, DTYPES, st.booleans(), st.integers(0, 99), GAINS)
+def test_forward(size, bits, fraction_bits, dtype, branch_dtype, small, seed, gain):
     """Any streams, any branch: wrapping sums, clamped and non-finite values, their flags, side bits, checksums."""
     draw = Draw(seed, size)
     limits = (-1000, 1000) if small else (-(2**31), 2**31)
@@ -89,6 +90,7 @@ def test_forward(size, bits, fraction_bits, dtype, branch_dtype, small, seed):
                     dtype=dtype,
                     keep=keep,
                     sum_streams=keep,
+                    gain=gain,
                 )
             found.append([x, v, flags, *outputs])
         for left, right in zip(*found, strict=True):
@@ -96,13 +98,13 @@ def test_forward(size, bits, fraction_bits, dtype, branch_dtype, small, seed):
 
 
 @settings(max_examples=60)
-@given(SIZES, BITS, FRACTION_BITS, DTYPES, st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_backward(size, bits, fraction_bits, dtype, last, with_gradients, corrupt, seed):
+@given(SIZES, BITS, FRACTION_BITS, DTYPES, st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99), GAINS)
+def test_backward(size, bits, fraction_bits, dtype, last, with_gradients, corrupt, seed, gain):
     draw = Draw(seed, size)
     position, velocity, branch = draw.stream(), draw.stream(), draw.values(dtype, special=True)
     grad_output, grad_branch = (draw.values(dtype), draw.values(dtype)) if with_gradients else (None, None)
     side = None if bits is None else Draw(seed, coupling.side_bits_size(size, bits)).stream(0, 256).to(torch.uint8)
-    common = {"bits": bits, "fraction_bits": fraction_bits, "dtype": dtype, "last": last}
+    common = {"bits": bits, "fraction_bits": fraction_bits, "dtype": dtype, "last": last, "gain": gain}
     sums = None
     if last:  # what the streams will be: taken from a trial run
         x, v = position.clone(), velocity.clone()
@@ -124,8 +126,8 @@ def test_backward(size, bits, fraction_bits, dtype, last, with_gradients, corrup
 
 
 @settings(max_examples=40)
-@given(SIZES, BITS, BITS, DTYPES, DTYPES, st.booleans(), st.booleans(), st.integers(0, 99))
-def test_gradient(size, bits, bits_above, dtype, grad_dtype, top, changed, seed):
+@given(SIZES, BITS, BITS, DTYPES, DTYPES, st.booleans(), st.booleans(), st.integers(0, 99), GAINS)
+def test_gradient(size, bits, bits_above, dtype, grad_dtype, top, changed, seed, gain):
     draw = Draw(seed, size)
     branch, grad_output = draw.values(dtype, special=True), draw.values(grad_dtype)
     carried = draw.values(torch.float32)
@@ -145,6 +147,7 @@ def test_gradient(size, bits, bits_above, dtype, grad_dtype, top, changed, seed)
                 bits_above=bits_above,
                 flags=flags,
                 dtype=dtype,
+                gain=gain,
             )
         assert top or outputs[1] is grad_velocity
         found.append([flags, *outputs])

@@ -16,8 +16,8 @@ from ...integrations.capture import AttentionCall, captured_attention
 from ..cache import PrefixCache
 from ..layout import MemoryLayout
 from ..memory import Memory
-from ..recurrent import Carried, replaced_states
 from ..reader import MemoryReader
+from ..recurrent import Carried, replaced_states
 from ..rotary import depends_on_pass
 from ..segments import Segment, without_padding
 from ..slots import Slots, replaced, slots_of
@@ -39,8 +39,8 @@ class Pass(NamedTuple):
         calls: The attention of each layer with keys, by its place among these; none if the segment does not ask for a
             memory.
         hidden: Last hidden states, `[A, n, hidden_size]`.
-        states: Keys, without positions, and values of the segment, as `PrefixCache.captured` gives them; None: the cache
-            has them.
+        states: Keys, without positions, and values of the segment, as `PrefixCache.captured` gives them; None: the
+            cache has them.
         carried: States of recurrent layers after the tokens that will not be read again; None: there are none.
     """
 
@@ -135,7 +135,7 @@ class MatchedWriter:
         return Pass(segment, memory, before, cache, calls, hidden)
 
     def _pass_in_parts(self, segment, memory, before, cache, embeddings):
-        """Read up to the first token that will be read again, where recurrent layers are to go on, and then the rest."""
+        """Read up to the first token that will be read again, where recurrent layers will go on, and then the rest."""
         fresh, carried = int(self._fresh(segment)[0]), before.carried
         found, states = [], []
         for start, end in ((0, fresh), (fresh, segment.ids.shape[1])):
@@ -176,7 +176,7 @@ class MatchedWriter:
         Raises:
             ValueError: The memory is beyond its budget, and that is to be an error.
         """
-        segment, before = found.segment, found.before
+        segment = found.segment
         old, new = self._candidates(found)
         self._check_budget(old, new)
         own = Queries(found.calls, self._positions(segment.mask, found.hidden.device))
