@@ -70,9 +70,9 @@ def build(kind, seed=0):
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and not name.endswith("A_log"):
                 parameter.mul_(2.0)  # so that branches matter
-            if ".conv." in name or ".mamba." in name:
+            if ".conv." in name or name.endswith(("mamba.in_proj.weight", "mamba.out_proj.weight")):
                 parameter.mul_(4.0)  # and what is recurrent in them
     return model
 
@@ -117,8 +117,8 @@ def test_where_nothing_is_left_out_nothing_is_lost(kind):
     assert difference(model(text, memory=without_states(memory)).logits, whole) > 5e-3
     assert torch.equal(model.generate(text, memory=memory, max_new_tokens=6, do_sample=False)[:, 9:], greedy[:, 50:])
     with torch.no_grad(), model.disable_adapters():
-        again = model.plain_model(text, past_key_values=memory.to_cache(model)).logits
-    assert difference(again, whole) < 1e-4
+        again = model.plain_model(torch.cat([memory.recent[0][None], text], 1), past_key_values=memory.to_cache(model))
+    assert difference(again.logits[:, OVERLAP:], whole) < 1e-4
 
 
 @pytest.mark.parametrize("implementation", ["eager", "r3mem"])
@@ -285,7 +285,8 @@ def test_reversible_in_either_mode(kind, training):
     assert check_inverse(model, ids).exact
     assert check_gradients(model, ids).max_relative_error < 1e-4
     with torch.no_grad():
-        assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (2, 13)
+        # One row: with several, the states of transformers' own RWKV do not fit.
+        assert model.generate(ids[:1], max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (1, 13)
 
 
 @pytest.mark.skipif(not hasattr(DynamicCache, "get_conv_state"), reason="layers change the cache of this version")
