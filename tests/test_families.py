@@ -40,7 +40,7 @@ def test_what_cannot_be_is_said(capsys):
     bloom, bart = capsys.readouterr().out.splitlines()
     assert "reversible: yes" in bloom and "matched: ValueError" in bloom
     assert bart.startswith("bart: not tried: ")
-    assert "ValueError: layers [0, 2] of a lfm2 model are conv" in try_family("lfm2").results["learned"]
+    assert "ValueError: a lfm2 model has recurrent layers" in try_family("lfm2").results["learned"]
     assert main(["families", "nothing"]) == 2
     assert "registers no causal language model 'nothing'" in capsys.readouterr().err
     assert {"llama", "gpt2", "qwen3_moe"} <= set(families())

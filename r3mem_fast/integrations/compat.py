@@ -175,7 +175,7 @@ def has_recurrent_layers(config: Any) -> bool:
     """
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     # RWKV's configuration does not name the kinds of its layers.
-    return any(kind in _RECURRENT for kind in kinds) or config.model_type == "rwkv"
+    return any(kind in _RECURRENT for kind in kinds) or getattr(config, "model_type", None) == "rwkv"
 
 
 def recurrent_states(layer: Any) -> dict[str, torch.Tensor]:

@@ -163,7 +163,7 @@ def has_no_positions(decoder: Any) -> bool:
     Args:
         decoder: The module whose loop calls the layers.
     """
-    if not has_recurrent_layers(decoder.config):
+    if not has_recurrent_layers(getattr(decoder, "config", None)):
         return False
     names = [part.lower() for name, module in decoder.named_modules() for part in (name, type(module).__name__)]
     return not any(word in name for name in names for word in ("rotary", "rope", "pos_emb", "position"))
