@@ -20,6 +20,7 @@ from .memory.reader import positions_of_mask
 from .memory.rotary import depends_on_pass
 from .memory.states import uploaded
 from .network import Network
+from .reading import held
 from .reversible.convert import text_config
 
 # Number of new tokens that transformers writes where no length is asked for.
@@ -61,6 +62,8 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
     own, config, others = _configs(base.generation_config, settings, rows.ids.shape[1])
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
+    if memory.carried is not None and not mask.all():
+        memory, ids, mask = _of_one_length(network, memory, ids, mask)
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
     with evaluating(network), compact_head(base), temporarily(base, generation_config=own):
@@ -78,8 +81,16 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     return output
 
 
+def _of_one_length(network, memory, ids, mask):
+    """The same prompts, of one length: what longer ones begin with is held by the memory (`reading.held`)."""
+    lengths, host = mask.sum(1).tolist(), ids.cpu()
+    shortest, width = min(lengths), ids.shape[1]
+    begun = [row[width - length : width - shortest] for row, length in zip(host, lengths, strict=True)]
+    return held(network, begun, memory), ids[:, width - shortest :], mask[:, width - shortest :]
+
+
 def is_prefix(network: Network, memory: Memory) -> bool:
-    """Whether a memory is keys and values alone to the base model, without windows that hide some of its slots.
+    """Whether a memory is keys and values alone to the base model, without states, and no window hides some of them.
 
     Args:
         network: The model.
@@ -87,7 +98,9 @@ def is_prefix(network: Network, memory: Memory) -> bool:
     """
     if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
         return False
-    return memory.ages is not None and network.memories_are_of_base and not any(network.reader.windows())
+    if memory.ages is None or memory.carried is not None:
+        return False
+    return network.memories_are_of_base and not any(network.reader.windows())
 
 
 def _read_as_prefix(network, memory, ids, mask, config, kind, others):
@@ -95,9 +108,7 @@ def _read_as_prefix(network, memory, ids, mask, config, kind, others):
     base, first = network.plain_model, network.reader.layout.first_position
     positions = first + positions_of_mask(mask)
     copies = _copies(config)
-    if copies > 1:
-        memory = memory.rows([row for row in range(len(memory)) for _ in range(copies)])
-    prefix = placed_prefix(network, memory, first, read_with=positions)
+    prefix = placed_prefix(network, _repeated(memory, copies), first, read_with=positions)
     room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
     others |= cache_argument(base, prefix.to_cache(network.config, room))
     with network.unconverted():
@@ -118,12 +129,15 @@ def _read_with_hooks(network, memory, ids, mask, config, kind, others):
             'attn_implementation "sdpa" or "eager", and not for drafts or prompts in pieces: all else is read by '
             "reversible layers, which no static cache knows"
         )
-    cache = network.reading_cache(memory)
-    if _copies(config) > 1:
-        cache.batch_repeat_interleave(_copies(config))
+    cache = network.reading_cache(_repeated(memory, _copies(config)))
     others |= cache_argument(network.plain_model, cache)
     with network.behind_memory(), network.must_read(cache):
         return network.plain_model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
+
+
+def _repeated(memory, copies):
+    """A memory with so many copies of each row, one behind the other."""
+    return memory if copies == 1 else memory.rows([row for row in range(len(memory)) for _ in range(copies)])
 
 
 def _copies(config):

@@ -13,6 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from .config import R3MemConfig
 from .reversible.convert import find_decoder_layers
 
+# Models whose kernels take the weight of a state-space mixer's last projection, `out_proj`, past an adapter on it.
+# PEFT refuses one in most of them.
+_FUSED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "granitemoehybrid", "nemotron_h", "zamba2")
+
 
 def check_adapters(base: PeftModel, config: R3MemConfig) -> None:
     """Check the adapters that a PeftModel brings.
@@ -61,7 +65,8 @@ def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) ->
 
     Args:
         base: A causal language model.
-        targets: "all-linear", or the names of linear modules in a layer, in full or their last parts.
+        targets: "all-linear" (but what kernels would read past an adapter), or the names of linear modules in a layer,
+            in full or their last parts.
         first_layer: Index of the first layer that is adapted; those above it are, too.
 
     Returns:
@@ -82,6 +87,8 @@ def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) ->
     if targets != "all-linear":
         wanted = [targets] if isinstance(targets, str) else targets
         linear = {name for name in linear if any(f".{name}".endswith(f".{target}") for target in wanted)}
+    elif getattr(base.config, "model_type", None) in _FUSED:
+        linear = {name for name in linear if name.rpartition(".")[2] != "out_proj"}
     if not linear:
         raise ValueError(f"target_modules={targets!r} names no linear module of a {type(layers[0]).__name__}")
     holder = name_of[layers[0]].rpartition(".")[0]

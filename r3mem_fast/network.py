@@ -15,8 +15,6 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
-from r3mem_fast.kernels.matching import MAX_KEPT
-
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, layout_fingerprint
 from .integrations import graphs
@@ -26,8 +24,9 @@ from .integrations.scoped import compacted, returning, temporarily
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
 from .memory.layout import MemoryLayout, Origin
-from .memory.memory import Memory, empty_memory
+from .memory.memory import Memory
 from .memory.reader import MemoryReader
+from .memory.recurrent import refuse_learned_states
 from .memory.writers import Writer
 from .memory.writers.graphed import GraphedWriter
 from .memory.writers.matched import MatchedWriter, QuestionsOf
@@ -74,6 +73,7 @@ class Network(nn.Module):
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers))
         learned = config.memory_layout(positions_for_memories(config, plain))
+        refuse_learned_states(learned, plain.config)
         self.learns_memories = learned is not None
         self.layout = learned or default_matched(original_positions_of(plain))
         self.end_token_id = special_id(plain, "eos_token_id")
@@ -337,14 +337,7 @@ class Network(nn.Module):
         Raises:
             ValueError: There are pinned tokens and no matched memories, or too many.
         """
-        layout = self.reader.layout
-        if pinned and layout.writer != "matched":
-            raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
-        most = min(layout.reach // 2, MAX_KEPT - layout.most_matched)
-        if not 0 <= pinned <= most:
-            raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
-        made, sizes = cast(Origin, origin), self.reader.state_sizes()
-        return empty_memory(layout, made, rows, sizes, dtype=self.dtype, device=self.device, pinned=pinned)
+        return self.reader.empty_memory(rows, cast(Origin, origin), pinned)
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:
         """A cache that holds a memory, to read tokens behind it.

@@ -16,6 +16,7 @@ from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
 from .memory.writers.diagonal import DiagonalReader
 from .memory.writers.graphed import GraphedWriter
+from .memory.writers.matched import MatchedWriter
 from .network import Network
 from .reversible.replay import replay
 
@@ -171,6 +172,30 @@ def compress_rows(
     else:
         _, after = read_segments(network, segments, memory, lambda segment, hidden: (), on_tokens)
     return dataclasses.replace(after, **carried)
+
+
+def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memory:
+    """Read the beginning of rows behind a matched memory, and hold it with a slot for every token.
+
+    So what is left of rows of several lengths can have one length: recurrent layers would take padding for tokens.
+
+    Args:
+        network: The model.
+        rows: Token ids of each row, int64 `[n]`, on the CPU; some may be empty.
+        memory: The memory before them, of as many rows. What it carries as tokens is not read.
+    """
+    nothing = (torch.zeros(0, dtype=torch.int64),) * len(rows)
+    layout = dataclasses.replace(memory.layout, segment_overlap=0)
+    bare = dataclasses.replace(memory.to(network.device, network.dtype), unfinished=nothing, recent=nothing)
+    longest = max(map(len, rows))
+    segments = cut_segments(
+        dataclasses.replace(bare, layout=layout), rows, finish=True, writes_all=True, length=longest
+    )
+    writer = MatchedWriter(network.reader, layout)
+    with network.behind_memory():
+        for segment in segments:
+            bare = writer.extended(segment, bare)
+    return bare
 
 
 def _read_by_diagonals(network, segments, memory, on_tokens):

@@ -8,13 +8,14 @@ import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers.cache_utils import Cache
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.utils.output_capturing import _active_collector
 
 from .scoped import temporarily
@@ -22,6 +23,19 @@ from .scoped import temporarily
 # Names of the parameter by which layers, decoders and models take a key-value cache, newest first: `cache` since 5.24,
 # `past_key_values` before it, and in some layers one of the others.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+# Kinds of layers, as configurations name them, that carry a state along a text: a recurrence's, or a convolution's.
+_RECURRENT = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")
+# Layers of a `DynamicCache` that hold states of recurrences or convolutions, some of them keys and values, too, and
+# those that hold nothing. Not every version has all of them.
+_DYNAMIC_RECURRENT = (
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+)
+DYNAMIC_RECURRENT_LAYERS = tuple(
+    getattr(cache_utils, name) for name in _DYNAMIC_RECURRENT if hasattr(cache_utils, name)
+)
 
 
 def cache_name(arguments: dict[str, Any]) -> str | None:
@@ -146,3 +160,88 @@ def checkpointing_switches(model: torch.nn.Module) -> tuple[Callable, Callable]:
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     enable, disable = (getattr(model, f"{kind}_checkpointing_{verb}") for verb in ("enable", "disable"))
     return enable, disable
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a layer of a cache holds the state of a recurrence or a convolution."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def idle_layers(config: Any) -> list[int]:
+    """Return the indices of the layers that look at each token alone, and so keep nothing of a text.
+
+    Args:
+        config: Configuration of the decoder.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    return [index for index, kind in enumerate(kinds) if kind in ("moe", "mlp")]
+
+
+def layers_with_keys(cache: Cache) -> list[int]:
+    """Return the indices of the layers of a cache that hold keys and values."""
+    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)]
+
+
+def recurrent_layers(cache: Cache) -> list[int]:
+    """Return the indices of the layers of a cache that hold the state of a recurrence or a convolution."""
+    return [index for index, layer in enumerate(cache.layers) if is_recurrent(layer)]
+
+
+def has_recurrent_layers(config: Any) -> bool:
+    """Whether a decoder has layers that carry a state along a text, in a cache of transformers or elsewhere.
+
+    Args:
+        config: Configuration of the decoder.
+    """
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    # RWKV's configuration does not name the kinds of its layers.
+    return any(kind in _RECURRENT for kind in kinds) or getattr(config, "model_type", None) == "rwkv"
+
+
+def recurrent_states(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the states that a recurrent layer of a cache holds, by name: "conv.0", "recurrent.0", "conv.1" and so on.
+
+    They are the layer's own tensors, `[B, ...]`, which it changes in place.
+    """
+    found = {}
+    for kind in ("conv", "recurrent"):
+        held = getattr(layer, f"{kind}_states")
+        # Earlier versions have one of each.
+        of_index = held if isinstance(held, dict) else {0: held}
+        seen = layer.has_previous_state
+        for index, state in of_index.items():
+            if state is not None and (seen[index] if isinstance(seen, dict) else seen):
+                found[f"{kind}.{index}"] = state
+    return found
+
+
+def set_recurrent_states(layer: Any, states: Mapping[str, torch.Tensor]) -> None:
+    """Let a recurrent layer of a cache hold other states.
+
+    Args:
+        layer: The layer.
+        states: The states, named as `recurrent_states` does; the layer will change them in place. None: it has read
+            nothing.
+    """
+    several = isinstance(layer.has_previous_state, dict)
+    indices = list(layer.has_previous_state) if several else [0]
+    for index in indices:
+        conv, recurrent = (states.get(f"{kind}.{index}") for kind in ("conv", "recurrent"))
+        values = {
+            "conv_states": conv,
+            "recurrent_states": recurrent,
+            "is_conv_states_initialized": conv is not None,
+            "is_recurrent_states_initialized": recurrent is not None,
+            "has_previous_state": conv is not None or recurrent is not None,
+            "conv_kernel_size": None if conv is None else conv.shape[-1],
+        }
+        for name, value in values.items():
+            if several:
+                getattr(layer, name)[index] = value
+            else:
+                setattr(layer, name, value)
+    if states:
+        first = next(iter(states.values()))
+        layer.dtype, layer.device = first.dtype, first.device
+        if not several:
+            layer.max_batch_size = len(first)

@@ -1,7 +1,7 @@
 """`PrefixCache`: a key-value cache with a memory before its tokens."""
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,13 @@ from transformers.cache_utils import DynamicLayer
 from ..integrations import attention
 from ..integrations.capture import implementation_of
 from ..integrations.compat import signature_of
-from ..reversible.past import MemoryNotReadError, PassCache, States
+from ..reversible.past import MemoryNotReadError, States
+from .recurrent import CarryingCache, refuse_layers_without_memory
 from .room import Room
 from .rotary import Rotation
 
-# Kinds of layers, as configurations name them, that have keys and values.
-_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
-
-class PrefixCache(PassCache):
+class PrefixCache(CarryingCache):
     """A cache of a reversible model with keys and values that every layer reads before its own: a memory.
 
     The memory lies beside the cache: masks, windows and lengths are those of the tokens alone, and no window evicts
@@ -38,6 +36,9 @@ class PrefixCache(PassCache):
         adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
         decoder: The decoder whose layers' memory it is; another one is refused. None: any may read it.
         still: Indices of layers that do not rotate their keys.
+
+    Attributes:
+        keyed: Indices of the layers that have keys and values, in order, once a pass has begun.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class PrefixCache(PassCache):
         self._rooms: dict[int, Room] = {}  # memory and tokens of each layer, one behind the other
         self.rotation: Any = None
         self._order: list[int] = []  # of the layers that the rotation knows
+        self.keyed: list[int] = []
         self._of_pass: Any = None  # positions of the pass's tokens
         self._tables: Callable | None = None  # of all positions up to its first one
         self._positions: torch.Tensor | None = None  # of the captured tokens
@@ -85,18 +87,22 @@ class PrefixCache(PassCache):
         all_visible: bool,
         ages: torch.Tensor | None = None,
         windows: Sequence[int | None] = (),
+        carried: Mapping[str, torch.Tensor] | None = None,
     ) -> "PrefixCache":
         """Set the memory; returns the cache.
 
         Args:
-            prefix: Keys without positions, and values, `[layers, 2, B, kv_heads, N, head_dim]`.
+            prefix: Keys without positions, and values, `[layers, 2, B, kv_heads, N, head_dim]`, of the layers that
+                have some, in order. Methods that take layers mean their places in this.
             visible: Which of them each row has, the last ones, bool `[B, N]`.
             all_visible: Whether all of `visible` is true; to ask its device would synchronise.
             ages: Tokens from each key to the cache's first token, `[layers, B, kv_heads, N]`; None: the keys stand
                 right before it, in order.
             windows: Number of keys that a query of each layer sees, its own included, by their positions; None: all.
                 Empty: no window hides a part of the memory.
+            carried: States from which recurrent layers go on; None: no layer is one.
         """
+        self.go_on_from(carried)
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
             self._all_visible, self._ages, self._windows = all_visible, ages, windows
@@ -146,22 +152,20 @@ class PrefixCache(PassCache):
                 arguments.update(arguments.pop(name, {}))
         tokens = arguments.get("inputs_embeds")
         tokens = arguments["input_ids"] if tokens is None else tokens
-        if self._visible is not None and len(self._visible) != len(tokens):
-            raise ValueError(f"{len(tokens)} rows of tokens and {len(self._visible)} of memory: one of each a row")
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
-        self._expected = set(range(len(layers)))  # as their attention addresses the cache
+        held = None if self._visible is None else len(self._visible)
+        self.keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
+        self._expected = set(self.keyed)  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
-        self._of_pass, self._tables = positions, None
-        self._config = config
+        self._of_pass, self._tables, self._config = positions, None, config
         if self.rotation is None or list(order) != self._order:
             self.rotation = Rotation(decoder, layers, order, config, self._still)
             self._order = list(order)
-        self._positions = positions[:, -self.capture :] if self.capture else None
-        self._lengths = None
+        self._positions, self._lengths = positions[:, -self.capture :] if self.capture else None, None
         if self._apart and self._visible is not None and any(self._windows):
             raise ValueError(
                 f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding window '
@@ -179,10 +183,10 @@ class PrefixCache(PassCache):
         if self._ages is None:
             places = torch.arange(first - self.prefix_length, first, device=positions.device)
             tables = self.rotation.tables(places[None], prefix, seen_with=positions)
-            keys = self.rotation.of_layers(self.rotation.rotated, prefix[:, 0], range(len(prefix)), tables)
+            keys = self.rotation.of_layers(self.rotation.rotated, prefix[:, 0], self.keyed, tables)
         else:
             keys = self.placed(prefix[:, 0], range(len(prefix)), (first - self._ages.long()).clamp_min(0))
-        self._placed = {index: (keys[index], prefix[index, 1]) for index in range(len(prefix))}
+        self._placed = {index: (keys[place], prefix[place, 1]) for place, index in enumerate(self.keyed)}
 
     def hold(self, prefix: torch.Tensor, ages: torch.Tensor) -> None:
         """Hold other slots for layers that are called outside of a pass, as those of the last one were.
@@ -199,19 +203,23 @@ class PrefixCache(PassCache):
 
         Args:
             keys: Keys without positions, `[layers, B, kv_heads, N, head_dim]`.
-            layers: Indices of the layers in the cache.
+            layers: The layers.
             places: Positions of the keys, int64 `[layers, B, kv_heads, N]`.
         """
-        return self.rotation.of_layers(self.rotation.rotated_to, keys, layers, self._tables_up_to_first(), places)
+        return self._turned(self.rotation.rotated_to, keys, layers, places)
 
     def unplaced(self, keys: torch.Tensor, layers: Sequence[int], places: torch.Tensor) -> torch.Tensor:
         """Take the rotation off keys at these positions; the inverse of `placed`, with its arguments."""
-        return self.rotation.of_layers(self.rotation.unrotated_from, keys, layers, self._tables_up_to_first(), places)
+        return self._turned(self.rotation.unrotated_from, keys, layers, places)
+
+    def _turned(self, turn, keys, layers, places):
+        indices = [self.keyed[layer] for layer in layers]
+        return self.rotation.of_layers(turn, keys, indices, self._tables_up_to_first(), places)
 
     def _tables_up_to_first(self):
         """Tables of all positions that a memory's keys can have."""
         if self._tables is None:
-            like = self._prefix if self._prefix is not None else self._written[0][0]
+            like = self._prefix if self._prefix is not None else self._written[self.keyed[0]][0]
             known = torch.arange(self.first_position + 1, device=like.device)[None]
             # For all rows alike: what some models choose by the largest position of a pass is that of the whole batch.
             self._tables = self.rotation.tables(known, like, seen_with=self._of_pass.amax(0, keepdim=True))
@@ -227,16 +235,10 @@ class PrefixCache(PassCache):
             ValueError: One is of a kind that has no keys and values.
         """
         expected, self._expected = self._expected, None
-        missing = (expected or set()) - self._extended
+        missing = self._end() | ((expected or set()) - self._extended)
         if self._apart and self._placed:  # and read out of the masks
             missing |= (expected or set()) - self._attended
-        kinds = getattr(self._config, "layer_types", None) or ()
-        others = {kinds[index] for index in missing if index < len(kinds)} - set(_ATTENTION)
-        if others:
-            raise ValueError(
-                f"layers {sorted(missing)} of a {self._config.model_type} model are {' and '.join(sorted(others))}: "
-                "they have no keys and values that a memory could be, and what they carry along a text is not kept"
-            )
+        refuse_layers_without_memory(self._config, missing)
         if missing:
             raise MemoryNotReadError(
                 f"layers {sorted(missing)} did not take part in reading and writing the memory, so this output does "
@@ -248,10 +250,12 @@ class PrefixCache(PassCache):
 
     def abandon_pass(self):
         """Forget a decoder's call that failed."""
-        self._expected = None
+        self._expected = self._gone_on = None
 
     def past(self, layer_idx: int) -> States:
         """Keys and values before those of this pass: () or a pair. With the memory's, unless masks carry it."""
+        if layer_idx not in self.keyed:
+            return ()
         own = self.layers[layer_idx]
         parts = [self._placed[layer_idx]] if self._placed and not self._apart else []
         parts += [(own.keys, own.values)] if self.keep and own.get_seq_length() else []
@@ -297,11 +301,12 @@ class PrefixCache(PassCache):
                 f"not all layers' keys and values have heads of one number and size ({sorted(sizes)}), so a memory "
                 'cannot be one tensor of them; use memory_placement="input", or another model'
             )
-        return torch.stack([self._written[index][0] for index in range(len(self._written))])
+        return torch.stack([self._written[index][0] for index in self.keyed])
 
     def captured(self) -> torch.Tensor:
         """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
-        tables, layers = self.rotation.tables(self._positions, self._written[0][0]), range(len(self._written))
+        layers = self.keyed
+        tables = self.rotation.tables(self._positions, self._written[layers[0]][0])
         keys, values = (torch.stack([self._written[index][part] for index in layers]) for part in (0, 1))
         return torch.stack([self.rotation.of_layers(self.rotation.unrotated, keys, layers, tables), values], 1)
 
@@ -316,6 +321,8 @@ class PrefixCache(PassCache):
             layer_idx: The layer's index in the cache.
             implementation: Name of the model's attention.
         """
+        if layer_idx not in self.keyed:
+            return mask
         if self._apart:
             if not (self._placed and isinstance(mask, attention.SegmentMask)):
                 return mask  # of which the attention refuses any other
@@ -327,7 +334,8 @@ class PrefixCache(PassCache):
                 read=attention.LayerRead(self._attended, layer_idx),
             )
         tokens = hidden.shape[1]
-        window = self._windows[layer_idx] if self._windows else None
+        place = self.keyed.index(layer_idx)
+        window = self._windows[place] if self._windows else None
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible and window is None):
             return mask
         length = tokens if not self.keep else self.layers[layer_idx].get_mask_sizes(tokens)[0]
@@ -342,7 +350,7 @@ class PrefixCache(PassCache):
                 known = _additive(known, hidden.dtype)
         visible = self._visible.to(hidden.device)[:, None, None].expand(-1, 1, tokens, -1)
         if window is not None:
-            visible = visible & self._within(window, layer_idx)
+            visible = visible & self._within(window, place)
         if known.dtype != torch.bool:
             visible = _additive(visible, known.dtype)
         widened = torch.cat([visible, known.expand(*visible.shape[:2], *known.shape[2:])], -1)
@@ -350,10 +358,10 @@ class PrefixCache(PassCache):
             self._widened[id(mask), length] = (mask, widened)
         return widened
 
-    def _within(self, window, layer_idx):
+    def _within(self, window, place):
         """Whether each query of the pass has each slot in its window: bool `[B, heads, T, N]`."""
         assert self._ages is not None
-        ages = self._ages[layer_idx]
+        ages = self._ages[place]
         later = (self._of_pass - self.first_position).to(ages.device)
         seen = ages[:, :, None] + later[:, None, :, None] < window
         return seen.repeat_interleave(self._config.num_attention_heads // ages.shape[1], 1)

@@ -15,8 +15,11 @@ from typing import Any
 
 FORMAT_VERSION = 1
 MATCHED_VERSION = 2  # of a matched memory, which earlier versions cannot read
+CARRIED_VERSION = 3  # of a matched memory that carries states of recurrent layers
+CARRIED = "carried."  # before the names of these states
 KIND = "r3mem_fast memory"
 METADATA = "r3mem"
+_VERSIONS = (FORMAT_VERSION, MATCHED_VERSION, CARRIED_VERSION)
 NO_DIGEST = "0" * 64  # stands in the checksum's place while it is computed
 _DIGEST = re.compile(rb'digest\\": ?\\"([0-9a-f]{64})\\"')
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -130,10 +133,10 @@ def _header(content: Any) -> Header:
     try:
         tensors = json.loads(content[8:begin])
         metadata = json.loads(tensors.pop("__metadata__")[METADATA])
-        if metadata["kind"] != KIND or metadata["format_version"] not in (FORMAT_VERSION, MATCHED_VERSION):
+        if metadata["kind"] != KIND or metadata["format_version"] not in _VERSIONS:
             raise ValueError(
                 f"it is {metadata['kind']!r} of format {metadata['format_version']!r}; this version reads {KIND!r} of "
-                f"format {FORMAT_VERSION} and {MATCHED_VERSION}"
+                f"formats {', '.join(map(str, _VERSIONS))}"
             )
         integers: dict[str, list[int]] = {}
         nbytes = 0

@@ -14,6 +14,7 @@ from ..files import replacing
 from . import file as memory_file
 from .layout import MemoryLayout, Origin
 from .prefix import Prefix, prefix_of
+from .recurrent import Carried, joined_states, rows_of
 from .states import BATCH, SLOTS, empty_states, joined_ages, uploaded, widened
 from .tensors import is_label, memory_from
 
@@ -40,6 +41,9 @@ class Memory:
         slots: Slots that each row of a matched memory has, int64 `[B]`, on the CPU; None: its segments say it.
         pinned: Tokens at the beginning of each row whose slots a matched memory keeps as they are, beside its budget,
             int64 `[B]`, on the CPU; None: none.
+        carried: States of recurrent and convolutional layers, by layer and name ("3.conv.0", "3.recurrent.0"),
+            `[B, ...]` each, on the states' device, in the dtypes in which the layers keep them; None: no layer is one.
+            `states` and `ages` are then those of the layers that have keys and values, in order.
     """
 
     states: torch.Tensor
@@ -53,6 +57,7 @@ class Memory:
     ages: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     pinned: torch.Tensor | None = None
+    carried: Carried | None = None
 
     def __len__(self) -> int:
         return len(self.num_segments)
@@ -80,7 +85,8 @@ class Memory:
         Returns:
             `states`, `num_segments`, `tokens_seen`, `unfinished` (the ids of all rows, joined) and
             `unfinished_lengths` (their number in each row, int64 `[B]`); with a segment overlap also `recent` and
-            `recent_lengths`; of a matched memory also `ages` and `slots`, and `pinned` if any is.
+            `recent_lengths`; of a matched memory also `ages` and `slots`, `pinned` if any is, and what it carries, as
+            `carried.3.conv.0`.
         """
         ragged = {"unfinished": self.unfinished}
         if self.layout.segment_overlap:
@@ -93,7 +99,7 @@ class Memory:
             found |= {"ages": self.ages, "slots": self.slots}
         if self.pinned is not None:
             found["pinned"] = self.pinned
-        return found
+        return found | {f"{memory_file.CARRIED}{name}": state for name, state in (self.carried or {}).items()}
 
     def pinned_slots(self) -> torch.Tensor:
         """Tokens at the beginning of each row whose slots stay as they are, int64 `[B]`, on the CPU."""
@@ -112,7 +118,7 @@ class Memory:
         return torch.arange(slots) >= slots - kept[:, None]
 
     def to(self, *args: Any, **kwargs: Any) -> "Memory":
-        """Copy of it with the states on another device or in another dtype.
+        """Copy of it with the states on another device or in another dtype; what it carries keeps its dtypes.
 
         Args:
             args: Arguments of `Tensor.to`.
@@ -120,11 +126,13 @@ class Memory:
         """
         states = self.states.to(*args, **kwargs)
         ages = None if self.ages is None else self.ages.to(states.device)
-        return dataclasses.replace(self, states=states, ages=ages)
+        carried = self.carried and {name: state.to(states.device) for name, state in self.carried.items()}
+        return dataclasses.replace(self, states=states, ages=ages, carried=carried)
 
     def detach(self) -> "Memory":
         """Copy of it with states that carry no gradient."""
-        return dataclasses.replace(self, states=self.states.detach())
+        carried = self.carried and {name: state.detach() for name, state in self.carried.items()}
+        return dataclasses.replace(self, states=self.states.detach(), carried=carried)
 
     def to_cache(self, model: Any) -> Any:
         """A cache to be passed to the base model of `model`, or to its `generate`.
@@ -199,6 +207,7 @@ class Memory:
             ages=None if self.ages is None else self.ages.index_select(1, index),
             slots=None if self.slots is None else self.slots[chosen],
             pinned=None if self.pinned is None else self.pinned[chosen],
+            carried=rows_of(self.carried, index),
         )
 
     def __getitem__(self, row: int | slice | tuple[str | None, str | None]) -> "Memory":
@@ -250,6 +259,7 @@ class Memory:
             pinned=torch.cat([m.pinned_slots() for m in memories])
             if any(m.pinned is not None for m in memories)
             else None,
+            carried=joined_states([m.carried for m in memories]),
         )
 
     def save(self, path: str | Path) -> None:
@@ -260,7 +270,7 @@ class Memory:
         """
         metadata = {
             "kind": memory_file.KIND,
-            "format_version": memory_file.FORMAT_VERSION if self.slots is None else memory_file.MATCHED_VERSION,
+            "format_version": self._format_version(),
             "digest": memory_file.NO_DIGEST,
             "layout": self.layout.to_dict(),
             "origin": dataclasses.asdict(self.origin),
@@ -274,6 +284,11 @@ class Memory:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
             unfinished.write_bytes(content)
+
+    def _format_version(self):
+        if self.carried is not None:
+            return memory_file.CARRIED_VERSION
+        return memory_file.FORMAT_VERSION if self.slots is None else memory_file.MATCHED_VERSION
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None, *, device: str | torch.device = "cpu") -> "Memory":
@@ -308,6 +323,7 @@ def empty_memory(
     dtype: torch.dtype,
     device: torch.device,
     pinned: int = 0,
+    carried: Carried | None = None,
 ) -> Memory:
     """The memory of nothing.
 
@@ -319,10 +335,12 @@ def empty_memory(
         dtype: Dtype of its states.
         device: Their device.
         pinned: See `Memory.pinned`; the same for all rows.
+        carried: See `Memory.carried`.
     """
     states, none = empty_states(layout, rows, sizes, dtype=dtype, device=device), torch.zeros(rows, dtype=torch.int64)
     nothing = (none[:0],) * rows
     matched = layout.writer == "matched"
     ages = states.new_zeros(*states.shape[:1], *states.shape[2:5], dtype=torch.int32) if matched else None
     slots, pins = none.clone() if matched else None, torch.full_like(none, pinned) if pinned else None
-    return Memory(states, none, none.clone(), nothing, nothing, (None,) * rows, layout, origin, ages, slots, pins)
+    labels = (None,) * rows
+    return Memory(states, none, none.clone(), nothing, nothing, labels, layout, origin, ages, slots, pins, carried)

@@ -176,8 +176,8 @@ def prefix_of(model: Any, memory: Any, first_position: int | None = None) -> Pre
 
     Raises:
         ValueError: The memory is another model's; it is not the base model's alone; a layer has a sliding window,
-            which hides some of its slots; or positions are learned, and the first position is another one than the
-            memory was made for.
+            which hides some of its slots, or is recurrent; or positions are learned, and the first position is
+            another one than the memory was made for.
     """
     model.check_memory(memory)
     if memory.ages is None or not model.memories_are_of_base:
@@ -202,9 +202,14 @@ def placed_prefix(
             models choose their frequencies by the largest position of a pass.
 
     Raises:
-        ValueError: A layer has a sliding window, or positions are learned, as of `prefix_of`.
+        ValueError: A layer has a sliding window or is recurrent, or positions are learned, as of `prefix_of`.
     """
     reader, layout = model.reader, memory.layout
+    if memory.carried is not None:
+        raise ValueError(
+            f"a {type(model.plain_model).__name__} has recurrent layers, whose states a memory carries beside keys "
+            "and values, as no other engine knows: use model.generate, or memory.to_cache(model)"
+        )
     if any(reader.windows()):
         raise ValueError(
             f"a {type(model.plain_model).__name__} has layers with a sliding window, which hides slots by their age, "

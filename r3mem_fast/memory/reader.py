@@ -6,14 +6,17 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from r3mem_fast.kernels.matching import MAX_KEPT
+
 from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument
 from ..integrations.scoped import evaluating, temporarily
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
-from .layout import MemoryLayout
-from .memory import Memory
+from .layout import MemoryLayout, Origin
+from .memory import Memory, empty_memory
+from .recurrent import Carried, check_states, no_states, states_that_go_on
 from .rotary import is_rotary
 from .states import uploaded
 
@@ -33,6 +36,7 @@ class MemoryReader:
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
         self._still: frozenset[int] = frozenset()
+        self._carried: Carried = {}  # states of recurrent layers, of one row
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -68,7 +72,10 @@ class MemoryReader:
         visible = uploaded(visible, device)
         if memory.ages is None:
             return cache.read(states, visible, all_visible)
-        return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows())
+        windows, carried = self.windows(), memory.carried
+        if carried is not None:
+            carried = {name: state.to(device, self._carried[name].dtype) for name, state in carried.items()}
+        return cache.read(states, visible, all_visible, memory.ages.to(device), windows, carried)
 
     def decode(
         self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
@@ -121,7 +128,8 @@ class MemoryReader:
         """Sizes of a memory's states that are the model's: `(layers, kv_heads, head_dim)`, or `(width,)`.
 
         The latter of placement "input". The first call runs the decoder on a few tokens, once to see the sizes and
-        once more, elsewhere, to prove that keys can be moved to other positions.
+        once more, elsewhere, to prove that keys can be moved to other positions; with recurrent layers also in parts,
+        to prove that these go on from their states.
 
         Raises:
             ValueError: They cannot, so that no memory could stand before a text.
@@ -129,11 +137,14 @@ class MemoryReader:
         if self.layout.placement == "input":
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
+            with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
+                self._carried = states_that_go_on(self)
             with captured_attention(self.decoder.config) as calls:
-                layers, _, heads, tokens, width = self._keys_at(0).captured_keys().shape
+                cache = self._keys_at(0)
+                layers, _, heads, tokens, width = cache.captured_keys().shape
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
-            self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
+            self._windows = tuple(calls[index].window if index in calls else None for index in cache.keyed)
             self._measured = (layers, heads, width)
         return self._measured
 
@@ -147,6 +158,27 @@ class MemoryReader:
         self.state_sizes()
         return self._still
 
+    def empty_memory(self, rows: int, origin: Origin, pinned: int = 0) -> Memory:
+        """Make a memory of nothing.
+
+        Args:
+            rows: Number of rows.
+            origin: Fingerprints that it carries.
+            pinned: Tokens at the beginning of each row whose slots stay as they are.
+
+        Raises:
+            ValueError: There are pinned tokens and no matched memories, or too many; or as of `state_sizes`.
+        """
+        layout, device, dtype = self.layout, self._model.device, self._model.dtype
+        if pinned and layout.writer != "matched":
+            raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
+        most = min(layout.reach // 2, MAX_KEPT - layout.most_matched)
+        if not 0 <= pinned <= most:
+            raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
+        sizes = self.state_sizes()
+        carried = no_states(self._carried, rows) if self._carried else None
+        return empty_memory(layout, origin, rows, sizes, dtype=dtype, device=device, pinned=pinned, carried=carried)
+
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""
         sizes = list(self.state_sizes())
@@ -154,6 +186,7 @@ class MemoryReader:
         found = shape[2:] if self.layout.placement == "input" else [shape[0], shape[3], shape[5]]
         if found != sizes:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
+        check_states(memory.carried, self._carried)
 
     def _step(self, tokens):
         """How far a few tokens are moved to see what becomes of their keys; 0 where nothing ever is."""
@@ -171,7 +204,7 @@ class MemoryReader:
             # layer that rotates is known by keys that agree better when they are turned back.
             self._still = frozenset(
                 index
-                for index, (change, rotated) in enumerate(zip(as_they_are, turned_back, strict=True))
+                for index, change, rotated in zip(caches[0].keyed, as_they_are, turned_back, strict=True)
                 if change <= self._tolerance() and change < rotated
             )
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .recurrent import has_no_positions
+
 # Names of the position embeddings in models without rotary ones.
 _ABSOLUTE = ("wpe", "embed_positions")
 # Kinds of rotary embeddings whose frequencies are others for long texts.
@@ -30,6 +32,8 @@ def is_rotary(decoder: nn.Module) -> bool:
     if getattr(decoder, "rotary_emb", None) is not None:
         return True
     if any(isinstance(getattr(decoder, name, None), nn.Embedding) for name in _ABSOLUTE):
+        return False
+    if has_no_positions(decoder):
         return False
     raise ValueError(
         f"a {type(decoder).__name__} has positions of a kind that is not known here, neither rotary nor learned, so a "

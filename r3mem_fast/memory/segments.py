@@ -1,7 +1,7 @@
 """Cuts a batch of token ids into the segments that are read one after the other (R3Mem, section 3)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,36 @@ def cut_segments(
             )
         )
         index += 1
+
+
+def without_padding(segment: Segment, *, each_row: bool = False) -> Iterator[tuple[list[int], Segment]]:
+    """Cut a segment into segments without padding, which recurrent layers would take for tokens.
+
+    Args:
+        segment: The segment, padded on the left.
+        each_row: Whether each row makes a segment of its own.
+
+    Yields:
+        Places of rows in the segment, all of one length, and a segment of these.
+    """
+    lengths = segment.mask.sum(1).tolist()
+    alike: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        alike.setdefault(place if each_row else length, []).append(place)
+    for places in alike.values():
+        last = slice(segment.ids.shape[1] - lengths[places[0]], None)
+        yield (
+            places,
+            dataclasses.replace(
+                segment,
+                rows=tuple(segment.rows[place] for place in places),
+                ids=segment.ids[places, last],
+                mask=segment.mask[places, last],
+                targets=segment.targets[places, last],
+                own=tuple(segment.own[place] for place in places),
+                places=segment.places[places, last],
+            ),
+        )
 
 
 def advance(memory: Memory, rows: Sequence[torch.Tensor], segments: Sequence[Segment]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..choices import BEYOND_BUDGET, PLACEMENTS, QUERIES, WRITERS
+from .file import CARRIED
 from .layout import MemoryLayout, Origin
 from .states import BATCH, SLOTS
 
@@ -67,6 +68,9 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
     if fits and ages is not None:
         fits = ages.dtype == torch.int32 and ages.shape == (states.shape[0], *states.shape[2:5])
         fits = fits and bool((ages >= 0).all() and (ages <= layout.reach).all())
+    carried = {name.removeprefix(CARRIED): t for name, t in tensors.items() if name.startswith(CARRIED)}
+    if any(not (t.is_floating_point() and t.dim() > 1 and len(t) == rows) for t in carried.values()):
+        raise ValueError(f"it carries {', '.join(f'{n} {t.dtype} {list(t.shape)}' for n, t in carried.items())}")
     if not fits or (layout.placement == "every_layer" and states.shape[1] != 2):
         raise ValueError(f"its states are {states.dtype} {list(states.shape)}, for {rows} rows of {layout}")
     return cls(
@@ -81,6 +85,7 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
         ages,
         slots,
         pinned,
+        carried or None,
     )
 
 

@@ -71,16 +71,37 @@ def generic_branch(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> 
     """
     # Clone, because some layers add to their input in place.
     output = type(layer).unreversed.forward(layer, hidden.clone(), **kwargs)
-    # Layers of older versions of transformers return tuples, and the model's loop then expects one from the reversible
-    # layer too.
-    output, others = layer.reversible.unpacked(output)
-    # Some layers return attention weights whether they are asked for or not, and the model's loop leaves them.
-    if kwargs.get("output_attentions") and any(other is not None for other in others):
-        raise TypeError(
-            "a decoder layer returned more than its hidden state (attention weights, router logits?); a reversible "
-            "layer cannot. Turn that output off, or call restore(model) first."
-        )
+    output = hidden_of(layer, output, kwargs)
     return output.float() - hidden.float()
+
+
+def hidden_of(layer: Any, output: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Take the hidden state out of what a layer returns, and note what its model's loop expects beside it.
+
+    Args:
+        layer: The decoder layer, made reversible.
+        output: A tensor, or a tuple that begins with one, as in older versions of transformers and in some models.
+        kwargs: Keyword arguments that the layer was called with.
+
+    Raises:
+        TypeError: The layer is to return other tensors, too.
+    """
+    if not isinstance(output, (tuple, list)):
+        layer.reversible.others = None
+        return output
+    hidden, *others = output
+    # What layers were given, such as a state, they may give back. Some return attention weights whether they are asked
+    # for or not, and the model's loop leaves them; what belongs to tokens, `[B, T, n]`, it hands to the next layer.
+    known = tuple(other if any(other is given for given in kwargs.values()) else None for other in others)
+    layer.reversible.others = known
+    lost = [other for other, kept in zip(others, known, strict=True) if other is not None and kept is None]
+    handed_on = any(isinstance(other, torch.Tensor) and other.dim() == 3 for other in lost)
+    if handed_on or (kwargs.get("output_attentions") and lost):
+        raise TypeError(
+            f"a {type(layer).__name__} returned more than its hidden state (attention weights, router logits, what "
+            "the next layer needs?); a reversible layer cannot. Turn that output off, or call restore(model) first."
+        )
+    return hidden
 
 
 # The branch of each layer that is known: of `NAME.CLASS`, a class in `transformers.models.NAME.modeling_NAME`.

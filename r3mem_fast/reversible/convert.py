@@ -284,7 +284,7 @@ def _refuse_layers(layers):
     if handed_on := {name: layer for layer in layers for name in _handed_on(layer)}:
         name, layer = next(iter(handed_on.items()))
         raise ValueError(
-            f"a {type(layer).__name__} returns `{name}` beside its hidden state, which the next layer or pass needs; "
+            f"a {type(layer).__name__} returns `{name}` beside its hidden state, which the next layer needs; "
             "a reversible layer hands on its hidden state alone"
         )
     for index, layer in enumerate(layers):
@@ -301,9 +301,9 @@ def _refuse_layers(layers):
 
 
 def _handed_on(layer):
-    """Names of what a layer takes from another one, or from itself in the pass before, beside its hidden state."""
+    """Names of what a layer takes from another one beside its hidden state."""
     _, *further = inspect.signature(inspect.unwrap(type(layer).forward)).parameters
-    names = [name for name in further if name.startswith("prev_") or name in ("state", "output_g")]
+    names = [name for name in further if name.startswith("prev_") or name == "output_g"]
     # In T5 and its kin the first layer alone computes the bias of positions.
     shared = any(hasattr(module, "has_relative_attention_bias") for module in layer.modules())
     return names + ["position_bias"] * shared
@@ -337,32 +337,15 @@ class LayerLink:
         stack: The stack of the model.
         index: Index of the layer.
         decoder: The module whose loop calls the layer.
-        tuple_length: Items of the tuple that the loop expects from a layer, all but the first None; None: no tuple.
+        others: What that loop expects beside a layer's hidden state, in a tuple; None: no tuple.
         adapted_tokens: `(n, tokens)` while a branch is evaluated in which adapters change only the last n of so many
             tokens; None: they change all.
     """
 
     def __init__(self, stack: ReversibleStack, index: int, decoder: nn.Module):
         self.stack, self.index, self.decoder = stack, index, decoder
-        self.tuple_length: int | None = None
+        self.others: tuple[Any, ...] | None = None
         self.adapted_tokens: tuple[int, int] | None = None
-
-    def unpacked(self, output: Any) -> tuple[Any, list[Any]]:
-        """Split what a layer's own forward pass returned, and note what the model's loop expects.
-
-        Args:
-            output: A hidden state, or a tuple that begins with one.
-
-        Returns:
-            The hidden state and the other items.
-        """
-        if not isinstance(output, (tuple, list)):
-            self.tuple_length = None
-            return output, []
-        hidden, *others = output
-        # An item that is something is left out, not replaced: a loop that needs it then fails.
-        self.tuple_length = len(output) if all(other is None for other in others) else 1
-        return hidden, others
 
 
 @functools.cache
@@ -380,7 +363,8 @@ def _reversible_class(base):
         hidden = arguments.pop(hidden_name)
         link = self.reversible
         output = link.stack.run(self, link.index, hidden, arguments)
-        return output if link.tuple_length is None else (output, *[None] * (link.tuple_length - 1))
+        others, link.others = link.others, None
+        return output if others is None else (output, *others)
 
     def set_checkpointing(self, enable):
         if enable:

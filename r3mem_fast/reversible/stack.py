@@ -14,12 +14,21 @@ from torch.utils._pytree import tree_leaves
 from ..integrations.capture import implementation_of
 from ..integrations.compat import cache_name, without_new_cache
 from . import stored
+from .branches import hidden_of
 from .forms import Update
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
 from .inference import versioned_tensors
 from .integrity import Integrity, poisoned
 from .node import LayerNode
-from .past import MemoryNotReadError, PassCache, layer_index, memory_cache, past_of, viewed
+from .past import (
+    MemoryNotReadError,
+    PassCache,
+    goes_without_cache,
+    layer_index,
+    memory_cache,
+    past_of,
+    viewed,
+)
 from .refusals import refuse_captured_outputs, refuse_evaluated_bdia, refuse_surroundings
 from .relay import Relay
 from .route import Route
@@ -179,11 +188,11 @@ class ReversibleStack:
         self._relay.drop()
         if self.fraction_bits is None:
             self.fraction_bits = self._chosen_fraction_bits(decoder, args, kwargs)
-        if decoder.training and torch.is_grad_enabled() and cache_name(kwargs) is None:
-            # A cache that nobody passed would keep every layer's keys and values beyond the backward pass.
+        if torch.is_grad_enabled() and cache_name(kwargs) is None and goes_without_cache(decoder, args, kwargs):
             if kwargs.get("use_cache"):
+                doing = "training" if decoder.training else "differentiating"
                 warnings.warn(
-                    "use_cache=True while training a reversible model: no cache is made. Pass one if you want it "
+                    f"use_cache=True while {doing} a reversible model: no cache is made. Pass one if you want it "
                     "filled.",
                     stacklevel=2,
                 )
@@ -341,8 +350,7 @@ def plain_output(layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> to
     Returns:
         Its output, `[batch, tokens, width]`.
     """
-    output = type(layer).unreversed.forward(layer, hidden, **kwargs)
-    return layer.reversible.unpacked(output)[0]
+    return hidden_of(layer, type(layer).unreversed.forward(layer, hidden, **kwargs), kwargs)
 
 
 def _run_inference(layer, branch_of, update, hidden, kwargs, streams):
@@ -373,8 +381,7 @@ def _with_memory_in_mask(layer, hidden, kwargs):
 def _any_requires_grad(layer, kwargs):
     if any(p.requires_grad for p in layer.parameters()):
         return True
-    memory = memory_cache(kwargs)
-    cached = kwargs.get(cache_name(kwargs))
-    past = [t for c in getattr(cached, "layers", ()) for t in (c.keys, c.values)]
-    past += [] if memory is None else past_of(memory, layer_index(layer))
+    memory, cached = memory_cache(kwargs), kwargs.get(cache_name(kwargs))
+    past = tree_leaves([list(vars(layer).values()) for layer in getattr(cached, "layers", ())])
+    past += [] if memory is None else past_of(memory, layer_index(layer)).values()
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in [*tree_leaves(kwargs), *past])

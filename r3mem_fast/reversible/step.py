@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..integrations import fsdp
 from ..integrations.compat import cache_name
-from .past import PastKeysValues, States, append_to, layer_index, past_of
+from .past import Past, PastKeysValues, States, append_to, layer_index, past_of
 from .surroundings import Surroundings
 
 
@@ -52,7 +52,8 @@ class Step:
         self._surroundings = Surroundings(device)
         self._cache_name = cache_name(kwargs)
         self._cache: Any = None
-        self._past: States = ()
+        self._past: Past = {}
+        self._names: tuple[str, ...] = ()  # of what the layer keeps of this pass
         if self._cache_name is not None:
             kwargs = dict(kwargs)
             self._cache = kwargs.pop(self._cache_name)
@@ -72,7 +73,7 @@ class Step:
         ]
 
     def _arguments(self) -> list[torch.Tensor]:
-        return [leaf for leaf in [*self._leaves, *self._past] if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in [*self._leaves, *self._past.values()] if isinstance(leaf, torch.Tensor)]
 
     def inputs(self) -> list[torch.Tensor]:
         """Tensors that need a gradient beside the hidden state: arguments, then parameters (after any unshard)."""
@@ -85,7 +86,7 @@ class Step:
             hidden: Input of the layer, `[batch, tokens, width]`.
 
         Returns:
-            The branch's value, in the shape of the input, and new keys and values, all without a graph.
+            The branch's value, in the shape of the input, and new keys, values and states, all without a graph.
         """
         # Gradients are on, as in the second evaluation, because attention libraries choose their kernels by that. What
         # autograd would save is dropped at once, so that the layers' activations do not pile up.
@@ -104,7 +105,7 @@ class Step:
             hidden: The reconstructed input, `[batch, tokens, width]`, a leaf.
 
         Returns:
-            The branch's value, new keys and values, and the leaves that receive gradients, in the order of
+            The branch's value, new keys, values and states, and the leaves that receive gradients, in the order of
             `[hidden, *inputs()]`.
 
         Raises:
@@ -120,7 +121,7 @@ class Step:
             return substitutes[-1]
 
         arguments = [leaf_of(argument) for argument in self._leaves]
-        past = tuple(map(leaf_of, self._past))
+        past = {name: leaf_of(tensor) for name, tensor in self._past.items()}
         with self._surroundings.restored(), torch.enable_grad():
             branch, new_states = self._call(hidden.requires_grad_(), arguments, past)
         return branch, new_states, [hidden, *substitutes, *self._trainable]
@@ -139,14 +140,13 @@ class Step:
         return branch.detach()
 
     def write_cache(self, new_states: Sequence[torch.Tensor]) -> None:
-        """Append new keys and values to the cache that the caller passed.
+        """Write what the layer keeps of this pass into the cache that the caller passed.
 
         Args:
-            new_states: Keys and values, outputs of the layer's autograd node; () without a cache.
+            new_states: Keys, values and states, outputs of the layer's autograd node; () without a cache.
         """
         if new_states:
-            keys, values = new_states
-            append_to(self._cache, keys, values, self._cache_index)
+            append_to(self._cache, dict(zip(self._names, new_states, strict=True)), self._cache_index)
 
     def _call(self, hidden, leaves, past):
         kwargs = tree_unflatten(leaves, self._structure)
@@ -154,7 +154,8 @@ class Step:
             return self._branch(self.layer, hidden, kwargs), ()
         view = PastKeysValues(past)
         branch = self._branch(self.layer, hidden, {**kwargs, self._cache_name: view})
-        return branch, view.new
+        self._names = tuple(view.new)
+        return branch, tuple(view.new.values())
 
     def _check_unmodified(self):
         parameters, modes, hooks = _watched_parts(self.layer)

@@ -87,7 +87,6 @@ REFUSED = {
     "gpt2 with cross-attention": ("only decoder-only", ValueError),
     "xlnet": ("XLNetLayer returns `output_g` beside its hidden state", ValueError),
     "xlm": ("XLMWithLMHeadModel has 4 lists of parts of layers .attentions, ", TypeError),
-    "rwkv": ("RwkvBlock returns `state` beside its hidden state", ValueError),
     "hy_v4": ("HYV4DecoderLayer returns `prev_topk_indices` beside its hidden state", ValueError),
     "hrm_text": ("HrmTextForCausalLM has lists of others .*does not run once through one", TypeError),
     "reformer": ("ReformerLayer returns `prev_attn_output` beside its hidden state", ValueError),

@@ -4,6 +4,7 @@ generic, the ordinary model back after restore."""
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible, restore
 from r3mem_fast.reversible import branches
-from r3mem_fast.reversible.branches import branch_of, generic_branch
+from r3mem_fast.reversible.branches import branch_of, generic_branch, hidden_of
 from r3mem_fast.reversible.convert import LayerLink, find_decoder_layers, text_config
 from r3mem_fast.reversible.past import layer_index
 from r3mem_fast.tiny_models import tiny_model
@@ -159,7 +160,15 @@ def test_the_place_in_the_cache_has_two_names():
 
 
 def test_what_a_loop_unpacks():
-    """A tuple keeps its length where its other items were None; one that would be missing is left out."""
-    link = LayerLink(None, 0, None)
-    for output, length in (("hidden", None), (("hidden",), 1), (("hidden", None), 2), (("hidden", "state"), 1)):
-        assert link.unpacked(output)[0] == "hidden" and link.tuple_length == length
+    """A tuple keeps its length, and what the layer was given; other items are None, or refused if a layer needs them."""
+    layer, state, hidden = SimpleNamespace(reversible=LayerLink(None, 0, None)), object(), torch.zeros(1, 2, 4)
+    for output, others in (
+        (hidden, None),
+        ((hidden,), ()),
+        ((hidden, None), (None,)),
+        ((hidden, state), (state,)),
+        ((hidden, torch.zeros(1, 2, 2, 2)), (None,)),
+    ):
+        assert hidden_of(layer, output, {"state": state}) is hidden and layer.reversible.others == others
+    with pytest.raises(TypeError, match="returned more than its hidden state"):
+        hidden_of(layer, (hidden, torch.zeros(1, 2, 3)), {})

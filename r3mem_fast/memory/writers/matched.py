@@ -5,6 +5,7 @@ beyond the budget. Every pass begins at the same position, however long the hist
 have the positions that those of the next one will have; keys keep their distances, up to the layout's reach.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from ..cache import PrefixCache
 from ..layout import MemoryLayout
 from ..memory import Memory
 from ..reader import MemoryReader
+from ..recurrent import Carried, replaced_states
 from ..rotary import depends_on_pass
-from ..segments import Segment
+from ..segments import Segment, without_padding
 from ..slots import Slots, replaced, slots_of
 from ..states import uploaded
 from .matching import Match, Queries, joined
@@ -34,8 +36,12 @@ class Pass(NamedTuple):
         memory: The memory before it, of B rows.
         before: The memory before it, of the A rows alone.
         cache: The pass's cache, with the segment's keys and values.
-        calls: The attention of each layer; none if the segment does not ask for a memory.
+        calls: The attention of each layer with keys, by its place among these; none if the segment does not ask for a
+            memory.
         hidden: Last hidden states, `[A, n, hidden_size]`.
+        states: Keys, without positions, and values of the segment, as `PrefixCache.captured` gives them; None: the
+            cache has them.
+        carried: States of recurrent layers after the tokens that will not be read again; None: there are none.
     """
 
     segment: Segment
@@ -44,6 +50,8 @@ class Pass(NamedTuple):
     cache: PrefixCache
     calls: Mapping[int, AttentionCall]
     hidden: torch.Tensor
+    states: torch.Tensor | None = None
+    carried: Carried | None = None
 
 
 class MatchedWriter:
@@ -78,8 +86,22 @@ class MatchedWriter:
             ValueError: The memory is beyond its budget, and that is to be an error; or no memory can be matched to
                 the model's attention.
         """
+        each_row = "pairs" in self.sources
+        if memory.carried is not None and not (segment.mask.all() and (len(segment.rows) == 1 or not each_row)):
+            return self._read_without_padding(segment, memory, each_row)
         found = self.pass_over(segment, memory)
         return found.hidden, self.written(found) if segment.writes else memory
+
+    def _read_without_padding(self, segment, memory, each_row):
+        """Read rows of one length together, and the others apart."""
+        whole = None
+        for places, part in without_padding(segment, each_row=each_row):
+            found = self.pass_over(part, memory)
+            if whole is None:
+                whole = found.hidden.new_zeros(*segment.ids.shape, found.hidden.shape[-1])
+            whole[places, segment.ids.shape[1] - part.ids.shape[1] :] = found.hidden
+            memory = self.written(found) if segment.writes else memory
+        return whole, memory
 
     @torch.no_grad()
     def pass_over(self, segment: Segment, memory: Memory) -> Pass:
@@ -102,19 +124,44 @@ class MatchedWriter:
         reader = self._reader
         embeddings = reader.embeddings_of(segment.ids)
         mask = segment.mask
-        cache = reader.new_cache(keep=False, capture=mask.shape[1] if segment.writes else 0)
+        in_parts = segment.writes and before.carried is not None
+        cache = reader.new_cache(keep=in_parts, capture=mask.shape[1] if segment.writes else 0)
         reader.read(cache, before)
         if not segment.writes:
             return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache))
+        if in_parts:
+            return self._pass_in_parts(segment, memory, before, cache, embeddings)
+        hidden, calls = self._decoded(embeddings, mask, cache)
+        return Pass(segment, memory, before, cache, calls, hidden)
+
+    def _pass_in_parts(self, segment, memory, before, cache, embeddings):
+        """Read up to the first token that will be read again, where recurrent layers will go on, and then the rest."""
+        fresh, carried = int(self._fresh(segment)[0]), before.carried
+        found, states = [], []
+        for start, end in ((0, fresh), (fresh, segment.ids.shape[1])):
+            if start == end:
+                continue
+            positions = torch.arange(start, end).expand(len(segment.ids), -1)
+            found.append(self._decoded(embeddings[:, start:end], segment.mask[:, start:end], cache, positions))
+            states.append(cache.captured())
+            if end == fresh:
+                carried = {name: state.clone() for name, state in cache.states_after().items()}
+        hidden = torch.cat([part for part, _ in found], 1)
+        calls = joined([Queries(part, segment.mask) for _, part in found]).calls
+        return Pass(segment, memory, before, cache, calls, hidden, torch.cat(states, 4), carried)
+
+    def _decoded(self, embeddings, mask, cache, positions=None):
+        """Decode tokens behind a memory: last hidden states, and the attention of each layer by its place."""
+        reader = self._reader
         with captured_attention(reader.decoder.config) as calls:
-            hidden = reader.decode(embeddings, mask, cache)
-        if missing := sorted(set(range(len(before.states))) - calls.keys()):
+            hidden = reader.decode(embeddings, mask, cache, positions)
+        if missing := sorted(set(cache.keyed) - calls.keys()):
             raise ValueError(
                 f"the attention of layers {missing} of a {type(reader.decoder).__name__} is none of transformers' "
                 "interchangeable functions, so no memory can be matched to it; let memory tokens learn "
                 '(memory_writer="tokens")'
             )
-        return Pass(segment, memory, before, cache, calls, hidden)
+        return hidden, {place: calls[index] for place, index in enumerate(cache.keyed)}
 
     @torch.no_grad()
     def written(self, found: Pass) -> Memory:
@@ -129,14 +176,32 @@ class MatchedWriter:
         Raises:
             ValueError: The memory is beyond its budget, and that is to be an error.
         """
-        segment, before = found.segment, found.before
-        old, new = self._candidates(segment, before, found.cache)
+        segment = found.segment
+        old, new = self._candidates(found)
         self._check_budget(old, new)
         own = Queries(found.calls, self._positions(segment.mask, found.hidden.device))
-        match = Match(self._queries(segment, before, (old, new), own), found.cache, self._layout.first_position)
-        after = replaced(found.memory, segment.rows, list(self._parts(old, new, match)))
+        match = Match(self._queries(found, (old, new), own), found.cache, self._layout.first_position)
+        after = _replaced(found, list(self._parts(old, new, match)))
         self.unmatched += match.unmatched
         return after
+
+    @torch.no_grad()
+    def extended(self, segment: Segment, memory: Memory) -> Memory:
+        """Read a segment behind a memory, and hold it with a slot for every token, whatever the budget is.
+
+        Args:
+            segment: A piece of A rows of a batch of B.
+            memory: The memory of what comes before, of B rows.
+
+        Returns:
+            The memory after it.
+        """
+        for _, part in without_padding(segment):
+            found = self.pass_over(part, memory)
+            old, new = self._candidates(found)
+            together = old.followed_by(new)
+            memory = _replaced(found, [(range(len(part.rows)), together.within(int(together.counts.max())))])
+        return memory
 
     def kind_of(self, segment: Segment, memory: Memory) -> tuple | None:
         """What the host has to know to read a segment: those of one kind differ in tokens and states alone.
@@ -152,7 +217,8 @@ class MatchedWriter:
         every = tuple(range(len(memory)))
         if not segment.writes or segment.rows != every or "pairs" in self.sources or not segment.mask.all():
             return None
-        if depends_on_pass(self._reader.decoder):  # the host asks for the largest position
+        # The host asks for the largest position, or a pass is read in parts.
+        if depends_on_pass(self._reader.decoder) or memory.carried is not None:
             return None
         assert memory.slots is not None, "see MemoryLayout.writer"
         fresh = self._fresh(segment)
@@ -174,9 +240,10 @@ class MatchedWriter:
         positions = self._layout.first_position + mask.cumsum(1) - 1
         return uploaded(torch.where(mask > 0, positions, -1).to(torch.int32), device)
 
-    def _candidates(self, segment, before, cache):
+    def _candidates(self, found):
         """The slots so far, and those of the segment's tokens, without the tokens that will be read again."""
-        states, mask = cache.captured(), segment.mask
+        segment, before, mask = found.segment, found.before, found.segment.mask
+        states = found.cache.captured() if found.states is None else found.states
         lengths, fresh = mask.sum(1), self._fresh(segment)
         offsets = torch.arange(mask.shape[1]) - (mask.shape[1] - lengths)[:, None]
         exists = (offsets >= 0) & (offsets < fresh[:, None])
@@ -193,14 +260,16 @@ class MatchedWriter:
         unread = before.pinned_slots() - (before.tokens_seen - carried + starts)  # pinned tokens from the first one on
         return torch.minimum(unread.clamp_min(0), fresh)
 
-    def _queries(self, segment, before, slots, own):
+    def _queries(self, passed, slots, own):
         """The queries that the memory is matched to; `own` are those of the pass that has read the segment."""
+        segment, before = passed.segment, passed.before
         found = [own] if "own" in self.sources else []
         if self.sources != ["own"]:
             old, new = slots
             together = old.followed_by(new)
             together = together.within(int(together.counts.max()))
             whole = replaced(before, range(len(before)), [(range(len(before)), together)])
+            whole = dataclasses.replace(whole, carried=passed.carried)
             if "reread" in self.sources:
                 everyone = torch.ones(len(before), dtype=torch.bool)
                 found.append(self._asked([(segment.ids, segment.mask, everyone)], whole))
@@ -218,8 +287,7 @@ class MatchedWriter:
         found = []
         for ids, mask, exists in texts:
             embeddings = reader.embeddings_of(ids)
-            with captured_attention(reader.decoder.config) as calls:
-                reader.decode(embeddings, mask, cache)
+            _, calls = self._decoded(embeddings, mask, cache)
             positions = self._positions(mask * exists[:, None], embeddings.device)
             found.append(Queries(calls, positions))
         return joined(found)
@@ -302,3 +370,11 @@ class MatchedWriter:
         slots = slots.up_to(age, layout.budget + int(pinned[0]))
         found = match(slots._replace(pinned=held), layout.budget - int((held - pinned)[0]), rows)
         return found._replace(pinned=pinned)
+
+
+def _replaced(found, parts):
+    """The memory after a pass, of all rows: with these slots, and the states of recurrent layers."""
+    rows, after = found.segment.rows, replaced(found.memory, found.segment.rows, parts)
+    if found.carried is None or after.carried is None:
+        return after
+    return dataclasses.replace(after, carried=replaced_states(after.carried, rows, found.carried))

@@ -1,0 +1,301 @@
+"""Layers with a recurrent or convolutional state: how a memory carries what they keep along a text.
+
+Such a layer has no keys and values to be matched. What it knows of a text is a state of constant size, from which it
+goes on exactly; so a memory holds the states as they are, beside the slots of the layers with attention.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from ..integrations.compat import (
+    has_recurrent_layers,
+    idle_layers,
+    layers_with_keys,
+    recurrent_layers,
+    recurrent_states,
+    set_recurrent_states,
+)
+from ..reversible.convert import text_config
+from ..reversible.past import MemoryNotReadError, PassCache, Past
+from .layout import MemoryLayout
+from .states import uploaded
+
+# Kinds of layers, as configurations name them, that have keys and values.
+_ATTENTION = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+# States by layer and name, such as "3.conv.0" or "3.recurrent.0", `[B, ...]` each.
+Carried = dict[str, torch.Tensor]
+
+
+class CarryingCache(PassCache):
+    """A cache whose recurrent layers go on from given states.
+
+    Attributes:
+        keep: Whether the cache goes on with what a pass leaves in it. If not, each pass begins with the given states.
+        passes: See `PassCache`.
+    """
+
+    keep: bool
+    _recurrent: Sequence[int] = ()  # layers that carry a state
+    _given: Mapping[str, torch.Tensor] | None = None
+    _is_read = False  # whether the layers have the given states
+    _gone_on: set[int] | None = None  # recurrent layers that have read their state in the pass that is running
+
+    def go_on_from(self, states: Mapping[str, torch.Tensor] | None) -> None:
+        """Set the states from which the next pass begins.
+
+        Args:
+            states: The states, in the dtypes in which the layers keep them; None: there are none, nothing was read.
+        """
+        self._given, self._is_read = states, False
+
+    def states_after(self) -> Carried:
+        """The states in which the last pass has left the layers: the layers' own, which the next pass may change."""
+        return {
+            f"{index}.{name}": state
+            for index in recurrent_layers(self)
+            for name, state in recurrent_states(self.layers[index]).items()
+        }
+
+    def carried(self, layer_idx: int) -> Past:
+        """The states of a layer from before this pass; none for a layer without."""
+        return recurrent_states(self.layers[layer_idx]) if layer_idx in recurrent_layers(self) else {}
+
+    def carry(self, states: Mapping[str, torch.Tensor], layer_idx: int) -> None:
+        """Take over a recurrent layer's new states."""
+        self._note(layer_idx)
+        set_recurrent_states(self.layers[layer_idx], states)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The state of a layer's convolution, as of `Cache.get_conv_state`."""
+        self._note(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The state of a layer's recurrence, as of `Cache.get_recurrent_state`."""
+        self._note(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer has read anything, as of `Cache.has_previous_state`; older layers ask for this first."""
+        if layer_idx is not None:
+            self._note(layer_idx)
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    def _note(self, layer_idx):
+        if self._gone_on is None and not self.passes:
+            raise MemoryNotReadError(
+                "a recurrent layer was given a memory's cache of which its decoder did not know, and would not have "
+                f"gone on from the memory. transformers is {transformers.__version__}; install a version that "
+                "r3mem_fast supports"
+            )
+        if self._gone_on is not None:
+            self._gone_on.add(layer_idx)
+
+    def _begin(self, config: Any, layers: int, tokens: torch.Tensor, mask: Any, held: int | None) -> list[int]:
+        """Begin a pass: check its rows, and give the layers their states.
+
+        Args:
+            config: Configuration of the decoder.
+            layers: Number of its layers.
+            tokens: Tokens of the pass, `[B, T]` or `[B, T, width]`.
+            mask: Mask of the pass, as the decoder is given it; None: there is no padding.
+            held: Rows of the slots before it; None: there are none.
+
+        Returns:
+            Indices of the layers that have keys and values.
+
+        Raises:
+            ValueError: There is padding, or another number of rows than of slots or states.
+        """
+        if self._given is not None and not self._is_read:
+            held = len(next(iter(self._given.values())))
+        if held not in (None, len(tokens)):
+            raise ValueError(f"{len(tokens)} rows of tokens and {held} of memory: one of each a row")
+        idle = set(idle_layers(config))
+        self._gone_on, self._recurrent = set(), [index for index in recurrent_layers(self) if index not in idle]
+        without = {*idle, *self._recurrent} - set(layers_with_keys(self))
+        keyed = [index for index in range(layers) if index not in without]
+        if not self._recurrent:
+            return keyed
+        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -tokens.shape[1] :].all())
+        if self._given is not None and padded:
+            raise ValueError(
+                "behind a memory, recurrent layers would take padding for tokens: give rows of one length, or one row "
+                "at a time (a memory's unfinished tokens count, too: compress with finish=True leaves none)"
+            )
+        if self.keep and self._is_read:
+            return keyed
+        for index in self._recurrent:
+            start = f"{index}."
+            given = self._given or {}
+            own = {name.removeprefix(start): state.clone() for name, state in given.items() if name.startswith(start)}
+            set_recurrent_states(self.layers[index], own)
+        self._is_read = True
+        return keyed
+
+    def _end(self) -> set[int]:
+        """End a pass; returns the recurrent layers that have not gone on from their states in it."""
+        gone_on, self._gone_on = self._gone_on, None
+        return set() if gone_on is None else set(self._recurrent) - gone_on
+
+
+def refuse_learned_states(layout: MemoryLayout | None, config: Any) -> None:
+    """Raise ValueError where memory tokens would have to learn beside the states of recurrent layers.
+
+    Args:
+        layout: Layout of the memories; None: there are none.
+        config: Configuration of the model.
+    """
+    if layout is not None and layout.writer == "tokens" and has_recurrent_layers(text_config(config)):
+        raise ValueError(
+            f"a {config.model_type} model has recurrent layers, whose states memory tokens that learn do not carry: "
+            'give it matched memories (memory_writer="matched"), or no num_memory_tokens'
+        )
+
+
+def has_no_positions(decoder: Any) -> bool:
+    """Whether a decoder leaves it to its recurrent layers to know where a token stands.
+
+    Args:
+        decoder: The module whose loop calls the layers.
+    """
+    if not has_recurrent_layers(getattr(decoder, "config", None)):
+        return False
+    names = [part.lower() for name, module in decoder.named_modules() for part in (name, type(module).__name__)]
+    return not any(word in name for name in names for word in ("rotary", "rope", "pos_emb", "position"))
+
+
+@torch.no_grad()
+def states_that_go_on(reader: Any) -> Carried:
+    """States that the recurrent layers of a model keep, of one row; none if it has no such layers.
+
+    A few tokens are read in one pass and in parts, to prove that the layers go on from their states.
+
+    Args:
+        reader: The model's `MemoryReader`.
+
+    Raises:
+        ValueError: No layer has keys and values, or the layers do not go on.
+    """
+    if not has_recurrent_layers(reader.decoder.config):
+        return {}
+    name, parts = type(reader.decoder).__name__, (4, 2, 1)
+    if not layers_with_keys(reader.new_cache()):
+        raise ValueError(
+            f"a {name} is recurrent in all its layers: what it knows of a text is the state in its own cache, exact "
+            "and of constant size, and there is nothing that a memory could compress. Keep that cache (use_cache=True)"
+        )
+    embeddings = reader.embeddings_of(torch.arange(sum(parts))[None])
+
+    def read(cache, start, end):
+        mask, positions = torch.ones(1, end - start, dtype=torch.int64), torch.arange(start, end)[None]
+        return reader.decode(embeddings[:, start:end], mask, cache, positions)
+
+    def read_in_parts(cache, *, forgets):
+        found, start = [], 0
+        for length in parts:
+            if forgets:
+                cache.go_on_from(None)
+            found.append(read(cache, start, start + length))
+            start += length
+        return torch.cat(found, 1)
+
+    cache, in_one, other = (reader.new_cache(first_position=0) for _ in range(3))
+    whole, cause = read(in_one, 0, sum(parts)), None
+    without = (read_in_parts(other, forgets=True) - whole).norm()
+    try:
+        error = (read_in_parts(cache, forgets=False) - whole).norm()
+        found = cache.states_after()
+        apart = max(_difference(found[name], state) for name, state in in_one.states_after().items())
+    except (RuntimeError, IndexError) as raised:  # of shapes: its layers go on by one token at a time
+        error, apart, cause, found = without, math.inf, raised, {}
+    # Rounding is told from an error by what it takes to forget the states.
+    if not (error <= max(4 * torch.finfo(whole.dtype).eps * whole.norm(), without / 20) and apart <= 0.05):
+        raise ValueError(
+            f"the recurrent layers of a {name} do not go on from their states as they would in one pass, with "
+            f"transformers {transformers.__version__}, so no memory can carry these; a newer version may do it"
+        ) from cause
+    return {name: state.clone() for name, state in found.items()}
+
+
+def _difference(state, other):
+    """How much states differ, relative to their size."""
+    return ((state - other).norm() / other.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+
+
+def no_states(like: Mapping[str, torch.Tensor], rows: int) -> Carried:
+    """The states of layers that have read nothing: zeros, as the layers themselves put before a text.
+
+    Args:
+        like: States of the model, of any number of rows.
+        rows: Number of rows.
+    """
+    return {name: state.new_zeros(rows, *state.shape[1:]) for name, state in like.items()}
+
+
+def rows_of(carried: Mapping[str, torch.Tensor] | None, index: torch.Tensor) -> Carried | None:
+    """The states of some rows; None if there are no states.
+
+    Args:
+        carried: The states.
+        index: Indices of the rows, int64, on the states' device.
+    """
+    return None if carried is None else {name: state.index_select(0, index) for name, state in carried.items()}
+
+
+def joined_states(parts: Sequence[Carried | None]) -> Carried | None:
+    """Join the rows of several states.
+
+    Args:
+        parts: States of one model; None: its layers are not recurrent.
+    """
+    found = [part for part in parts if part is not None]
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]} if found else None
+
+
+def replaced_states(carried: Carried, rows: Sequence[int], new: Mapping[str, torch.Tensor]) -> Carried:
+    """States in which some rows have other ones.
+
+    Args:
+        carried: States of B rows.
+        rows: Indices of the rows that change.
+        new: Their new states.
+    """
+    index = uploaded(torch.as_tensor(list(rows), dtype=torch.int64), next(iter(carried.values())).device)
+    return {name: state.index_copy(0, index, new[name].to(state.dtype)) for name, state in carried.items()}
+
+
+def check_states(carried: Mapping[str, torch.Tensor] | None, known: Mapping[str, torch.Tensor]) -> None:
+    """Check that a memory's states are those of a model.
+
+    Args:
+        carried: States of the memory.
+        known: States of the model, of any number of rows.
+
+    Raises:
+        ValueError: They are not.
+    """
+    mine, its = ({name: list(s.shape[1:]) for name, s in (states or {}).items()} for states in (known, carried))
+    if mine != its:
+        raise ValueError(f"the memory carries states {its}, of another model than one of {mine}")
+
+
+def refuse_layers_without_memory(config: Any, layers: Collection[int]) -> None:
+    """Raise ValueError for layers that keep what they carry along a text where no memory can take it from.
+
+    Args:
+        config: Configuration of the decoder.
+        layers: Indices of layers that have neither written keys and values, nor read or written a state.
+    """
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = {kinds[index] for index in layers if index < len(kinds)} - set(_ATTENTION)
+    if others:
+        raise ValueError(
+            f"layers {sorted(layers)} of a {config.model_type} model are {' and '.join(sorted(others))}: they have no "
+            "keys and values that a memory could be, and what they carry along a text is not kept where a memory "
+            f"could take it from (transformers {transformers.__version__})"
+        )
