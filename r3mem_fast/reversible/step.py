@@ -1,6 +1,5 @@
 """Evaluates a layer's branch in a forward pass, and again, with the same arguments, in its backward pass."""
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..integrations import fsdp
 from ..integrations.compat import cache_name
+from ..integrations.parametrised import parametrised
 from .past import PastKeysValues, States, append_to, layer_index, past_of
 from .surroundings import Surroundings
 
@@ -65,10 +65,11 @@ class Step:
         # Watched, not copied: after a change in place, the backward pass would reconstruct something else.
         self._parameters, self._modes, self._hooks = _watched_parts(layer)
         self._trainable = [p for p in self._parameters if p.requires_grad]
+        unknown = parametrised(layer)
         self._watched = [
             (tensor, tensor._version)
             for tensor in [*self._arguments(), *self._parameters]
-            if not tensor.is_inference()
+            if not tensor.is_inference() and id(tensor) not in unknown
         ]
 
     def _arguments(self) -> list[torch.Tensor]:
@@ -158,7 +159,8 @@ class Step:
 
     def _check_unmodified(self):
         parameters, modes, hooks = _watched_parts(self.layer)
-        if not _same_objects(self._parameters, parameters):
+        # Not their order: a module that parametrises some for a while puts these back behind the others.
+        if {id(p) for p in self._parameters} != {id(p) for p in parameters}:
             raise RuntimeError(
                 f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass. With "
                 "functional_call, run backward inside of it too. FullyShardedDataParallel does this with "
@@ -181,10 +183,6 @@ class Step:
                 )
 
 
-def _same_objects(left, right):
-    return len(left) == len(right) and all(map(operator.is_, left, right))
-
-
 def _watched_parts(layer):
     """Parameters, modes and hooks of a layer, on which the second evaluation depends.
 
@@ -195,7 +193,7 @@ def _watched_parts(layer):
     modules = list(layer.modules())
     parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
     modes = [(m.training, tuple(m.active_adapters) if "lora_A" in m._modules else None) for m in modules]
-    trainable = [p.requires_grad for p in parameters]
+    trainable = {id(p) for p in parameters if p.requires_grad}
     inside = (m for m in modules if m is not layer)
     hooks = {(id(m), key) for m in inside for own in (m._forward_hooks, m._forward_pre_hooks) for key in own}
     return parameters, (modes, trainable), hooks
