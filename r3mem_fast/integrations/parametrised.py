@@ -1,4 +1,4 @@
-"""Finds the parameters that PEFT parametrises while their module runs (its `target_parameters`: weights of experts)."""
+"""Finds the parameters that PEFT parametrises while their module runs: `target_parameters`, weights of experts."""
 
 from typing import Any
 
