@@ -79,8 +79,8 @@ def lora_config(base: nn.Module, config: R3MemConfig) -> LoraConfig:
     elif moved and (first_layer or config.adapter_rows == "memory" or config.lora_dropout):
         raise ValueError(
             f"PEFT adapts the experts of all layers of a {type(base).__name__} in place of {last_parts}, on all "
-            'tokens and without dropout: take first_adapted_layer=0, adapter_rows="all" and lora_dropout=0, or leave these '
-            "names out of target_modules"
+            'tokens and without dropout: take first_adapted_layer=0, adapter_rows="all" and lora_dropout=0, or leave '
+            "these names out of target_modules"
         )
     return made
 
