@@ -8,13 +8,14 @@ import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils.output_capturing import _active_collector
 
 from .scoped import temporarily
@@ -22,6 +23,8 @@ from .scoped import temporarily
 # Names of the parameter by which layers, decoders and models take a key-value cache, newest first: `cache` since 5.24,
 # `past_key_values` before it, and in some layers one of the others.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+# Name of the mapping in which layers leave keys and values for layers above them.
+SHARED_STATES = "shared_kv_states"
 
 
 def cache_name(arguments: dict[str, Any]) -> str | None:
@@ -92,6 +95,77 @@ def _cache_parameter(forward: Callable) -> str:
             f"memory can be read by it; transformers is {transformers.__version__}"
         )
     return found
+
+
+def setting_of(config: Any, name: str, default: Any = None) -> Any:
+    """Read a setting of a model, whether or not some layers have one of their own beside it.
+
+    Args:
+        config: The configuration of the model's decoder.
+        name: Name of the setting.
+        default: What to return if there is none of that name.
+    """
+    # Since 5.23 a configuration refuses to be asked for what differs between layers.
+    return vars(config)[name] if name in vars(config) else getattr(config, name, default)
+
+
+def inputs_of_layers(decoder: torch.nn.Module, ids: torch.Tensor | None, embeddings: torch.Tensor) -> dict[str, Any]:
+    """Make what some decoders give their layers of each token, beside the embeddings (Gemma 3n and 4).
+
+    Without it they take it for zero, or look for the token of each embedding among all.
+
+    Args:
+        decoder: The decoder.
+        ids: Token ids of the first embeddings, int64 `[batch, n]`; None: of none.
+        embeddings: `[batch, tokens, width]`. Those without an id get what padding has, as those of images do.
+
+    Returns:
+        A keyword argument for the decoder; none for most.
+    """
+    config = decoder.config
+    if not (getattr(config, "hidden_size_per_layer_input", None) and hasattr(decoder, "get_per_layer_inputs")):
+        return {}
+    rows, tokens = embeddings.shape[:2]
+    known = torch.full((rows, tokens), config.pad_token_id or 0, device=embeddings.device)
+    if ids is not None:
+        known[:, : ids.shape[1]] = ids.to(embeddings.device)
+    others = len(inspect.signature(decoder.get_per_layer_inputs).parameters) - 1
+    return {"per_layer_inputs": decoder.get_per_layer_inputs(known, *[None] * others)}
+
+
+def key_sources(config: Any, layers: Sequence[torch.nn.Module]) -> tuple[int, ...]:
+    """Find the layers whose keys and values each layer reads: most read their own (but see Gemma 3n and 4).
+
+    Args:
+        config: Configuration of the decoder.
+        layers: Its layers, in any order.
+
+    Returns:
+        For each layer, by its index in the cache, the index of that layer: its own or a lower one.
+    """
+    if not getattr(config, "num_kv_shared_layers", None):
+        return tuple(range(len(layers)))
+    attentions: Any = [next(m for m in layer.modules() if hasattr(m, "is_kv_shared_layer")) for layer in layers]
+    attentions.sort(key=lambda attention: attention.layer_idx)
+    found: list[int] = []
+    last: dict[str, int] = {}
+    for index, attention in enumerate(attentions):
+        if not attention.is_kv_shared_layer:
+            last[attention.layer_type] = index
+        found.append(last[attention.layer_type] if attention.is_kv_shared_layer else index)
+    return tuple(found)
+
+
+def decoder_output(hidden: torch.Tensor) -> BaseModelOutputWithPastAndCrossAttentions:
+    """Make the output of a decoder, in which a causal language model finds all that it looks for.
+
+    Args:
+        hidden: The last hidden states, `[batch, tokens, hidden_size]`.
+    """
+    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    output.router_logits = None  # of mixtures of experts
+    output.shared_kv_states = None  # of Gemma 4
+    return output
 
 
 def captured_outputs() -> dict[str, Any]:

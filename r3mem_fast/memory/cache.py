@@ -10,10 +10,12 @@ from transformers.cache_utils import DynamicLayer
 
 from ..integrations import attention
 from ..integrations.capture import implementation_of
-from ..integrations.compat import signature_of
+from ..integrations.compat import key_sources, setting_of, signature_of
 from ..reversible.past import MemoryNotReadError, PassCache, States
+from .masks import with_memory, within
 from .room import Room
 from .rotary import Rotation
+from .sizes import LayerSizes, sizes_of, stacked
 
 # Kinds of layers, as configurations name them, that have keys and values.
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
@@ -38,6 +40,10 @@ class PrefixCache(PassCache):
         adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
         decoder: The decoder whose layers' memory it is; another one is refused. None: any may read it.
         still: Indices of layers that do not rotate their keys.
+        sizes: Sizes of each layer's keys and values; (): those of the memory, or of what the layers write.
+
+    Attributes:
+        sources: For each layer, the one whose keys and values it reads; () before the first pass.
     """
 
     def __init__(
@@ -50,10 +56,12 @@ class PrefixCache(PassCache):
         adapted_tokens: int | None = None,
         decoder: Any = None,
         still: Collection[int] = (),
+        sizes: Sequence[LayerSizes] = (),
     ):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
-        self._decoder, self._still = decoder, still
+        self._decoder, self._still, self._sizes = decoder, still, sizes
+        self.sources: Sequence[int] = ()
         self.adapted_tokens = adapted_tokens
         self._prefix: torch.Tensor | None = None
         self._visible: torch.Tensor | None = None
@@ -70,6 +78,7 @@ class PrefixCache(PassCache):
         self._tables: Callable | None = None  # of all positions up to its first one
         self._positions: torch.Tensor | None = None  # of the captured tokens
         self._widened: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # masks of this pass
+        self._counts: dict[int, int] = {}  # keys of this pass, by layer, without the memory's
         self._apart = False  # whether masks carry the memory
         self._lengths: torch.Tensor | None = None
         # Layers that must take part in the pass that is running (None: none is), and those that have.
@@ -153,7 +162,11 @@ class PrefixCache(PassCache):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
-        self._expected = set(range(len(layers)))  # as their attention addresses the cache
+        if len(self.sources) != len(layers):
+            self.sources = key_sources(config, layers)
+            while len(self.layers) < len(set(self.sources)):  # transformers 5.10 makes some of them later
+                self.layers.append(self.layer_class_to_replicate())
+        self._expected = set(self.sources)  # as their attention addresses the cache
         self._extended, self._attended = set(), set()
         self._of_pass, self._tables = positions, None
         self._config = config
@@ -179,10 +192,12 @@ class PrefixCache(PassCache):
         if self._ages is None:
             places = torch.arange(first - self.prefix_length, first, device=positions.device)
             tables = self.rotation.tables(places[None], prefix, seen_with=positions)
-            keys = self.rotation.of_layers(self.rotation.rotated, prefix[:, 0], range(len(prefix)), tables)
+            keys = self._turned(self.rotation.rotated, prefix[:, 0], range(len(prefix)), tables)
         else:
             keys = self.placed(prefix[:, 0], range(len(prefix)), (first - self._ages.long()).clamp_min(0))
-        self._placed = {index: (keys[index], prefix[index, 1]) for index in range(len(prefix))}
+        self._placed = {
+            index: (size.key(keys[index]), size.value(prefix[index, 1])) for index, size in enumerate(self.sizes)
+        }
 
     def hold(self, prefix: torch.Tensor, ages: torch.Tensor) -> None:
         """Hold other slots for layers that are called outside of a pass, as those of the last one were.
@@ -202,11 +217,24 @@ class PrefixCache(PassCache):
             layers: Indices of the layers in the cache.
             places: Positions of the keys, int64 `[layers, B, kv_heads, N]`.
         """
-        return self.rotation.of_layers(self.rotation.rotated_to, keys, layers, self._tables_up_to_first(), places)
+        return self._turned(self.rotation.rotated_to, keys, layers, self._tables_up_to_first(), places)
 
     def unplaced(self, keys: torch.Tensor, layers: Sequence[int], places: torch.Tensor) -> torch.Tensor:
         """Take the rotation off keys at these positions; the inverse of `placed`, with its arguments."""
-        return self.rotation.of_layers(self.rotation.unrotated_from, keys, layers, self._tables_up_to_first(), places)
+        return self._turned(self.rotation.unrotated_from, keys, layers, self._tables_up_to_first(), places)
+
+    def _turned(self, turn, keys, layers, tables, places=None):
+        return self.rotation.of_layers(turn, keys, layers, tables, self.sizes, places)
+
+    @property
+    def sizes(self) -> Sequence[LayerSizes]:
+        """Sizes of each layer's keys and values, of the layers that have some of their own."""
+        if not self._sizes and self._prefix is not None:
+            layers, _, _, heads, _, width = self._prefix.shape
+            return [LayerSizes(heads, width, width)] * layers
+        if not self._sizes:
+            self._sizes = tuple(sizes_of(*self._written[index]) for index in range(len(self._written)))
+        return self._sizes
 
     def _tables_up_to_first(self):
         """Tables of all positions that a memory's keys can have."""
@@ -228,8 +256,8 @@ class PrefixCache(PassCache):
         """
         expected, self._expected = self._expected, None
         missing = (expected or set()) - self._extended
-        if self._apart and self._placed:  # and read out of the masks
-            missing |= (expected or set()) - self._attended
+        if self._apart and self._placed and expected:  # and read out of the masks
+            missing |= set(range(len(self.sources))) - self._attended
         kinds = getattr(self._config, "layer_types", None) or ()
         others = {kinds[index] for index in missing if index < len(kinds)} - set(_ATTENTION)
         if others:
@@ -252,6 +280,8 @@ class PrefixCache(PassCache):
 
     def past(self, layer_idx: int) -> States:
         """Keys and values before those of this pass: () or a pair. With the memory's, unless masks carry it."""
+        if self.sources and self.sources[layer_idx] != layer_idx:  # of which it is given by the layer that has them
+            return ()
         own = self.layers[layer_idx]
         parts = [self._placed[layer_idx]] if self._placed and not self._apart else []
         parts += [(own.keys, own.values)] if self.keep and own.get_seq_length() else []
@@ -286,24 +316,14 @@ class PrefixCache(PassCache):
         return tuple(torch.cat(pair, dim=-2) for pair in zip(placed, states, strict=True))
 
     def captured_keys(self) -> torch.Tensor:
-        """Keys of the last `capture` tokens at their positions, `[layers, B, kv_heads, n, head_dim]`.
-
-        Raises:
-            ValueError: Layers have keys or values of other sizes than others.
-        """
-        sizes = {(states.shape[1], states.shape[-1]) for pair in self._written.values() for states in pair}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"not all layers' keys and values have heads of one number and size ({sorted(sizes)}), so a memory "
-                'cannot be one tensor of them; use memory_placement="input", or another model'
-            )
-        return torch.stack([self._written[index][0] for index in range(len(self._written))])
+        """Keys of the last `capture` tokens at their positions, `[layers, B, kv_heads, n, head_dim]`."""
+        return stacked([self._written[index][0] for index in range(len(self._written))], self.sizes)
 
     def captured(self) -> torch.Tensor:
         """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
         tables, layers = self.rotation.tables(self._positions, self._written[0][0]), range(len(self._written))
-        keys, values = (torch.stack([self._written[index][part] for index in layers]) for part in (0, 1))
-        return torch.stack([self.rotation.of_layers(self.rotation.unrotated, keys, layers, tables), values], 1)
+        keys, values = (stacked([self._written[index][part] for index in layers], self.sizes) for part in (0, 1))
+        return torch.stack([self._turned(self.rotation.unrotated, keys, layers, tables), values], 1)
 
     def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
         """A layer's attention mask, which lets the memory in.
@@ -316,47 +336,37 @@ class PrefixCache(PassCache):
             layer_idx: The layer's index in the cache.
             implementation: Name of the model's attention.
         """
+        source = self.sources[layer_idx]
         if self._apart:
             if not (self._placed and isinstance(mask, attention.SegmentMask)):
                 return mask  # of which the attention refuses any other
-            keys, values = self._placed[layer_idx]
+            keys, values = self._placed[source]
             return mask._replace(
                 memory_key=keys,
                 memory_value=values,
                 memory_lengths=self._lengths,
                 read=attention.LayerRead(self._attended, layer_idx),
             )
-        tokens = hidden.shape[1]
-        window = self._windows[layer_idx] if self._windows else None
+        tokens = hidden.shape[-2]
+        window = self._windows[source] if self._windows else None
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible and window is None):
             return mask
-        length = tokens if not self.keep else self.layers[layer_idx].get_mask_sizes(tokens)[0]
+        if source == layer_idx:  # before it writes its own
+            self._counts[source] = self.layers[source].get_mask_sizes(tokens)[0] if self.keep else tokens
+        length = self._counts[source]
         known, widened = self._widened.get((id(mask), length), (None, None))
         if widened is not None and known is mask and window is None:  # the same for all layers of a kind
             return widened
-        known = mask
-        if known is None:
-            ones = torch.ones(tokens, length, dtype=torch.bool, device=hidden.device)
-            known = ones.tril(length - tokens)[None, None]
-            if implementation == "eager":
-                known = _additive(known, hidden.dtype)
         visible = self._visible.to(hidden.device)[:, None, None].expand(-1, 1, tokens, -1)
         if window is not None:
-            visible = visible & self._within(window, layer_idx)
-        if known.dtype != torch.bool:
-            visible = _additive(visible, known.dtype)
-        widened = torch.cat([visible, known.expand(*visible.shape[:2], *known.shape[2:])], -1)
+            assert self._ages is not None
+            ages = self._ages[source][:, : self.sizes[source].heads]
+            heads = setting_of(self._config, "num_attention_heads")
+            visible = visible & within(window, ages, self._of_pass - self.first_position, heads)
+        widened = with_memory(mask, visible, tokens, length, hidden, implementation)
         if window is None:
             self._widened[id(mask), length] = (mask, widened)
         return widened
-
-    def _within(self, window, layer_idx):
-        """Whether each query of the pass has each slot in its window: bool `[B, heads, T, N]`."""
-        assert self._ages is not None
-        ages = self._ages[layer_idx]
-        later = (self._of_pass - self.first_position).to(ages.device)
-        seen = ages[:, :, None] + later[:, None, :, None] < window
-        return seen.repeat_interleave(self._config.num_attention_heads // ages.shape[1], 1)
 
     def update(self, *args, **kwargs):
         """Raise RuntimeError: called by a model that does not know of the memory."""
@@ -386,7 +396,3 @@ class PrefixCache(PassCache):
             self._visible, self._prefix = change(self._visible, 0), change(self._prefix, 2)
             self._placed = {i: tuple(change(t, 0) for t in pair) for i, pair in self._placed.items()}
             self._ages = None if self._ages is None else change(self._ages, 1)
-
-
-def _additive(visible, dtype):
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -221,14 +221,15 @@ def placed_prefix(
         )
     device = model.device
     states, ages = memory.states[..., start:, :].to(device, model.dtype), memory.ages[..., start:].to(device).long()
-    order = range(len(model.layers))
-    rotation = Rotation(reader.decoder, model.layers, order, text_config(model.config), reader.still_layers())
+    order, sizes, config = range(len(states)), reader.layer_sizes(), text_config(model.config)
+    rotation = Rotation(reader.decoder, model.layers, range(len(model.layers)), config, reader.still_layers())
     known = torch.arange(first - layout.reach, first + 1, device=device)[None]
     if read_with is None:
         read_with = torch.tensor([[first]], device=device)
     tables = rotation.tables(known, states, seen_with=read_with.amax(0, keepdim=True))
-    keys = tuple(rotation.of_layers(rotation.rotated_to, states[:, 0], order, tables, layout.reach - ages))
-    values = tuple(states[:, 1])
+    turned = rotation.of_layers(rotation.rotated_to, states[:, 0], order, tables, sizes, layout.reach - ages)
+    keys = tuple(size.key(some) for size, some in zip(sizes, turned, strict=True))
+    values = tuple(size.value(some) for size, some in zip(sizes, states[:, 1], strict=True))
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
-    mask, vocabulary = visible[:, start:].to(device, torch.int64), text_config(model.config).vocab_size
+    mask, vocabulary = visible[:, start:].to(device, torch.int64), config.vocab_size
     return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..integrations.capture import captured_attention
-from ..integrations.compat import cache_argument
+from ..integrations.compat import cache_argument, inputs_of_layers
 from ..integrations.scoped import evaluating, temporarily
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
@@ -15,6 +15,7 @@ from .cache import PrefixCache
 from .layout import MemoryLayout
 from .memory import Memory
 from .rotary import is_rotary
+from .sizes import LayerSizes
 from .states import uploaded
 
 
@@ -33,6 +34,7 @@ class MemoryReader:
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
         self._still: frozenset[int] = frozenset()
+        self._sizes: tuple[LayerSizes, ...] = ()
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -50,7 +52,7 @@ class MemoryReader:
             settings: More arguments of `PrefixCache`.
         """
         first = self.layout.first_position if first_position is None else first_position
-        settings = {"decoder": self.decoder, "still": self._still, **settings}
+        settings = {"decoder": self.decoder, "still": self._still, "sizes": self._sizes, **settings}
         return PrefixCache(text_config(self._model.config), first_position=first, **settings)
 
     def read(self, cache: PrefixCache, memory: Memory) -> PrefixCache:
@@ -71,7 +73,12 @@ class MemoryReader:
         return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows())
 
     def decode(
-        self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
+        self,
+        embeddings: torch.Tensor,
+        mask: torch.Tensor,
+        cache: PrefixCache,
+        positions: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the decoder on embeddings behind a memory; no logits are computed.
 
@@ -81,12 +88,13 @@ class MemoryReader:
             cache: The memory, as `read` made it. If it keeps keys and values, those of the tokens are appended to it.
             positions: int64 `[batch, tokens]`; 0 is the place right behind the memory. None: each row's first token
                 that is no padding has it, and the others follow.
+            ids: Token ids of the first embeddings, int64 `[batch, n]`; None: they are of no tokens.
 
         Returns:
             The last hidden states, `[batch, tokens, hidden_size]`.
         """
         positions = positions_of_mask(mask) if positions is None else positions
-        given = cache_argument(self.decoder, cache)
+        given = cache_argument(self.decoder, cache) | inputs_of_layers(self.decoder, ids, embeddings)
         if not mask.all():  # without padding there is nothing to ask of a mask, on a device least of all
             given["attention_mask"] = uploaded(mask, embeddings.device)
         positions = uploaded(positions, embeddings.device)
@@ -112,8 +120,9 @@ class MemoryReader:
         positions = self.layout.first_position + torch.arange(ids.shape[1], device=embeddings.device)[None]
         # An empty cache, because without one transformers asks the device whether rows hold several texts.
         empty = cache_argument(self.decoder, DynamicCache(config=text_config(self._model.config)))
+        others = inputs_of_layers(self.decoder, ids, embeddings)
         with temporarily(self._stack, run=passing):
-            self.decoder(inputs_embeds=embeddings, position_ids=positions, **empty)
+            self.decoder(inputs_embeds=embeddings, position_ids=positions, **empty, **others)
         hidden, arguments = found[0]
         return hidden, {name: value for name, value in arguments.items() if name not in empty}
 
@@ -130,7 +139,9 @@ class MemoryReader:
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
             with captured_attention(self.decoder.config) as calls:
-                layers, _, heads, tokens, width = self._keys_at(0).captured_keys().shape
+                cache = self._keys_at(0)
+            layers, _, heads, tokens, width = cache.captured_keys().shape
+            self._sizes = tuple(cache.sizes)
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
             self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
@@ -154,6 +165,11 @@ class MemoryReader:
         found = shape[2:] if self.layout.placement == "input" else [shape[0], shape[3], shape[5]]
         if found != sizes:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
+
+    def layer_sizes(self) -> tuple[LayerSizes, ...]:
+        """Sizes of each layer's keys and values, of the layers that have some of their own. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._sizes
 
     def _step(self, tokens):
         """How far a few tokens are moved to see what becomes of their keys; 0 where nothing ever is."""
@@ -188,7 +204,8 @@ class MemoryReader:
         cache = self.new_cache(keep=False, capture=4, first_position=position)
         # In the weights' precision: autocast's would look like keys that cannot be moved.
         with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
-            self.decode(self._model.get_input_embeddings()(ids), torch.ones(ids.shape, dtype=torch.int64), cache)
+            mask = torch.ones(ids.shape, dtype=torch.int64)
+            self.decode(self._model.get_input_embeddings()(ids), mask, cache, ids=ids)
         return cache
 
 

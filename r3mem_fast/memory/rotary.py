@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .sizes import LayerSizes, padded
+
 # Names of the position embeddings in models without rotary ones.
 _ABSOLUTE = ("wpe", "embed_positions")
 # Kinds of rotary embeddings whose frequencies are others for long texts.
@@ -84,9 +86,7 @@ class Rotation:
         self._rotary = decoder.rotary_emb
         kind = type(layers[0])
         base: type = getattr(kind, "unreversed", kind)  # as `make_reversible` sets it
-        self._apply = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
-        if self._apply is None:
-            raise ValueError(f"{base.__module__} has no apply_rotary_pos_emb, so a memory's keys cannot be rotated")
+        self._apply = _rotary_function(base.__module__)
         if "layer_type" in inspect.signature(self._rotary.forward).parameters:
             self._types = dict(zip(order, config.layer_types, strict=True))
 
@@ -194,15 +194,17 @@ class Rotation:
         keys: torch.Tensor,
         layers: Sequence[int],
         tables: Callable[[int], tuple[torch.Tensor, torch.Tensor] | None],
+        sizes: Sequence[LayerSizes],
         places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Turn the keys of several layers, with one call for those that follow one another and rotate alike.
 
         Args:
             turn: `rotated`, `unrotated`, `rotated_to` or `unrotated_from` of this object.
-            keys: Keys, `[layers, B, kv_heads, N, head_dim]`.
+            keys: Keys, `[layers, B, kv_heads, N, head_dim]`, with zeros behind those of smaller layers.
             layers: Indices of the layers.
             tables: What `tables` returned, for positions of one row or of each of the B.
+            sizes: Sizes of all layers of the model that have keys.
             places: Places of the keys, int64 `[layers, B, kv_heads, N]`, if `turn` takes them.
 
         Returns:
@@ -212,16 +214,21 @@ class Rotation:
         start = 0
         while start < len(layers):
             end = start + 1
-            while end < min(len(layers), start + size) and self._kind(layers[end]) == self._kind(layers[start]):
+            width = sizes[layers[start]].key_width
+            alike = (self._kind(layers[start]), width)
+            while end < min(len(layers), start + size) and alike == (
+                self._kind(layers[end]),
+                sizes[layers[end]].key_width,
+            ):
                 end += 1
-            some, own = keys[start:end].flatten(0, 1), tables(layers[start])
+            some, own = keys[start:end, ..., :width].flatten(0, 1), tables(layers[start])
             if places is not None:
                 turned = turn(some, own, places[start:end].flatten(0, 1))
             else:
                 if own is not None and len(own[0]) > 1:  # rows with tables of their own, in each layer
                     own = (own[0].repeat(end - start, 1, 1), own[1].repeat(end - start, 1, 1))
                 turned = turn(some, own)
-            found.append(turned.view(keys[start:end].shape))
+            found.append(padded(turned, *keys.shape[2::2]).view(keys[start:end].shape))
             start = end
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -235,9 +242,24 @@ class Rotation:
         keys = keys.float()
         width = cos.shape[-1] if self._is_partial else keys.shape[-1]
         part, rest = keys[..., :width], keys[..., width:]
-        # It rotates queries, too: give it none.
-        turned = self._apply(part[:, :0], part, cos, sin)[1]
+        turned = self._apply(part, cos, sin)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _rotary_function(module: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Find the function by which the layers of a module rotate keys `[B, kv_heads, T, width]`, by tables `(cos, sin)`.
+
+    Raises:
+        ValueError: The module has none of a name that is known here.
+    """
+    function = getattr(sys.modules[module], "apply_rotary_pos_emb", None)
+    if function is None:
+        raise ValueError(f"{module} has no apply_rotary_pos_emb, so a memory's keys cannot be rotated")
+    names = list(inspect.signature(function).parameters)
+    if names[1] == "cos":  # it takes queries and keys one by one
+        return function
+    # It rotates queries, too: give it none.
+    return lambda keys, cos, sin: function(keys[:, :0], keys, cos, sin)[1]
 
 
 def _rotates_a_part(config: Any) -> bool:

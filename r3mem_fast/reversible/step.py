@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..integrations import fsdp
-from ..integrations.compat import cache_name
+from ..integrations.compat import SHARED_STATES, cache_name
 from ..integrations.parametrised import parametrised
 from .past import PastKeysValues, States, append_to, layer_index, past_of
 from .surroundings import Surroundings
@@ -53,11 +53,18 @@ class Step:
         self._cache_name = cache_name(kwargs)
         self._cache: Any = None
         self._past: States = ()
+        self._left: list[Any] = []  # names under which the layer has left keys and values for others
         if self._cache_name is not None:
             kwargs = dict(kwargs)
             self._cache = kwargs.pop(self._cache_name)
             self._cache_index = layer_index(layer)
             self._past = past_of(self._cache, self._cache_index)
+        self._shared: Any = None
+        if kwargs.get(SHARED_STATES) is not None:
+            # Leaves of a mapping that the layer may add to: as arguments, so that gradients reach who has written them.
+            kwargs = dict(kwargs)
+            self._shared = kwargs[SHARED_STATES]
+            kwargs[SHARED_STATES] = dict(self._shared)
         self._leaves, self._structure = tree_flatten(kwargs)
         self._evaluated_once = evaluated_once
         if evaluated_once:
@@ -139,23 +146,33 @@ class Step:
             branch, _, _ = self.evaluate_again(hidden)
         return branch.detach()
 
-    def write_cache(self, new_states: Sequence[torch.Tensor]) -> None:
-        """Append new keys and values to the cache that the caller passed.
+    def write_states(self, new_states: Sequence[torch.Tensor]) -> None:
+        """Hand on new keys and values: to the cache that the caller passed, and to layers above that read them.
 
         Args:
-            new_states: Keys and values, outputs of the layer's autograd node; () without a cache.
+            new_states: Outputs of the layer's autograd node, beside the hidden state.
         """
-        if new_states:
-            keys, values = new_states
+        states = list(new_states)
+        for name in reversed(self._left):
+            self._shared[name] = tuple(states[-2:])
+            del states[-2:]
+        if states:
+            keys, values = states
             append_to(self._cache, keys, values, self._cache_index)
 
     def _call(self, hidden, leaves, past):
+        """The branch's value; and new keys and values, those for the cache before those for layers above."""
         kwargs = tree_unflatten(leaves, self._structure)
-        if self._cache is None:
-            return self._branch(self.layer, hidden, kwargs), ()
         view = PastKeysValues(past)
-        branch = self._branch(self.layer, hidden, {**kwargs, self._cache_name: view})
-        return branch, view.new
+        if self._cache is not None:
+            kwargs[self._cache_name] = view
+        before = dict(kwargs.get(SHARED_STATES) or {})
+        branch = self._branch(self.layer, hidden, kwargs)
+        if self._shared is None:
+            return branch, view.new
+        after = kwargs[SHARED_STATES]
+        self._left = [name for name, states in after.items() if states is not before.get(name)]
+        return branch, (*view.new, *(state for name in self._left for state in after[name]))
 
     def _check_unmodified(self):
         parameters, modes, hooks = _watched_parts(self.layer)

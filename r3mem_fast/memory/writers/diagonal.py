@@ -56,6 +56,8 @@ class DiagonalReader:
         """
         if len(segments) <= len(self._layers) or self._writer.sources != ["own"]:
             return False
+        if len(self._reader.layer_sizes()) < len(self._layers):  # some read what others have left in the same pass
+            return False
         if self._is_possible is None:
             # Some models give their layers something of the tokens themselves: other tokens would show it.
             ids = segments[0].ids

@@ -105,10 +105,10 @@ class MatchedWriter:
         cache = reader.new_cache(keep=False, capture=mask.shape[1] if segment.writes else 0)
         reader.read(cache, before)
         if not segment.writes:
-            return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache))
+            return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache, ids=segment.ids))
         with captured_attention(reader.decoder.config) as calls:
-            hidden = reader.decode(embeddings, mask, cache)
-        if missing := sorted(set(range(len(before.states))) - calls.keys()):
+            hidden = reader.decode(embeddings, mask, cache, ids=segment.ids)
+        if missing := sorted(set(range(len(cache.sources))) - calls.keys()):
             raise ValueError(
                 f"the attention of layers {missing} of a {type(reader.decoder).__name__} is none of transformers' "
                 "interchangeable functions, so no memory can be matched to it; let memory tokens learn "
@@ -219,7 +219,7 @@ class MatchedWriter:
         for ids, mask, exists in texts:
             embeddings = reader.embeddings_of(ids)
             with captured_attention(reader.decoder.config) as calls:
-                reader.decode(embeddings, mask, cache)
+                reader.decode(embeddings, mask, cache, ids=ids)
             positions = self._positions(mask * exists[:, None], embeddings.device)
             found.append(Queries(calls, positions))
         return joined(found)

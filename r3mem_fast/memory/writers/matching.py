@@ -31,6 +31,7 @@ from r3mem_fast.kernels.matching import attention_scores, value_system
 
 from ...integrations.capture import AttentionCall
 from ..cache import PrefixCache
+from ..sizes import padded
 from ..slots import Slots
 from ..states import uploaded
 
@@ -71,6 +72,23 @@ def joined(queries: Sequence[Queries]) -> Queries:
     return Queries(calls, torch.cat([some.positions for some in queries], 1))
 
 
+def asked_of_sources(queries: Queries, cache: PrefixCache) -> Queries:
+    """Queries by the layer whose keys they ask, where layers read those of others, too.
+
+    Args:
+        queries: Queries by the layer that asks.
+        cache: A cache of the pass.
+    """
+    if len(cache.sizes) == len(cache.sources):  # each layer its own
+        return queries
+    calls = dict(queries.calls)
+    for source, size in enumerate(cache.sizes):
+        readers = [calls[index].query for index, other in enumerate(cache.sources) if other == source]
+        by_key_head = torch.cat([query.unflatten(1, (size.heads, -1)) for query in readers], 2)
+        calls[source] = calls[source]._replace(query=by_key_head.flatten(1, 2))
+    return Queries(calls, queries.positions)
+
+
 class Match:
     """Matches slots to queries.
 
@@ -84,7 +102,7 @@ class Match:
     """
 
     def __init__(self, queries: Queries, cache: PrefixCache, first: int):
-        self._queries, self._cache, self._first = queries, cache, first
+        self._queries, self._cache, self._first = asked_of_sources(queries, cache), cache, first
         self.unmatched: list[torch.Tensor] = []
 
     def __call__(self, slots: Slots, limit: int, rows: Sequence[int]) -> Slots:
@@ -117,11 +135,17 @@ class Match:
         """
         calls = self._queries.calls
         settings = calls[group[0]].settings
-        ages = torch.cat([slots.ages[layer] for layer in group])
+        size = self._cache.sizes[group[0]]
+        heads, width = slots.states.shape[3::2]
+        ages = torch.cat([slots.ages[layer, :, : size.heads] for layer in group])
         positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1).to(torch.int32)
-        raw, value = (torch.cat([slots.states[layer, part] for layer in group]) for part in (0, 1))
+        raw, value = (
+            torch.cat([slots.states[layer, part, :, : size.heads, :, : size.width] for layer in group])
+            for part in (0, 1)
+        )
         key = self._turned(self._cache.placed, raw, group, positions)
         query = torch.cat([calls[layer].query[chosen] for layer in group]).to(raw.dtype)
+        query = padded(query, query.shape[1], size.width)
         asked_from = self._queries.positions[chosen].repeat(len(group), 1)
         where = {"query_positions": asked_from, "key_positions": positions}
         scores, lse, target = attention_scores(query, key, value, **where, **settings)
@@ -142,7 +166,9 @@ class Match:
         move = move_for_mass(query, lse - kept_lse, key.shape[1], settings["scale"])
         move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
         raw = raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
-        return raw.to(slots.states.dtype), value.to(slots.states.dtype), ages.gather(2, places)
+        ages = ages.gather(2, places)
+        ages = torch.cat([ages, ages[:, :1].expand(-1, heads - size.heads, -1)], 1)
+        return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
 
     def _turned(self, turn, keys, group, positions):
         """Turn the keys of some layers to positions, or back: turn is a method of the cache."""
@@ -156,7 +182,8 @@ class Match:
         groups: dict[tuple, list[int]] = {}
         for index in range(layers):
             call = self._queries.calls[index]
-            alike = (call.scale, call.softcap, call.window, None if call.sinks is None else index)
+            own = None if call.sinks is None else index
+            alike = (call.scale, call.softcap, call.window, own, self._cache.sizes[index])
             groups.setdefault(alike, []).append(index)
         size = max(1, _BYTES // nbytes)
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
