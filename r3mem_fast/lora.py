@@ -106,7 +106,7 @@ def _targets(base: Any, targets: str | Iterable[str], first_layer: int) -> tuple
         name.removeprefix(f"{name_of[layer]}.")
         for layer in layers
         for name, module in ((name_of[m], m) for m in layer.modules())
-        if isinstance(module, (nn.Linear, Conv1D))
+        if _is_linear(module)
     }
     if targets != "all-linear":
         wanted = [targets] if isinstance(targets, str) else targets
@@ -117,6 +117,19 @@ def _targets(base: Any, targets: str | Iterable[str], first_layer: int) -> tuple
     indices = "|".join(str(index) for index in range(first_layer, len(layers)))
     pattern = rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
     return pattern, [name for name in name_of.values() if re.fullmatch(pattern, name)]
+
+
+# Models' own subclasses of `Linear` that compute the same; others are routers, or linear in groups.
+_OWN_LINEAR = ("FalconLinear",)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear, and not a model's own subclass of a linear module that computes something else."""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    kind = type(module)
+    own = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    return not own or kind.forward is nn.Linear.forward or kind.__name__ in _OWN_LINEAR
 
 
 def check_tokens_can_be_chosen(model: Any) -> None:

@@ -22,6 +22,8 @@ class AttentionCall(NamedTuple):
         softcap: c of `c * tanh(scale * q · k / c)`; None: no cap.
         window: Number of keys that a query sees, its own included; None: all before it.
         sinks: One logit for each query head that takes part in the softmax and has no value, `[heads]`; None: none.
+        expanded: Makes keys and values of all heads of what latent attention keeps in a cache, `[B, 1, S, width]`
+            each; None: a cache keeps keys and values.
     """
 
     query: torch.Tensor
@@ -29,6 +31,7 @@ class AttentionCall(NamedTuple):
     softcap: float | None
     window: int | None
     sinks: torch.Tensor | None
+    expanded: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def captured_attention(config: Any) -> Iterator[dict[int, AttentionCall]]:
             settings.get("softcap"),
             settings.get("sliding_window"),
             settings.get("s_aux"),
+            getattr(module, "expand_kv", None),
         )
         return _attention_of(module, name)(module, query, *tensors, **settings)
 

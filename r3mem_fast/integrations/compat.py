@@ -78,6 +78,22 @@ def signature_of(module: torch.nn.Module) -> inspect.Signature:
     return inspect.signature(own) if own is not None else _signature_of_method(type(module).forward)
 
 
+def arguments_by_name(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Give the arguments of a call of a module's forward pass their names.
+
+    Args:
+        module: The module.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    signature = signature_of(module)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
 @functools.cache
 def _signature_of_method(forward: Callable) -> inspect.Signature:
     signature = inspect.signature(forward)

@@ -1,6 +1,5 @@
 """`PrefixCache`: a key-value cache with a memory before its tokens."""
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..integrations import attention
 from ..integrations.capture import implementation_of
-from ..integrations.compat import key_sources, setting_of, signature_of
+from ..integrations.compat import arguments_by_name, key_sources, setting_of, signature_of
 from ..reversible.past import MemoryNotReadError, PassCache, States
 from .masks import with_memory, within
 from .room import Room
@@ -144,15 +143,11 @@ class PrefixCache(PassCache):
                 f'the model with attn_implementation="sdpa", "eager" or "{attention.NAME}"'
             )
         self._apart = implementation == attention.NAME
-        signature = signature_of(decoder)
-        if "position_ids" not in signature.parameters:
+        if "position_ids" not in signature_of(decoder).parameters:
             raise ValueError(
                 f"a {type(decoder).__name__} takes no position_ids, so nothing can stand before its tokens"
             )
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name, {}))
+        arguments = arguments_by_name(decoder, args, kwargs)
         tokens = arguments.get("inputs_embeds")
         tokens = arguments["input_ids"] if tokens is None else tokens
         if self._visible is not None and len(self._visible) != len(tokens):
@@ -182,6 +177,8 @@ class PrefixCache(PassCache):
             )
         if self._apart and self._visible is not None and not self._all_visible:
             self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
+        if self._apart and self._prefix is not None and self.carrier:
+            raise ValueError(f'attn_implementation="{attention.NAME}" cannot read latents; use "sdpa" or "eager"')
         if self._prefix is not None and not self._placed:
             self._place(self._prefix, positions)
         return arguments
@@ -192,12 +189,12 @@ class PrefixCache(PassCache):
         if self._ages is None:
             places = torch.arange(first - self.prefix_length, first, device=positions.device)
             tables = self.rotation.tables(places[None], prefix, seen_with=positions)
-            keys = self._turned(self.rotation.rotated, prefix[:, 0], range(len(prefix)), tables)
+            turned = self._turned(self.rotation.rotated, prefix[:, self.carrier], range(len(prefix)), tables)
         else:
-            keys = self.placed(prefix[:, 0], range(len(prefix)), (first - self._ages.long()).clamp_min(0))
-        self._placed = {
-            index: (size.key(keys[index]), size.value(prefix[index, 1])) for index, size in enumerate(self.sizes)
-        }
+            places = (first - self._ages.long()).clamp_min(0)
+            turned = self.placed(prefix[:, self.carrier], range(len(prefix)), places)
+        keys, values = (turned if part == self.carrier else prefix[:, part] for part in (0, 1))
+        self._placed = {i: (size.key(keys[i]), size.value(values[i])) for i, size in enumerate(self.sizes)}
 
     def hold(self, prefix: torch.Tensor, ages: torch.Tensor) -> None:
         """Hold other slots for layers that are called outside of a pass, as those of the last one were.
@@ -225,6 +222,11 @@ class PrefixCache(PassCache):
 
     def _turned(self, turn, keys, layers, tables, places=None):
         return self.rotation.of_layers(turn, keys, layers, tables, self.sizes, places)
+
+    @property
+    def carrier(self):
+        """Which of keys and values carries positions."""
+        return self.rotation.carrier(self.sizes)
 
     @property
     def sizes(self) -> Sequence[LayerSizes]:
@@ -316,14 +318,15 @@ class PrefixCache(PassCache):
         return tuple(torch.cat(pair, dim=-2) for pair in zip(placed, states, strict=True))
 
     def captured_keys(self) -> torch.Tensor:
-        """Keys of the last `capture` tokens at their positions, `[layers, B, kv_heads, n, head_dim]`."""
-        return stacked([self._written[index][0] for index in range(len(self._written))], self.sizes)
+        """Keys of the last `capture` tokens, or what carries their positions, `[layers, B, kv_heads, n, head_dim]`."""
+        return stacked([self._written[index][self.carrier] for index in range(len(self._written))], self.sizes)
 
     def captured(self) -> torch.Tensor:
-        """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
+        """Keys and values, without positions, of the last `capture` tokens, as `read` takes them."""
         tables, layers = self.rotation.tables(self._positions, self._written[0][0]), range(len(self._written))
-        keys, values = (stacked([self._written[index][part] for index in layers], self.sizes) for part in (0, 1))
-        return torch.stack([self._turned(self.rotation.unrotated, keys, layers, tables), values], 1)
+        found = [stacked([self._written[index][part] for index in layers], self.sizes) for part in (0, 1)]
+        found[self.carrier] = self._turned(self.rotation.unrotated, found[self.carrier], layers, tables)
+        return torch.stack(found, 1)
 
     def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
         """A layer's attention mask, which lets the memory in.
@@ -340,13 +343,9 @@ class PrefixCache(PassCache):
         if self._apart:
             if not (self._placed and isinstance(mask, attention.SegmentMask)):
                 return mask  # of which the attention refuses any other
-            keys, values = self._placed[source]
-            return mask._replace(
-                memory_key=keys,
-                memory_value=values,
-                memory_lengths=self._lengths,
-                read=attention.LayerRead(self._attended, layer_idx),
-            )
+            key, value = self._placed[source]
+            read = attention.LayerRead(self._attended, layer_idx)
+            return mask._replace(memory_key=key, memory_value=value, memory_lengths=self._lengths, read=read)
         tokens = hidden.shape[-2]
         window = self._windows[source] if self._windows else None
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible and window is None):

@@ -32,7 +32,8 @@ class Prefix:
 
     Attributes:
         keys: Keys of each layer at their positions (after the rotary embedding), `[B, kv_heads, N, head_dim]` each.
-        values: Values of each layer, likewise.
+        values: Values of each layer, likewise. Of latent attention: latents in place of keys, and in place of values
+            the part of the keys that is rotated.
         mask: Slots that each row has, the last ones, int64 `[B, N]`, 0 for those that it has not.
         tail: Token ids of each row that are read behind it, before all else, int64 `[n]`, on the CPU: the end of the
             history, which a memory keeps as it is.
@@ -227,9 +228,11 @@ def placed_prefix(
     if read_with is None:
         read_with = torch.tensor([[first]], device=device)
     tables = rotation.tables(known, states, seen_with=read_with.amax(0, keepdim=True))
-    turned = rotation.of_layers(rotation.rotated_to, states[:, 0], order, tables, sizes, layout.reach - ages)
-    keys = tuple(size.key(some) for size, some in zip(sizes, turned, strict=True))
-    values = tuple(size.value(some) for size, some in zip(sizes, states[:, 1], strict=True))
+    parts, carrier = [states[:, 0], states[:, 1]], rotation.carrier(sizes)
+    places = layout.reach - ages
+    parts[carrier] = rotation.of_layers(rotation.rotated_to, parts[carrier], order, tables, sizes, places)
+    keys = tuple(size.key(some) for size, some in zip(sizes, parts[0], strict=True))
+    values = tuple(size.value(some) for size, some in zip(sizes, parts[1], strict=True))
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
     mask, vocabulary = visible[:, start:].to(device, torch.int64), config.vocab_size
     return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)

@@ -35,6 +35,7 @@ class MemoryReader:
         self._windows: tuple[int | None, ...] = ()
         self._still: frozenset[int] = frozenset()
         self._sizes: tuple[LayerSizes, ...] = ()
+        self._carrier = 0
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -141,7 +142,7 @@ class MemoryReader:
             with captured_attention(self.decoder.config) as calls:
                 cache = self._keys_at(0)
             layers, _, heads, tokens, width = cache.captured_keys().shape
-            self._sizes = tuple(cache.sizes)
+            self._sizes, self._carrier = tuple(cache.sizes), cache.carrier
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
             self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
@@ -167,9 +168,14 @@ class MemoryReader:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
 
     def layer_sizes(self) -> tuple[LayerSizes, ...]:
-        """Sizes of each layer's keys and values, of the layers that have some of their own. Raises as `state_sizes`."""
+        """Sizes of keys and values, of the layers that have some of their own. Raises as `state_sizes`."""
         self.state_sizes()
         return self._sizes
+
+    def keeps_latents(self) -> bool:
+        """Whether a cache keeps latents in place of keys and values. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._carrier == 1
 
     def _step(self, tokens):
         """How far a few tokens are moved to see what becomes of their keys; 0 where nothing ever is."""
@@ -185,7 +191,7 @@ class MemoryReader:
 
     def _refuse_keys_that_cannot_be_moved(self, tokens):
         step = self._step(tokens)
-        error = max(_changes(*(self._keys_at(position).captured()[:, 0] for position in (0, step))))
+        error = max(_changes(*(self._captured_at(position) for position in (0, step))))
         if not error <= self._tolerance():
             base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
             raise ValueError(
@@ -193,6 +199,11 @@ class MemoryReader:
                 f"differ by {error:.2g}, so a memory cannot be placed before its tokens; "
                 'use memory_placement="input", or another model'
             )
+
+    def _captured_at(self, position):
+        """What carries the positions of a few tokens from this one on, without them."""
+        cache = self._keys_at(position)
+        return cache.captured()[:, cache.carrier]
 
     def _tolerance(self):
         return max(0.01, 16 * torch.finfo(self._model.dtype).eps)

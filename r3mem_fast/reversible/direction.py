@@ -59,8 +59,8 @@ def check_core(core: range, sources: Sequence[int]) -> None:
         first = max(sources) + 1
         raise ValueError(
             f"layer {index} reads the keys and values of layer {sources[index]}, which would run after it in a core "
-            f"of layers {core.start} to {core.stop - 1}: take a core that ends at {first}, core=({core.start}, {first}), or "
-            f"begins there, core=({first}, end)"
+            f"of layers {core.start} to {core.stop - 1}: take a core that ends at {first}, core=({core.start}, "
+            f"{first}), or begins there, core=({first}, end)"
         )
 
 

@@ -61,7 +61,7 @@ class Step:
             self._past = past_of(self._cache, self._cache_index)
         self._shared: Any = None
         if kwargs.get(SHARED_STATES) is not None:
-            # Leaves of a mapping that the layer may add to: as arguments, so that gradients reach who has written them.
+            # What is in it becomes arguments of the layer, so that gradients reach who has written it.
             kwargs = dict(kwargs)
             self._shared = kwargs[SHARED_STATES]
             kwargs[SHARED_STATES] = dict(self._shared)

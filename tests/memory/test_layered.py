@@ -94,7 +94,7 @@ def test_queries_of_layers_that_read_a_layer_s_keys_are_asked_of_it(family):
 
 @pytest.mark.parametrize("family", LAYERED)
 def test_a_core_in_which_keys_would_be_read_before_they_are_written(family):
-    with pytest.raises(ValueError, match="layer 3 reads the keys and values of layer 1.*core=\\(1, 2\\), or begins"):
+    with pytest.raises(ValueError, match=r"layer 3 reads the keys and values of layer 1.*core=\(1, 2\), or begins"):
         R3MemModel(build(family), R3MemConfig(core=(1, 4)))
     sources = [*range(20), *[18] * 4, 19, *[18] * 5]  # as in Gemma 3n E2B
     assert R3MemConfig().resolved(30, sources).core == (20, 26)

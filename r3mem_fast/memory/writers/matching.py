@@ -134,6 +134,8 @@ class Match:
         limit counts pinned slots, too; chosen are the places of the rows among the queries', int64 `[A]`.
         """
         calls = self._queries.calls
+        if self._cache.carrier:
+            return self._kept_latents(group[0], slots, limit, chosen)
         settings = calls[group[0]].settings
         size = self._cache.sizes[group[0]]
         heads, width = slots.states.shape[3::2]
@@ -170,6 +172,33 @@ class Match:
         ages = torch.cat([ages, ages[:, :1].expand(-1, heads - size.heads, -1)], 1)
         return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
 
+    def _kept_latents(self, layer, slots, limit, chosen):
+        """What `_of_layers` returns, of a layer with latent attention: the slots that are asked for most, as they are.
+
+        Keys and values are made of one latent, so that no value can be matched without its key.
+        """
+        call = self._queries.calls[layer]
+        if call.expanded is None:
+            raise ValueError(
+                "a cache of this model keeps latents, and its attention has no expand_kv that would make keys of "
+                'them, so no memory can be matched to it; let memory tokens learn (memory_writer="tokens")'
+            )
+        size, states, ages = self._cache.sizes[layer], slots.states[layer], slots.ages[layer]
+        positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1).to(torch.int32)
+        turned = self._turned(self._cache.placed, states[1], [layer], positions)
+        key, value = call.expanded(size.key(states[0]), size.value(turned))
+        width = max(key.shape[-1], value.shape[-1])
+        query, key, value = (padded(some, some.shape[1], width) for some in (call.query[chosen], key, value))
+        query = query.to(key.dtype)
+        asked = {"query_positions": self._queries.positions[chosen], **call.settings}
+        every = positions.expand(-1, key.shape[1], -1).contiguous()
+        scores = attention_scores(query, key, value, key_positions=every, **asked)[0].sum(1, keepdim=True)
+        exists = ages >= 0
+        pinned = exists & (exists.cumsum(-1) <= int(slots.pinned[0]))
+        places = best_places(scores.masked_fill(pinned, torch.inf), positions, limit)
+        wide = places[..., None].expand(-1, -1, -1, states.shape[-1])
+        return states[0].gather(2, wide), states[1].gather(2, wide), ages.gather(2, places)
+
     def _turned(self, turn, keys, group, positions):
         """Turn the keys of some layers to positions, or back: turn is a method of the cache."""
         by_layer = (len(group), -1)
@@ -182,7 +211,7 @@ class Match:
         groups: dict[tuple, list[int]] = {}
         for index in range(layers):
             call = self._queries.calls[index]
-            own = None if call.sinks is None else index
+            own = None if call.sinks is None and not self._cache.carrier else index
             alike = (call.scale, call.softcap, call.window, own, self._cache.sizes[index])
             groups.setdefault(alike, []).append(index)
         size = max(1, _BYTES // nbytes)
