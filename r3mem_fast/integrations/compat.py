@@ -125,7 +125,7 @@ def setting_of(config: Any, name: str, default: Any = None) -> Any:
     return vars(config)[name] if name in vars(config) else getattr(config, name, default)
 
 
-def inputs_of_layers(decoder: torch.nn.Module, ids: torch.Tensor | None, embeddings: torch.Tensor) -> dict[str, Any]:
+def inputs_of_layers(decoder: Any, ids: torch.Tensor | None, embeddings: torch.Tensor) -> dict[str, Any]:
     """Make what some decoders give their layers of each token, beside the embeddings (Gemma 3n and 4).
 
     Without it they take it for zero, or look for the token of each embedding among all.

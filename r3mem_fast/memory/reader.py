@@ -139,7 +139,7 @@ class MemoryReader:
         if self.layout.placement == "input":
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
-            with captured_attention(self.decoder.config) as calls:
+            with captured_attention(self.decoder) as calls:
                 cache = self._keys_at(0)
             layers, _, heads, tokens, width = cache.captured_keys().shape
             self._sizes, self._carrier = tuple(cache.sizes), cache.carrier

@@ -93,7 +93,9 @@ class Rotation:
             return
         self._rotary = getattr(decoder, "rotary_emb", None)
         if self._rotary is None:
-            self._rotary, self._apply, self._is_partial = OwnTables(_own_tables(decoder)), rotated_by_pairs, True
+            tables = _own_tables(decoder)
+            assert tables is not None, "see is_rotary"
+            self._rotary, self._apply, self._is_partial = OwnTables(tables), rotated_by_pairs, True
             return
         kind = type(layers[0])
         base: type = getattr(kind, "unreversed", kind)  # as `make_reversible` sets it

@@ -117,7 +117,7 @@ class DiagonalReader:
             low, high = span
             before = dataclasses.replace(memory, states=states, ages=ages)
             passed.cache.hold(states, ages)
-            with captured_attention(self._reader.decoder.config) as asked:
+            with captured_attention(self._reader.decoder) as asked:
                 left = self._side_by_side([calls.caller(low + place, some) for place, some in enumerate(hidden)])
             queries.update(asked)
             # All layers are matched, and those that have read nothing new stay what they are.

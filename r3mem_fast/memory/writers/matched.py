@@ -106,7 +106,7 @@ class MatchedWriter:
         reader.read(cache, before)
         if not segment.writes:
             return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache, ids=segment.ids))
-        with captured_attention(reader.decoder.config) as calls:
+        with captured_attention(reader.decoder) as calls:
             hidden = reader.decode(embeddings, mask, cache, ids=segment.ids)
         if missing := sorted(set(range(len(cache.sources))) - calls.keys()):
             raise ValueError(
@@ -218,7 +218,7 @@ class MatchedWriter:
         found = []
         for ids, mask, exists in texts:
             embeddings = reader.embeddings_of(ids)
-            with captured_attention(reader.decoder.config) as calls:
+            with captured_attention(reader.decoder) as calls:
                 reader.decode(embeddings, mask, cache, ids=ids)
             positions = self._positions(mask * exists[:, None], embeddings.device)
             found.append(Queries(calls, positions))
