@@ -224,8 +224,8 @@ class PrefixCache(PassCache):
         return self.rotation.of_layers(turn, keys, layers, tables, self.sizes, places)
 
     @property
-    def carrier(self):
-        """Which of keys and values carries positions."""
+    def carrier(self) -> int:
+        """Which of keys and values carries positions, see `Rotation.carrier`."""
         return self.rotation.carrier(self.sizes)
 
     @property

@@ -143,6 +143,7 @@ class MemoryReader:
                 cache = self._keys_at(0)
             layers, _, heads, tokens, width = cache.captured_keys().shape
             self._sizes, self._carrier = tuple(cache.sizes), cache.carrier
+            self._refuse_attention_that_looks_ahead()
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
             self._windows = tuple(calls[index].window if index in calls else None for index in range(layers))
@@ -200,6 +201,25 @@ class MemoryReader:
                 'use memory_placement="input", or another model'
             )
 
+    def _refuse_attention_that_looks_ahead(self):
+        """Doge does in transformers 5.10, with sdpa, where no mask is made: what is read behind nothing."""
+        hidden = []
+        for last in (3, 4):
+            cache, ids = self.new_cache(keep=False), torch.tensor([[0, 1, 2, last]], device=self._model.device)
+            hidden.append(self._read_few(ids, cache)[:, :3])
+        if not max(_changes(*hidden)) <= self._tolerance():
+            raise ValueError(
+                f"a {type(self.decoder).__name__} lets tokens see those behind them, so a memory would not be read as "
+                'its text; load it with attn_implementation="eager", or install a newer transformers'
+            )
+
+    @torch.no_grad()
+    def _read_few(self, ids, cache):
+        mask = torch.ones(ids.shape, dtype=torch.int64)
+        # In the weights' precision: autocast's would look like keys that cannot be moved.
+        with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
+            return self.decode(self._model.get_input_embeddings()(ids), mask, cache, ids=ids)
+
     def _captured_at(self, position):
         """What carries the positions of a few tokens from this one on, without them."""
         cache = self._keys_at(position)
@@ -208,15 +228,10 @@ class MemoryReader:
     def _tolerance(self):
         return max(0.01, 16 * torch.finfo(self._model.dtype).eps)
 
-    @torch.no_grad()
     def _keys_at(self, position):
         """A cache that has captured a few tokens from this position on."""
-        ids = torch.arange(4, device=self._model.device)[None]
         cache = self.new_cache(keep=False, capture=4, first_position=position)
-        # In the weights' precision: autocast's would look like keys that cannot be moved.
-        with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
-            mask = torch.ones(ids.shape, dtype=torch.int64)
-            self.decode(self._model.get_input_embeddings()(ids), mask, cache, ids=ids)
+        self._read_few(torch.arange(4, device=self._model.device)[None], cache)
         return cache
 
 

@@ -29,3 +29,15 @@ def test_attention_that_cannot_be_noted_is_refused():
     model = network("falcon", of_base={"attn_implementation": "eager"})
     with pytest.raises(ValueError, match="none of transformers' interchangeable functions"):
         model.compress(ids_of(40))
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_attention_that_looks_ahead_is_refused(looks_ahead, monkeypatch):
+    model = network("llama")
+    if looks_ahead:  # as Doge in transformers 5.10 where no mask is made
+        for layer in model.layers:
+            monkeypatch.setattr(layer.self_attn, "is_causal", False)
+        with pytest.raises(ValueError, match="lets tokens see those behind them"):
+            model.compress(ids_of(40))
+    else:
+        model.compress(ids_of(40))
