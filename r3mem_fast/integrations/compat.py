@@ -137,8 +137,16 @@ def inputs_of_layers(decoder: Any, ids: torch.Tensor | None, embeddings: torch.T
 
     Returns:
         A keyword argument for the decoder; none for most.
+
+    Raises:
+        ValueError: The layers need the token ids themselves (DeepSeek V4).
     """
     config = decoder.config
+    if "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+        raise ValueError(
+            f"a {type(decoder).__name__} has layers that choose experts by token ids, which are not known behind a "
+            "memory, where embeddings are read; memories need another model"
+        )
     if not (getattr(config, "hidden_size_per_layer_input", None) and hasattr(decoder, "get_per_layer_inputs")):
         return {}
     rows, tokens = embeddings.shape[:2]
