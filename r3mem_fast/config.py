@@ -250,20 +250,27 @@ class R3MemConfig:
 
         return MomentumCoupling(bits=self.bits, fraction_bits=self.fraction_bits)
 
-    def resolved(self, num_layers: int) -> "R3MemConfig":
+    def resolved(self, num_layers: int, sources: Sequence[int] = ()) -> "R3MemConfig":
         """The same settings with a core, and a first adapted layer, for a model of this depth.
+
+        Args:
+            num_layers: Number of its layers.
+            sources: For each layer the one whose keys and values it reads; (): its own.
 
         Raises:
             ValueError: They do not fit it.
         """
-        from .reversible.direction import core_of
+        from .reversible.direction import check_core, core_above_shared, core_of
+
+        sources = sources or range(num_layers)
 
         core = self.core
         if core is None:
             start = num_layers * 16 // 30
             end = num_layers * (22 if self.backward == "inverse" else 26) // 30
-            core = (start, max(start + 1, end))
+            core = core_above_shared((start, max(start + 1, end)), sources)
         reach = core_of(core, num_layers)
+        check_core(reach, sources)
         first = self.first_adapted_layer
         if first is None:
             first = 0 if self.num_memory_tokens and self.memory_writer == "tokens" else reach.start

@@ -10,6 +10,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import TRAINING_SETTINGS, R3MemConfig
+from .integrations.compat import setting_of
 from .integrations.peft import base_parameters, own_parameters
 from .memory.layout import MemoryLayout, Origin
 from .reversible.convert import text_config
@@ -45,7 +46,7 @@ def fingerprint(model: Any) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     config = text_config(model.config)
-    settings = [getattr(config, key, None) for key in _CONFIG_KEYS]
+    settings = [setting_of(config, key) for key in _CONFIG_KEYS]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in sorted(own_parameters(model)):
         digest.update(f"{name} {list(parameter.shape)}".encode())

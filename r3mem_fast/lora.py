@@ -1,16 +1,19 @@
 """LoRA on decoder layers: which modules it adapts, and on which tokens it acts."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import R3MemConfig
+from .integrations.peft import renamed_targets
 from .reversible.convert import find_decoder_layers
 
 # Models whose kernels take the weight of a state-space mixer's last projection, `out_proj`, past an adapter on it.
@@ -47,21 +50,47 @@ def check_adapters(base: PeftModel, config: R3MemConfig) -> None:
 def lora_config(base: nn.Module, config: R3MemConfig) -> LoraConfig:
     """Configuration of new adapters for PEFT.
 
+    In some mixtures PEFT takes modules of certain names (`gate_proj` in a dense layer or a shared expert) for what the
+    experts' weights were called once, and adapts the experts of all layers in their place. "all-linear" leaves such
+    modules out there, and says so.
+
     Args:
         base: The model that gets them.
         config: Settings of the memory network.
+
+    Raises:
+        TypeError: The model's decoder layers are not found.
+        ValueError: No linear module has one of the names, or PEFT would adapt the experts where it cannot be done as
+            the settings say.
     """
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=target_pattern(base, config.target_modules, config.first_adapted_layer or 0),
-    )
+    first_layer = config.first_adapted_layer or 0
+    pattern, names = _targets(base, config.target_modules, first_layer)
+    settings = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    made = LoraConfig(task_type="CAUSAL_LM", target_modules=pattern, **settings)
+    if renamed_targets(base, made) == pattern:
+        return made
+    # PEFT rewrites an expression to the last parts of names, in all layers, but leaves lists of names as they are.
+    made.target_modules = set(names)
+    moved = set(names) - set(renamed_targets(base, made))
+    last_parts = ", ".join(sorted({name.rpartition(".")[2] for name in moved}))
+    if moved and config.target_modules == "all-linear":
+        made.target_modules = set(names) - moved
+        warnings.warn(
+            f"adapters leave out {last_parts} in the layers of a {type(base).__name__}: PEFT would adapt the experts "
+            "in place of modules of these names. To adapt the experts, name them in target_modules",
+            stacklevel=2,
+        )
+    elif moved and (first_layer or config.adapter_rows == "memory" or config.lora_dropout):
+        raise ValueError(
+            f"PEFT adapts the experts of all layers of a {type(base).__name__} in place of {last_parts}, on all "
+            'tokens and without dropout: take first_adapted_layer=0, adapter_rows="all" and lora_dropout=0, or leave '
+            "these names out of target_modules"
+        )
+    return made
 
 
-def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) -> str:
-    """Write the modules that are to be adapted as a regular expression for PEFT.
+def _targets(base: Any, targets: str | Iterable[str], first_layer: int) -> tuple[str, list[str]]:
+    """Find the modules that are to be adapted.
 
     Args:
         base: A causal language model.
@@ -70,7 +99,7 @@ def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) ->
         first_layer: Index of the first layer that is adapted; those above it are, too.
 
     Returns:
-        An expression that matches the names of these modules and no others.
+        A regular expression that matches the names of these modules and no others, and the names.
 
     Raises:
         TypeError: The model's decoder layers are not found.
@@ -82,7 +111,7 @@ def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) ->
         name.removeprefix(f"{name_of[layer]}.")
         for layer in layers
         for name, module in ((name_of[m], m) for m in layer.modules())
-        if isinstance(module, (nn.Linear, Conv1D))
+        if _is_linear(module)
     }
     if targets != "all-linear":
         wanted = [targets] if isinstance(targets, str) else targets
@@ -93,7 +122,21 @@ def target_pattern(base: Any, targets: str | Iterable[str], first_layer: int) ->
         raise ValueError(f"target_modules={targets!r} names no linear module of a {type(layers[0]).__name__}")
     holder = name_of[layers[0]].rpartition(".")[0]
     indices = "|".join(str(index) for index in range(first_layer, len(layers)))
-    return rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
+    pattern = rf"{re.escape(holder)}\.({indices})\.({'|'.join(re.escape(name) for name in sorted(linear))})"
+    return pattern, [name for name in name_of.values() if re.fullmatch(pattern, name)]
+
+
+# Models' own subclasses of `Linear` that compute the same; others are routers, or linear in groups.
+_OWN_LINEAR = ("FalconLinear",)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear, and not a model's own subclass of a linear module that computes something else."""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    kind = type(module)
+    own = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    return not own or kind.forward is nn.Linear.forward or kind.__name__ in _OWN_LINEAR
 
 
 def check_tokens_can_be_chosen(model: Any) -> None:
@@ -112,6 +155,9 @@ def check_tokens_can_be_chosen(model: Any) -> None:
             continue
         chosen = [adapter for adapter in module.active_adapters if adapter in getattr(module, "lora_B", {})]
         plain = module in inside and not module.merged and chosen == list(module.active_adapters)
+        plain = plain and not isinstance(
+            module, ParamWrapper
+        )  # which computes with the weights of these modules alone
         plain = plain and not any(getattr(module, "use_dora", {}).get(adapter) for adapter in chosen)
         plain = plain and all(isinstance(module.lora_B[adapter], nn.Linear) for adapter in chosen)
         if not plain or set(chosen) - {"default"}:

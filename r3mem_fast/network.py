@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, layout_fingerprint
 from .integrations import graphs
+from .integrations.compat import decoder_output, key_sources
 from .integrations.fsdp import units_of
 from .integrations.peft import MergedAdapters, adapters_are_off, adapters_off
 from .integrations.scoped import compacted, returning, temporarily
@@ -33,7 +33,7 @@ from .memory.writers.matched import MatchedWriter, QuestionsOf
 from .memory.writers.tokens import TokenWriter, new_memory_embeddings
 from .positions import first_id, original_positions_of, positions_for_memories, positions_of, special_id
 from .reversible import make_reversible, reading_backward
-from .reversible.convert import check_convertible, reversible_layers, unconverted
+from .reversible.convert import check_convertible, reversible_layers, text_config, unconverted
 from .reversible.stack import Mode
 
 
@@ -71,7 +71,7 @@ class Network(nn.Module):
         plain = base.get_base_model() if isinstance(base, PeftModel) else base
         # Everything is checked before the base model is changed.
         _, layers = check_convertible(plain, config.coupling())
-        self.r3mem_config = config.resolved(len(layers))
+        self.r3mem_config = config.resolved(len(layers), key_sources(text_config(plain.config), layers))
         learned = config.memory_layout(positions_for_memories(config, plain))
         refuse_learned_states(learned, plain.config)
         self.learns_memories = learned is not None
@@ -269,9 +269,7 @@ class Network(nn.Module):
                 "output_router_logits asks for a loss of the experts' router, which reversible layers do not give; "
                 "set it to False in the model's config"
             )
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=compact)
-        output.router_logits = None  # which mixtures of experts look for
-        with returning(self.decoder, output):
+        with returning(self.decoder, decoder_output(compact)):
             return self.peft_model(inputs_embeds=hidden, use_cache=False, **inputs)
 
     def check_length(self, tokens: int, *, behind_memory: bool) -> None:

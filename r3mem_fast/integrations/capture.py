@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .own_attention import calls_pytorch, own_attention_noted
+
 _SEPARATOR = "+r3mem-capture-"
 
 
@@ -22,6 +24,8 @@ class AttentionCall(NamedTuple):
         softcap: c of `c * tanh(scale * q · k / c)`; None: no cap.
         window: Number of keys that a query sees, its own included; None: all before it.
         sinks: One logit for each query head that takes part in the softmax and has no value, `[heads]`; None: none.
+        expanded: Makes keys and values of all heads of what latent attention keeps in a cache, `[B, 1, S, width]`
+            each; None: a cache keeps keys and values.
     """
 
     query: torch.Tensor
@@ -29,6 +33,7 @@ class AttentionCall(NamedTuple):
     softcap: float | None
     window: int | None
     sinks: torch.Tensor | None
+    expanded: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -42,17 +47,18 @@ def implementation_of(config: Any) -> str:
 
 
 @contextlib.contextmanager
-def captured_attention(config: Any) -> Iterator[dict[int, AttentionCall]]:
+def captured_attention(decoder: Any) -> Iterator[dict[int, AttentionCall]]:
     """Note each layer's attention in the block, by the layer's index in the cache; the attention computes as always.
 
     The model's attention goes by another name meanwhile, under which a function is registered that calls it.
 
     Args:
-        config: Configuration of the decoder.
+        decoder: The decoder.
 
     Raises:
         ValueError: In the block: an attention is of a kind that is not known here.
     """
+    config = decoder.config
     name = config._attn_implementation
     calls: dict[int, AttentionCall] = {}
 
@@ -68,11 +74,18 @@ def captured_attention(config: Any) -> Iterator[dict[int, AttentionCall]]:
             settings.get("softcap"),
             settings.get("sliding_window"),
             settings.get("s_aux"),
+            getattr(module, "expand_kv", None),
         )
         return _attention_of(module, name)(module, query, *tensors, **settings)
 
-    with replaced_attention(config, attention, ALL_MASK_ATTENTION_FUNCTIONS[name]):
-        yield calls
+    def note(module: Any, query: torch.Tensor, scale: float) -> None:
+        calls[module.layer_idx] = AttentionCall(query.detach(), scale, None, None, None)
+
+    with own_attention_noted(decoder, note):
+        # What calls PyTorch itself asks for the name, and would do so no more under another.
+        other = replaced_attention(config, attention, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        with contextlib.nullcontext() if calls_pytorch(decoder) else other:
+            yield calls
 
 
 @contextlib.contextmanager

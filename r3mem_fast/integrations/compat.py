@@ -8,7 +8,7 @@ import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils.output_capturing import _active_collector
 
 from .scoped import temporarily
@@ -36,6 +37,8 @@ _DYNAMIC_RECURRENT = (
 DYNAMIC_RECURRENT_LAYERS = tuple(
     getattr(cache_utils, name) for name in _DYNAMIC_RECURRENT if hasattr(cache_utils, name)
 )
+# Name of the mapping in which layers leave keys and values for layers above them.
+SHARED_STATES = "shared_kv_states"
 
 
 def cache_name(arguments: dict[str, Any]) -> str | None:
@@ -109,6 +112,22 @@ def signature_of(module: torch.nn.Module) -> inspect.Signature:
     return inspect.signature(own) if own is not None else _signature_of_method(type(module).forward)
 
 
+def arguments_by_name(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Give the arguments of a call of a module's forward pass their names.
+
+    Args:
+        module: The module.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    signature = signature_of(module)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
 @functools.cache
 def _signature_of_method(forward: Callable) -> inspect.Signature:
     signature = inspect.signature(forward)
@@ -126,6 +145,85 @@ def _cache_parameter(forward: Callable) -> str:
             f"memory can be read by it; transformers is {transformers.__version__}"
         )
     return found
+
+
+def setting_of(config: Any, name: str, default: Any = None) -> Any:
+    """Read a setting of a model, whether or not some layers have one of their own beside it.
+
+    Args:
+        config: The configuration of the model's decoder.
+        name: Name of the setting.
+        default: What to return if there is none of that name.
+    """
+    # Since 5.23 a configuration refuses to be asked for what differs between layers.
+    return vars(config)[name] if name in vars(config) else getattr(config, name, default)
+
+
+def inputs_of_layers(decoder: Any, ids: torch.Tensor | None, embeddings: torch.Tensor) -> dict[str, Any]:
+    """Make what some decoders give their layers of each token, beside the embeddings (Gemma 3n and 4).
+
+    Without it they take it for zero, or look for the token of each embedding among all.
+
+    Args:
+        decoder: The decoder.
+        ids: Token ids of the first embeddings, int64 `[batch, n]`; None: of none.
+        embeddings: `[batch, tokens, width]`. Those without an id get what padding has, as those of images do.
+
+    Returns:
+        A keyword argument for the decoder; none for most.
+
+    Raises:
+        ValueError: The layers need the token ids themselves (DeepSeek V4).
+    """
+    config = decoder.config
+    if "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+        raise ValueError(
+            f"a {type(decoder).__name__} has layers that choose experts by token ids, which are not known behind a "
+            "memory, where embeddings are read; memories need another model"
+        )
+    if not (getattr(config, "hidden_size_per_layer_input", None) and hasattr(decoder, "get_per_layer_inputs")):
+        return {}
+    rows, tokens = embeddings.shape[:2]
+    known = torch.full((rows, tokens), config.pad_token_id or 0, device=embeddings.device)
+    if ids is not None:
+        known[:, : ids.shape[1]] = ids.to(embeddings.device)
+    others = len(inspect.signature(decoder.get_per_layer_inputs).parameters) - 1
+    return {"per_layer_inputs": decoder.get_per_layer_inputs(known, *[None] * others)}
+
+
+def key_sources(config: Any, layers: Sequence[torch.nn.Module]) -> tuple[int, ...]:
+    """Find the layers whose keys and values each layer reads: most read their own (but see Gemma 3n and 4).
+
+    Args:
+        config: Configuration of the decoder.
+        layers: Its layers, in any order.
+
+    Returns:
+        For each layer, by its index in the cache, the index of that layer: its own or a lower one.
+    """
+    if not getattr(config, "num_kv_shared_layers", None):
+        return tuple(range(len(layers)))
+    attentions: Any = [next(m for m in layer.modules() if hasattr(m, "is_kv_shared_layer")) for layer in layers]
+    attentions.sort(key=lambda attention: attention.layer_idx)
+    found: list[int] = []
+    last: dict[str, int] = {}
+    for index, attention in enumerate(attentions):
+        if not attention.is_kv_shared_layer:
+            last[attention.layer_type] = index
+        found.append(last[attention.layer_type] if attention.is_kv_shared_layer else index)
+    return tuple(found)
+
+
+def decoder_output(hidden: torch.Tensor) -> BaseModelOutputWithPastAndCrossAttentions:
+    """Make the output of a decoder, in which a causal language model finds all that it looks for.
+
+    Args:
+        hidden: The last hidden states, `[batch, tokens, hidden_size]`.
+    """
+    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    output.router_logits = None  # of mixtures of experts
+    output.shared_kv_states = None  # of Gemma 4
+    return output
 
 
 def captured_outputs() -> dict[str, Any]:

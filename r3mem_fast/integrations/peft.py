@@ -2,11 +2,14 @@
 
 import collections
 import contextlib
+import copy
+import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -67,6 +70,28 @@ def _adapter_prefix(model):
 def adapters_are_off(peft_model: Any) -> bool:
     """Whether a model's adapters are off for now, as inside of PEFT's `disable_adapter`."""
     return any(module.disable_adapters for module in peft_model.modules() if isinstance(module, BaseTunerLayer))
+
+
+# PEFT's, since 0.19: mixtures whose experts were modules in older versions of transformers get other targets.
+_CONVERSION = "peft.utils.transformers_weight_conversion"
+
+
+def renamed_targets(model: Any, config: LoraConfig) -> str | set[str]:
+    """Find what PEFT makes of the modules that are to be adapted, before it looks for them.
+
+    Args:
+        model: The causal language model that gets adapters.
+        config: Their configuration; it stays as it is.
+
+    Returns:
+        The `target_modules` that PEFT would look for.
+    """
+    if importlib.util.find_spec(_CONVERSION) is None:
+        return config.target_modules
+    config = copy.deepcopy(config)
+    convert = importlib.import_module(_CONVERSION).convert_peft_config_for_transformers
+    convert(config, model=model, conversions=None)
+    return config.target_modules
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """`PrefixCache`: a key-value cache with a memory before its tokens."""
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +9,13 @@ from transformers.cache_utils import DynamicLayer
 
 from ..integrations import attention
 from ..integrations.capture import implementation_of
-from ..integrations.compat import signature_of
+from ..integrations.compat import arguments_by_name, key_sources, setting_of, signature_of
 from ..reversible.past import MemoryNotReadError, States
+from .masks import with_memory, within
 from .recurrent import CarryingCache, refuse_layers_without_memory
 from .room import Room
 from .rotary import Rotation
+from .sizes import LayerSizes, sizes_of, stacked
 
 
 class PrefixCache(CarryingCache):
@@ -36,9 +37,12 @@ class PrefixCache(CarryingCache):
         adapted_tokens: Number of trailing tokens of a pass that adapters act on; None means all.
         decoder: The decoder whose layers' memory it is; another one is refused. None: any may read it.
         still: Indices of layers that do not rotate their keys.
+        sizes: Sizes of the keys and values of each layer that has some; (): those of the memory, or of what the layers
+            write.
 
     Attributes:
-        keyed: Indices of the layers that have keys and values, in order, once a pass has begun.
+        sources: For each layer, the one whose keys and values it reads; () before the first pass.
+        keyed: Indices of the layers that have keys and values of their own, in order, once a pass has begun.
     """
 
     def __init__(
@@ -51,10 +55,12 @@ class PrefixCache(CarryingCache):
         adapted_tokens: int | None = None,
         decoder: Any = None,
         still: Collection[int] = (),
+        sizes: Sequence[LayerSizes] = (),
     ):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
-        self._decoder, self._still = decoder, still
+        self._decoder, self._still, self._sizes = decoder, still, sizes
+        self.sources: Sequence[int] = ()
         self.adapted_tokens = adapted_tokens
         self._prefix: torch.Tensor | None = None
         self._visible: torch.Tensor | None = None
@@ -72,6 +78,7 @@ class PrefixCache(CarryingCache):
         self._tables: Callable | None = None  # of all positions up to its first one
         self._positions: torch.Tensor | None = None  # of the captured tokens
         self._widened: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # masks of this pass
+        self._counts: dict[int, int] = {}  # keys of this pass, by layer, without the memory's
         self._apart = False  # whether masks carry the memory
         self._lengths: torch.Tensor | None = None
         # Layers that must take part in the pass that is running (None: none is), and those that have.
@@ -141,26 +148,26 @@ class PrefixCache(CarryingCache):
                 f'the model with attn_implementation="sdpa", "eager" or "{attention.NAME}"'
             )
         self._apart = implementation == attention.NAME
-        signature = signature_of(decoder)
-        if "position_ids" not in signature.parameters:
+        if "position_ids" not in signature_of(decoder).parameters:
             raise ValueError(
                 f"a {type(decoder).__name__} takes no position_ids, so nothing can stand before its tokens"
             )
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name, {}))
-        tokens = arguments.get("inputs_embeds")
-        tokens = arguments["input_ids"] if tokens is None else tokens
+        arguments = arguments_by_name(decoder, args, kwargs)
+        tokens = arguments["input_ids"] if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
+        if len(self.sources) != len(layers):
+            self.sources = key_sources(config, layers)
+            while len(self.layers) < len(set(self.sources)):  # transformers 5.10 makes some of them later
+                self.layers.append(self.layer_class_to_replicate())
         held = None if self._visible is None else len(self._visible)
-        self.keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
-        self._expected = set(self.keyed)  # as their attention addresses the cache
-        self._extended, self._attended = set(), set()
+        keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
+        self.keyed = [index for index in keyed if self.sources[index] == index]
+        # As their attention addresses the cache.
+        self._expected, self._extended, self._attended = set(self.keyed), set(), set()
         self._of_pass, self._tables, self._config = positions, None, config
         if self.rotation is None or list(order) != self._order:
             self.rotation = Rotation(decoder, layers, order, config, self._still)
@@ -173,6 +180,8 @@ class PrefixCache(CarryingCache):
             )
         if self._apart and self._visible is not None and not self._all_visible:
             self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
+        if self._apart and self._prefix is not None and self.carrier:
+            raise ValueError(f'attn_implementation="{attention.NAME}" cannot read latents; use "sdpa" or "eager"')
         if self._prefix is not None and not self._placed:
             self._place(self._prefix, positions)
         return arguments
@@ -183,10 +192,15 @@ class PrefixCache(CarryingCache):
         if self._ages is None:
             places = torch.arange(first - self.prefix_length, first, device=positions.device)
             tables = self.rotation.tables(places[None], prefix, seen_with=positions)
-            keys = self.rotation.of_layers(self.rotation.rotated, prefix[:, 0], self.keyed, tables)
+            turned = self._turned(self.rotation.rotated, prefix[:, self.carrier], range(len(prefix)), tables)
         else:
-            keys = self.placed(prefix[:, 0], range(len(prefix)), (first - self._ages.long()).clamp_min(0))
-        self._placed = {index: (keys[place], prefix[place, 1]) for place, index in enumerate(self.keyed)}
+            places = (first - self._ages.long()).clamp_min(0)
+            turned = self.placed(prefix[:, self.carrier], range(len(prefix)), places)
+        keys, values = (turned if part == self.carrier else prefix[:, part] for part in (0, 1))
+        self._placed = {
+            index: (size.key(keys[place]), size.value(values[place]))
+            for place, (index, size) in enumerate(zip(self.keyed, self.sizes, strict=True))
+        }
 
     def hold(self, prefix: torch.Tensor, ages: torch.Tensor) -> None:
         """Hold other slots for layers that are called outside of a pass, as those of the last one were.
@@ -206,15 +220,30 @@ class PrefixCache(CarryingCache):
             layers: The layers.
             places: Positions of the keys, int64 `[layers, B, kv_heads, N]`.
         """
-        return self._turned(self.rotation.rotated_to, keys, layers, places)
+        return self._turned(self.rotation.rotated_to, keys, layers, self._tables_up_to_first(), places)
 
     def unplaced(self, keys: torch.Tensor, layers: Sequence[int], places: torch.Tensor) -> torch.Tensor:
         """Take the rotation off keys at these positions; the inverse of `placed`, with its arguments."""
-        return self._turned(self.rotation.unrotated_from, keys, layers, places)
+        return self._turned(self.rotation.unrotated_from, keys, layers, self._tables_up_to_first(), places)
 
-    def _turned(self, turn, keys, layers, places):
-        indices = [self.keyed[layer] for layer in layers]
-        return self.rotation.of_layers(turn, keys, indices, self._tables_up_to_first(), places)
+    def _turned(self, turn, keys, layers, tables, places=None):
+        indices, sizes = [self.keyed[layer] for layer in layers], [self.sizes[layer] for layer in layers]
+        return self.rotation.of_layers(turn, keys, indices, tables, sizes, places)
+
+    @property
+    def carrier(self) -> int:
+        """Which of keys and values carries positions, see `Rotation.carrier`."""
+        return self.rotation.carrier(self.sizes)
+
+    @property
+    def sizes(self) -> Sequence[LayerSizes]:
+        """Sizes of keys and values, of the layers that have some of their own, in order."""
+        if not self._sizes and self._prefix is not None:
+            layers, _, _, heads, _, width = self._prefix.shape
+            return [LayerSizes(heads, width, width)] * layers
+        if not self._sizes:
+            self._sizes = tuple(sizes_of(*self._written[index]) for index in self.keyed)
+        return self._sizes
 
     def _tables_up_to_first(self):
         """Tables of all positions that a memory's keys can have."""
@@ -236,8 +265,8 @@ class PrefixCache(CarryingCache):
         """
         expected, self._expected = self._expected, None
         missing = self._end() | ((expected or set()) - self._extended)
-        if self._apart and self._placed:  # and read out of the masks
-            missing |= (expected or set()) - self._attended
+        if self._apart and self._placed and expected:  # and read out of the masks
+            missing |= {index for index, source in enumerate(self.sources) if source in expected} - self._attended
         refuse_layers_without_memory(self._config, missing)
         if missing:
             raise MemoryNotReadError(
@@ -254,7 +283,7 @@ class PrefixCache(CarryingCache):
 
     def past(self, layer_idx: int) -> States:
         """Keys and values before those of this pass: () or a pair. With the memory's, unless masks carry it."""
-        if layer_idx not in self.keyed:
+        if layer_idx not in self.keyed:  # it has none, or is given them by the layer that has
             return ()
         own = self.layers[layer_idx]
         parts = [self._placed[layer_idx]] if self._placed and not self._apart else []
@@ -290,81 +319,56 @@ class PrefixCache(CarryingCache):
         return tuple(torch.cat(pair, dim=-2) for pair in zip(placed, states, strict=True))
 
     def captured_keys(self) -> torch.Tensor:
-        """Keys of the last `capture` tokens at their positions, `[layers, B, kv_heads, n, head_dim]`.
-
-        Raises:
-            ValueError: Layers have keys or values of other sizes than others.
-        """
-        sizes = {(states.shape[1], states.shape[-1]) for pair in self._written.values() for states in pair}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"not all layers' keys and values have heads of one number and size ({sorted(sizes)}), so a memory "
-                'cannot be one tensor of them; use memory_placement="input", or another model'
-            )
-        return torch.stack([self._written[index][0] for index in self.keyed])
+        """Keys of the last `capture` tokens, or what carries their positions, `[layers, B, kv_heads, n, head_dim]`."""
+        return stacked([self._written[index][self.carrier] for index in self.keyed], self.sizes)
 
     def captured(self) -> torch.Tensor:
-        """Keys, without their positions, and values of the last `capture` tokens, as `read` takes them."""
-        layers = self.keyed
-        tables = self.rotation.tables(self._positions, self._written[layers[0]][0])
-        keys, values = (torch.stack([self._written[index][part] for index in layers]) for part in (0, 1))
-        return torch.stack([self.rotation.of_layers(self.rotation.unrotated, keys, layers, tables), values], 1)
+        """Keys and values, without positions, of the last `capture` tokens, as `read` takes them."""
+        tables = self.rotation.tables(self._positions, self._written[self.keyed[0]][0])
+        found = [stacked([self._written[index][part] for index in self.keyed], self.sizes) for part in (0, 1)]
+        places = range(len(self.keyed))
+        found[self.carrier] = self._turned(self.rotation.unrotated, found[self.carrier], places, tables)
+        return torch.stack(found, 1)
 
     def widened(self, mask: Any, hidden: torch.Tensor, layer_idx: int, implementation: str) -> Any:
         """A layer's attention mask, which lets the memory in.
 
         Args:
             mask: `[B, 1, T, K]`, or None where it is causal: columns for the memory are put before it (for each head,
-                if a window hides slots from some). Or a
-                `SegmentMask`: it is to carry the layer's memory.
+                if a window hides slots from some). Or a `SegmentMask`: it is to carry the layer's memory.
             hidden: The layer's input.
             layer_idx: The layer's index in the cache.
             implementation: Name of the model's attention.
         """
-        if layer_idx not in self.keyed:
+        source = self.sources[layer_idx]
+        if source not in self.keyed:
             return mask
         if self._apart:
             if not (self._placed and isinstance(mask, attention.SegmentMask)):
                 return mask  # of which the attention refuses any other
-            keys, values = self._placed[layer_idx]
-            return mask._replace(
-                memory_key=keys,
-                memory_value=values,
-                memory_lengths=self._lengths,
-                read=attention.LayerRead(self._attended, layer_idx),
-            )
-        tokens = hidden.shape[1]
-        place = self.keyed.index(layer_idx)
+            key, value = self._placed[source]
+            read = attention.LayerRead(self._attended, layer_idx)
+            return mask._replace(memory_key=key, memory_value=value, memory_lengths=self._lengths, read=read)
+        tokens, place = hidden.shape[-2], self.keyed.index(source)
         window = self._windows[place] if self._windows else None
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible and window is None):
             return mask
-        length = tokens if not self.keep else self.layers[layer_idx].get_mask_sizes(tokens)[0]
+        if source == layer_idx:  # before it writes its own
+            self._counts[source] = self.layers[source].get_mask_sizes(tokens)[0] if self.keep else tokens
+        length = self._counts[source]
         known, widened = self._widened.get((id(mask), length), (None, None))
         if widened is not None and known is mask and window is None:  # the same for all layers of a kind
             return widened
-        known = mask
-        if known is None:
-            ones = torch.ones(tokens, length, dtype=torch.bool, device=hidden.device)
-            known = ones.tril(length - tokens)[None, None]
-            if implementation == "eager":
-                known = _additive(known, hidden.dtype)
         visible = self._visible.to(hidden.device)[:, None, None].expand(-1, 1, tokens, -1)
         if window is not None:
-            visible = visible & self._within(window, place)
-        if known.dtype != torch.bool:
-            visible = _additive(visible, known.dtype)
-        widened = torch.cat([visible, known.expand(*visible.shape[:2], *known.shape[2:])], -1)
+            assert self._ages is not None
+            ages = self._ages[place][:, : self.sizes[place].heads]
+            heads = setting_of(self._config, "num_attention_heads")
+            visible = visible & within(window, ages, self._of_pass - self.first_position, heads)
+        widened = with_memory(mask, visible, tokens, length, hidden, implementation)
         if window is None:
             self._widened[id(mask), length] = (mask, widened)
         return widened
-
-    def _within(self, window, place):
-        """Whether each query of the pass has each slot in its window: bool `[B, heads, T, N]`."""
-        assert self._ages is not None
-        ages = self._ages[place]
-        later = (self._of_pass - self.first_position).to(ages.device)
-        seen = ages[:, :, None] + later[:, None, :, None] < window
-        return seen.repeat_interleave(self._config.num_attention_heads // ages.shape[1], 1)
 
     def update(self, *args, **kwargs):
         """Raise RuntimeError: called by a model that does not know of the memory."""
@@ -394,7 +398,3 @@ class PrefixCache(CarryingCache):
             self._visible, self._prefix = change(self._visible, 0), change(self._prefix, 2)
             self._placed = {i: tuple(change(t, 0) for t in pair) for i, pair in self._placed.items()}
             self._ages = None if self._ages is None else change(self._ages, 1)
-
-
-def _additive(visible, dtype):
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

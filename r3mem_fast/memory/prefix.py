@@ -32,7 +32,8 @@ class Prefix:
 
     Attributes:
         keys: Keys of each layer at their positions (after the rotary embedding), `[B, kv_heads, N, head_dim]` each.
-        values: Values of each layer, likewise.
+        values: Values of each layer, likewise. Of latent attention: latents in place of keys, and in place of values
+            the part of the keys that is rotated.
         mask: Slots that each row has, the last ones, int64 `[B, N]`, 0 for those that it has not.
         tail: Token ids of each row that are read behind it, before all else, int64 `[n]`, on the CPU: the end of the
             history, which a memory keeps as it is.
@@ -226,14 +227,17 @@ def placed_prefix(
         )
     device = model.device
     states, ages = memory.states[..., start:, :].to(device, model.dtype), memory.ages[..., start:].to(device).long()
-    order = range(len(model.layers))
-    rotation = Rotation(reader.decoder, model.layers, order, text_config(model.config), reader.still_layers())
+    order, sizes, config = range(len(states)), reader.layer_sizes(), text_config(model.config)
+    rotation = Rotation(reader.decoder, model.layers, range(len(model.layers)), config, reader.still_layers())
     known = torch.arange(first - layout.reach, first + 1, device=device)[None]
     if read_with is None:
         read_with = torch.tensor([[first]], device=device)
     tables = rotation.tables(known, states, seen_with=read_with.amax(0, keepdim=True))
-    keys = tuple(rotation.of_layers(rotation.rotated_to, states[:, 0], order, tables, layout.reach - ages))
-    values = tuple(states[:, 1])
+    parts, carrier = [states[:, 0], states[:, 1]], rotation.carrier(sizes)
+    places = layout.reach - ages
+    parts[carrier] = rotation.of_layers(rotation.rotated_to, parts[carrier], order, tables, sizes, places)
+    keys = tuple(size.key(some) for size, some in zip(sizes, parts[0], strict=True))
+    values = tuple(size.value(some) for size, some in zip(sizes, parts[1], strict=True))
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
-    mask, vocabulary = visible[:, start:].to(device, torch.int64), text_config(model.config).vocab_size
+    mask, vocabulary = visible[:, start:].to(device, torch.int64), config.vocab_size
     return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)

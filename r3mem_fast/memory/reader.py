@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 from r3mem_fast.kernels.matching import MAX_KEPT
 
 from ..integrations.capture import captured_attention
-from ..integrations.compat import cache_argument
+from ..integrations.compat import cache_argument, inputs_of_layers
 from ..integrations.scoped import evaluating, temporarily
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
@@ -18,6 +18,7 @@ from .layout import MemoryLayout, Origin
 from .memory import Memory, empty_memory
 from .recurrent import Carried, check_states, no_states, states_that_go_on
 from .rotary import is_rotary
+from .sizes import LayerSizes
 from .states import uploaded
 
 
@@ -37,6 +38,8 @@ class MemoryReader:
         self._windows: tuple[int | None, ...] = ()
         self._still: frozenset[int] = frozenset()
         self._carried: Carried = {}  # states of recurrent layers, of one row
+        self._sizes: tuple[LayerSizes, ...] = ()
+        self._carrier = 0
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -54,7 +57,7 @@ class MemoryReader:
             settings: More arguments of `PrefixCache`.
         """
         first = self.layout.first_position if first_position is None else first_position
-        settings = {"decoder": self.decoder, "still": self._still, **settings}
+        settings = {"decoder": self.decoder, "still": self._still, "sizes": self._sizes, **settings}
         return PrefixCache(text_config(self._model.config), first_position=first, **settings)
 
     def read(self, cache: PrefixCache, memory: Memory) -> PrefixCache:
@@ -78,7 +81,12 @@ class MemoryReader:
         return cache.read(states, visible, all_visible, memory.ages.to(device), windows, carried)
 
     def decode(
-        self, embeddings: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, positions: torch.Tensor | None = None
+        self,
+        embeddings: torch.Tensor,
+        mask: torch.Tensor,
+        cache: PrefixCache,
+        positions: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the decoder on embeddings behind a memory; no logits are computed.
 
@@ -88,12 +96,13 @@ class MemoryReader:
             cache: The memory, as `read` made it. If it keeps keys and values, those of the tokens are appended to it.
             positions: int64 `[batch, tokens]`; 0 is the place right behind the memory. None: each row's first token
                 that is no padding has it, and the others follow.
+            ids: Token ids of the first embeddings, int64 `[batch, n]`; None: they are of no tokens.
 
         Returns:
             The last hidden states, `[batch, tokens, hidden_size]`.
         """
         positions = positions_of_mask(mask) if positions is None else positions
-        given = cache_argument(self.decoder, cache)
+        given = cache_argument(self.decoder, cache) | inputs_of_layers(self.decoder, ids, embeddings)
         if not mask.all():  # without padding there is nothing to ask of a mask, on a device least of all
             given["attention_mask"] = uploaded(mask, embeddings.device)
         positions = uploaded(positions, embeddings.device)
@@ -119,8 +128,9 @@ class MemoryReader:
         positions = self.layout.first_position + torch.arange(ids.shape[1], device=embeddings.device)[None]
         # An empty cache, because without one transformers asks the device whether rows hold several texts.
         empty = cache_argument(self.decoder, DynamicCache(config=text_config(self._model.config)))
+        others = inputs_of_layers(self.decoder, ids, embeddings)
         with temporarily(self._stack, run=passing):
-            self.decoder(inputs_embeds=embeddings, position_ids=positions, **empty)
+            self.decoder(inputs_embeds=embeddings, position_ids=positions, **empty, **others)
         hidden, arguments = found[0]
         return hidden, {name: value for name, value in arguments.items() if name not in empty}
 
@@ -139,9 +149,11 @@ class MemoryReader:
         if self._measured is None:
             with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
                 self._carried = states_that_go_on(self)
-            with captured_attention(self.decoder.config) as calls:
+            with captured_attention(self.decoder) as calls:
                 cache = self._keys_at(0)
-                layers, _, heads, tokens, width = cache.captured_keys().shape
+            layers, _, heads, tokens, width = cache.captured_keys().shape
+            self._sizes, self._carrier = tuple(cache.sizes), cache.carrier
+            self._refuse_attention_that_looks_ahead()
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
             self._windows = tuple(calls[index].window if index in calls else None for index in cache.keyed)
@@ -188,6 +200,16 @@ class MemoryReader:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
         check_states(memory.carried, self._carried)
 
+    def layer_sizes(self) -> tuple[LayerSizes, ...]:
+        """Sizes of keys and values, of the layers that have some of their own. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._sizes
+
+    def keeps_latents(self) -> bool:
+        """Whether a cache keeps latents in place of keys and values. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._carrier == 1
+
     def _step(self, tokens):
         """How far a few tokens are moved to see what becomes of their keys; 0 where nothing ever is."""
         limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
@@ -210,7 +232,7 @@ class MemoryReader:
 
     def _refuse_keys_that_cannot_be_moved(self, tokens):
         step = self._step(tokens)
-        error = max(_changes(*(self._keys_at(position).captured()[:, 0] for position in (0, step))))
+        error = max(_changes(*(self._captured_at(position) for position in (0, step))))
         if not error <= self._tolerance():
             base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
             raise ValueError(
@@ -219,17 +241,37 @@ class MemoryReader:
                 'use memory_placement="input", or another model'
             )
 
+    def _refuse_attention_that_looks_ahead(self):
+        """Doge does in transformers 5.10, with sdpa, where no mask is made: what is read behind nothing."""
+        hidden = []
+        for last in (3, 4):
+            cache, ids = self.new_cache(keep=False), torch.tensor([[0, 1, 2, last]], device=self._model.device)
+            hidden.append(self._read_few(ids, cache)[:, :3])
+        if not max(_changes(*hidden)) <= self._tolerance():
+            raise ValueError(
+                f"a {type(self.decoder).__name__} lets tokens see those behind them, so a memory would not be read as "
+                'its text; load it with attn_implementation="eager", or install a newer transformers'
+            )
+
+    @torch.no_grad()
+    def _read_few(self, ids, cache):
+        mask = torch.ones(ids.shape, dtype=torch.int64)
+        # In the weights' precision: autocast's would look like keys that cannot be moved.
+        with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
+            return self.decode(self._model.get_input_embeddings()(ids), mask, cache, ids=ids)
+
+    def _captured_at(self, position):
+        """What carries the positions of a few tokens from this one on, without them."""
+        cache = self._keys_at(position)
+        return cache.captured()[:, cache.carrier]
+
     def _tolerance(self):
         return max(0.01, 16 * torch.finfo(self._model.dtype).eps)
 
-    @torch.no_grad()
     def _keys_at(self, position):
         """A cache that has captured a few tokens from this position on."""
-        ids = torch.arange(4, device=self._model.device)[None]
         cache = self.new_cache(keep=False, capture=4, first_position=position)
-        # In the weights' precision: autocast's would look like keys that cannot be moved.
-        with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
-            self.decode(self._model.get_input_embeddings()(ids), torch.ones(ids.shape, dtype=torch.int64), cache)
+        self._read_few(torch.arange(4, device=self._model.device)[None], cache)
         return cache
 
 

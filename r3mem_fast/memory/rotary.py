@@ -1,17 +1,21 @@
 """Moves keys to other positions: takes the rotation off the keys that a memory keeps, and puts another one on."""
 
 import inspect
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..integrations.compat import setting_of
 from .recurrent import has_no_positions
+from .rotary_functions import OwnTables, of_pairs, rotary_function, rotated_by_pairs
+from .sizes import LayerSizes, padded
 
-# Names of the position embeddings in models without rotary ones.
-_ABSOLUTE = ("wpe", "embed_positions")
+# Names of position embeddings in models without rotary ones, modules or tables.
+_ABSOLUTE = ("wpe", "embed_positions", "pos_encoding")
+# Name of the tables in the attention of models that rotate keys by those (GPT-J, CodeGen).
+_OWN_TABLES = "embed_positions"
 # Kinds of rotary embeddings whose frequencies are others for long texts.
 _CHANGING = ("dynamic", "longrope")
 # In place of the kind of a layer that does not rotate its keys.
@@ -31,13 +35,15 @@ def is_rotary(decoder: nn.Module) -> bool:
     """
     if getattr(decoder, "rotary_emb", None) is not None:
         return True
-    if any(isinstance(getattr(decoder, name, None), nn.Embedding) for name in _ABSOLUTE):
+    if any(isinstance(getattr(decoder, name, None), nn.Module | torch.Tensor) for name in _ABSOLUTE):
         return False
     if has_no_positions(decoder):
         return False
+    if _own_tables(decoder) is not None:
+        return True
     raise ValueError(
-        f"a {type(decoder).__name__} has positions of a kind that is not known here, neither rotary nor learned, so a "
-        "memory cannot be placed before its tokens"
+        f"a {type(decoder).__name__} has positions of a kind that is not known here, neither rotary, learned nor "
+        "sinusoidal, so a memory cannot be placed before its tokens"
     )
 
 
@@ -83,16 +89,30 @@ class Rotation:
         self._types: dict[int, str] | None = None
         self._still = frozenset(still)
         self._is_partial = _rotates_a_part(config)
+        # Latent attention rotates the end of a key, which is all of what it keeps apart where it keeps a latent.
+        self._at_end: int | None = setting_of(config, "qk_rope_head_dim")
+        self._latent: int | None = setting_of(config, "kv_lora_rank")
         if not is_rotary(decoder):
             return
-        self._rotary = decoder.rotary_emb
+        self._rotary = getattr(decoder, "rotary_emb", None)
+        if self._rotary is None:
+            tables = _own_tables(decoder)
+            assert tables is not None, "see is_rotary"
+            self._rotary, self._apply, self._is_partial = OwnTables(tables), rotated_by_pairs, True
+            return
         kind = type(layers[0])
         base: type = getattr(kind, "unreversed", kind)  # as `make_reversible` sets it
-        self._apply = getattr(sys.modules[base.__module__], "apply_rotary_pos_emb", None)
-        if self._apply is None:
-            raise ValueError(f"{base.__module__} has no apply_rotary_pos_emb, so a memory's keys cannot be rotated")
+        self._apply = rotary_function(base.__module__)
         if "layer_type" in inspect.signature(self._rotary.forward).parameters:
             self._types = dict(zip(order, config.layer_types, strict=True))
+
+    def carrier(self, sizes: Sequence[LayerSizes]) -> int:
+        """Which of the two that a cache keeps has positions: 0 for keys; 1 where keys are a latent without any.
+
+        Args:
+            sizes: Sizes of the layers' keys and values.
+        """
+        return int(bool(sizes) and sizes[0][1:] == (self._latent, self._at_end))
 
     def tables(
         self, position_ids: torch.Tensor, like: torch.Tensor, seen_with: torch.Tensor | None = None
@@ -124,7 +144,7 @@ class Rotation:
                 extra = () if kind is None else (kind,)
                 # Tables in the model's dtype, as the model uses them: keys that were rotated by rounded tables have to
                 # be turned back by the same ones.
-                cos, sin = (table[:, :count].float() for table in self._rotary(like, position_ids, *extra))
+                cos, sin = (table[:, :count].float() for table in of_pairs(self._rotary(like, position_ids, *extra)))
                 made[kind] = cos, sin
             return made[kind]
 
@@ -186,11 +206,9 @@ class Rotation:
         cos, sin = tables
         # Tables may carry a scale s (YaRN's attention scaling): turning back by them gives s², which is divided out.
         square = (cos * cos + sin * sin)[:, None]
-        if not self._is_partial:  # a table may be for halves of a key
-            square = torch.cat([square] * (keys.shape[-1] // square.shape[-1]), -1)
-        back = self._turned(keys, cos, -sin)
-        turned, rest = back[..., : square.shape[-1]], back[..., square.shape[-1] :]
-        return torch.cat([turned / square, rest], -1).to(keys.dtype)
+        before, back, after = self._parts(self._turned(keys, cos, -sin), cos)
+        square = torch.cat([square] * (back.shape[-1] // square.shape[-1]), -1)  # a table may be for halves of a key
+        return torch.cat([before, back / square, after], -1).to(keys.dtype)
 
     def of_layers(
         self,
@@ -198,34 +216,42 @@ class Rotation:
         keys: torch.Tensor,
         layers: Sequence[int],
         tables: Callable[[int], tuple[torch.Tensor, torch.Tensor] | None],
+        sizes: Sequence[LayerSizes],
         places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Turn the keys of several layers, with one call for those that follow one another and rotate alike.
 
         Args:
             turn: `rotated`, `unrotated`, `rotated_to` or `unrotated_from` of this object.
-            keys: Keys, `[layers, B, kv_heads, N, head_dim]`.
+            keys: Keys, `[layers, B, kv_heads, N, head_dim]`, with zeros behind those of smaller layers.
             layers: Indices of the layers.
             tables: What `tables` returned, for positions of one row or of each of the B.
+            sizes: Sizes of these layers' keys and values.
             places: Places of the keys, int64 `[layers, B, kv_heads, N]`, if `turn` takes them.
 
         Returns:
             The turned keys, in the shape and dtype of `keys`.
         """
+        carrier = self.carrier(sizes)
         found, size = [], max(1, _BYTES // max(1, 4 * keys[0].numel()))
         start = 0
         while start < len(layers):
             end = start + 1
-            while end < min(len(layers), start + size) and self._kind(layers[end]) == self._kind(layers[start]):
+            width = sizes[start][1 + carrier]
+            alike = (self._kind(layers[start]), width)
+            while end < min(len(layers), start + size) and alike == (
+                self._kind(layers[end]),
+                sizes[end][1 + carrier],
+            ):
                 end += 1
-            some, own = keys[start:end].flatten(0, 1), tables(layers[start])
+            some, own = keys[start:end, ..., :width].flatten(0, 1), tables(layers[start])
             if places is not None:
                 turned = turn(some, own, places[start:end].flatten(0, 1))
             else:
                 if own is not None and len(own[0]) > 1:  # rows with tables of their own, in each layer
                     own = (own[0].repeat(end - start, 1, 1), own[1].repeat(end - start, 1, 1))
                 turned = turn(some, own)
-            found.append(turned.view(keys[start:end].shape))
+            found.append(padded(turned, *keys.shape[2::2]).view(keys[start:end].shape))
             start = end
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -236,12 +262,26 @@ class Rotation:
 
     def _turned(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Apply the model's own rotation in float32, to as much of each key as it rotates."""
-        keys = keys.float()
-        width = cos.shape[-1] if self._is_partial else keys.shape[-1]
-        part, rest = keys[..., :width], keys[..., width:]
-        # It rotates queries, too: give it none.
-        turned = self._apply(part[:, :0], part, cos, sin)[1]
-        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+        before, part, after = self._parts(keys.float(), cos)
+        return torch.cat([before, self._apply(part, cos, sin), after], -1)
+
+    def _parts(self, keys: torch.Tensor, cos: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Split keys into what is rotated, and what stands before it and behind it."""
+        width, start = keys.shape[-1], 0
+        if self._at_end is not None:
+            start = width - self._at_end
+        elif self._is_partial:
+            width = cos.shape[-1]
+        return keys[..., :start], keys[..., start:width], keys[..., width:]
+
+
+def _own_tables(decoder: nn.Module) -> torch.Tensor | None:
+    """Tables of a decoder's attention, `[positions, width]`: sines in the first half, cosines in the second."""
+    modules = (
+        module for layers in decoder.children() if isinstance(layers, nn.ModuleList) for module in layers[:1].modules()
+    )
+    found = (getattr(module, _OWN_TABLES, None) for module in modules)
+    return next((table for table in found if isinstance(table, torch.Tensor)), None)
 
 
 def _rotates_a_part(config: Any) -> bool:

@@ -51,6 +51,11 @@ class SharedMemories:
             sources: What each was made of. Of those that are one object the first is taken for all.
             positions: Positions of the tokens that are read first, int64 `[B, T]`.
         """
+        if model.reader.keeps_latents():
+            raise ValueError(
+                f"a {type(model.plain_model).__name__} keeps latents, of which its attention makes keys and "
+                "values, and no memory can be read beside these by several rows: use model.generate"
+            )
         found: dict[int, int] = {}
         of_rows = tuple(found.setdefault(id(source), len(found)) for source in sources)
         firsts = [of_rows.index(number) for number in range(len(found))]

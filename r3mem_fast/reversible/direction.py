@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from r3mem_fast.kernels.coupling import SIDE_BITS
 
 from ..choices import FORMS
+from ..integrations.compat import key_sources
 from ..integrations.scoped import in_order, temporarily
 from .convert import reversible_layers, text_config
 from .route import route_through
@@ -32,6 +33,39 @@ def core_of(core: Any, num_layers: int) -> range:
     except (TypeError, ValueError):
         pass
     raise ValueError(f"core must be 'all' or (first, end) with 0 <= first < end <= {num_layers}, got {core!r}")
+
+
+def core_above_shared(core: tuple[int, int], sources: Sequence[int]) -> tuple[int, int]:
+    """Move the first layer of a core up, until none of it reads the keys of another one of it.
+
+    Args:
+        core: The core, `(first, end)`.
+        sources: For each layer the one whose keys and values it reads.
+    """
+    first, end = core
+    if _shares(range(*core), sources) is not None:
+        first = max(sources) + 1
+    return first, max(first + 1, end)
+
+
+def check_core(core: range, sources: Sequence[int]) -> None:
+    """Raise ValueError for a core in which a layer reads the keys of one that would run after it.
+
+    Args:
+        core: The core.
+        sources: For each layer the one whose keys and values it reads.
+    """
+    if (index := _shares(core, sources)) is not None:
+        first = max(sources) + 1
+        raise ValueError(
+            f"layer {index} reads the keys and values of layer {sources[index]}, which would run after it in a core "
+            f"of layers {core.start} to {core.stop - 1}: take a core that ends at {first}, core=({core.start}, "
+            f"{first}), or begins there, core=({first}, end)"
+        )
+
+
+def _shares(core, sources):
+    return next((index for index in core if sources[index] in core and sources[index] != index), None)
 
 
 def momentum_bits(backward_momentum: Any) -> int:
@@ -85,6 +119,7 @@ def reading_backward(
     if any(update.form != "momentum" or update.gain is not None for update in stack.route.updates):
         raise ValueError("only a model with a MomentumCoupling that is not balanced can be read backward")
     reach = core_of(core, len(layers))
+    check_core(reach, key_sources(text_config(layers[0].reversible.decoder.config), layers))
     order = [*range(reach.start), *reversed(reach), *range(reach.stop, len(layers))]
     inverse = reach if form == "inverse" else ()
     route = route_through(stack.bits, order, inverse, momentum_bits(backward_momentum))

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from r3mem_fast.kernels import coupling
 
 from ..integrations import fsdp
+from ..integrations.parametrised import parametrised
 from ..integrations.scoped import hooks_paused
 from .convert import stack_of
 from .integrity import poisoned
@@ -107,8 +108,11 @@ class _Run:
         self._units = [unit for unit in sharded if unit is not model]
         self.inputs = [torch.zeros((), requires_grad=True)] if self.sharded else self.known
         self._device = next(model.parameters()).device
+        unknown = parametrised(model)
         self._versions = [
-            (name, p, p._version) for name, p in model.named_parameters() if not (self.sharded or p.is_inference())
+            (name, p, p._version)
+            for name, p in model.named_parameters()
+            if not (self.sharded or p.is_inference() or id(p) in unknown)
         ]
         self.output_structures: list[Any] = []
         self.structure: Any = None  # how a state is nested

@@ -178,6 +178,8 @@ class ReversibleStack:
                 f"a {type(decoder).__name__} was to read a memory, and is given "
                 f"{'no cache' if cache is None else 'the cache of another one'} by the model around it"
             )
+        if cache is not None or self.mode is not Mode.PLAIN:
+            kwargs.pop("logits_to_keep", None)  # for which Gemma 4 leaves tokens out between its layers
         if cache is not None:
             # Not looked for among all modules: in every pass, that would take as long as some layers do.
             lists = (child for child in decoder.children() if isinstance(child, nn.ModuleList))
@@ -267,7 +269,7 @@ class ReversibleStack:
             branch, new_states = step.evaluate(streams.input_of_next(hidden))
             with torch.no_grad():
                 hidden = streams.forward(branch, update, None if forgets else step)
-        step.write_cache(new_states)
+        step.write_states(new_states)
         return hidden
 
     def _run_stored(self, layer, index, hidden, kwargs, streams):
@@ -295,7 +297,7 @@ class ReversibleStack:
             return branch_of
 
         def branch_with_some_tokens_adapted(layer, hidden, kwargs):
-            layer.reversible.adapted_tokens = (cache.adapted_tokens, hidden.shape[1])
+            layer.reversible.adapted_tokens = (cache.adapted_tokens, hidden.shape[-2])
             try:
                 return branch_of(layer, hidden, kwargs)
             finally:

@@ -1,6 +1,5 @@
 """Evaluates a layer's branch in a forward pass, and again, with the same arguments, in its backward pass."""
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..integrations import fsdp
-from ..integrations.compat import cache_name
+from ..integrations.compat import SHARED_STATES, cache_name
+from ..integrations.parametrised import parametrised
 from .past import Past, PastKeysValues, States, append_to, layer_index, past_of
 from .surroundings import Surroundings
 
@@ -54,11 +54,18 @@ class Step:
         self._cache: Any = None
         self._past: Past = {}
         self._names: tuple[str, ...] = ()  # of what the layer keeps of this pass
+        self._left: list[Any] = []  # names under which the layer has left keys and values for others
         if self._cache_name is not None:
             kwargs = dict(kwargs)
             self._cache = kwargs.pop(self._cache_name)
             self._cache_index = layer_index(layer)
             self._past = past_of(self._cache, self._cache_index)
+        self._shared: Any = None
+        if kwargs.get(SHARED_STATES) is not None:
+            # What is in it becomes arguments of the layer, so that gradients reach who has written it.
+            kwargs = dict(kwargs)
+            self._shared = kwargs[SHARED_STATES]
+            kwargs[SHARED_STATES] = dict(self._shared)
         self._leaves, self._structure = tree_flatten(kwargs)
         self._evaluated_once = evaluated_once
         if evaluated_once:
@@ -66,10 +73,11 @@ class Step:
         # Watched, not copied: after a change in place, the backward pass would reconstruct something else.
         self._parameters, self._modes, self._hooks = _watched_parts(layer)
         self._trainable = [p for p in self._parameters if p.requires_grad]
+        unknown = parametrised(layer)
         self._watched = [
             (tensor, tensor._version)
             for tensor in [*self._arguments(), *self._parameters]
-            if not tensor.is_inference()
+            if not tensor.is_inference() and id(tensor) not in unknown
         ]
 
     def _arguments(self) -> list[torch.Tensor]:
@@ -139,27 +147,38 @@ class Step:
             branch, _, _ = self.evaluate_again(hidden)
         return branch.detach()
 
-    def write_cache(self, new_states: Sequence[torch.Tensor]) -> None:
-        """Write what the layer keeps of this pass into the cache that the caller passed.
+    def write_states(self, new_states: Sequence[torch.Tensor]) -> None:
+        """Hand on what the layer keeps of this pass: to the cache that the caller passed, and to layers above.
 
         Args:
-            new_states: Keys, values and states, outputs of the layer's autograd node; () without a cache.
+            new_states: Keys, values and states, outputs of the layer's autograd node beside the hidden state.
         """
-        if new_states:
-            append_to(self._cache, dict(zip(self._names, new_states, strict=True)), self._cache_index)
+        states = list(new_states)
+        for name in reversed(self._left):
+            self._shared[name] = tuple(states[-2:])
+            del states[-2:]
+        if states:
+            append_to(self._cache, dict(zip(self._names, states, strict=True)), self._cache_index)
 
     def _call(self, hidden, leaves, past):
+        """The branch's value; and new keys and values, those for the cache before those for layers above."""
         kwargs = tree_unflatten(leaves, self._structure)
-        if self._cache is None:
-            return self._branch(self.layer, hidden, kwargs), ()
         view = PastKeysValues(past)
-        branch = self._branch(self.layer, hidden, {**kwargs, self._cache_name: view})
+        if self._cache is not None:
+            kwargs[self._cache_name] = view
+        before = dict(kwargs.get(SHARED_STATES) or {})
+        branch = self._branch(self.layer, hidden, kwargs)
         self._names = tuple(view.new)
-        return branch, tuple(view.new.values())
+        if self._shared is None:
+            return branch, tuple(view.new.values())
+        after = kwargs[SHARED_STATES]
+        self._left = [name for name, states in after.items() if states is not before.get(name)]
+        return branch, (*view.new.values(), *(state for name in self._left for state in after[name]))
 
     def _check_unmodified(self):
         parameters, modes, hooks = _watched_parts(self.layer)
-        if not _same_objects(self._parameters, parameters):
+        # Not their order: a module that parametrises some for a while puts these back behind the others.
+        if {id(p) for p in self._parameters} != {id(p) for p in parameters}:
             raise RuntimeError(
                 f"the parameters of a {type(self.layer).__name__} are other tensors than in the forward pass. With "
                 "functional_call, run backward inside of it too. FullyShardedDataParallel does this with "
@@ -182,10 +201,6 @@ class Step:
                 )
 
 
-def _same_objects(left, right):
-    return len(left) == len(right) and all(map(operator.is_, left, right))
-
-
 def _watched_parts(layer):
     """Parameters, modes and hooks of a layer, on which the second evaluation depends.
 
@@ -196,7 +211,7 @@ def _watched_parts(layer):
     modules = list(layer.modules())
     parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
     modes = [(m.training, tuple(m.active_adapters) if "lora_A" in m._modules else None) for m in modules]
-    trainable = [p.requires_grad for p in parameters]
+    trainable = {id(p) for p in parameters if p.requires_grad}
     inside = (m for m in modules if m is not layer)
     hooks = {(id(m), key) for m in inside for own in (m._forward_hooks, m._forward_pre_hooks) for key in own}
     return parameters, (modes, trainable), hooks

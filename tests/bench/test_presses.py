@@ -43,7 +43,7 @@ def test_a_memory_network_without_adapters_scores_as_its_base(name):
 
 def queries_and_keys(model, ids):
     cache = DynamicCache()
-    with captured_attention(model.config) as calls, torch.no_grad():
+    with captured_attention(model.model) as calls, torch.no_grad():
         model(ids, use_cache=True, **cache_argument(model, cache))
     return [(calls[index].query, layer.keys.repeat_interleave(2, 1)) for index, layer in enumerate(cache.layers)]
 

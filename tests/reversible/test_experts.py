@@ -13,8 +13,6 @@ from tests.reversible.tiny import MIXTURES, assert_gradients_as_stored, build, t
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no exact branch is known:UserWarning")
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-# Attention whose keys and values have other sizes.
-LATENT = ("deepseek_v2", "deepseek_v3")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,13 +36,13 @@ def test_branches_that_are_known(family):
     assert {branch_of(type(layer)) for layer in layers} == {llama_branch}
 
 
-@pytest.mark.parametrize("family", [family for family in MIXTURES if family not in LATENT])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_matched_memories(family):
     """With a slot for every token a memory is the context; gpt-oss has windows and attention sinks, too."""
     check_that_nothing_is_lost(family, "eager" if family == "gpt_oss" else "sdpa")
 
 
-@pytest.mark.parametrize("family", [family for family in MIXTURES if family not in LATENT])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_what_is_written_behind_a_memory_is_what_its_logits_say(family):
     model = network(family, of_base={"attn_implementation": "eager"})
     memory, text = model.compress(ids_of(70)), ids_of(4, seed=1)
@@ -52,13 +50,6 @@ def test_what_is_written_behind_a_memory_is_what_its_logits_say(family):
     with torch.no_grad():
         said = model(written[:, :-1], memory=memory).logits[:, 3:].argmax(-1)
     assert torch.equal(said, written[:, 4:])
-
-
-@pytest.mark.parametrize("family", LATENT)
-def test_memories_of_latent_attention_are_refused(family):
-    model = R3MemModel(build(family, scale=2.0), R3MemConfig(num_memory_tokens=2, segment_length=8)).eval()
-    with pytest.raises(ValueError, match=r"heads of one number and size|has no apply_rotary_pos_emb"):
-        model.compress(ids_of(8))
 
 
 def test_experts_that_add_in_no_order_are_replaced_on_a_gpu():

@@ -160,7 +160,7 @@ def test_the_place_in_the_cache_has_two_names():
 
 
 def test_what_a_loop_unpacks():
-    """A tuple keeps its length, and what the layer was given; other items are None, or refused if a layer needs them."""
+    """A tuple keeps its length, and what the layer was given; other items are None, or refused."""
     layer, state, hidden = SimpleNamespace(reversible=LayerLink(None, 0, None)), object(), torch.zeros(1, 2, 4)
     for output, others in (
         (hidden, None),

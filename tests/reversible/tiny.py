@@ -71,11 +71,44 @@ MIXED_ROTARY = {
     "cohere2": {**_SMALL, "sliding_window": 64},
     "exaone4": {**_SMALL, "sliding_window": 64},
 }
+# Models in which layers differ in the size of their heads, read keys of layers below them, and are given something of
+# each token.
+_GEMMA_3N = {
+    **{**_SMALL, "sliding_window": 64, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8},
+    **{"layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 4, "altup_num_inputs": 2},
+    **{"activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 2},
+}
+LAYERED = {
+    "gemma3n_text": _GEMMA_3N,
+    "gemma4_text": {
+        **{name: value for name, value in _GEMMA_3N.items() if name[:6] not in ("laurel", "altup_", "activa")},
+        **{"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+    },
+}
 _DEEPSEEK = {
     **{name: value for name, value in _SMALL.items() if name != "head_dim"},
     **{"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
     **{"n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4},
     **{"qk_nope_head_dim": 4, "v_head_dim": 6, "first_k_dense_replace": 1},
+}
+_OWN = {**{name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}, **_GPT2}
+# Models whose attention is none of transformers' interchangeable functions, and has rotary tables of its own.
+OWN_ATTENTION = {
+    "gptj": {**_OWN, "rotary_dim": 4},
+    "codegen": {**_OWN, "n_ctx": 128, "rotary_dim": 4},
+    "gpt_neox_japanese": {
+        **_SMALL,
+        "intermediate_multiple_size": 2,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "rotary_pct": 1.0,
+    },
+    "falcon": {
+        **{name: value for name, value in _SMALL.items() if name != "head_dim"},
+        "hidden_dropout": 0.0,
+        "alibi": False,
+        "new_decoder_architecture": False,
+    },
 }
 MIXTURES = {
     "mixtral": {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -98,7 +131,7 @@ MIXTURES = {
 
 def build(family="llama", dtype=torch.float32, scale=1.0, seed=0, **changes):
     """A tiny random model in train mode; `scale` multiplies its matrices, so that branches matter."""
-    settings = {**EXACT_FAMILIES, **GENERIC_FAMILIES, **MIXED_ROTARY, **MIXTURES}[family]
+    settings = {**EXACT_FAMILIES, **GENERIC_FAMILIES, **MIXED_ROTARY, **LAYERED, **OWN_ATTENTION, **MIXTURES}[family]
     config = CONFIG_MAPPING[family](**{**settings, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

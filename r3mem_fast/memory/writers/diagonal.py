@@ -56,6 +56,8 @@ class DiagonalReader:
         """
         if len(segments) <= len(self._layers) or self._writer.sources != ["own"]:
             return False
+        if len(self._reader.layer_sizes()) < len(self._layers):  # some read what others have left in the same pass
+            return False
         if self._is_possible is None:
             # Some models give their layers something of the tokens themselves: other tokens would show it.
             ids = segments[0].ids
@@ -115,7 +117,7 @@ class DiagonalReader:
             low, high = span
             before = dataclasses.replace(memory, states=states, ages=ages)
             passed.cache.hold(states, ages)
-            with captured_attention(self._reader.decoder.config) as asked:
+            with captured_attention(self._reader.decoder) as asked:
                 left = self._side_by_side([calls.caller(low + place, some) for place, some in enumerate(hidden)])
             queries.update(asked)
             # All layers are matched, and those that have read nothing new stay what they are.

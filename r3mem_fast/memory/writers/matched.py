@@ -22,7 +22,7 @@ from ..rotary import depends_on_pass
 from ..segments import Segment, without_padding
 from ..slots import Slots, replaced, slots_of
 from ..states import uploaded
-from .matching import Match, Queries, joined
+from .matching import Match, Queries, asked_of_slots, joined
 
 # Gives what will be asked of a text: token ids, int64 `[n]` each, of the text's ids, int64 `[T]`.
 QuestionsOf = Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -128,10 +128,10 @@ class MatchedWriter:
         cache = reader.new_cache(keep=in_parts, capture=mask.shape[1] if segment.writes else 0)
         reader.read(cache, before)
         if not segment.writes:
-            return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache))
+            return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache, ids=segment.ids))
         if in_parts:
             return self._pass_in_parts(segment, memory, before, cache, embeddings)
-        hidden, calls = self._decoded(embeddings, mask, cache)
+        hidden, calls = self._decoded(embeddings, mask, cache, segment.ids)
         return Pass(segment, memory, before, cache, calls, hidden)
 
     def _pass_in_parts(self, segment, memory, before, cache, embeddings):
@@ -142,7 +142,11 @@ class MatchedWriter:
             if start == end:
                 continue
             positions = torch.arange(start, end).expand(len(segment.ids), -1)
-            found.append(self._decoded(embeddings[:, start:end], segment.mask[:, start:end], cache, positions))
+            found.append(
+                self._decoded(
+                    embeddings[:, start:end], segment.mask[:, start:end], cache, segment.ids[:, start:end], positions
+                )
+            )
             states.append(cache.captured())
             if end == fresh:
                 carried = {name: state.clone() for name, state in cache.states_after().items()}
@@ -150,18 +154,19 @@ class MatchedWriter:
         calls = joined([Queries(part, segment.mask) for _, part in found]).calls
         return Pass(segment, memory, before, cache, calls, hidden, torch.cat(states, 4), carried)
 
-    def _decoded(self, embeddings, mask, cache, positions=None):
+    def _decoded(self, embeddings, mask, cache, ids, positions=None):
         """Decode tokens behind a memory: last hidden states, and the attention of each layer by its place."""
         reader = self._reader
-        with captured_attention(reader.decoder.config) as calls:
-            hidden = reader.decode(embeddings, mask, cache, positions)
-        if missing := sorted(set(cache.keyed) - calls.keys()):
+        with captured_attention(reader.decoder) as calls:
+            hidden = reader.decode(embeddings, mask, cache, positions, ids)
+        asking = {index for index, source in enumerate(cache.sources) if source in cache.keyed}
+        if missing := sorted(asking - calls.keys()):
             raise ValueError(
                 f"the attention of layers {missing} of a {type(reader.decoder).__name__} is none of transformers' "
                 "interchangeable functions, so no memory can be matched to it; let memory tokens learn "
                 '(memory_writer="tokens")'
             )
-        return hidden, {place: calls[index] for place, index in enumerate(cache.keyed)}
+        return hidden, asked_of_slots(calls, cache)
 
     @torch.no_grad()
     def written(self, found: Pass) -> Memory:
@@ -287,7 +292,7 @@ class MatchedWriter:
         found = []
         for ids, mask, exists in texts:
             embeddings = reader.embeddings_of(ids)
-            _, calls = self._decoded(embeddings, mask, cache)
+            _, calls = self._decoded(embeddings, mask, cache, ids)
             positions = self._positions(mask * exists[:, None], embeddings.device)
             found.append(Queries(calls, positions))
         return joined(found)

@@ -31,6 +31,7 @@ from r3mem_fast.kernels.matching import attention_scores, value_system
 
 from ...integrations.capture import AttentionCall
 from ..cache import PrefixCache
+from ..sizes import padded
 from ..slots import Slots
 from ..states import uploaded
 
@@ -69,6 +70,25 @@ def joined(queries: Sequence[Queries]) -> Queries:
         for index, call in first.calls.items()
     }
     return Queries(calls, torch.cat([some.positions for some in queries], 1))
+
+
+def asked_of_slots(calls: dict[int, AttentionCall], cache: PrefixCache) -> dict[int, AttentionCall]:
+    """Queries by the place of the layer whose keys they ask, among those that have some.
+
+    Where layers read the keys of another one, their queries are more heads of that layer's.
+
+    Args:
+        calls: What each layer's attention was called with, by the layer that asks.
+        cache: The cache of the pass.
+    """
+    found = {}
+    for place, (source, size) in enumerate(zip(cache.keyed, cache.sizes, strict=True)):
+        readers = [calls[index].query for index, other in enumerate(cache.sources) if other == source]
+        found[place] = calls[source]
+        if len(readers) > 1:
+            by_key_head = torch.cat([query.unflatten(1, (size.heads, -1)) for query in readers], 2)
+            found[place] = calls[source]._replace(query=by_key_head.flatten(1, 2))
+    return found
 
 
 class Match:
@@ -116,12 +136,20 @@ class Match:
         limit counts pinned slots, too; chosen are the places of the rows among the queries', int64 `[A]`.
         """
         calls = self._queries.calls
+        if self._cache.carrier:
+            return self._kept_latents(group[0], slots, limit, chosen)
         settings = calls[group[0]].settings
-        ages = torch.cat([slots.ages[layer] for layer in group])
+        size = self._cache.sizes[group[0]]
+        heads, width = slots.states.shape[3::2]
+        ages = torch.cat([slots.ages[layer, :, : size.heads] for layer in group])
         positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1).to(torch.int32)
-        raw, value = (torch.cat([slots.states[layer, part] for layer in group]) for part in (0, 1))
+        raw, value = (
+            torch.cat([slots.states[layer, part, :, : size.heads, :, : size.width] for layer in group])
+            for part in (0, 1)
+        )
         key = self._turned(self._cache.placed, raw, group, positions)
         query = torch.cat([calls[layer].query[chosen] for layer in group]).to(raw.dtype)
+        query = padded(query, query.shape[1], size.width)
         asked_from = self._queries.positions[chosen].repeat(len(group), 1)
         where = {"query_positions": asked_from, "key_positions": positions}
         scores, lse, target = attention_scores(query, key, value, **where, **settings)
@@ -142,7 +170,36 @@ class Match:
         move = move_for_mass(query, lse - kept_lse, key.shape[1], settings["scale"])
         move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
         raw = raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
-        return raw.to(slots.states.dtype), value.to(slots.states.dtype), ages.gather(2, places)
+        ages = ages.gather(2, places)
+        ages = torch.cat([ages, ages[:, :1].expand(-1, heads - size.heads, -1)], 1)
+        return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
+
+    def _kept_latents(self, layer, slots, limit, chosen):
+        """What `_of_layers` returns, of a layer with latent attention: the slots that are asked for most, as they are.
+
+        Keys and values are made of one latent, so that no value can be matched without its key.
+        """
+        call = self._queries.calls[layer]
+        if call.expanded is None:
+            raise ValueError(
+                "a cache of this model keeps latents, and its attention has no expand_kv that would make keys of "
+                'them, so no memory can be matched to it; let memory tokens learn (memory_writer="tokens")'
+            )
+        size, states, ages = self._cache.sizes[layer], slots.states[layer], slots.ages[layer]
+        positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1).to(torch.int32)
+        turned = self._turned(self._cache.placed, states[1], [layer], positions)
+        key, value = call.expanded(size.key(states[0]), size.value(turned))
+        width = max(key.shape[-1], value.shape[-1])
+        query, key, value = (padded(some, some.shape[1], width) for some in (call.query[chosen], key, value))
+        query = query.to(key.dtype)
+        asked = {"query_positions": self._queries.positions[chosen], **call.settings}
+        every = positions.expand(-1, key.shape[1], -1).contiguous()
+        scores = attention_scores(query, key, value, key_positions=every, **asked)[0].sum(1, keepdim=True)
+        exists = ages >= 0
+        pinned = exists & (exists.cumsum(-1) <= int(slots.pinned[0]))
+        places = best_places(scores.masked_fill(pinned, torch.inf), positions, limit)
+        wide = places[..., None].expand(-1, -1, -1, states.shape[-1])
+        return states[0].gather(2, wide), states[1].gather(2, wide), ages.gather(2, places)
 
     def _turned(self, turn, keys, group, positions):
         """Turn the keys of some layers to positions, or back: turn is a method of the cache."""
@@ -156,7 +213,8 @@ class Match:
         groups: dict[tuple, list[int]] = {}
         for index in range(layers):
             call = self._queries.calls[index]
-            alike = (call.scale, call.softcap, call.window, None if call.sinks is None else index)
+            own = None if call.sinks is None and not self._cache.carrier else index
+            alike = (call.scale, call.softcap, call.window, own, self._cache.sizes[index])
             groups.setdefault(alike, []).append(index)
         size = max(1, _BYTES // nbytes)
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]

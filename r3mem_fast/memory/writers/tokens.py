@@ -71,7 +71,7 @@ class TokenWriter:
             embeddings = torch.cat([embeddings, written], 1)
             mask = torch.cat([mask, mask.new_ones(len(rows), count)], 1)
         cache = reader.new_cache(keep=False, capture=count, adapted_tokens=None if self._adapts_tokens else count)
-        hidden = reader.decode(embeddings, mask, reader.read(cache, read))
+        hidden = reader.decode(embeddings, mask, reader.read(cache, read), ids=segment.ids)
         if segment.writes:
             written = hidden[:, -count:] if memory.layout.placement == "input" else cache.captured()
             memory = dataclasses.replace(memory, states=appended(memory.states, written, rows, memory.layout))
