@@ -9,6 +9,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .masters import load_masters, masters_of
 from .peft import own_parameters
 
+# TRL's trainers that learn from what the model's `generate` writes, by the tags that they give it.
+_SAMPLING_TRAINERS = {"grpo", "rloo"}
+
 
 class TrainerInterface(torch.nn.Module):
     """Mixin of `R3MemModel` with what transformers' Trainer and TRL's trainers use of a PreTrainedModel.
@@ -22,6 +25,8 @@ class TrainerInterface(torch.nn.Module):
 
     # Trainer reads it when parameters are missing from a checkpoint.
     _keys_to_ignore_on_save = None
+    # Whether the trainer learns from what `generate` writes.
+    _is_sampled_from = False
 
     def _register_checkpoint_hooks(self):
         self.register_state_dict_post_hook(_leave_frozen_base_out)
@@ -52,6 +57,11 @@ class TrainerInterface(torch.nn.Module):
         return self.plain_model.loss_type
 
     @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are checkpointed: never. TRL asks before each pass of a reference, and each generation."""
+        return False
+
+    @property
     def base_model(self) -> "Backbone":
         """The model without its head, see `Backbone`."""
         return Backbone(self)
@@ -70,8 +80,15 @@ class TrainerInterface(torch.nn.Module):
         return self.plain_model.get_output_embeddings()
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Add tags to the card of the base model."""
+        """Add tags to the card of the base model. TRL's trainers name themselves so, once each of them is made.
+
+        Args:
+            tags: The tags.
+        """
         self.plain_model.add_model_tags(tags)
+        names = {tags} if isinstance(tags, str) else set(tags)
+        if "trl" in names:
+            self._is_sampled_from = bool(names & _SAMPLING_TRAINERS)
 
     def activation_checkpointing_enable(self, *args: Any, **settings: Any) -> None:
         """Turn nothing on, and warn once that a reversible model stores no activations that could be saved.

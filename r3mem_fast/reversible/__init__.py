@@ -7,6 +7,7 @@ from .convert import check_integrity, make_reversible, restore
 from .coupling import MomentumCoupling
 from .direction import reading_backward
 from .integrity import IntegrityError
+from .reference import reference_model
 from .replay import replay
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "compile_layers",
     "make_reversible",
     "reading_backward",
+    "reference_model",
     "replay",
     "restore",
     "uncompile_layers",

@@ -13,6 +13,7 @@ from ..integrations.scoped import without_hooks
 from .branches import branch_of, generic_branch
 from .coupling import MomentumCoupling
 from .experts import order_experts
+from .reference import ReferenceCheck
 from .stack import Mode, ReversibleStack
 
 _INTEGRITY = ("auto", "raise", "nan")
@@ -70,6 +71,7 @@ def make_reversible(
         layer.reversible = LayerLink(stack, index, decoder)
     stack.hooks = [
         decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
+        decoder.register_forward_pre_hook(ReferenceCheck(stack)),
         decoder.register_forward_hook(stack.conclude, with_kwargs=True, always_call=True),
     ]
     return model
