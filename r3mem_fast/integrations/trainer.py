@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .masters import load_masters, masters_of
+from .packing import PackedTexts, packed_texts
 from .peft import own_parameters
 
 # TRL's trainers that learn from what the model's `generate` writes, by the tags that they give it.
@@ -25,7 +26,7 @@ class TrainerInterface(torch.nn.Module):
 
     # Trainer reads it when parameters are missing from a checkpoint.
     _keys_to_ignore_on_save = None
-    # Whether the trainer learns from what `generate` writes.
+    # Whether the trainer learns from what `generate` writes, which then has to read as training does.
     _is_sampled_from = False
 
     def _register_checkpoint_hooks(self):
@@ -59,6 +60,11 @@ class TrainerInterface(torch.nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are checkpointed: never. TRL asks before each pass of a reference, and each generation."""
+        return False
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The newer name of `is_gradient_checkpointing`."""
         return False
 
     @property
@@ -116,6 +122,13 @@ class TrainerInterface(torch.nn.Module):
         """Do nothing: activation checkpointing is never on."""
         self.plain_model.gradient_checkpointing_disable()
 
+    def _read_packed(self, texts: PackedTexts, labels: torch.Tensor, num_items: float | torch.Tensor | None) -> Any:
+        """The output of `forward` for texts that are packed into rows, each read as a row of its own."""
+        output = self(texts.ids, texts.mask, labels=texts.unpacked(labels, -100), num_items_in_batch=num_items)
+        if output.logits is not None:
+            output.logits = texts.packed(output.logits)
+        return output
+
     def _refuse_adapters(self, peft_config):
         raise TypeError(
             "an R3MemModel has its adapters already. Give a trainer no peft_config; to choose the adapters, make "
@@ -149,20 +162,17 @@ class Backbone:
             input_ids: Token ids, int64 `[B, T]`.
             attention_mask: Mask, `[B, T]`, 0 for padding.
             use_cache: Whether a cache is asked for; must be False.
-            inputs: More inputs; there must be none.
+            inputs: More inputs: `position_ids` of texts that are packed into rows, and what says the same beside them
+                (`packing.PACKING_INPUTS`). Each text is read as a row of its own.
 
         Returns:
             An output with `last_hidden_state` `[B, T, hidden_size]`, in the model's or autocast's dtype.
 
         Raises:
-            ValueError: There are other inputs (those of packed texts, for example), or the model is trained with a
-                `distillation_weight`, which needs the logits.
+            ValueError: There are other inputs, or the model is trained with a `distillation_weight`, which needs the
+                logits.
         """
-        if "position_ids" in inputs:
-            raise ValueError(
-                "R3MemModel cuts rows into segments itself, and takes no position_ids: several texts packed into one "
-                "row would be read as one. Set packing=False and padding_free=False"
-            )
+        texts = packed_texts(input_ids, attention_mask, inputs)
         if use_cache or inputs:
             raise ValueError(f"R3MemModel's backbone takes no {sorted(inputs) or 'cache'}")
         if self.model.training and self.model.r3mem_config.distillation_weight:
@@ -170,7 +180,10 @@ class Backbone:
                 "distillation_weight: this trainer applies the head itself (TRL's do), so there are no logits that a "
                 "teacher's could be compared with; use transformers' Trainer, or set the weight to 0"
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.model.hidden_states(input_ids, attention_mask))
+        if texts is None:
+            return BaseModelOutputWithPast(last_hidden_state=self.model.hidden_states(input_ids, attention_mask))
+        hidden = self.model.hidden_states(texts.ids, texts.mask)
+        return BaseModelOutputWithPast(last_hidden_state=texts.packed(hidden))
 
 
 def _left_out(model):
