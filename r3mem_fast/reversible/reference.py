@@ -82,7 +82,8 @@ class ReferenceCheck:
             warnings.warn(
                 f"the reference of this {type(trainer).__name__} {reason}, so that their log-probabilities differ "
                 "before anything has been learned. Give it ref_model=reference_model(model), made before the trainer; "
-                "or train adapters (a peft_config), which need no ref_model",
+                "one that takes no ref_model: make_reversible(trainer.ref_model, coupling), or beta=0. Adapters (a "
+                "peft_config) need no ref_model",
                 stacklevel=2,
             )
 
