@@ -15,6 +15,7 @@ from .coupling import MomentumCoupling
 from .experts import order_experts
 from .reference import ReferenceCheck
 from .stack import Mode, ReversibleStack
+from .untraced import untraced
 
 _INTEGRITY = ("auto", "raise", "nan")
 
@@ -292,6 +293,8 @@ def _reversible_class(base):
     _, hidden_name, *_ = signature.parameters
     variadic = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
+    # torch.compile of the whole model would make a graph of this for each layer, of which nothing is computed.
+    @untraced
     def forward(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
         for name in variadic:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .stack import ReversibleStack
+from .untraced import untraced
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -63,7 +64,7 @@ class ReferenceCheck:
     def __init__(self, stack: ReversibleStack):
         self._stack, self._done = stack, False
 
-    @torch.compiler.disable
+    @untraced
     def __call__(self, decoder: nn.Module, args: tuple) -> None:
         """Look for a trainer with a reference.
 
