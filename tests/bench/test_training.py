@@ -124,6 +124,8 @@ def test_bytes_alone(monkeypatch):
     assert [record["arm"] for record in found] == arms
     for record in found:
         assert not {"step_seconds", "peak_rss", "max_memory_bytes"} & record.keys()
+        if not record["arm"].endswith("-offload"):
+            continue
         alone = training.load_arm(task, record["arm"])
         alone.live()
         expected = training._record(alone, record["arm"], 0.0, alone.live(), None)
