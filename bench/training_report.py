@@ -73,7 +73,19 @@ def _exact(number: float) -> int | float:
 
 def table(records: list[dict]) -> str:
     """Format records as text, with ratios over checkpointing; their notes stand below."""
-    heads = ("arm", "layers", "live MB", "ratio", "host MB", "with head", "peak MB", "step s", "ratio", "quartiles", "loss")
+    heads = (
+        "arm",
+        "layers",
+        "live MB",
+        "ratio",
+        "host MB",
+        "with head",
+        "peak MB",
+        "step s",
+        "ratio",
+        "quartiles",
+        "loss",
+    )
     rows: list[tuple[str, ...]] = [heads]
     for record in records:
         if "live_bytes" not in record:

@@ -111,9 +111,9 @@ class R3MemModel(TrainerInterface, Network):
             return self._read_pairs(contexts, queries, terms, labels, num_items_in_batch)
         if inputs.pop("use_cache", None):
             raise ValueError("R3MemModel.forward returns no cache; use generate, or the base model")
-        if labels is not None and memory is None and self.learns_memories:
-            if (texts := packed_texts(input_ids, attention_mask, inputs)) is not None:
-                return self._read_packed(texts, labels, num_items_in_batch)
+        by_segments = labels is not None and memory is None and self.learns_memories
+        if by_segments and (texts := packed_texts(input_ids, attention_mask, inputs)) is not None:
+            return self._read_packed(texts, labels, num_items_in_batch)
         rows = Rows(input_ids, attention_mask, labels)
         if memory is None and (labels is None or is_one_pass(self, rows)):
             if num_items_in_batch is not None:

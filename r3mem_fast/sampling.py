@@ -1,7 +1,7 @@
 """Continues rows as training reads them: segment by segment, each behind the memory of those before it.
 
-A trainer that learns from what a model writes (GRPO) scores a row in segments. Had `generate` read the row in one pass,
-another network would have written it than the one that is scored.
+A trainer that learns from what a model writes (GRPO) scores a row in segments. Had `generate` read the row in one
+pass, another network would have written it than the one that is scored.
 """
 
 import copy

@@ -44,7 +44,13 @@ def assert_written_as_scored(model, ids, mask, found):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"segment_overlap": 3}, {"memory_placement": "input"}, {"adapter_rows": "memory"}, {"max_memory_segments": 1}],
+    [
+        {},
+        {"segment_overlap": 3},
+        {"memory_placement": "input"},
+        {"adapter_rows": "memory"},
+        {"max_memory_segments": 1},
+    ],
     ids=lambda settings: "-".join(settings) or "defaults",
 )
 def test_it_is_written_as_it_is_scored(family, settings):
@@ -105,7 +111,9 @@ def test_what_fits_a_segment_is_read_in_one_pass(monkeypatch):
     assert not sampling.is_written_by_segments(made(num_memory_tokens=0), Rows(long), {"max_new_tokens": 9})
 
 
-@pytest.mark.parametrize("setting", [{"num_beams": 2}, {"repetition_penalty": 1.2}, {"num_return_sequences": 2, "do_sample": True}])
+@pytest.mark.parametrize(
+    "setting", [{"num_beams": 2}, {"repetition_penalty": 1.2}, {"num_return_sequences": 2, "do_sample": True}]
+)
 def test_what_looks_at_a_whole_text_is_refused(setting):
     ids, mask = prompts([12])
     with pytest.raises(ValueError, match=f"{next(iter(setting))} cannot go with rows that are written segment by"):

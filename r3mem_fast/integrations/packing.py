@@ -67,9 +67,7 @@ class PackedTexts:
         return empty.masked_scatter(self._kept[..., None], values[self.mask.bool()])
 
 
-def packed_texts(
-    ids: torch.Tensor, mask: torch.Tensor | None, inputs: dict[str, Any]
-) -> PackedTexts | None:
+def packed_texts(ids: torch.Tensor, mask: torch.Tensor | None, inputs: dict[str, Any]) -> PackedTexts | None:
     """Take what says how texts are packed out of the inputs of a model.
 
     Args:

@@ -59,7 +59,7 @@ class TrainerInterface(torch.nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are checkpointed: never. TRL asks before each pass of a reference, and each generation."""
+        """Whether activations are checkpointed: never. TRL asks before a reference's passes, and before generation."""
         return False
 
     @property

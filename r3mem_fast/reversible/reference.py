@@ -45,7 +45,7 @@ def reference_model(model: ModelT, *, share_frozen: bool = True) -> ModelT:
         )
     shared = {id(p): p for p in model.parameters() if not p.requires_grad} if share_frozen else {}
     reference = copy.deepcopy(model, shared)
-    for name, parameter in list(reference.named_parameters()):
+    for parameter in reference.parameters():
         if id(parameter) not in shared:
             parameter.requires_grad_(False)
     return reference.eval()
@@ -92,7 +92,7 @@ class ReferenceCheck:
         """What a reference computes other than the model that is trained; None if it is the same network."""
         if _memory_settings(model) != _memory_settings(reference):
             return "is no R3MemModel with the settings of the model that is trained"
-        links = (vars(module).get("reversible") for module in reference.modules())
+        links: Any = (vars(module).get("reversible") for module in reference.modules())
         stack = next((link.stack for link in links if hasattr(link, "stack")), None)
         if stack is None:
             return "is not reversible, and the model that is trained is"

@@ -228,5 +228,5 @@ def test_torch_compile_of_the_whole_model(backend, tolerance):
 def test_one_graph_for_a_whole_model_is_refused():
     """The error of torch.compile says why, and what to do."""
     model = make_reversible(build()).eval()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="call torch.compile without fullgraph"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call torch\.compile without fullgraph"):
         torch.compile(model, backend="eager", fullgraph=True)(IDS)

@@ -16,7 +16,9 @@ def with_adapters():
 
 
 @pytest.mark.parametrize(
-    "build_model", [lambda: make_reversible(build(scale=2.0)), with_adapters, made], ids=["full", "adapters", "network"]
+    "build_model",
+    [lambda: make_reversible(build(scale=2.0)), with_adapters, made],
+    ids=["full", "adapters", "network"],
 )
 @pytest.mark.parametrize("share_frozen", [True, False])
 def test_a_reference_is_the_model_as_it_was(build_model, share_frozen):

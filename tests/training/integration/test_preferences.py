@@ -84,7 +84,9 @@ def sampled(settings, tokenizer):
 def logged(trainer):
     """What a trainer logs of each step, after training."""
     trainer.train()
-    return [[entry[name] for name in MEASURED if name in entry] for entry in trainer.state.log_history if "loss" in entry]
+    return [
+        [entry[name] for name in MEASURED if name in entry] for entry in trainer.state.log_history if "loss" in entry
+    ]
 
 
 def reversible(seed=0, **changes):

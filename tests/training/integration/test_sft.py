@@ -110,7 +110,11 @@ def test_what_cannot_be_trained_so_is_refused(tmp_path, folder):
         sft(tmp_path, folder, memory_network(distillation_weight=0.5)).train()
 
 
-PACKED = [{"packing": True, "max_length": 48}, {"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}]
+PACKED = [
+    {"packing": True, "max_length": 48},
+    {"packing": True, "max_length": 16},
+    {"padding_free": True, "max_length": None},
+]
 
 
 @pytest.mark.parametrize("settings", PACKED, ids=["packing", "split", "padding_free"])
@@ -119,7 +123,9 @@ def test_packed_texts(tmp_path, folder, settings, kind):
     """Each loss is that of stored activations, and the first one is that of the texts as rows of their own."""
 
     def train(stored):
-        model = make_reversible(build(scale=2.0)) if kind == "reversible" else memory_network(kept_segments=kept(stored))
+        model = (
+            make_reversible(build(scale=2.0)) if kind == "reversible" else memory_network(kept_segments=kept(stored))
+        )
         trainer = sft(tmp_path, folder, model, bf16=False, per_device_train_batch_size=2, **settings)
         batch = batch_of(trainer)
         texts = PackedTexts(batch["input_ids"], batch["position_ids"])
