@@ -83,7 +83,8 @@ def generate_by_segments(network: Network, rows: Rows, settings: dict[str, Any])
             config_of_part.max_new_tokens = min(
                 config.max_new_tokens - written, *(length + 1 - len(tokens) for tokens in read)
             )
-            config_of_part.min_new_tokens = max(0, (config.min_new_tokens or 0) - written)
+            least = max(0, (config.min_new_tokens or 0) - written)
+            config_of_part.min_new_tokens = min(least, config_of_part.max_new_tokens)
             part = left_padded(read, network.device)
             asked = {"generation_config": config_of_part, "eos_token_id": ends, **others}
             found = generate_behind(network, memory, part, asked)

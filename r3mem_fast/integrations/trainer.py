@@ -122,7 +122,7 @@ class TrainerInterface(torch.nn.Module):
         """Do nothing: activation checkpointing is never on."""
         self.plain_model.gradient_checkpointing_disable()
 
-    def _read_packed(self, texts: PackedTexts, labels: torch.Tensor, num_items: float | torch.Tensor | None) -> Any:
+    def _read_packed(self, texts: PackedTexts, labels: Any, num_items: float | torch.Tensor | None) -> Any:
         """The output of `forward` for texts that are packed into rows, each read as a row of its own."""
         output = self(texts.ids, texts.mask, labels=texts.unpacked(labels, -100), num_items_in_batch=num_items)
         if output.logits is not None:
