@@ -271,7 +271,7 @@ def _work(task: Task, arm: str, connection: Connection) -> None:
                 elif what == "step":
                     answer = training.step()
                 elif what.startswith("measure "):
-                    answer = _measured(training, what.removeprefix("measure "))
+                    answer = _measured(training, what.removeprefix("measure "), task.device)
                 elif what.startswith("time "):
                     answer = training.time_as(what.removeprefix("time "))
                 else:
@@ -289,15 +289,18 @@ def _first(training: TrainingArm, arm: str) -> dict[str, Any]:
     return _record(training, arm, loss, training.live(), training.note)
 
 
-def _measured(training: TrainingArm, arm: str) -> dict[str, Any]:
+def _measured(training: TrainingArm, arm: str, device: str) -> dict[str, Any]:
     try:
+        if device == "cpu":
+            note, loss, memory = training.count_as(arm)
+            return _record(training, arm, loss, memory, note)
         note, loss, memory, peak = training.measure_as(arm)
     except Unavailable as reason:
         return {"note": str(reason)}
     except torch.OutOfMemoryError as error:
         recover(error)
         return {"note": "out of memory"}
-    return {**_record(training, arm, loss, memory, note), **({} if peak is None else {"max_memory_bytes": peak})}
+    return {**_record(training, arm, loss, memory, note), "max_memory_bytes": peak}
 
 
 def _record(training: TrainingArm, arm: str, loss: float, memory: ForwardMemory, note: str | None) -> dict[str, Any]:

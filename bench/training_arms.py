@@ -138,29 +138,42 @@ class TrainingArm:
         return time.perf_counter() - start
 
     def measure_as(self, arm: str) -> tuple[str | None, float, ForwardMemory, int]:
-        """Set a plain arm's model up for `arm`, measure its memory, and make the model plain again.
+        """Set a plain arm's model up for `arm`, measure it on a GPU, and make the model plain again.
 
         Args:
             arm: Name of the arm.
 
         Returns:
-            `(note, loss, memory, peak)`, where `peak` is `torch.cuda.max_memory_allocated` over some training steps;
-            None on the CPU, where no step is made, so that all arms have the adapters of before.
+            `(note, loss, memory, peak)`, where `peak` is `torch.cuda.max_memory_allocated` over some training steps.
         """
-        base, device = self.model.get_base_model(), self.input_ids.device
+        base = self.model.get_base_model()
         note = set_up(base, arm)
         try:
-            if device.type == "cpu":
-                self.live()  # makes what stays for good
-                memory = self.live()
-                return note, self.forward().item(), memory, None
             loss = self.step()
-            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.reset_peak_memory_stats(self.input_ids.device)
             memory = self.live()
             self.step()
-            return note, loss, memory, torch.cuda.max_memory_allocated(device)
+            return note, loss, memory, torch.cuda.max_memory_allocated(self.input_ids.device)
         finally:
             self._optimizer.zero_grad()
+            tear_down(base, arm)
+
+    def count_as(self, arm: str) -> tuple[str | None, float, ForwardMemory]:
+        """Set a plain arm's model up for `arm`, count its bytes on the CPU, and make the model plain again.
+
+        Args:
+            arm: Name of the arm.
+
+        Returns:
+            `(note, loss, memory)`. No step is made, so that all arms have the adapters of before.
+        """
+        base = self.model.get_base_model()
+        note = set_up(base, arm)
+        try:
+            self.live()  # makes what stays for good
+            memory = self.live()
+            return note, self.forward().item(), memory
+        finally:
             tear_down(base, arm)
 
     def live(self) -> ForwardMemory:
