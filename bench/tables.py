@@ -24,9 +24,12 @@ _ARMS = {
     "plain": "plain",
     "checkpoint": "checkpointing, every layer",
     "checkpoint-offload": "checkpointing with offload (no GPU here: same memory)",
+    "checkpoint-hidden-offload": "checkpointing, each layer's input offloaded alone",
     "checkpoint-every-4": "checkpointing, every 4th layer",
     "reversible-b4": "**reversible, 4 side bits**",
     "reversible-b2": "reversible, 2 side bits",
+    "reversible-b4-offload": "**reversible, 4 side bits, offloaded**",
+    "reversible-b2-offload": "reversible, 2 side bits, offloaded",
 }
 
 
@@ -52,6 +55,21 @@ def training() -> str:
             f"{record['step_seconds']:.2f}", f"{record['step_ratio']:.2f} ({low:.2f}–{high:.2f})",
             f"{record['loss']:.3f}",
         ))  # fmt: skip
+    return table(head, rows)
+
+
+def training_bytes() -> str:
+    """Tabulate what arms of training keep on the device, and in host memory."""
+    head = ("", "kept by the layers on the device", "of checkpointing", "in host memory")
+    rows = [
+        (
+            _ARMS[record["arm"]].partition(" (")[0],
+            f"{record['live_bytes'] / 1e6:.2f} MB",
+            f"{record['live_ratio']:.3f}",
+            f"{record['live_host_bytes'] / 1e6:.2f} MB",
+        )
+        for record in records("training_bytes_smollm2_bf16")
+    ]
     return table(head, rows)
 
 
@@ -284,6 +302,7 @@ TABLES = {
     "remember_settings": lambda: _settings(RememberSettings),
     "train_settings": lambda: _settings(TrainSettings),
     "training": training,
+    "training_bytes": training_bytes,
     "recall_arms": recall_arms,
     "recall_controls": recall_controls,
     "expand": expand,

@@ -11,7 +11,8 @@ with Liger's kernels, which cannot be taken out again, have a second process. On
     live_bytes        bytes created up to the exit of the last decoder layer and alive after the forward pass, however
                       held, without that layer's output, which the head needs in every arm
     live_bytes_total  the same with the head, the logits and the loss
-    live_host_bytes   on a GPU, whose memory the two above are: what the layers keep in host memory
+    live_host_bytes   what the layers keep in host memory, which is in neither of the two above; without a GPU host
+                      memory is the same memory, and what is copied to it is counted apart (`training_host`)
     max_memory_bytes  on a GPU: torch.cuda.max_memory_allocated of a training step, weights included
     peak_rss          on the CPU: peak resident memory of the arm's process over two steps, in bytes: weights,
                       libraries and the allocator's reserve are in it (off Linux, which can reset it: since the
@@ -113,9 +114,9 @@ def measure(
     Args:
         task: What every arm does.
         arms: Names of the arms.
-        runs: Rounds of one timed step an arm.
+        runs: Rounds of one timed step an arm; 0: bytes alone are counted, in one process, with no peaks on the CPU.
         progress: Called with a line of text now and then.
-        save: On a GPU, called with the records so far whenever there is more to them.
+        save: Where one process measures all arms, called with the records so far whenever there is more to them.
 
     Returns:
         One record an arm, in the order of `arms`.
@@ -124,7 +125,7 @@ def measure(
         RuntimeError: A process failed.
     """
     arms = list(arms)
-    if task.device == "cpu":
+    if task.device == "cpu" and runs:
         records, seconds = _measure_on_cpu(task, arms, runs, progress)
         return completed(records, seconds, arms)
     records, seconds = {}, {}
@@ -136,7 +137,7 @@ def measure(
     for ending in ("", LIGER):
         group = [arm for arm in arms if arm.endswith(LIGER) == bool(ending)]
         if group:
-            _measure_on_gpu(task, group, "plain" + ending, runs, more, records, seconds)
+            _measure_in_one_process(task, group, "plain" + ending, runs, more, records, seconds)
     return completed(records, seconds, arms)
 
 
@@ -163,7 +164,7 @@ def _measure_on_cpu(
     return records, seconds
 
 
-def _measure_on_gpu(
+def _measure_in_one_process(
     task: Task,
     arms: list[str],
     loaded: str,
@@ -270,7 +271,7 @@ def _work(task: Task, arm: str, connection: Connection) -> None:
                 elif what == "step":
                     answer = training.step()
                 elif what.startswith("measure "):
-                    answer = _measured(training, what.removeprefix("measure "))
+                    answer = _measured(training, what.removeprefix("measure "), task.device)
                 elif what.startswith("time "):
                     answer = training.time_as(what.removeprefix("time "))
                 else:
@@ -288,8 +289,11 @@ def _first(training: TrainingArm, arm: str) -> dict[str, Any]:
     return _record(training, arm, loss, training.live(), training.note)
 
 
-def _measured(training: TrainingArm, arm: str) -> dict[str, Any]:
+def _measured(training: TrainingArm, arm: str, device: str) -> dict[str, Any]:
     try:
+        if device == "cpu":
+            note, loss, memory = training.count_as(arm)
+            return _record(training, arm, loss, memory, note)
         note, loss, memory, peak = training.measure_as(arm)
     except Unavailable as reason:
         return {"note": str(reason)}
@@ -302,9 +306,9 @@ def _measured(training: TrainingArm, arm: str) -> dict[str, Any]:
 def _record(training: TrainingArm, arm: str, loss: float, memory: ForwardMemory, note: str | None) -> dict[str, Any]:
     record: dict[str, Any] = {"layers": len(training.layers), "loss": loss}
     device = training.input_ids.device.type
-    record["live_bytes"], record["live_bytes_total"] = memory.on(device).layers, memory.on(device).total
-    if device != "cpu":
-        record["live_host_bytes"] = memory.on("cpu").layers
+    own, on_host = memory.on(device), training.host_bytes
+    apart = on_host if device == "cpu" else 0  # of what is counted as the device's
+    record |= {"live_bytes": own.layers - apart, "live_bytes_total": own.total - apart, "live_host_bytes": on_host}
     record |= training.bytes_per_layer(arm)
     if note is not None:
         record["note"] = note
@@ -327,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=_positive_list, help="decoder layers kept, as in 8,16,30 (all)")
     parser.add_argument("--arms", type=lambda text: text.split(","), help=", ".join(ALL_ARMS))
     parser.add_argument("--runs", type=_positive, default=7, help="timed steps an arm (%(default)s)")
+    parser.add_argument("--bytes", action="store_true", help="count bytes alone, which are the same on a busy machine")
     parser.add_argument("--lora-rank", type=_positive, default=16, help="(%(default)s)")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="(%(default)s)")
     parser.add_argument("--text", help="a text file to train on, in place of Python's help topics")
@@ -363,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 device=device,
                 loss=options.loss or ("model" if device == "cpu" else "fused"),
             )
-            records += measure(task, arms, runs=options.runs, progress=progress, save=save)
+            records += measure(task, arms, runs=0 if options.bytes else options.runs, progress=progress, save=save)
     except (RuntimeError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     lines = slopes(records) if options.depth and len(options.depth) > 1 else []

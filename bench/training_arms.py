@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
 from r3mem_fast import MomentumCoupling, compile_layers, make_reversible, restore
 from r3mem_fast.integrations.compat import checkpointing_switches
@@ -18,6 +16,7 @@ from r3mem_fast.measure import ForwardMemory, forward_memory
 from r3mem_fast.reversible.convert import find_decoder_layers
 
 from .models import fused_linear_cross_entropy
+from .training_host import checkpoint_hidden_on_host, checkpoint_on_host, host_bytes
 
 BASELINE = "checkpoint"
 ARMS = ("plain", BASELINE, "checkpoint-offload", "checkpoint-every-4", "reversible-b4", "reversible-b2")
@@ -25,7 +24,10 @@ LIGER = "-liger"  # an arm whose name ends with this runs on Liger's kernels
 LIGER_ARMS = tuple(arm + LIGER for arm in (BASELINE, "checkpoint-offload", "reversible-b4"))
 COMPILED = "-compiled"  # an arm whose name ends with this has layers that torch.compile compiles, one graph for all
 COMPILED_ARMS = tuple(arm + COMPILED for arm in ("plain", BASELINE, "reversible-b4", "reversible-b2"))
-ALL_ARMS = ARMS + LIGER_ARMS + COMPILED_ARMS
+# More arms that keep something in host memory: each layer's input alone, and the side bits.
+HOST_ARMS = ("checkpoint-hidden-offload", "reversible-b4-offload", "reversible-b2-offload")
+ALL_ARMS = ARMS + LIGER_ARMS + COMPILED_ARMS + HOST_ARMS
+_OFFLOAD = "-offload"
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -71,6 +73,7 @@ class TrainingArm:
         loss: "model" or "fused".
         layers: The decoder layers.
         note: What a reader must know about how the arm runs; None: nothing.
+        host_bytes: What the layers kept in host memory in the last call of `live`, see `training_host.host_bytes`.
     """
 
     def __init__(self, arm: str, model: Any, input_ids: torch.Tensor, *, lora_rank: int, loss: str = "model") -> None:
@@ -97,6 +100,7 @@ class TrainingArm:
         self.note = set_up(model, arm)
         self.input_ids, self.loss = input_ids, loss
         self.layers = find_decoder_layers(model)[1]
+        self.host_bytes = 0
         self._optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def forward(self) -> torch.Tensor:
@@ -154,9 +158,28 @@ class TrainingArm:
             self._optimizer.zero_grad()
             tear_down(base, arm)
 
+    def count_as(self, arm: str) -> tuple[str | None, float, ForwardMemory]:
+        """Set a plain arm's model up for `arm`, count its bytes on the CPU, and make the model plain again.
+
+        Args:
+            arm: Name of the arm.
+
+        Returns:
+            `(note, loss, memory)`. No step is made, so that all arms have the adapters of before.
+        """
+        base = self.model.get_base_model()
+        note = set_up(base, arm)
+        try:
+            self.live()  # makes what stays for good
+            memory = self.live()
+            return note, self.forward().item(), memory
+        finally:
+            tear_down(base, arm)
+
     def live(self) -> ForwardMemory:
         """Return what a forward pass leaves alive; the pass is then run backward without a step."""
         loss, memory = forward_memory(self.forward, self.layers[-1])
+        self.host_bytes = host_bytes(memory, self.input_ids.device.type)
         loss.backward()
         self._optimizer.zero_grad()
         return memory
@@ -202,26 +225,27 @@ def set_up(model: Any, arm: str) -> str | None:
     if arm == "plain":
         return None
     if arm.startswith("reversible-b"):
-        make_reversible(model, MomentumCoupling(bits=_side_bits_of(arm)))
+        make_reversible(model, MomentumCoupling(bits=_side_bits_of(arm)), offload_side_bits=arm.endswith(_OFFLOAD))
         return None
     if arm == "checkpoint-every-4":
         _enable_checkpointing(model, every_n_layers=4)
         return None
     if arm == "checkpoint-offload":
         if not torch.accelerator.is_available():
-            note = "no accelerator: transformers' own offload needs one to pin memory; save_on_cpu(pin_memory=False) "
-            note += "copies to the same memory, which is counted"
+            note = "no accelerator: transformers' own offload needs one to pin memory; hooks on saved tensors copy "
+            note += "them in its place, and these copies are counted as the host's"
         else:
             try:
                 _enable_checkpointing(model, offload=True)
                 return None
             except Unavailable as reason:
                 note = f"{reason}; save_on_cpu(pin_memory=True) in its place"
-        _enable_checkpointing(model)
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = _checkpoint_on_host
+        _checkpoint_with(model, checkpoint_on_host)
         return note
+    if arm == "checkpoint-hidden-offload":
+        _checkpoint_with(model, checkpoint_hidden_on_host)
+        model.enable_input_require_grads()  # a layer is run again only if its input wants a gradient
+        return None
     if arm == BASELINE:
         _enable_checkpointing(model)
         return None
@@ -229,7 +253,8 @@ def set_up(model: Any, arm: str) -> str | None:
 
 
 def _side_bits_of(arm):
-    return int(arm.removesuffix(LIGER).removesuffix(COMPILED).removeprefix("reversible-b"))
+    bits = arm.removesuffix(LIGER).removesuffix(COMPILED).removesuffix(_OFFLOAD)
+    return int(bits.removeprefix("reversible-b"))
 
 
 def tear_down(model: Any, arm: str) -> None:
@@ -242,6 +267,7 @@ def tear_down(model: Any, arm: str) -> None:
     elif arm.startswith(BASELINE):
         _, disable = checkpointing_switches(model)
         disable()
+        model.disable_input_require_grads()
 
 
 def _enable_checkpointing(model: Any, **options: Any) -> None:
@@ -254,9 +280,11 @@ def _enable_checkpointing(model: Any, **options: Any) -> None:
     model.disable_input_require_grads()
 
 
-def _checkpoint_on_host(function, *args):
-    with save_on_cpu(pin_memory=torch.accelerator.is_available()):
-        return checkpoint(function, *args, use_reentrant=False)
+def _checkpoint_with(model, function):
+    _enable_checkpointing(model)
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = function
 
 
 def truncate(model: Any, depth: int | None) -> None:

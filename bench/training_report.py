@@ -18,6 +18,9 @@ def completed(records: dict[str, dict], seconds: dict[str, list[float]], arms: l
     Returns:
         The records, in the order of `arms`.
     """
+    for record in records.values():
+        if "live_bytes" in record and "live_bytes" in records.get(BASELINE, {}):
+            record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
     for arm, taken in seconds.items():
         if not taken:
             continue
@@ -25,7 +28,6 @@ def completed(records: dict[str, dict], seconds: dict[str, list[float]], arms: l
         record["runs"] = len(taken)
         record["step_seconds"], record["step_seconds_quartiles"] = _median(taken)
         if seconds.get(BASELINE):
-            record["live_ratio"] = record["live_bytes"] / records[BASELINE]["live_bytes"]
             ratios = [own / other for own, other in zip(taken, seconds[BASELINE], strict=False)]
             record["step_ratio"], record["step_ratio_quartiles"] = _median(ratios)
     return [records[arm] for arm in arms if arm in records]
@@ -71,7 +73,19 @@ def _exact(number: float) -> int | float:
 
 def table(records: list[dict]) -> str:
     """Format records as text, with ratios over checkpointing; their notes stand below."""
-    heads = ("arm", "layers", "live MB", "ratio", "with head", "peak MB", "step s", "ratio", "quartiles", "loss")
+    heads = (
+        "arm",
+        "layers",
+        "live MB",
+        "ratio",
+        "host MB",
+        "with head",
+        "peak MB",
+        "step s",
+        "ratio",
+        "quartiles",
+        "loss",
+    )
     rows: list[tuple[str, ...]] = [heads]
     for record in records:
         if "live_bytes" not in record:
@@ -84,9 +98,10 @@ def table(records: list[dict]) -> str:
                 str(record["layers"]),
                 f"{record['live_bytes'] / 1e6:.2f}",
                 f"{record['live_ratio']:.3f}" if "live_ratio" in record else "-",
+                f"{record.get('live_host_bytes', 0) / 1e6:.2f}",
                 f"{record['live_bytes_total'] / 1e6:.2f}",
                 f"{peak / 1e6:.0f}" if peak is not None else "-",
-                f"{record['step_seconds']:.3f}",
+                f"{record['step_seconds']:.3f}" if "step_seconds" in record else "-",
                 f"{record['step_ratio']:.3f}" if "step_ratio" in record else "-",
                 f"{quartiles[0]:.3f}–{quartiles[1]:.3f}" if quartiles is not None else "-",
                 f"{record['loss']:.4f}",

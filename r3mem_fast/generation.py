@@ -60,7 +60,7 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     ids, mask, _, _ = unfinished_of(memory, network.device).joined(rows).left_padded_with_labels()
     if not mask.any(1).all():
         raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
-    own, config, others = _configs(base.generation_config, settings, rows.ids.shape[1])
+    own, config, others = generation_configs(base.generation_config, settings, rows.ids.shape[1])
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
     if memory.carried is not None and not mask.all():
         memory, ids, mask = _of_one_length(network, memory, ids, mask)
@@ -268,7 +268,9 @@ def continued(
         )
 
 
-def _configs(own, settings, prompt):
+def generation_configs(
+    own: GenerationConfig, settings: dict[str, Any], prompt: int
+) -> tuple[GenerationConfig, GenerationConfig, dict[str, Any]]:
     """Make generation configs for use behind a memory.
 
     Args:

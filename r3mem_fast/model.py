@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import adapter_folder, generation, objective
+from . import adapter_folder, generation, objective, sampling
 from .batching import Rows, nothing
 from .config import R3MemConfig
 from .data import hub
+from .integrations.packing import packed_texts
 from .integrations.scoped import evaluating
 from .integrations.trainer import TrainerInterface
 from .memory.cache import PrefixCache
 from .memory.memory import Memory
-from .memory.segments import IGNORED
 from .network import Network
 from .objective import R3MemOutput, with_idle_parameters
 from .reading import compress_rows, is_one_pass, placed, read_segments, segments_of
@@ -91,7 +91,8 @@ class R3MemModel(TrainerInterface, Network):
             num_items_in_batch: What the loss is divided by in place of the number of tokens that count, so that the
                 losses of several batches add up to the mean over all of them (with a query: each term is multiplied
                 by the batch's share of their labels).
-            inputs: More arguments of the base model, for a single pass without memory.
+            inputs: More arguments of the base model, for a single pass without memory. With labels and memory tokens,
+                `position_ids` say where texts begin that are packed into a row; each is read as a row of its own.
 
         Returns:
             Without a query, `logits` `[B, T, V]`. With one, `logits` `[B, T + 1, V]` are those of the contexts, read
@@ -110,11 +111,14 @@ class R3MemModel(TrainerInterface, Network):
             return self._read_pairs(contexts, queries, terms, labels, num_items_in_batch)
         if inputs.pop("use_cache", None):
             raise ValueError("R3MemModel.forward returns no cache; use generate, or the base model")
+        by_segments = labels is not None and memory is None and self.learns_memories
+        if by_segments and (texts := packed_texts(input_ids, attention_mask, inputs)) is not None:
+            return self._read_packed(texts, labels, num_items_in_batch)
         rows = Rows(input_ids, attention_mask, labels)
         if memory is None and (labels is None or is_one_pass(self, rows)):
             if num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
-            return self._read_in_one_pass(rows.ids, attention_mask, labels, inputs)
+            return objective.read_in_one_pass(self, rows.ids, attention_mask, labels, inputs)
         inputs.pop("skip_logits", None)  # Trainer's wish, with Liger, where it needs none
         if inputs:
             raise ValueError(f"behind a memory, forward takes no {sorted(inputs)}")
@@ -124,24 +128,12 @@ class R3MemModel(TrainerInterface, Network):
             self.check_memory(memory, len(rows.ids))
         if labels is None:
             return R3MemOutput(logits=objective.history_logits(self, memory, rows))
-        loss, logits = objective.history_loss(self, memory, rows, num_items_in_batch)
-        return R3MemOutput(loss=loss, logits=logits)
-
-    def _read_in_one_pass(self, input_ids, attention_mask, labels, inputs):
-        with self.without_memory():
-            output = self.peft_model(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, **inputs
-            )
-        loss = output.loss if labels is None else with_idle_parameters(self, output.loss)
-        return R3MemOutput(loss=loss, logits=output.logits)
+        return R3MemOutput(*objective.history_loss(self, memory, rows, num_items_in_batch))
 
     def _read_pairs(self, contexts, queries, terms, labels, num_items):
         output = objective.pair_terms(self, contexts, queries, terms)
         if labels is not None:
-            output.loss = objective.pair_loss(self, output)
-            if num_items is not None:
-                # Counted as trainers count the labels of a causal model: without the first of a row.
-                output.loss = output.loss * ((labels[:, 1:] != IGNORED).sum() / num_items)
+            output.loss = objective.pair_loss(self, output, labels, num_items)
         return output
 
     @torch.compiler.disable  # as forward
@@ -239,7 +231,9 @@ class R3MemModel(TrainerInterface, Network):
     ) -> Any:
         """The base model's `generate`, behind a memory.
 
-        Behind a memory there is always a key-value cache, and it is the memory's.
+        Behind a memory there is always a key-value cache, and it is the memory's. For a trainer that learns from what
+        it writes (TRL's GRPO), a model with memory tokens writes as training reads: rows longer than a segment are
+        continued segment by segment, each behind the memory of those before.
 
         Args:
             input_ids: int64 `[B, T]`.
@@ -257,8 +251,11 @@ class R3MemModel(TrainerInterface, Network):
                 or there are more tokens than positions.
         """
         rows = Rows(input_ids, attention_mask)
-        settings.setdefault("pad_token_id", self.end_token_id)
+        if getattr(settings.get("generation_config"), "pad_token_id", None) is None:
+            settings.setdefault("pad_token_id", self.end_token_id)
         if memory is None:
+            if self._is_sampled_from and sampling.is_written_by_segments(self, rows, settings):
+                return sampling.generate_by_segments(self, rows, settings)
             with evaluating(self), self.without_memory():
                 return self.plain_model.generate(input_ids=rows.ids, attention_mask=rows.mask, **settings)
         self.check_memory(memory, len(rows.ids))

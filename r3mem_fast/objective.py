@@ -47,6 +47,28 @@ class R3MemOutput(ModelOutput):
     cycle_logits: torch.Tensor | None = None
 
 
+def read_in_one_pass(
+    network: Network,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    inputs: dict[str, Any],
+) -> R3MemOutput:
+    """Output of the base model with its adapters for rows without a memory before them.
+
+    Args:
+        network: The model.
+        ids: Token ids, int64 `[B, T]`.
+        mask: Mask, `[B, T]`, 0 for padding; None: there is none.
+        labels: Labels, int64 `[B, T]`; None: no loss is asked for.
+        inputs: More arguments of the base model.
+    """
+    with network.without_memory():
+        output = network.peft_model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, **inputs)
+    loss = output.loss if labels is None else with_idle_parameters(network, output.loss)
+    return R3MemOutput(loss=loss, logits=output.logits)
+
+
 def history_loss(
     network: Network, memory: Memory, rows: Rows, num_items: float | torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -195,15 +217,21 @@ def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[
     return found
 
 
-def pair_loss(network: Network, found: R3MemOutput) -> torch.Tensor:
+def pair_loss(
+    network: Network, found: R3MemOutput, labels: torch.Tensor, num_items: float | torch.Tensor | None
+) -> torch.Tensor:
     """Sum of the terms that `pair_terms` computed, with their weights from the config.
 
     Args:
         network: The model.
         found: The output of `pair_terms`.
+        labels: Labels of the contexts, int64 `[B, T]`, -100 where they do not count.
+        num_items: Number of labels of all batches of a step, of which this one has a share; None: it is alone.
     """
     losses = {term: found[f"{term}_loss"] for term in TERMS if f"{term}_loss" in found}
-    return sum(weight * losses[term] for term, weight in term_weights(network).items() if term in losses)
+    loss = sum(weight * losses[term] for term, weight in term_weights(network).items() if term in losses)
+    # Counted as trainers count the labels of a causal model: without the first of a row.
+    return loss if num_items is None else loss * ((labels[:, 1:] != IGNORED).sum() / num_items)
 
 
 def term_weights(network: Network) -> dict[str, float]:

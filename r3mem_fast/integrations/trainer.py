@@ -7,7 +7,11 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .masters import load_masters, masters_of
+from .packing import PackedTexts, packed_texts
 from .peft import own_parameters
+
+# TRL's trainers that learn from what the model's `generate` writes, by the tags that they give it.
+_SAMPLING_TRAINERS = {"grpo", "rloo"}
 
 
 class TrainerInterface(torch.nn.Module):
@@ -22,6 +26,8 @@ class TrainerInterface(torch.nn.Module):
 
     # Trainer reads it when parameters are missing from a checkpoint.
     _keys_to_ignore_on_save = None
+    # Whether the trainer learns from what `generate` writes, which then has to read as training does.
+    _is_sampled_from = False
 
     def _register_checkpoint_hooks(self):
         self.register_state_dict_post_hook(_leave_frozen_base_out)
@@ -52,6 +58,16 @@ class TrainerInterface(torch.nn.Module):
         return self.plain_model.loss_type
 
     @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are checkpointed: never. TRL asks before a reference's passes, and before generation."""
+        return False
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The newer name of `is_gradient_checkpointing`."""
+        return False
+
+    @property
     def base_model(self) -> "Backbone":
         """The model without its head, see `Backbone`."""
         return Backbone(self)
@@ -70,8 +86,15 @@ class TrainerInterface(torch.nn.Module):
         return self.plain_model.get_output_embeddings()
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Add tags to the card of the base model."""
+        """Add tags to the card of the base model. TRL's trainers name themselves so, once each of them is made.
+
+        Args:
+            tags: The tags.
+        """
         self.plain_model.add_model_tags(tags)
+        names = {tags} if isinstance(tags, str) else set(tags)
+        if "trl" in names:
+            self._is_sampled_from = bool(names & _SAMPLING_TRAINERS)
 
     def activation_checkpointing_enable(self, *args: Any, **settings: Any) -> None:
         """Turn nothing on, and warn once that a reversible model stores no activations that could be saved.
@@ -98,6 +121,13 @@ class TrainerInterface(torch.nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Do nothing: activation checkpointing is never on."""
         self.plain_model.gradient_checkpointing_disable()
+
+    def _read_packed(self, texts: PackedTexts, labels: Any, num_items: float | torch.Tensor | None) -> Any:
+        """The output of `forward` for texts that are packed into rows, each read as a row of its own."""
+        output = self(texts.ids, texts.mask, labels=texts.unpacked(labels, -100), num_items_in_batch=num_items)
+        if output.logits is not None:
+            output.logits = texts.packed(output.logits)
+        return output
 
     def _refuse_adapters(self, peft_config):
         raise TypeError(
@@ -132,20 +162,17 @@ class Backbone:
             input_ids: Token ids, int64 `[B, T]`.
             attention_mask: Mask, `[B, T]`, 0 for padding.
             use_cache: Whether a cache is asked for; must be False.
-            inputs: More inputs; there must be none.
+            inputs: More inputs: `position_ids` of texts that are packed into rows, and what says the same beside them
+                (`packing.PACKING_INPUTS`). Each text is read as a row of its own.
 
         Returns:
             An output with `last_hidden_state` `[B, T, hidden_size]`, in the model's or autocast's dtype.
 
         Raises:
-            ValueError: There are other inputs (those of packed texts, for example), or the model is trained with a
-                `distillation_weight`, which needs the logits.
+            ValueError: There are other inputs, or the model is trained with a `distillation_weight`, which needs the
+                logits.
         """
-        if "position_ids" in inputs:
-            raise ValueError(
-                "R3MemModel cuts rows into segments itself, and takes no position_ids: several texts packed into one "
-                "row would be read as one. Set packing=False and padding_free=False"
-            )
+        texts = packed_texts(input_ids, attention_mask, inputs)
         if use_cache or inputs:
             raise ValueError(f"R3MemModel's backbone takes no {sorted(inputs) or 'cache'}")
         if self.model.training and self.model.r3mem_config.distillation_weight:
@@ -153,7 +180,10 @@ class Backbone:
                 "distillation_weight: this trainer applies the head itself (TRL's do), so there are no logits that a "
                 "teacher's could be compared with; use transformers' Trainer, or set the weight to 0"
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.model.hidden_states(input_ids, attention_mask))
+        if texts is None:
+            return BaseModelOutputWithPast(last_hidden_state=self.model.hidden_states(input_ids, attention_mask))
+        hidden = self.model.hidden_states(texts.ids, texts.mask)
+        return BaseModelOutputWithPast(last_hidden_state=texts.packed(hidden))
 
 
 def _left_out(model):

@@ -8,6 +8,7 @@ from .convert import check_integrity, make_reversible, restore
 from .coupling import AdaptedCoupling, AdditiveCoupling, BDIACoupling, MomentumCoupling, ScaledCoupling
 from .direction import reading_backward
 from .integrity import IntegrityError
+from .reference import reference_model
 from .replay import replay
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "compile_layers",
     "make_reversible",
     "reading_backward",
+    "reference_model",
     "replay",
     "restore",
     "uncompile_layers",

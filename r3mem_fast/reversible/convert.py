@@ -15,7 +15,9 @@ from .adapter import BottleneckAdapter
 from .branches import branch_of, generic_branch
 from .coupling import Coupling, MomentumCoupling
 from .experts import order_experts
+from .reference import ReferenceCheck
 from .stack import Mode, ReversibleStack
+from .untraced import untraced
 
 _INTEGRITY = ("auto", "raise", "nan")
 # Name of the adapter that a coupling gives to a layer, among the layer's submodules.
@@ -82,6 +84,7 @@ def make_reversible(
         layer.reversible = LayerLink(stack, index, decoder)
     stack.hooks = [
         decoder.register_forward_pre_hook(stack.prepare, with_kwargs=True),
+        decoder.register_forward_pre_hook(ReferenceCheck(stack)),
         decoder.register_forward_hook(stack.conclude, with_kwargs=True, always_call=True),
     ]
     return model
@@ -355,6 +358,8 @@ def _reversible_class(base):
     _, hidden_name, *_ = signature.parameters
     variadic = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
+    # torch.compile of the whole model would make a graph of this for each layer, of which nothing is computed.
+    @untraced
     def forward(self, *args, **kwargs):
         arguments = signature.bind(self, *args, **kwargs).arguments
         for name in variadic:

@@ -34,6 +34,7 @@ from .relay import Relay
 from .route import Route
 from .step import Step
 from .streams import Streams
+from .untraced import untraced
 
 
 class Mode(enum.Enum):
@@ -155,7 +156,7 @@ class ReversibleStack:
         if cache.passes == passes:
             raise MemoryNotReadError("the model's layers did not run behind the memory that they were to read")
 
-    @torch.compiler.disable
+    @untraced
     def prepare(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Prepare the cache and, in the first pass, choose the fraction bits: forward pre-hook of the decoder.
 
@@ -201,7 +202,7 @@ class ReversibleStack:
             args, kwargs = without_new_cache(decoder, args, kwargs)
         return args, kwargs
 
-    @torch.compiler.disable
+    @untraced
     def run(self, layer: Any, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Run one layer; the layer calls this in place of its own forward pass.
 
@@ -233,7 +234,7 @@ class ReversibleStack:
         self._relay.hand_on(streams, hidden)
         return hidden
 
-    @torch.compiler.disable
+    @untraced
     def conclude(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Finish a pass, and report its flags: forward hook of the decoder, called also if the decoder raised.
 

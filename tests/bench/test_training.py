@@ -81,8 +81,58 @@ def test_arms_without_reversibility_train_alike_and_hold_less_the_more_they_chec
     live = {name: arm.live().layers for name, arm in arms.items()}
     assert live["checkpoint"] < live["checkpoint-every-4"] < live["plain"]
     if not torch.accelerator.is_available():
-        assert live["checkpoint-offload"] == live["checkpoint"]
+        assert live["checkpoint-offload"] == live["checkpoint"] - arms["checkpoint"].host_bytes
         assert "no accelerator" in arms["checkpoint-offload"].note
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_waits_in_host_memory_is_counted_apart(dtype):
+    """A hidden state a layer, or a layer's side bits; the device keeps the rest of what the arm without offload does.
+    Loss and gradients are that arm's."""
+    elements = 2 * TOKENS * HIDDEN
+    hidden, side = LAYERS * elements * dtype.itemsize, (LAYERS - 1) * elements
+    expected = {
+        "plain": 0, "checkpoint": 0, "reversible-b4": 0, "checkpoint-hidden-offload": hidden,
+        "reversible-b4-offload": side // 2, "reversible-b2-offload": side // 4,
+    }  # fmt: skip
+    task, found = training.Task(dtype=str(dtype).removeprefix("torch.")), {}
+    for name in (*expected, "checkpoint-offload"):
+        arm = arm_of(name, dtype)
+        found[name] = training._record(arm, name, 0.0, arm.live(), None)
+        arm.forward().backward()
+        found[name]["gradients"] = [p.grad for p in arm.model.parameters() if p.grad is not None]
+    assert task.device == "cpu"
+    assert {name: found[name]["live_host_bytes"] for name in expected} == expected
+    # Its hooks see what checkpointing saves beside them: scalars.
+    assert hidden <= found["checkpoint-offload"]["live_host_bytes"] <= hidden + 64 * LAYERS
+    for name, without in (
+        ("checkpoint-offload", "checkpoint"), ("checkpoint-hidden-offload", "checkpoint"),
+        ("reversible-b4-offload", "reversible-b4"),
+    ):  # fmt: skip
+        assert found[name]["live_bytes"] <= found[without]["live_bytes"] - min(hidden, side // 2)
+        for own, other in zip(found[name]["gradients"], found[without]["gradients"], strict=True):
+            assert torch.equal(own, other)
+
+
+def test_bytes_alone(monkeypatch):
+    """One process for all arms, no times; each arm's bytes are those of a model of its own."""
+    monkeypatch.setattr(training, "_Worker", ThreadWorker)
+    monkeypatch.setitem(models.SHAPES["smollm2-135m-shape"], "num_hidden_layers", 3)
+    arms = ["plain", "checkpoint", "checkpoint-hidden-offload", "checkpoint-offload", "reversible-b4-offload"]
+    task = training.Task(model="smollm2-135m-shape", tokens=8)
+    found = training.measure(task, arms, runs=0)
+    assert [record["arm"] for record in found] == arms
+    for record in found:
+        assert not {"step_seconds", "peak_rss", "max_memory_bytes"} & record.keys()
+        if not record["arm"].endswith("-offload"):
+            continue
+        alone = training.load_arm(task, record["arm"])
+        alone.live()
+        expected = training._record(alone, record["arm"], 0.0, alone.live(), None)
+        for name in ("live_bytes", "live_bytes_total", "live_host_bytes"):
+            assert record[name] == expected[name], (record["arm"], name)
+    assert found[4]["live_host_bytes"] == 2 * 8 * 576 // 2
+    assert "host MB" in training.table(found)
 
 
 def test_compiled_arms_are_set_up_and_undone(monkeypatch):

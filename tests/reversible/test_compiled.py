@@ -25,7 +25,7 @@ from r3mem_fast import (
 from r3mem_fast.integrations.masters import masters_of
 from r3mem_fast.measure import forward_memory
 from r3mem_fast.reversible.convert import reversible_layers, stack_of
-from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, build
+from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, assert_same_gradients, build, train_step
 
 IDS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
 inductor = pytest.param(
@@ -196,3 +196,37 @@ def test_what_it_refuses():
         model = make_reversible(build(next(iter(GENERIC_FAMILIES))))
     with pytest.raises(ValueError, match="only layers with an exact branch"):
         compile_layers(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "tolerance"), [("eager", 0.0), pytest.param("inductor", 1e-5, marks=inductor.marks)]
+)
+def test_torch_compile_of_the_whole_model(backend, tolerance):
+    """What is around the layers is compiled, the layers run as they are: the logits in evaluation, text that is
+    written, and a step of training are those of before. Its depth makes no more graphs."""
+    graphs = []
+    for depth in (3, 12):
+        torch._dynamo.reset()
+        counters.clear()
+        model = make_reversible(build(scale=2.0, num_hidden_layers=depth)).eval()
+        compiled = torch.compile(model, backend=backend)
+        for ids in (IDS, IDS[:, :9]):
+            with torch.no_grad():
+                expected = model(ids).logits
+                assert (compiled(ids).logits - expected).abs().max() <= tolerance
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+    written = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(compiled.generate(IDS, **written), model.generate(IDS, **written))
+    (loss, found), (expected_loss, expected) = (train_step(each, IDS) for each in (compiled.train(), model.train()))
+    assert loss == pytest.approx(expected_loss, abs=tolerance)
+    names = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
+    assert_same_gradients(names, expected, 1e-4)
+
+
+def test_one_graph_for_a_whole_model_is_refused():
+    """The error of torch.compile says why, and what to do."""
+    model = make_reversible(build()).eval()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call torch\.compile without fullgraph"):
+        torch.compile(model, backend="eager", fullgraph=True)(IDS)

@@ -1,5 +1,7 @@
 """TRL's SFTTrainer with its defaults, which ask for checkpointing and apply the head without the model."""
 
+import contextlib
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +11,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from r3mem_fast import make_reversible, reading
+from r3mem_fast.integrations.packing import PackedTexts
 from tests.reversible.tiny import build, stored_activations
 from tests.test_model_memory import made
 from tests.training.integration.training import learned, losses_of, memory_network
@@ -37,7 +40,8 @@ def sft(folder, tokenizer_folder, model, peft_config=None, **settings):
 
 
 def batch_of(trainer):
-    return {name: tensor.clone() for name, tensor in next(iter(trainer.get_train_dataloader())).items()}
+    batch = next(iter(trainer.get_train_dataloader()))
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def test_memory_network_with_the_defaults(tmp_path, folder, monkeypatch):
@@ -104,8 +108,41 @@ def test_what_cannot_be_trained_so_is_refused(tmp_path, folder):
         sft(tmp_path, folder, memory_network(), peft_config=LoraConfig(r=4, target_modules="all-linear"))
     with pytest.raises(ValueError, match="distillation_weight: this trainer applies the head itself"):
         sft(tmp_path, folder, memory_network(distillation_weight=0.5)).train()
-    with pytest.raises(ValueError, match="Set packing=False and padding_free=False"):
-        sft(tmp_path, folder, memory_network(), packing=True, max_length=32).train()
+
+
+PACKED = [
+    {"packing": True, "max_length": 48},
+    {"packing": True, "max_length": 16},
+    {"padding_free": True, "max_length": None},
+]
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=["packing", "split", "padding_free"])
+@pytest.mark.parametrize("kind", ["reversible", "memory network"])
+def test_packed_texts(tmp_path, folder, settings, kind):
+    """Each loss is that of stored activations, and the first one is that of the texts as rows of their own."""
+
+    def train(stored):
+        model = (
+            make_reversible(build(scale=2.0)) if kind == "reversible" else memory_network(kept_segments=kept(stored))
+        )
+        trainer = sft(tmp_path, folder, model, bf16=False, per_device_train_batch_size=2, **settings)
+        batch = batch_of(trainer)
+        texts = PackedTexts(batch["input_ids"], batch["position_ids"])
+        labels = texts.unpacked(batch["labels"], -100)
+        assert len(texts.ids) > 1
+        expected = trainer.model(texts.ids, attention_mask=texts.mask, labels=labels).loss.item()
+        with stored_activations(model) if stored else contextlib.nullcontext():
+            losses = losses_of(trainer)
+        assert losses[0] == pytest.approx(expected, rel=1e-4)
+        return losses
+
+    def kept(stored):
+        return "device" if stored else "none"
+
+    losses = train(stored=False)
+    assert losses == pytest.approx(train(stored=True), rel=5e-3)
+    assert losses[-1] < losses[0]
 
 
 def test_adapters_of_ones_own(tmp_path, folder):
