@@ -156,7 +156,7 @@ class _Trial:
 
     def base(self) -> str:
         ids = _ids(17, 2)
-        model = self._with_learned.eval()
+        model = R3MemModel(self._copy(), R3MemConfig(num_memory_tokens=0, core=(1, 3))).eval()
         with torch.no_grad(), model.disable_adapters():
             same = torch.equal(model.plain_model(input_ids=ids).logits, self._base(input_ids=ids).logits)
         return "yes" if same else "logits are others"

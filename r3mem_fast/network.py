@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, layout_fingerprint
 from .integrations import graphs
-from .integrations.compat import decoder_output, key_sources
+from .integrations.compat import decoder_output, inputs_of_composite, key_sources
 from .integrations.fsdp import units_of
 from .integrations.peft import MergedAdapters, adapters_are_off, adapters_off
 from .integrations.scoped import compacted, returning, temporarily
@@ -269,6 +269,7 @@ class Network(nn.Module):
                 "output_router_logits asks for a loss of the experts' router, which reversible layers do not give; "
                 "set it to False in the model's config"
             )
+        inputs |= inputs_of_composite(self.plain_model, self.decoder, hidden)
         with returning(self.decoder, decoder_output(compact)):
             return self.peft_model(inputs_embeds=hidden, use_cache=False, **inputs)
 

@@ -32,6 +32,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"rotary_dim|qk_(rope|nope)_head_dim|mamba_d_conv|\w*conv_kernel|time_step_rank|mamba_dt_rank", 4),
     (r"\w*layers?|num_blocks|mamba_n_heads|\w*heads|n_head|\w*experts|zero_expert_num|heads_per_ngram|hc_count", 4),
     (r"\w*head_?(dim|size)|dim_head|d_kv|kv_channels|\w*_rank|mamba_d_state|\w*state_size|hc_lowrank", 8),
+    (r"attention_chunk_size", 64),  # as `_WINDOW`
     (r"hidden_size_per_layer_input|\w*chunk_size|\w*chunk_length", 8),
     (r"(moe|shared_experts?|shared|expert)_(intermediate|ffn_hidden)_size", 16),
     (r"mamba_d_head", 16),
@@ -42,6 +43,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"\w*(intermediate_size|ffn_hidden_size|ffn_dim|feed_forward_size)|n_inner|d_inner|d_ff|dff|dim_ff|mlp_dim", 48),
     (r"index_topk", 64),
     (r"\w*vocab(_size\w*)?", 96),
+    (r"\w*token_(id|index)", 95),  # images and the like: the last token, of which no text has any
     (r"\w*max_(position_embeddings|seq_len|target_positions)|n_positions|n_ctx|model_max_length", 128),
 ]
 _GIVEN = r"num_key_value_heads|head_dim|n_routed_experts|n_shared_experts|num_experts_per_tok|n_group|topk_group"

@@ -191,6 +191,22 @@ def inputs_of_layers(decoder: Any, ids: torch.Tensor | None, embeddings: torch.T
     return {"per_layer_inputs": decoder.get_per_layer_inputs(known, *[None] * others)}
 
 
+def inputs_of_composite(model: Any, decoder: Any, embeddings: torch.Tensor) -> dict[str, Any]:
+    """Make what a model of several would else look for the token of each embedding for (Gemma 4 with its encoders).
+
+    Args:
+        model: The model around the decoder.
+        decoder: The decoder.
+        embeddings: What the model is given, `[batch, tokens, width]`.
+
+    Returns:
+        A keyword argument for the model; none for most.
+    """
+    if model.config.get_text_config() is model.config:
+        return {}
+    return inputs_of_layers(decoder, None, embeddings)
+
+
 def key_sources(config: Any, layers: Sequence[torch.nn.Module]) -> tuple[int, ...]:
     """Find the layers whose keys and values each layer reads: most read their own (but see Gemma 3n and 4).
 

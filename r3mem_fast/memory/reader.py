@@ -147,6 +147,7 @@ class MemoryReader:
         if self.layout.placement == "input":
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
+            self._refuse_layers_that_no_memory_suits()
             with evaluating(self._model), torch.autocast(self._model.device.type, enabled=False):
                 self._carried = states_that_go_on(self)
             with captured_attention(self.decoder) as calls:
@@ -239,6 +240,22 @@ class MemoryReader:
                 f"in a {type(base).__name__} keys that were moved by {step} positions "
                 f"differ by {error:.2g}, so a memory cannot be placed before its tokens; "
                 'use memory_placement="input", or another model'
+            )
+
+    def _refuse_layers_that_no_memory_suits(self):
+        name, config = type(self.decoder).__name__, getattr(self.decoder, "config", None)
+        if config is None:
+            raise ValueError(f"a {name} has no configuration that would say how it attends, so it can read no memory")
+        if any("indexer" in part.rpartition(".")[2] for part, _ in self.decoder.named_modules()):
+            raise ValueError(
+                f"the layers of a {name} choose keys by an index of all tokens, where a memory's slots have no place"
+            )
+        chunk = getattr(text_config(config), "attention_chunk_size", None)
+        chunked = any("chunk" in str(kind) for kind in getattr(text_config(config), "layer_types", None) or ())
+        if chunked and chunk is not None and chunk < self.layout.first_position:
+            raise ValueError(
+                f"a {name} has layers that see nothing before a chunk of {chunk} tokens, and a memory would stand for "
+                f"{self.layout.first_position}; use a smaller memory_budget or shorter segments"
             )
 
     def _refuse_attention_that_looks_ahead(self):

@@ -105,6 +105,9 @@ class Rotation:
         self._apply = rotary_function(base.__module__)
         if "layer_type" in inspect.signature(self._rotary.forward).parameters:
             self._types = dict(zip(order, config.layer_types, strict=True))
+            known = getattr(self._rotary, "rope_type", None)
+            if isinstance(known, dict):  # layers of other kinds rotate nothing
+                self._still |= {index for index, kind in self._types.items() if kind not in known}
 
     def carrier(self, sizes: Sequence[LayerSizes]) -> int:
         """Which of the two that a cache keeps has positions: 0 for keys; 1 where keys are a latent without any.
