@@ -13,7 +13,7 @@ from tests.tape import ASKING
 
 from .test_model import FAMILIES, ROWS, collate_ids, made
 
-WINDOWED = ("mistral", "gemma2")
+WINDOWED = ("mistral", "gemma2", "gemma3_text")
 
 
 class NobodyAsks(TorchDispatchMode):

@@ -106,9 +106,11 @@ class ReferenceCheck:
 def _trainer_with_reference(frame: FrameType | None) -> Any:
     """The trainer among the callers that has a model and a reference; None if there is none."""
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(vars(owner).get("ref_model") if hasattr(owner, "__dict__") else None, nn.Module):
-            return owner
+        # No other frame's locals are asked for: that keeps them alive as they are now until the frame is left.
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "trl":
+            owner = frame.f_locals.get("self")
+            if isinstance(vars(owner).get("ref_model") if hasattr(owner, "__dict__") else None, nn.Module):
+                return owner
         frame = frame.f_back
     return None
 
