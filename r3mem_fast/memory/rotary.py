@@ -94,10 +94,8 @@ class Rotation:
         self._latent: int | None = setting_of(config, "kv_lora_rank")
         if not is_rotary(decoder):
             return
-        self._rotary = getattr(decoder, "rotary_emb", None)
-        if self._rotary is None:
-            tables = _own_tables(decoder)
-            assert tables is not None, "see is_rotary"
+        self._rotary, tables = getattr(decoder, "rotary_emb", None), _own_tables(decoder)
+        if tables is not None:
             self._rotary, self._apply, self._is_partial = OwnTables(tables), rotated_by_pairs, True
             return
         kind = type(layers[0])
@@ -279,7 +277,14 @@ class Rotation:
 
 
 def _own_tables(decoder: nn.Module) -> torch.Tensor | None:
-    """Tables of a decoder's attention, `[positions, width]`: sines in the first half, cosines in the second."""
+    """Tables of a decoder's attention, `[positions, width]`: sines in the first half, cosines in the second.
+
+    Since transformers 5.24 they are those of its rotary embedding, before it of its layers.
+    """
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is not None:
+        table = getattr(rotary, _OWN_TABLES, None)
+        return table if isinstance(table, torch.Tensor) else None
     modules = (
         module for layers in decoder.children() if isinstance(layers, nn.ModuleList) for module in layers[:1].modules()
     )
