@@ -63,7 +63,8 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     own, config, others = generation_configs(base.generation_config, settings, rows.ids.shape[1])
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
     if memory.carried is not None and not mask.all():
-        memory, ids, mask = _of_one_length(network, memory, ids, mask)
+        with evaluating(network):
+            memory, ids, mask = _of_one_length(network, memory, ids, mask)
     if others.get("streamer") is not None:
         others["streamer"] = _StreamerOfPrompts(others["streamer"], rows.ids)
     with evaluating(network), compact_head(base), temporarily(base, generation_config=own):

@@ -113,6 +113,8 @@ class R3MemModel(TrainerInterface, Network):
             raise ValueError("R3MemModel.forward returns no cache; use generate, or the base model")
         by_segments = labels is not None and memory is None and self.learns_memories
         if by_segments and (texts := packed_texts(input_ids, attention_mask, inputs)) is not None:
+            if refused := sorted(inputs.keys() - {"skip_logits"}):
+                raise ValueError(f"of texts that are packed into rows, forward takes no {refused}")
             return self._read_packed(texts, labels, num_items_in_batch)
         rows = Rows(input_ids, attention_mask, labels)
         if memory is None and (labels is None or is_one_pass(self, rows)):

@@ -185,7 +185,7 @@ def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memo
         memory: The memory before them, of as many rows. What it carries as tokens is not read.
     """
     nothing = (torch.zeros(0, dtype=torch.int64),) * len(rows)
-    layout = dataclasses.replace(memory.layout, segment_overlap=0)
+    layout = dataclasses.replace(memory.layout, segment_overlap=0, queries="own")  # nothing is matched
     bare = dataclasses.replace(memory.to(network.device, network.dtype), unfinished=nothing, recent=nothing)
     longest = max(map(len, rows))
     segments = cut_segments(

@@ -59,9 +59,8 @@ def _calibrate(options: argparse.Namespace) -> int:
         fraction_bits=options.fraction_bits,
         progress=lambda line: say(options, line),
     )
-    coupling = dataclasses.replace(found.coupling, fraction_bits=options.fraction_bits)
     held_out = {
-        path: perplexity_ratio(model, of_text, coupling)
+        path: perplexity_ratio(model, of_text, found.coupling)
         for path, of_text in zip(options.held_out or (), rows[1:], strict=True)
     }
     if options.json:
@@ -70,5 +69,5 @@ def _calibrate(options: argparse.Namespace) -> int:
     print(found)
     for path, ratio in held_out.items():
         print(f"{path}: perplexity {ratio:.3f} x that of the plain network")
-    print(f"make_reversible(model, {coupling!r})")
+    print(f"make_reversible(model, {found.coupling!r})")
     return 0

@@ -185,12 +185,18 @@ class MemoryReader:
         layout, device, dtype = self.layout, self._model.device, self._model.dtype
         if pinned and layout.writer != "matched":
             raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
-        most = min(layout.reach // 2, MAX_KEPT - layout.most_matched)
-        if not 0 <= pinned <= most:
+        if not 0 <= pinned <= (most := self.most_pinned):
             raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
         sizes = self.state_sizes()
         carried = no_states(self._carried, rows) if self._carried else None
         return empty_memory(layout, origin, rows, sizes, dtype=dtype, device=device, pinned=pinned, carried=carried)
+
+    @property
+    def most_pinned(self) -> int:
+        """Most tokens at the beginning of a text whose slots can stay as they are; 0 unless memories are matched."""
+        if self.layout.writer != "matched":
+            return 0
+        return min(self.layout.reach // 2, MAX_KEPT - self.layout.most_matched)
 
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""
@@ -222,7 +228,7 @@ class MemoryReader:
         if step := self._step(tokens):
             caches = [self._keys_at(position) for position in (0, step)]
             as_they_are = _changes(*(cache.captured_keys() for cache in caches))
-            turned_back = _changes(*(cache.captured()[:, 0] for cache in caches))
+            turned_back = _changes(*(cache.captured()[:, cache.carrier] for cache in caches))
             # Long wavelengths hardly turn a key in so few positions, and in bfloat16 that may look like rounding: a
             # layer that rotates is known by keys that agree better when they are turned back.
             self._still = frozenset(
@@ -233,8 +239,9 @@ class MemoryReader:
 
     def _refuse_keys_that_cannot_be_moved(self, tokens):
         step = self._step(tokens)
-        error = max(_changes(*(self._captured_at(position) for position in (0, step))))
-        if not error <= self._tolerance():
+        errors = _changes(*(self._captured_at(position) for position in (0, step)))
+        error = max(errors)
+        if not all(change <= self._tolerance() for change in errors):  # NaN is no small one
             base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
             raise ValueError(
                 f"in a {type(base).__name__} keys that were moved by {step} positions "

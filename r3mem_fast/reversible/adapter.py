@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+# Its name among a layer's submodules.
+ADAPTER = "reversible_adapter"
+
 
 class BottleneckAdapter(nn.Module):
     """The adapter `G(v) = W_up silu(W_down v)` of a layer (R3Mem, section 3; MEFT, section 3.2).

@@ -12,7 +12,7 @@ import torch
 from r3mem_fast.kernels.coupling import SIDE_BITS
 
 from ..integrations.scoped import temporarily
-from .convert import make_reversible, restore, stack_of
+from .convert import make_reversible, restore, stack_of, text_config
 from .coupling import MomentumCoupling
 from .route import Route
 from .stack import Mode
@@ -31,8 +31,10 @@ class Calibration:
         bits: Side bits of every layer, for `MomentumCoupling(bits=..., balanced=True)`.
         mean_bits: Their mean, in bits for an element and layer.
         perplexity_ratio: Perplexity of the reversible network over that of the plain one, on the rows given.
-        upper: Upper end of its 95 % interval, over rows.
+        upper: Upper end of its 95 % interval over rows, as of a normal distribution; that the choice was the best of
+            many on the same rows is not counted.
         evaluations: How many choices of bits were measured.
+        fraction_bits: Binary places of the streams, as they were asked for.
     """
 
     bits: tuple[int, ...]
@@ -40,11 +42,12 @@ class Calibration:
     perplexity_ratio: float
     upper: float
     evaluations: int
+    fraction_bits: int | str = 14
 
     @property
     def coupling(self) -> MomentumCoupling:
         """The coupling with these bits, for `make_reversible`."""
-        return MomentumCoupling(bits=self.bits, balanced=True)
+        return MomentumCoupling(bits=self.bits, balanced=True, fraction_bits=self.fraction_bits)
 
     def __str__(self) -> str:
         """Return the result in one line."""
@@ -91,12 +94,9 @@ def calibrate(
         raise ValueError(f"input_ids must be [rows, tokens] with 4 rows at least, got {list(input_ids.shape)}")
     if not max_perplexity_ratio > 1:
         raise ValueError(f"max_perplexity_ratio must be above 1, got {max_perplexity_ratio}")
-    make_reversible(model, MomentumCoupling(fraction_bits=fraction_bits))
-    try:
-        with _evaluation(model):
-            return _Search(model, input_ids, max_perplexity_ratio, progress).result()
-    finally:
-        restore(model)
+    with _reversible(model, MomentumCoupling(fraction_bits=fraction_bits)), _evaluation(model):
+        found = _Search(model, input_ids, max_perplexity_ratio, progress).result()
+    return dataclasses.replace(found, fraction_bits=fraction_bits)
 
 
 def perplexity_ratio(model: Any, input_ids: torch.Tensor, coupling: MomentumCoupling) -> float:
@@ -112,17 +112,31 @@ def perplexity_ratio(model: Any, input_ids: torch.Tensor, coupling: MomentumCoup
     """
     with _evaluation(model):
         plain = _losses(model, input_ids)
-        make_reversible(model, coupling)
-        try:
+        with _reversible(model, coupling):
             reversible = _losses(model, input_ids)
-        finally:
-            restore(model)
     return math.exp(statistics.fmean(reversible) - statistics.fmean(plain))
 
 
 def _losses(model: Any, rows: torch.Tensor) -> list[float]:
     """Loss of each row, in nats a token."""
     return [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows]
+
+
+@contextmanager
+def _reversible(model: Any, coupling: MomentumCoupling) -> Iterator[None]:
+    """Let a model be reversible in the block; give back the checkpointing and the experts that it had."""
+    checkpointing = [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    experts = getattr(text_config(base.config), "_experts_implementation", None)
+    make_reversible(model, coupling)
+    try:
+        yield
+    finally:
+        restore(model)
+        for module in checkpointing:
+            vars(module)["gradient_checkpointing"] = True
+        if getattr(text_config(base.config), "_experts_implementation", None) != experts:
+            base.set_experts_implementation(experts)
 
 
 @contextmanager

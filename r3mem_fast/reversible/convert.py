@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..integrations.scoped import without_hooks
-from .adapter import BottleneckAdapter
+from .adapter import ADAPTER, BottleneckAdapter
 from .branches import branch_of, generic_branch
 from .coupling import Coupling, MomentumCoupling
 from .experts import order_experts
@@ -20,8 +20,6 @@ from .stack import Mode, ReversibleStack
 from .untraced import untraced
 
 _INTEGRITY = ("auto", "raise", "nan")
-# Name of the adapter that a coupling gives to a layer, among the layer's submodules.
-_ADAPTER = "reversible_adapter"
 
 
 def make_reversible(
@@ -69,11 +67,8 @@ def make_reversible(
     fraction_bits = coupling.fraction_bits if isinstance(coupling.fraction_bits, int) else None  # None for "auto"
     bits, updates = coupling.bits_of_layers(len(layers)), coupling.updates(len(layers))
     if coupling.adapter_rank is not None:
-        width = text_config(model.config).hidden_size
-        updates = [
-            update._replace(adapter=_add_adapter(layer, width, coupling.adapter_rank))
-            for update, layer in zip(updates, layers, strict=True)
-        ]
+        for layer in layers:
+            _add_adapter(layer, text_config(model.config).hidden_size, coupling.adapter_rank)
     stack = ReversibleStack(branches, bits, updates, fraction_bits, integrity, offload_side_bits)
     _turn_off_checkpointing(stack, decoder)
     order_experts(model, text_config(model.config))
@@ -131,9 +126,9 @@ def restore(model: Any) -> Any:
     for layer in layers:
         layer.__class__ = type(layer).unreversed
         del layer.reversible
-    if adapted := [layer for layer in layers if hasattr(layer, _ADAPTER)]:
+    if adapted := [layer for layer in layers if hasattr(layer, ADAPTER)]:
         for layer in adapted:
-            delattr(layer, _ADAPTER)
+            delattr(layer, ADAPTER)
         warnings.warn("the adapters of the coupling are taken off, with what they have learned", stacklevel=2)
     for hook in stack.hooks:
         hook.remove()
@@ -261,8 +256,7 @@ def _add_adapter(layer, width, rank):
     """Give a layer an adapter, in float32 as PEFT's adapters are."""
     device = next(layer.parameters()).device
     adapter = BottleneckAdapter(width, rank, device=device, dtype=torch.float32)
-    layer.add_module(_ADAPTER, adapter)
-    return adapter
+    layer.add_module(ADAPTER, adapter)
 
 
 def _refuse_architecture(model):

@@ -5,7 +5,7 @@ from scratch; they run in plain PyTorch on every device.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from r3mem_fast.kernels.coupling import MAX_FRACTION_BITS, SIDE_BITS
 
@@ -105,7 +105,7 @@ class MomentumCoupling(Coupling):
     """
 
     bits: int | Sequence[int] = 4
-    balanced: bool = False
+    balanced: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the settings."""

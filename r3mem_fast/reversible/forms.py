@@ -18,7 +18,7 @@ class Update(NamedTuple):
         bits: The momentum, or what the second stream is multiplied by, is `2**-bits`; None means no momentum, or 1.
         signs: int32 `[B]`, the sign of each row in the form "bdia"; None in a route, and in other forms.
         gain: What the branch is multiplied by, in the forms "momentum" and "adapted"; None: one minus the momentum.
-        adapter: Module that adds what it computes of one stream to the other; None: there is none.
+        adapter: Module that adds what it computes of one stream to the other; None in a route, or without one.
     """
 
     form: str

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..integrations.capture import implementation_of
 from ..integrations.compat import cache_name, without_new_cache
 from . import stored
+from .adapter import ADAPTER
 from .branches import hidden_of
 from .forms import Update
 from .fraction_bits import Observer, fraction_bits_for, run_to_observe
@@ -285,6 +286,8 @@ class ReversibleStack:
     def _update(self, layer, index, hidden):
         """How a layer's branch joins the streams now. BDIA draws a sign for each row, as dropout does masks."""
         update = self.route.updates[index]
+        if (adapter := layer._modules.get(ADAPTER)) is not None:  # the layer's own, also where the model is a copy
+            return update._replace(adapter=adapter)
         if update.form != "bdia":
             return update
         signs = torch.zeros(len(hidden), dtype=torch.int32, device=hidden.device)

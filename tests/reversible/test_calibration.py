@@ -46,7 +46,11 @@ def test_the_model_is_left_as_it_was(trained):
     model, rows = trained
     kinds, modes = [type(m) for m in model.modules()], [m.training for m in model.modules()]
     random_state = torch.get_rng_state()
-    calibrate(model, rows[:4], 2.0)
+    model.gradient_checkpointing_enable()
+    found = calibrate(model, rows[:4], 2.0, fraction_bits="auto")
+    assert found.coupling.fraction_bits == "auto"
+    assert model.is_gradient_checkpointing and all(layer.gradient_checkpointing for layer in model.model.layers)
+    model.gradient_checkpointing_disable()
     assert [type(m) for m in model.modules()] == kinds and [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in model.parameters())

@@ -197,3 +197,22 @@ def test_the_balanced_coupling_is_exact_and_nearer_to_the_plain_network(dtype):
         with torch.no_grad():
             distances.append((model(ids).logits.float() - expected).norm().item())
     assert distances[1] < 0.8 * distances[0]
+
+
+@pytest.mark.parametrize("coupling", [AdaptedCoupling(bits=2, rank=4), ScaledCoupling(bits=2, rank=4)], ids=name_of)
+def test_a_copy_computes_with_adapters_of_its_own(coupling):
+    model, ids = reversible(coupling), token_ids()
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = clone(ids).logits
+        for layer in model.model.layers:
+            layer.reversible_adapter.up.weight.mul_(3.0)
+        assert torch.equal(clone(ids).logits, expected)
+        assert not torch.equal(model(ids).logits, expected)
+    _, found = train_step(clone, ids)
+    assert any("reversible_adapter" in name for name in found)
+
+
+def test_settings_are_given_by_name():
+    with pytest.raises(TypeError):
+        MomentumCoupling(4, 16)
