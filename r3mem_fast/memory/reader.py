@@ -185,7 +185,8 @@ class MemoryReader:
         layout, device, dtype = self.layout, self._model.device, self._model.dtype
         if pinned and layout.writer != "matched":
             raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
-        if not 0 <= pinned <= (most := self.most_pinned):
+        most = self.most_pinned
+        if not 0 <= pinned <= most:
             raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
         sizes = self.state_sizes()
         carried = no_states(self._carried, rows) if self._carried else None
