@@ -109,7 +109,7 @@ def test_an_attention_that_reads_nothing_is_found(monkeypatch):
 
 
 def test_large_models_are_large():
-    """Of a norm before the branch and of one behind it, the hidden state passes what 16 fraction bits hold."""
+    """Hidden states pass what 16 fraction bits hold, whether norms stand before or behind the branches."""
     for family in ("llama", "bert", "gemma2"):
         model = tiny_model(family)
         assert _enlarge(model)

@@ -12,7 +12,7 @@ def test_positions(family):
 
 
 def test_special_tokens():
-    """Of the model, else of its language model; a list begins with the one that counts."""
+    """A model's own ids count, else those of its language model; of a list the first one."""
     model = tiny_model("gemma3")
     assert special_id(model, "eos_token_id") == 2
     model.config.eos_token_id = [7, 8]

@@ -4,6 +4,7 @@
 from scratch; they run in plain PyTorch on every device.
 """
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ def balanced_gains(bits: Sequence[int | None]) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coupling:
+class Coupling(abc.ABC):
     """Base of all couplings.
 
     Attributes:
@@ -74,6 +75,7 @@ class Coupling:
         """
         return [0] * num_layers
 
+    @abc.abstractmethod
     def updates(self, num_layers: int) -> list[Update]:
         """Return how every layer's branch joins the streams, from the first layer to the last.
 
@@ -83,7 +85,40 @@ class Coupling:
         Raises:
             ValueError: A setting is for another number of layers.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how branches join the streams")
+
+
+@dataclass(frozen=True)
+class UniformCoupling(Coupling):
+    """Base of couplings with the same side bits in all layers, and in some an adapter G in each.
+
+    Attributes:
+        bits: Side bits kept for each element and layer: 1, 2, 4 or 8.
+        rank: Rank of G, see `BottleneckAdapter`; None: there is none.
+        fraction_bits: See `Coupling`.
+
+    Raises:
+        ValueError: A setting has another value.
+    """
+
+    bits: int = 4
+    rank: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        super().__post_init__()
+        if self.bits not in SIDE_BITS:
+            raise ValueError(f"bits must be one of {SIDE_BITS}, got {self.bits!r}")
+        if self.rank is not None and not (isinstance(self.rank, int) and self.rank >= 1):
+            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Rank of G."""
+        return self.rank
+
+    def bits_of_layers(self, num_layers: int) -> list[int]:
+        """Return the side bits of every layer, see `Coupling.bits_of_layers`."""
+        return [self.bits] * num_layers
 
 
 @dataclass(frozen=True)
@@ -132,7 +167,7 @@ class MomentumCoupling(Coupling):
 
 
 @dataclass(frozen=True)
-class AdaptedCoupling(Coupling):
+class AdaptedCoupling(UniformCoupling):
     """Momentum coupling with a bottleneck adapter G on the velocity: `x' = x + v' + G(v')`, the paper's adapter.
 
     Each layer gets a submodule `reversible_adapter` (`BottleneckAdapter`), which changes nothing at first and is
@@ -147,23 +182,13 @@ class AdaptedCoupling(Coupling):
         ValueError: A setting has another value.
     """
 
-    bits: int = 4
-    rank: int = 64
+    rank: int | None = 64
 
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        _check_bits(self.bits)
-        _check_rank(self.rank)
-
-    @property
-    def adapter_rank(self) -> int | None:
-        """Rank of G."""
-        return self.rank
-
-    def bits_of_layers(self, num_layers: int) -> list[int]:
-        """Return the side bits of every layer, see `Coupling.bits_of_layers`."""
-        return [self.bits] * num_layers
+        if self.rank is None:
+            raise ValueError("rank must be a positive integer, got None; MomentumCoupling has no adapters")
 
     def updates(self, num_layers: int) -> list[Update]:
         """Return how every layer's branch joins the streams, see `Coupling.updates`."""
@@ -171,7 +196,7 @@ class AdaptedCoupling(Coupling):
 
 
 @dataclass(frozen=True)
-class BDIACoupling(Coupling):
+class BDIACoupling(UniformCoupling):
     """Momentum with a random sign for each row and layer in training, and none in evaluation (Zhang et al. 2024).
 
     `v' = s m v + (1 - s m) f` with `m = 2**-bits` and s = ±1 in `train()` mode, of mean 0; in `eval()` mode the
@@ -184,17 +209,6 @@ class BDIACoupling(Coupling):
     Raises:
         ValueError: A setting has another value.
     """
-
-    bits: int = 4
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        super().__post_init__()
-        _check_bits(self.bits)
-
-    def bits_of_layers(self, num_layers: int) -> list[int]:
-        """Return the side bits of every layer, see `Coupling.bits_of_layers`."""
-        return [self.bits] * num_layers
 
     def updates(self, num_layers: int) -> list[Update]:
         """Return how every layer's branch joins the streams, see `Coupling.updates`."""
@@ -222,7 +236,7 @@ class AdditiveCoupling(Coupling):
 
 
 @dataclass(frozen=True)
-class ScaledCoupling(Coupling):
+class ScaledCoupling(UniformCoupling):
     """MEFT's first coupling: `y1 = lambda x1 + F(x2)`, `y2 = x2 + G(y1)`, then both change places (Liao et al. 2023).
 
     F is a whole layer, with its residual connection, and G an adapter, or nothing. lambda = `2**-bits`, so that side
@@ -242,32 +256,6 @@ class ScaledCoupling(Coupling):
     bits: int = 8
     rank: int | None = None
 
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        super().__post_init__()
-        _check_bits(self.bits)
-        if self.rank is not None:
-            _check_rank(self.rank)
-
-    @property
-    def adapter_rank(self) -> int | None:
-        """Rank of G."""
-        return self.rank
-
-    def bits_of_layers(self, num_layers: int) -> list[int]:
-        """Return the side bits of every layer, see `Coupling.bits_of_layers`."""
-        return [self.bits] * num_layers
-
     def updates(self, num_layers: int) -> list[Update]:
         """Return how every layer's branch joins the streams, see `Coupling.updates`."""
         return [Update("scaled", self.bits)] * num_layers
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in SIDE_BITS:
-        raise ValueError(f"bits must be one of {SIDE_BITS}, got {bits!r}")
-
-
-def _check_rank(rank: int) -> None:
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer, got {rank!r}")
