@@ -12,12 +12,14 @@ _EXPORTS = {
     "BDIACoupling": "reversible",
     "Calibration": "reversible",
     "GradientReport": "reversible",
+    "DocumentStore": "store",
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
     "MasterAdamW": "integrations.masters",
     "Memory": "memory",
     "MemoryNotReadError": "reversible.past",
     "MemoryReport": "memory_check",
+    "MemoryStore": "store",
     "MomentumCoupling": "reversible",
     "PairCollator": "training.collate",
     "R3MemConfig": "config",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
         uncompile_layers,
     )
     from .reversible.past import MemoryNotReadError
+    from .store import DocumentStore, MemoryStore
     from .training.collate import PairCollator
     from .training.history import TrainReport
     from .training.remember import RememberReport
