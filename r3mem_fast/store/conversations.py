@@ -75,10 +75,6 @@ class MemoryStore:
         if raw_tokens < 0:
             raise ValueError(f"raw_tokens must be 0 or more, got {raw_tokens}")
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from None
         self.database = Database(self.folder / DATABASE)
         self._model = StoreModel(model, config, self.database, settings)
         self._nearness = Nearness(self.database, embedder, embedder_name)

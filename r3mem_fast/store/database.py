@@ -92,7 +92,7 @@ class Database:
     Several processes may have it open. Each change is a transaction that is on the disk when the method returns.
 
     Args:
-        path: The file; made if it is not there.
+        path: The file; made if it is not there, with the folders above it.
 
     Raises:
         OSError: It cannot be opened or made.
@@ -102,6 +102,10 @@ class Database:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.RLock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot make the folder {path.parent}: {error.strerror}; choose another place") from None
         try:
             self._connection = sqlite3.connect(
                 path, timeout=_SECONDS_TO_WAIT, isolation_level=None, check_same_thread=False
