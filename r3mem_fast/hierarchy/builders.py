@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .passage import MAX_SHARED_RUN, Passage
 from .words import STOP_WORDS
 
@@ -105,6 +103,8 @@ class InstructBuilder:
         if passage.level == "entity":
             yield from _lists(passage, _weights(passage))
             return
+        import torch  # here, so that what needs no model needs no torch
+
         message = {"role": "user", "content": self._PROMPT.format(text=passage.text)}
         prompt = self._tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         for opening in self._openings:

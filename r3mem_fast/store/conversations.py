@@ -12,24 +12,14 @@ from ..training.remember import RememberReport
 from ..training.settings import RememberSettings
 from .adapters import UserAdapters
 from .answering import Answering
-from .database import Database, Item, check_names, condition
-from .lookup import Embedder, Found, Nearness, by_words
+from .database import DATABASE, Database, Item, check_names, condition
+from .defaults import DEFAULT_CONFIG, RAW_TOKENS
+from .lookup import WAYS, Embedder, Found, Nearness, by_words
 from .memories import Histories
-from .opening import StoreModel
+from .opening import StoreModel, kept_raw_tokens
 from .turns import TurnCodec, as_messages
 
 Messages = str | Mapping[str, Any] | Iterable[Mapping[str, Any]]
-WAYS = ("bm25", "embedding", "backward")
-DATABASE = "store.sqlite"
-# Sixteen segments of 256 tokens, the last 32 of which are read again as they are. What goes beyond goes.
-DEFAULT_CONFIG = R3MemConfig(
-    memory_writer="matched",
-    adapter_rows="memory",
-    num_memory_tokens=64,
-    memory_budget=1024,
-    segment_overlap=32,
-    cycle_weight=0.0,
-)
 
 
 class MemoryStore:
@@ -49,8 +39,10 @@ class MemoryStore:
         folder: The folder, made if it is not there.
         model: What `R3MemPipeline` takes by name, or an `R3MemPipeline`, whose memories must be matched ones of its
             base model; None: what the folder was made with, "smollm2-135m" for a new one. It is loaded when needed.
-        config: Sizes of memories and settings of adapters; None: `DEFAULT_CONFIG`.
-        raw_tokens: Tokens, the newest ones, that are never compressed.
+        config: Sizes of memories and settings of adapters; None: what the folder was made with, `DEFAULT_CONFIG` for
+            a new one.
+        raw_tokens: Tokens, the newest ones, that are never compressed; None: what the folder was made with, 128 for a
+            new one.
         embedder: Function from texts to vectors for `search(by="embedding")`; None: `minilm_embedder`.
         embedder_name: Name of that function; vectors of another name are made anew.
         settings: More arguments of `R3MemPipeline` (`device`, `dtype`, ...).
@@ -67,18 +59,18 @@ class MemoryStore:
         model: "str | Path | R3MemPipeline | None" = None,
         *,
         config: R3MemConfig | None = None,
-        raw_tokens: int = 128,
+        raw_tokens: int | None = None,
         embedder: Embedder | None = None,
         embedder_name: str = "own",
         **settings: Any,
     ):
-        if raw_tokens < 0:
+        if raw_tokens is not None and raw_tokens < 0:
             raise ValueError(f"raw_tokens must be 0 or more, got {raw_tokens}")
         self.folder = Path(folder)
         self.database = Database(self.folder / DATABASE)
         self._model = StoreModel(model, config, self.database, settings)
         self._nearness = Nearness(self.database, embedder, embedder_name)
-        self._raw_tokens = raw_tokens
+        self._raw_tokens = kept_raw_tokens(self.database, RAW_TOKENS) if raw_tokens is None else raw_tokens
         self._lock = threading.RLock()
         self._answering: Answering | None = None
         self._is_checked = False

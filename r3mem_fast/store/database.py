@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+DATABASE = "store.sqlite"
 _SECONDS_TO_WAIT = 60.0
 _SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);

