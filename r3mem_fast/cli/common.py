@@ -1,8 +1,14 @@
 """Functions that several commands use."""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Generator
 from typing import Any
+
+from ..config import R3MemConfig
+from ..store.defaults import SETTINGS
+from .options import OF_MATCHED, given_settings
 
 
 def say(options: argparse.Namespace, text: str) -> None:
@@ -43,6 +49,66 @@ def pipeline_of(options: argparse.Namespace, model: str, **settings: Any) -> Any
     from .. import R3MemPipeline
 
     return R3MemPipeline(model, device=device_of(options), dtype=options.dtype, **settings)
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `transformers`' `generate` for the options of writing; sets the seed.
+
+    Args:
+        options: The command's arguments.
+    """
+    import torch
+
+    torch.manual_seed(options.seed)
+    given = {name: value for name in ("temperature", "top_p") if (value := getattr(options, name)) is not None}
+    return {"max_new_tokens": options.max_new_tokens, "do_sample": bool(given), **given}
+
+
+def store_of(options: argparse.Namespace) -> Any:
+    """The store that is asked for, with its model, which it loads when it is needed.
+
+    Args:
+        options: The command's arguments.
+
+    Raises:
+        OSError: The folder cannot be made or written to.
+        ValueError: The folder holds something else, or a size is out of range.
+    """
+    from ..store.texts import store_folder
+
+    given = given_settings(options, R3MemConfig, OF_MATCHED)
+    config = R3MemConfig(**{**SETTINGS, **given}) if given else None
+    from .. import MemoryStore
+
+    return MemoryStore(
+        store_folder(options.store),
+        options.model,
+        config=config,
+        raw_tokens=options.raw_tokens,
+        device=device_of(options),
+        dtype=options.dtype,
+    )
+
+
+def agreed(question: str) -> bool:
+    """Ask a question that is answered by yes or no; whatever is not yes is no."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def print_streamed(pieces: Generator[str, None, None]) -> str:
+    """Print a text while it is written; returns it."""
+    found = ""
+    with contextlib.closing(pieces):  # so that an interruption ends the writing, too
+        try:
+            for piece in pieces:
+                found += piece
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+    return found.strip()
 
 
 def adapter_of(options: argparse.Namespace) -> dict[str, Any]:

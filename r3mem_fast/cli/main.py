@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from .. import __version__
-from . import calibrate, check, memories, remember, train
+from . import calibrate, chat, check, mcp, memories, remember, store, train
 from .common import say
 
 
@@ -69,10 +69,13 @@ def parser() -> argparse.ArgumentParser:
     remember.add_commands(commands)
     train.add_commands(commands)
     memories.add_commands(commands)
+    store.add_commands(commands)
+    chat.add_commands(commands)
+    mcp.add_commands(commands)
     check.add_env(commands)
     check.add_families(commands)
     parser.epilog = (
-        "R3MEM_CACHE: the folder of the embedded model. R3MEM_MAX_STEPS: a limit of training steps, to try commands "
-        "out. R3MEM_KERNELS, R3MEM_ATTENTION: reference or triton."
+        "R3MEM_CACHE: the folder of the embedded model. R3MEM_STORE: the folder of the store. R3MEM_MAX_STEPS: a "
+        "limit of training steps, to try commands out. R3MEM_KERNELS, R3MEM_ATTENTION: reference or triton."
     )
     return parser

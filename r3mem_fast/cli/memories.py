@@ -7,13 +7,19 @@ from typing import Any
 
 from ..choices import LEVELS
 from ..config import R3MemConfig
-from .common import adapter_of, begin, pipeline_of, say, texts_of
-from .options import add_adapter, add_row_options, add_run_options, add_settings, given_settings, positive
+from .common import adapter_of, begin, pipeline_of, sampling_of, say, texts_of
+from .options import (
+    OF_MATCHED,
+    add_adapter,
+    add_row_options,
+    add_run_options,
+    add_sampling,
+    add_settings,
+    given_settings,
+    positive,
+)
 
-# Settings of matched memories: those that can be chosen, and what they are if one is.
-_OF_MATCHED = (
-    "num_memory_tokens", "memory_budget", "beyond_budget", "memory_queries", "segment_length", "segment_overlap",
-)  # fmt: skip
+# What settings of matched memories are if one of them is chosen.
 _MATCHED = {"num_memory_tokens": 64, "memory_budget": 256, "segment_length": 256, "segment_overlap": 32}
 _MODEL = "a folder or hub id; of an adapter: its base model (smollm2-135m; where it was when the adapter was made)"
 
@@ -33,7 +39,7 @@ def add_commands(commands: Any) -> None:
     compress.add_argument("--memory", metavar="FILE", help="go on from this memory: rows by name, or in order")
     levels = "rows of these levels (document); the parts of a text are rows of their own"
     compress.add_argument("--levels", nargs="+", choices=LEVELS, help=levels)
-    add_settings(compress, R3MemConfig, _OF_MATCHED, defaults=_MATCHED)
+    add_settings(compress, R3MemConfig, OF_MATCHED, defaults=_MATCHED)
     chat = "the texts stand in a user's turn, in which `generate` asks its prompt (for models that chat)"
     compress.add_argument("--chat", action="store_true", help=chat)
     compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
@@ -59,13 +65,8 @@ def add_commands(commands: Any) -> None:
     add_row_options(generate)
     chat = "the prompt stands in a user's turn, and is answered (if the text of the memory does, too)"
     generate.add_argument("--chat", action="store_true", default=None, help=chat)
-    generate.add_argument("--max-new-tokens", type=positive, default=64, help="tokens at most (%(default)s)")
-    generate.add_argument("--temperature", type=float, help="sample with this temperature (greedy)")
-    generate.add_argument(
-        "--top-p", type=float, help="sample from the likeliest tokens that have this probability together"
-    )
+    add_sampling(generate, max_new_tokens=64)
     generate.add_argument("--beams", type=positive, default=1, help="beams of a beam search (%(default)s)")
-    generate.add_argument("--seed", type=int, default=0, help="seed of sampling (%(default)s)")
     add_run_options(generate)
 
 
@@ -129,23 +130,17 @@ def _expand(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    import torch
-
     _refuse_adapter_alone(options.words, "the prompt")
     if len(options.words) > 2:
         raise ValueError(f"one prompt, and the folder of an adapter before it: got {options.words}; quote the prompt")
     options.folder, options.prompt = [None, *options.words][-2:]
     pipeline, memory = _with_memory(options)
-    torch.manual_seed(options.seed)
-    settings = {"do_sample": options.temperature is not None or options.top_p is not None}
-    settings |= {name: v for name in ("temperature", "top_p") if (v := getattr(options, name)) is not None}
     texts = pipeline.generate(
         [options.prompt] * (1 if memory is None else len(memory)),
         memory=memory,
         chat=options.chat,
-        max_new_tokens=options.max_new_tokens,
         num_beams=options.beams,
-        **settings,
+        **sampling_of(options),
     )
     _print_rows(options, memory, texts)
     if not all(text.strip() for text in texts):
@@ -163,7 +158,7 @@ def _refuse_adapter_alone(words: list[str], what: str) -> None:
 
 def _config(options: argparse.Namespace) -> R3MemConfig | None:
     """Settings of matched memories, if some are asked for; None for the defaults, or the settings of an adapter."""
-    given = given_settings(options, R3MemConfig, _OF_MATCHED)
+    given = given_settings(options, R3MemConfig, OF_MATCHED)
     if not given:
         return None
     if options.memory is not None:

@@ -7,12 +7,17 @@ from typing import Any
 from ..choices import LEVELS
 from ..config import ADAPTER, BACKWARD, MEMORY, TRAINING, R3MemConfig
 from ..settings import check_value, default_text, is_whole, names_of_group, settings_of
+from ..store.defaults import RAW_TOKENS, SETTINGS, WAYS
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # Settings of a new adapter, and those among them that need memory tokens.
 NEW_ADAPTER = names_of_group(R3MemConfig, ADAPTER, BACKWARD, MEMORY)
 OF_MEMORIES = names_of_group(R3MemConfig, MEMORY)[1:]
 OF_TRAINING = names_of_group(R3MemConfig, TRAINING)
+# Settings of matched memories that can be chosen.
+OF_MATCHED = (
+    "num_memory_tokens", "memory_budget", "beyond_budget", "memory_queries", "segment_length", "segment_overlap",
+)  # fmt: skip
 
 
 def add_settings(
@@ -104,9 +109,70 @@ def add_row_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="only the row of this name, see `r3mem inspect`")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that run an adapter."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the folder of a store."""
+    what = "folder of the store ($R3MEM_STORE, or ~/.local/share/r3mem/store)"
+    parser.add_argument("--store", metavar="FOLDER", help=what)
+
+
+def add_store_model(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """Add the options of commands that read a store with its model.
+
+    Args:
+        parser: Parser of a command.
+        json: Whether there is an option `--json`.
+    """
+    parser.add_argument(
+        "--model", help="a folder or hub id (what the store was made with; smollm2-135m for a new one)"
+    )
+    defaults = {name: f"{SETTINGS[name]} in a new store" for name in OF_MATCHED}
+    add_settings(parser, R3MemConfig, OF_MATCHED, defaults=defaults)
+    parser.add_argument(
+        "--raw-tokens",
+        type=int,
+        help=f"tokens, the newest ones, that are never compressed ({RAW_TOKENS} in a new store)",
+    )
+    add_run_options(parser, json=json)
+
+
+def add_lookup(parser: argparse.ArgumentParser) -> None:
+    """Add the options that have what was said looked up for a question."""
+    parser.add_argument(
+        "--passages", type=int, default=0, help="items that are looked up, and read word for word (%(default)s)"
+    )
+    add_way(parser)
+
+
+def add_way(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how something is looked up."""
+    what = "look up by words, by nearness of meaning, or by recalling backward what was consolidated (%(default)s)"
+    parser.add_argument("--by", choices=WAYS, default="bm25", help=what)
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options of writing.
+
+    Args:
+        parser: Parser of a command.
+        max_new_tokens: Default of the most tokens that are written.
+    """
+    parser.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="tokens at most (%(default)s)")
+    parser.add_argument("--temperature", type=float, help="sample with this temperature (greedy)")
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the likeliest tokens that have this probability together"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (%(default)s)")
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """Add the options of commands that run a model.
+
+    Args:
+        parser: Parser of a command.
+        json: Whether there is an option `--json`.
+    """
+    if json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,

@@ -13,12 +13,13 @@ from ..training.settings import RememberSettings
 from .adapters import UserAdapters
 from .answering import Answering
 from .database import DATABASE, Database, Item, check_names, condition
-from .defaults import DEFAULT_CONFIG, RAW_TOKENS
-from .lookup import WAYS, Embedder, Found, Nearness, by_words
+from .defaults import RAW_TOKENS, SETTINGS, WAYS
+from .lookup import Embedder, Found, Nearness, by_words
 from .memories import Histories
 from .opening import StoreModel, kept_raw_tokens
 from .turns import TurnCodec, as_messages
 
+DEFAULT_CONFIG = R3MemConfig(**SETTINGS)
 Messages = str | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 

@@ -12,7 +12,6 @@ from .database import Database, Item
 if TYPE_CHECKING:  # looking up by words needs no torch
     import torch
 
-WAYS = ("bm25", "embedding", "backward")
 
 # Gives an embedding of each text, `[n, width]`, whose dot products say how near texts are.
 Embedder = Callable[[Sequence[str]], "torch.Tensor"]
