@@ -118,7 +118,7 @@ def test_one_item_is_deleted_without_a_question_in_a_script(store, capsys):
 
 def test_rebuilding_takes_other_sizes_and_keeps_them(store, capsys):
     other = ["--memory-tokens", "4", "--memory-budget", "8", "--segment-length", "16", "--segment-overlap", "2"]
-    assert main(["store", "ask", "Who?", "--user", "anna", *other, *DEVICE]) == 2
+    assert main(["store", "add", "Who?", "--user", "anna", *other, *DEVICE]) == 2
     assert "(they differ in: layout)" in capsys.readouterr().err
     assert main(["store", "rebuild", *other, *DEVICE]) == 0
     assert capsys.readouterr().out == "memories made anew: anna, bob\n"

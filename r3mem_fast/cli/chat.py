@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
     add_store(chat)
     add_lookup(chat)
     add_sampling(chat, max_new_tokens=256)
-    add_store_model(chat, json=False)
+    add_store_model(chat, json=False, sizes=True)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -108,20 +108,21 @@ class Conversation:
         self._store.add(said, user_id=self._user, run_id=self._run)
 
     def _forget(self, how):
+        exchanges = how or "1"
+        if exchanges != "all" and (not exchanges.isdecimal() or int(exchanges) < 1):
+            raise ValueError(f"/forget takes a number, or all; got {how!r}")
         items = self._store.get_all(user_id=self._user)
         if not items:
             print("nothing is remembered")
             return
-        if how == "all":
+        if exchanges == "all":
             if not agreed(f"Forget all {len(items)} items of {self._user}, for good?"):
                 print("nothing was forgotten")
                 return
             gone = self._store.delete(user_id=self._user)
         else:
-            if not (how or "1").isdecimal() or int(how or 1) < 1:
-                raise ValueError(f"/forget takes a number, or all; got {how!r}")
             # An exchange begins with what the user says.
-            begins = [place for place, item in enumerate(items) if item.role == "user"][-int(how or 1) :]
+            begins = [place for place, item in enumerate(items) if item.role == "user"][-int(exchanges) :]
             last = items[begins[0] if begins else 0 :]
             gone = sum(self._store.delete(item.id) for item in reversed(last))
         self._remind()

@@ -84,7 +84,7 @@ def store_of(options: argparse.Namespace) -> Any:
         store_folder(options.store),
         options.model,
         config=config,
-        raw_tokens=options.raw_tokens,
+        raw_tokens=getattr(options, "raw_tokens", None),
         device=device_of(options),
         dtype=options.dtype,
     )

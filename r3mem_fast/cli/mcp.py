@@ -14,7 +14,7 @@ def add_commands(commands: Any) -> None:
     mcp.set_defaults(run=_mcp)
     mcp.add_argument("--user", required=True, help="whose memory it is, where a call names nobody")
     add_store(mcp)
-    add_store_model(mcp, json=False)
+    add_store_model(mcp, json=False, sizes=True)
 
 
 def _mcp(options: argparse.Namespace) -> int:

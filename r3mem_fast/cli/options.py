@@ -115,23 +115,25 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", metavar="FOLDER", help=what)
 
 
-def add_store_model(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+def add_store_model(parser: argparse.ArgumentParser, *, json: bool = True, sizes: bool = False) -> None:
     """Add the options of commands that read a store with its model.
 
     Args:
         parser: Parser of a command.
         json: Whether there is an option `--json`.
+        sizes: Whether there are options for the sizes of memories, of commands that make a store.
     """
     parser.add_argument(
         "--model", help="a folder or hub id (what the store was made with; smollm2-135m for a new one)"
     )
-    defaults = {name: f"{SETTINGS[name]} in a new store" for name in OF_MATCHED}
-    add_settings(parser, R3MemConfig, OF_MATCHED, defaults=defaults)
-    parser.add_argument(
-        "--raw-tokens",
-        type=int,
-        help=f"tokens, the newest ones, that are never compressed ({RAW_TOKENS} in a new store)",
-    )
+    if sizes:
+        defaults = {name: f"{SETTINGS[name]} in a new store" for name in OF_MATCHED}
+        add_settings(parser, R3MemConfig, OF_MATCHED, defaults=defaults)
+        parser.add_argument(
+            "--raw-tokens",
+            type=int,
+            help=f"tokens, the newest ones, that are never compressed ({RAW_TOKENS} in a new store)",
+        )
     add_run_options(parser, json=json)
 
 

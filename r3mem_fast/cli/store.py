@@ -11,7 +11,6 @@ from ..training.settings import RememberSettings
 from .common import agreed, begin, print_streamed, sampling_of, say, store_of
 from .options import (
     add_lookup,
-    add_run_options,
     add_sampling,
     add_settings,
     add_store,
@@ -34,7 +33,7 @@ def add_commands(commands: Any) -> None:
     add.add_argument("--user", required=True, help="whose conversation it is")
     _add_places(add, "that it was said to", "that it belongs to")
     add.add_argument("--metadata", type=_mapping, metavar="JSON", help="an object that is kept beside each message")
-    add_store_model(add)
+    add_store_model(add, sizes=True)
 
     ask = _verb(verbs, "ask", _ask, "answer questions behind what a user has said; nothing is added")
     ask.add_argument("words", metavar="QUESTION", nargs="+", help="questions; each is answered alone")
@@ -62,13 +61,12 @@ def add_commands(commands: Any) -> None:
 
     rebuild = _verb(verbs, "rebuild", _rebuild, "make memories anew from the texts, of this model and these sizes")
     rebuild.add_argument("--user", help="whose memory (all, also those of another model or other sizes)")
-    add_store_model(rebuild, json=False)
+    add_store_model(rebuild, json=False, sizes=True)
 
     consolidate = _verb(verbs, "consolidate", _consolidate, "teach an adapter what a user has said; takes minutes")
     consolidate.add_argument("--user", required=True, help="whose conversation it is")
     add_settings(consolidate, RememberSettings)
-    consolidate.add_argument("--model", help="a folder or hub id (what the store was made with)")
-    add_run_options(consolidate, json=False)
+    add_store_model(consolidate, json=False)
 
 
 def _verb(verbs, name, run, what):
@@ -213,7 +211,6 @@ def _consolidate(options: argparse.Namespace) -> int:
     settings = RememberSettings(**given_settings(options, RememberSettings))
     _texts(options).database.close()
     begin(options, "Loading the model")
-    options.raw_tokens = None  # what the store was made with
     with store_of(options) as store:
         report = store.consolidate(user_id=options.user, settings=settings)
     print(report)
