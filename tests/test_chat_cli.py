@@ -124,11 +124,10 @@ def test_on_a_terminal(folder, tmp_path):
         os.execve(
             sys.executable, [sys.executable, "-m", "r3mem_fast", "chat", "anna", *new], {**os.environ, "TERM": "dumb"}
         )
-    seen = ""
+    seen, end = "", time.monotonic() + 200
 
     def until(text):
         nonlocal seen
-        end = time.monotonic() + 120
         while text not in seen:
             assert select.select([terminal], [], [], max(end - time.monotonic(), 0))[0], f"no {text!r} in {seen!r}"
             seen += os.read(terminal, 4096).decode(errors="replace")
@@ -146,9 +145,13 @@ def test_on_a_terminal(folder, tmp_path):
         until("2 items")
         until("anna> ")
         os.write(terminal, b"\x1b[A\x1b[A\n")  # twice up: the line before /memories
+        os.write(terminal, b"/memories\n")
+        until("4 items")
         until("anna> ")
         os.write(terminal, b"\x04")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert ended == (child, 0)
     except BaseException:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

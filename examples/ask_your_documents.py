@@ -1,0 +1,28 @@
+"""Ask questions about text files. Each file is read once: later questions are answered behind its memory, in a folder.
+
+python examples/ask_your_documents.py "When is the mill open?" mill.txt town.txt
+"""
+
+import argparse
+from pathlib import Path
+
+from r3mem_fast import DocumentStore
+
+
+def main(arguments=None):
+    """Answer a question, and print which documents the answer is from; returns the answer's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", help="what is asked")
+    parser.add_argument("documents", type=Path, nargs="+", help="UTF-8 text files")
+    parser.add_argument("--store", default="documents", help="folder of the memories (%(default)s)")
+    parser.add_argument("--model", help="a folder or hub id (what the store was made with)")
+    options = parser.parse_args(arguments)
+
+    answer = DocumentStore(options.store, options.model).answer(options.question, options.documents)
+    print(answer.text)
+    print("from:", ", ".join(map(str, answer.sources)))
+    return answer.text
+
+
+if __name__ == "__main__":
+    main()
