@@ -18,8 +18,8 @@ of our own (`bench/data`). Each question is asked in a user's turn behind the co
 
 `last`, `bm25`, `minilm` and `memory+bm25` have as many tokens and slots before the question as `memory` has, for each
 user and number of slots. A record a way has the mean of nats a token of the references; F1, ROUGE-L and containment of
-what is written, greedily; and the share of what the full conversation gains over nothing in nats, with an interval over
-users. No model judges.
+what is written, greedily; and the share of what the full conversation gains over nothing in nats, with an interval
+over users. No model judges.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from r3mem_fast import Memory, R3MemPipeline
+from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.store.documents import rows_of_one
 
 from .answers_data import contains, f1, normalised
@@ -26,11 +27,16 @@ class Asked:
     ids: list[int]
 
     @property
+    def carried(self) -> list[int]:
+        """Token ids that the memory carries as they are."""
+        return torch.cat([self.memory.recent[0], self.memory.unfinished[0]]).tolist()
+
+    @property
     def slots(self) -> int:
         """Slots and tokens before the answer, without the memory's pinned ones."""
         memory = self.memory
         assert memory.slots is not None, "a matched memory"
-        return int(memory.slots[0] - memory.pinned_slots()[0]) + len(memory.recent[0]) + len(self.ids)
+        return int(memory.slots[0] - memory.pinned_slots()[0]) + len(self.carried) + len(self.ids)
 
 
 @torch.no_grad()
@@ -43,14 +49,19 @@ def nats(pipeline: R3MemPipeline, ways: Mapping[str, Asked], answer: Sequence[in
         answer: Token ids of the answer.
         most: Ways that are read at one time.
     """
-    found: dict[str, float] = {}
+    model, base, found = pipeline.model, pipeline.model.plain_model, {}
     for names in _batches(ways, most):
-        ids, mask = _left_padded([[*ways[name].ids, *answer[:-1]] for name in names])
+        rows = [[*ways[name].carried, *ways[name].ids, *answer[:-1]] for name in names]
+        ids, mask = _left_padded(rows)
         memory = rows_of_one([ways[name].memory for name in names])
-        logits = pipeline.model(ids, mask, memory=memory).logits[:, -len(answer) :].float()
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with model.disable_adapters():
+            cache = cache_argument(base, memory.to_cache(model))
+            last = {"logits_to_keep": len(answer)} if model.slices_logits else {}
+            logits = base(ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache, **last).logits
         targets = torch.tensor([list(answer)] * len(names))
-        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
-        found |= dict(zip(names, losses.tolist(), strict=True))
+        logits = logits[:, -len(answer) :].float().transpose(1, 2)
+        found |= dict(zip(names, cross_entropy(logits, targets, reduction="none").mean(1).tolist(), strict=True))
     return found
 
 
