@@ -159,8 +159,8 @@ class DocumentStore:
                 raw = order[:passages]
                 kept = self._fitting(order[passages:], parts)
                 memories.append(self._before(kept, parts))
-                words = "".join(f"\n\n{parts[name]}" for name in names if name in raw)
-                rows.append(codec.ids(f"{words}\n\n{text}") + self._after)
+                said = "\n\n".join([*(parts[name] for name in names if name in raw), text])
+                rows.append(codec.ids(f"\n\n{said}" if kept else said) + self._after)
                 sources = tuple(name for name in names if name in raw or name in kept)
                 chosen.append((sources, tuple(name for name in sources if name in raw)))
             texts = written(self.pipeline, rows, rows_of_one(memories), settings)
