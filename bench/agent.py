@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from r3mem_fast import Memory, MemoryStore, R3MemConfig, R3MemPipeline
 from r3mem_fast.store import Item
-from r3mem_fast.store.beside import with_layout
+from r3mem_fast.store.beside import pinned_memory, with_layout
 from r3mem_fast.store.memories import History
 
 from .asking import Asked, answers, grades, nats
@@ -205,7 +205,7 @@ class Asker:
             items = store.get_all(user_id=talk.user)
             history = turns.ids([(item.role, item.text) for item in items])
             self.tokens.append(len(history))
-            head = pipeline.model.compress(torch.tensor([turns.opening]), pinned=len(turns.opening), finish=True)
+            head = pinned_memory(pipeline.model, turns.opening)
             last = items[-1].role
             ways = {"full": (held_as_it_is(pipeline, head, history[-_positions(pipeline) :]), [], last)}
             room = {}

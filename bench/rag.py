@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemConfig, R3MemPipeline
-from r3mem_fast.store.beside import side_by_side, with_layout
+from r3mem_fast.store.beside import pinned_memory, side_by_side, with_layout
 from r3mem_fast.store.lookup import WordIndex, minilm_embedder
 
 from .agent import summary
@@ -107,8 +107,7 @@ class _Asker:
         self._kind = kind
         turns = [(f"{EXAMPLE}{kind.instruction}Question: {q}", f'{kind.opener}{a}"') for q, a in kind.examples]
         before, self._after = template_parts(pipeline.tokenizer, turns)
-        head = pipeline.codec.ids(before)
-        self._head = pipeline.model.compress(torch.tensor([head]), pinned=len(head), finish=True)
+        self._head = pinned_memory(pipeline.model, pipeline.codec.ids(before))
         self._line = pipeline.codec.ids("\n")
         self._memories: dict[tuple[int, int, str], Memory] = {}
 

@@ -9,6 +9,7 @@ from ..fingerprints import layout_fingerprint
 from ..memory.layout import MemoryLayout
 from ..memory.memory import Memory
 from ..memory.slots import Slots, replaced, slots_of
+from ..model import R3MemModel
 
 
 def with_layout(memory: Memory, layout: MemoryLayout) -> Memory:
@@ -20,6 +21,22 @@ def with_layout(memory: Memory, layout: MemoryLayout) -> Memory:
     """
     origin = dataclasses.replace(memory.origin, adapter=layout_fingerprint(layout))
     return dataclasses.replace(memory, layout=layout, origin=origin)
+
+
+def pinned_memory(model: R3MemModel, ids: Sequence[int]) -> Memory:
+    """The memory of tokens that stay as they are, and that nothing stands before; of one row.
+
+    Args:
+        model: The model.
+        ids: Token ids; without any it is the memory of nothing.
+
+    Raises:
+        ValueError: The model makes no memories, or none with so many pinned tokens.
+    """
+    empty = model.empty_memory(pinned=len(ids))
+    # With an overlap, the last tokens would be carried as they are, and read after whatever the memory goes on with.
+    start = with_layout(empty, dataclasses.replace(empty.layout, segment_overlap=0, queries="own"))
+    return model.compress(torch.tensor([list(ids)]), memory=start, finish=True) if ids else start
 
 
 def side_by_side(memories: Sequence[Memory], *, in_a_row: bool = True) -> Memory:

@@ -18,7 +18,7 @@ from ..memory.layout import MemoryLayout
 from ..memory.memory import Memory
 from ..pipeline import R3MemPipeline
 from .answering import written
-from .beside import side_by_side, with_layout
+from .beside import pinned_memory, side_by_side, with_layout
 from .lookup import WordIndex
 from .opening import DEFAULT_MODEL, pipeline_of
 
@@ -189,16 +189,17 @@ class DocumentStore:
         chats = getattr(codec.tokenizer, "chat_template", None) is not None
         return codec.turn[1] if chats else codec.ids("\n")
 
+    @property
+    def _opening(self):
+        """Token ids that stand before a document."""
+        codec = self.pipeline.codec
+        chats = getattr(codec.tokenizer, "chat_template", None) is not None
+        return codec.turn[0] if chats else codec.opening
+
     def _beginning(self):
         """The memory of what stands before a document: the chat template's tokens, or what begins a text; pinned."""
         if self._begun is None:
-            codec, model = self.pipeline.codec, self.pipeline.model
-            chats = getattr(codec.tokenizer, "chat_template", None) is not None
-            before = codec.turn[0] if chats else codec.opening
-            if before:
-                self._begun = model.compress(torch.tensor([before]), pinned=len(before), finish=True)
-            else:
-                self._begun = model.empty_memory()
+            self._begun = pinned_memory(self.pipeline.model, self._opening)
         return self._begun
 
     def _layout(self, tokens: int) -> MemoryLayout:
@@ -216,9 +217,8 @@ class DocumentStore:
     def _name(self, text, layout):
         """Name of a memory's file: a digest of all that it depends on."""
         model, codec = self.pipeline.model, self.pipeline.codec
-        chats = getattr(codec.tokenizer, "chat_template", None) is not None
-        before = codec.turn[0] if chats else codec.opening
-        described = [model.base_fingerprint(), str(model.dtype), codec.fingerprint, before, layout.to_dict(), text]
+        made_with = [model.base_fingerprint(), str(model.dtype), codec.fingerprint, self._opening, layout.to_dict()]
+        described = [*made_with, text]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest() + _SUFFIX
 
     def _read(self, name):
