@@ -347,7 +347,10 @@ class Network(nn.Module):
             forward: Whether this is the forward direction, in which adapters may act on memory tokens alone.
         """
         held = forward and not self.adapts_tokens and self.memory_embeddings is not None
-        return self.reader.read(self.reader.new_cache(keep=keep, adapted_tokens=0 if held else None), memory)
+        # Its own first position, because `reading.held` extends the reach.
+        first = memory.layout.first_position
+        cache = self.reader.new_cache(keep=keep, adapted_tokens=0 if held else None, first_position=first)
+        return self.reader.read(cache, memory)
 
     def origin(self) -> Origin:
         """Fingerprints of base model and adapters that memories made now carry.
