@@ -41,7 +41,7 @@ class PrefixCache(CarryingCache):
             write.
 
     Attributes:
-        sources: For each layer, the one whose keys and values it reads; () before the first pass.
+        key_sources: For each layer, the one whose keys and values it reads; () before the first pass.
         keyed: Indices of the layers that have keys and values of their own, in order, once a pass has begun.
     """
 
@@ -60,7 +60,7 @@ class PrefixCache(CarryingCache):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
         self._decoder, self._still, self._sizes = decoder, still, sizes
-        self.sources: Sequence[int] = ()
+        self.key_sources: Sequence[int] = ()
         self.adapted_tokens = adapted_tokens
         self._prefix: torch.Tensor | None = None
         self._visible: torch.Tensor | None = None
@@ -159,13 +159,13 @@ class PrefixCache(CarryingCache):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
-        if len(self.sources) != len(layers):
-            self.sources = key_sources(config, layers)
-            while len(self.layers) < len(set(self.sources)):  # transformers 5.10 makes some of them later
+        if len(self.key_sources) != len(layers):
+            self.key_sources = key_sources(config, layers)
+            while len(self.layers) < len(set(self.key_sources)):  # transformers 5.10 makes some of them later
                 self.layers.append(self.layer_class_to_replicate())
         held = None if self._visible is None else len(self._visible)
         keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
-        self.keyed = [index for index in keyed if self.sources[index] == index]
+        self.keyed = [index for index in keyed if self.key_sources[index] == index]
         # As their attention addresses the cache.
         self._expected, self._extended, self._attended = set(self.keyed), set(), set()
         self._of_pass, self._tables, self._config = positions, None, config
@@ -266,7 +266,7 @@ class PrefixCache(CarryingCache):
         expected, self._expected = self._expected, None
         missing = self._end() | ((expected or set()) - self._extended)
         if self._apart and self._placed and expected:  # and read out of the masks
-            missing |= {index for index, source in enumerate(self.sources) if source in expected} - self._attended
+            missing |= {index for index, source in enumerate(self.key_sources) if source in expected} - self._attended
         refuse_layers_without_memory(self._config, missing)
         if missing:
             raise MemoryNotReadError(
@@ -340,7 +340,7 @@ class PrefixCache(CarryingCache):
             layer_idx: The layer's index in the cache.
             implementation: Name of the model's attention.
         """
-        source = self.sources[layer_idx]
+        source = self.key_sources[layer_idx]
         if source not in self.keyed:
             return mask
         if self._apart:

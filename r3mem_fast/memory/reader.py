@@ -36,6 +36,8 @@ class MemoryReader:
         self._model, self._stack, self.decoder, self.layout = model, stack, decoder, layout
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
+        self._keyed: tuple[int, ...] = ()
+        self._key_sources: tuple[int, ...] = ()
         self._still: frozenset[int] = frozenset()
         self._carried: Carried = {}  # states of recurrent layers, of one row
         self._sizes: tuple[LayerSizes, ...] = ()
@@ -154,6 +156,7 @@ class MemoryReader:
                 cache = self._keys_at(0)
             layers, _, heads, tokens, width = cache.captured_keys().shape
             self._sizes, self._carrier = tuple(cache.sizes), cache.carrier
+            self._keyed, self._key_sources = tuple(cache.keyed), tuple(cache.key_sources)
             self._refuse_attention_that_looks_ahead()
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
@@ -165,6 +168,20 @@ class MemoryReader:
         """Number of keys that a query of each layer sees, its own included; None for all. Raises as `state_sizes`."""
         self.state_sizes()
         return self._windows
+
+    def keyed_layers(self) -> tuple[int, ...]:
+        """Indices, in the cache, of the layers that have keys of their own, in order. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._keyed
+
+    def has_gaps(self) -> bool:
+        """Whether layers without keys of their own stand before others that have some. Raises as `state_sizes`."""
+        return self.keyed_layers() != tuple(range(len(self.keyed_layers())))
+
+    def key_sources(self) -> tuple[int, ...]:
+        """For each layer, by its index in the cache, the one whose keys it reads. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._key_sources
 
     def still_layers(self) -> frozenset[int]:
         """Indices of the layers, in the cache, that do not rotate their keys. Raises as `state_sizes`."""
