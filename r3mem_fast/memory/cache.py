@@ -95,6 +95,7 @@ class PrefixCache(CarryingCache):
         ages: torch.Tensor | None = None,
         windows: Sequence[int | None] = (),
         carried: Mapping[str, torch.Tensor] | None = None,
+        sizes: Sequence[LayerSizes] = (),
     ) -> "PrefixCache":
         """Set the memory; returns the cache.
 
@@ -108,11 +109,17 @@ class PrefixCache(CarryingCache):
             windows: Number of keys that a query of each layer sees, its own included, by their positions; None: all.
                 Empty: no window hides a part of the memory.
             carried: States from which recurrent layers go on; None: no layer is one.
+            sizes: Sizes of each layer's keys and values in `prefix`; (): those that the cache was made with.
         """
         self.go_on_from(carried)
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
-            self._all_visible, self._ages, self._windows = all_visible, ages, windows
+            self._all_visible, self._ages, self._windows, self._sizes = (
+                all_visible,
+                ages,
+                windows,
+                sizes or self._sizes,
+            )
         return self
 
     @property
@@ -141,8 +148,7 @@ class PrefixCache(CarryingCache):
         config = decoder.config
         if self._decoder not in (None, decoder):
             raise ValueError("the cache is of another model's memory; make one with memory.to_cache(model)")
-        implementation = implementation_of(config)
-        if implementation not in ("eager", "sdpa", attention.NAME):
+        if (implementation := implementation_of(config)) not in ("eager", "sdpa", attention.NAME):
             raise ValueError(
                 f"attn_implementation={implementation!r} cannot read a memory, and would drop it; load "
                 f'the model with attn_implementation="sdpa", "eager" or "{attention.NAME}"'
@@ -164,8 +170,8 @@ class PrefixCache(CarryingCache):
             while len(self.layers) < len(set(self.key_sources)):  # transformers 5.10 makes some of them later
                 self.layers.append(self.layer_class_to_replicate())
         held = None if self._visible is None else len(self._visible)
-        keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
-        self.keyed = [index for index in keyed if self.key_sources[index] == index]
+        known = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
+        self.keyed = [index for index in known if self.key_sources[index] == index]
         # As their attention addresses the cache.
         self._expected, self._extended, self._attended = set(self.keyed), set(), set()
         self._of_pass, self._tables, self._config = positions, None, config
@@ -306,9 +312,8 @@ class PrefixCache(CarryingCache):
         self._extended.add(layer_idx)
         if self.capture:
             self._written[layer_idx] = (key_states[..., -self.capture :, :], value_states[..., -self.capture :, :])
-        states = (key_states, value_states)
+        states, own = (key_states, value_states), self.layers[layer_idx]
         placed = () if self._apart or not self._placed else self._placed[layer_idx]
-        own = self.layers[layer_idx]
         if self.keep and type(own) is DynamicLayer and not any(t.requires_grad for t in (*states, *placed)):
             room = self._rooms.setdefault(layer_idx, Room())
             return room.extended(own, placed, states)

@@ -66,17 +66,17 @@ class MemoryReader:
         """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
         device = self._model.device
         states, visible = memory.states.to(device, self._model.dtype), memory.visible_on_host()
-        all_visible = bool(visible.all())
+        all_visible, sizes = bool(visible.all()), self._sizes
         if self.layout.placement == "input" and visible.shape[1]:
             # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
             count = visible.shape[1]
             seen = self.new_cache(keep=False, capture=count, first_position=self.layout.first_position - count)
             places = torch.arange(count).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
-            states = seen.captured()
+            states, sizes = seen.captured(), seen.sizes
         visible = uploaded(visible, device)
         if memory.ages is None:
-            return cache.read(states, visible, all_visible)
+            return cache.read(states, visible, all_visible, sizes=sizes)
         windows, carried = self.windows(), memory.carried
         if carried is not None:
             carried = {name: state.to(device, self._carried[name].dtype) for name, state in carried.items()}

@@ -12,6 +12,7 @@ from r3mem_fast.generation import is_prefix
 from r3mem_fast.integrations.compat import inputs_of_layers
 from r3mem_fast.memory.sizes import LayerSizes, stacked
 from r3mem_fast.serving import Scheduler
+from tests.memory.test_latent import LATENT
 from tests.memory.test_matched import check_that_nothing_is_lost, ids_of, network
 from tests.reversible.tiny import LAYERED, assert_gradients_as_stored, build, token_ids
 
@@ -120,6 +121,24 @@ def test_shared_keys_without_a_window(family):
     with torch.no_grad(), model.unconverted():
         last = model.plain_model(text, logits_to_keep=2).logits
         assert (last - model.plain_model(text).logits[:, -2:]).abs().max() < 1e-4 * last.abs().max()
+
+
+@pytest.mark.parametrize("family", [*LAYERED, *LATENT])
+def test_a_memory_before_the_first_layer(family):
+    """Its tokens are read in front of a text, in every layer of whatever size."""
+    shared = {"num_kv_shared_layers": 0} if family in LAYERED else {}
+    settings = {"num_memory_tokens": 3, "segment_length": 8, "core": (1, 3), "fraction_bits": 20}
+    model = R3MemModel(build(family, scale=2.0, **shared), R3MemConfig(memory_placement="input", **settings)).eval()
+    text = ids_of(5, seed=1)
+    with torch.no_grad():
+        memory = model.compress(ids_of(8))
+        read = model(text, memory=memory).logits
+        whole = torch.cat([memory.states, model.reader.embeddings_of(text)], 1)
+        padding = torch.full((1, 3), model.config.pad_token_id)
+        given = inputs_of_layers(model.decoder, torch.cat([padding, text], 1), whole)
+        expected = model.peft_model(inputs_embeds=whole, **given).logits[:, 3:]
+    assert (read - expected).abs().max() <= 1e-3 * read.abs().max()
+    assert len(model.expand(memory, max_new_tokens=3)) == 1
 
 
 def test_layers_without_keys_between_others():
