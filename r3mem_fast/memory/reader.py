@@ -12,6 +12,7 @@ from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument, inputs_of_layers
 from ..integrations.scoped import evaluating, temporarily
 from ..reversible.convert import text_config
+from ..reversible.refusals import refuse_cross_attention
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
 from .layout import MemoryLayout, Origin
@@ -73,7 +74,7 @@ class MemoryReader:
             seen = self.new_cache(keep=False, capture=count, first_position=self.layout.first_position - count)
             places = torch.arange(count).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
-            states, sizes = seen.captured(), seen.sizes
+            states, sizes = seen.captured(), tuple(seen.sizes)
         visible = uploaded(visible, device)
         if memory.ages is None:
             return cache.read(states, visible, all_visible, sizes=sizes)
@@ -147,6 +148,7 @@ class MemoryReader:
             ValueError: They cannot, so that no memory could stand before a text.
         """
         if self.layout.placement == "input":
+            refuse_cross_attention(text_config(self._model.config))
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
             self._refuse_layers_that_no_memory_suits()
@@ -271,6 +273,7 @@ class MemoryReader:
         name, config = type(self.decoder).__name__, getattr(self.decoder, "config", None)
         if config is None:
             raise ValueError(f"a {name} has no configuration that would say how it attends, so it can read no memory")
+        refuse_cross_attention(text_config(config))
         if any("indexer" in part.rpartition(".")[2] for part, _ in self.decoder.named_modules()):
             raise ValueError(
                 f"the layers of a {name} choose keys by an index of all tokens, where a memory's slots have no place"
