@@ -106,20 +106,15 @@ class PrefixCache(CarryingCache):
             all_visible: Whether all of `visible` is true; to ask its device would synchronise.
             ages: Tokens from each key to the cache's first token, `[layers, B, kv_heads, N]`; None: the keys stand
                 right before it, in order.
-            windows: Number of keys that a query of each layer sees, its own included, by their positions; None: all.
-                Empty: no window hides a part of the memory.
+            windows: Number of keys that a query of each layer sees, its own included; None: all; (): all, everywhere.
             carried: States from which recurrent layers go on; None: no layer is one.
             sizes: Sizes of each layer's keys and values in `prefix`; (): those that the cache was made with.
         """
         self.go_on_from(carried)
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
-            self._all_visible, self._ages, self._windows, self._sizes = (
-                all_visible,
-                ages,
-                windows,
-                sizes or self._sizes,
-            )
+            self._all_visible, self._ages = all_visible, ages
+            self._windows, self._sizes = windows, sizes or self._sizes
         return self
 
     @property

@@ -22,7 +22,7 @@ from ..rotary import depends_on_pass
 from ..segments import Segment, without_padding
 from ..slots import Slots, replaced, slots_of
 from ..states import uploaded
-from .matching import Match, Queries, asked_of_slots, joined
+from .matching import Match, Queries, asked_of_slots, joined, joined_calls
 
 # Gives what will be asked of a text: token ids, int64 `[n]` each, of the text's ids, int64 `[T]`.
 QuestionsOf = Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -151,7 +151,7 @@ class MatchedWriter:
             if end == fresh:
                 carried = {name: state.clone() for name, state in cache.states_after().items()}
         hidden = torch.cat([part for part, _ in found], 1)
-        calls = joined([Queries(part, segment.mask) for _, part in found]).calls
+        calls = joined_calls([part for _, part in found])
         return Pass(segment, memory, before, cache, calls, hidden, torch.cat(states, 4), carried)
 
     def _decoded(self, embeddings, mask, cache, ids, positions=None):

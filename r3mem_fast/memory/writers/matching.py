@@ -64,12 +64,20 @@ def joined(queries: Sequence[Queries]) -> Queries:
     """
     if len(queries) == 1:
         return queries[0]
-    first = queries[0]
-    calls = {
-        index: call._replace(query=torch.cat([some.calls[index].query for some in queries], 2))
-        for index, call in first.calls.items()
-    }
+    calls = joined_calls([some.calls for some in queries])
     return Queries(calls, torch.cat([some.positions for some in queries], 1))
+
+
+def joined_calls(parts: Sequence[Mapping[int, AttentionCall]]) -> dict[int, AttentionCall]:
+    """Join the queries of the same rows in several calls, one behind the other.
+
+    Args:
+        parts: The attention of each layer in a pass, of one pass at least.
+    """
+    return {
+        index: call._replace(query=torch.cat([some[index].query for some in parts], 2))
+        for index, call in parts[0].items()
+    }
 
 
 def asked_of_slots(calls: dict[int, AttentionCall], cache: PrefixCache) -> dict[int, AttentionCall]:
