@@ -11,6 +11,7 @@ _EXPORTS = {
     "AdditiveCoupling": "reversible",
     "BDIACoupling": "reversible",
     "Calibration": "reversible",
+    "DocumentStore": "store",
     "GradientReport": "reversible",
     "IntegrityError": "reversible",
     "InverseReport": "reversible",
@@ -18,6 +19,7 @@ _EXPORTS = {
     "Memory": "memory",
     "MemoryNotReadError": "reversible.past",
     "MemoryReport": "memory_check",
+    "MemoryStore": "store",
     "MomentumCoupling": "reversible",
     "PairCollator": "training.collate",
     "R3MemConfig": "config",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
         uncompile_layers,
     )
     from .reversible.past import MemoryNotReadError
+    from .store import DocumentStore, MemoryStore
     from .training.collate import PairCollator
     from .training.history import TrainReport
     from .training.remember import RememberReport
@@ -87,6 +90,7 @@ __all__ = [
     "AdditiveCoupling",
     "BDIACoupling",
     "Calibration",
+    "DocumentStore",
     "GradientReport",
     "IntegrityError",
     "InverseReport",
@@ -94,6 +98,7 @@ __all__ = [
     "Memory",
     "MemoryNotReadError",
     "MemoryReport",
+    "MemoryStore",
     "MomentumCoupling",
     "PairCollator",
     "R3MemConfig",

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
@@ -179,21 +179,37 @@ def load(
     folder = find(folder, revision=revision, token=token)
     manifest = read_manifest(folder)
     config = R3MemConfig.from_dict(manifest["r3mem_config"])
-    for name in (
-        *ADAPTER_FILES,
-        *([MEMORY_TOKENS] if config.num_memory_tokens and config.memory_writer == "tokens" else []),
-    ):
+    _check_files(folder, manifest, config)
+    if base is None or isinstance(base, (str, Path)):
+        base, _ = load_base(folder, manifest, base, dtype=dtype)
+    if isinstance(base, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base.modules()):
+        raise ValueError("base has adapters already, from an earlier load perhaps; pass a base model without any")
+    found = fingerprint(base)
+    _check_base(folder, manifest, base, found)
+    model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
+    model.set_base_fingerprint(found)
+    if model.memory_embeddings is not None:
+        with torch.no_grad():
+            model.memory_embeddings.copy_(load_file(folder / MEMORY_TOKENS)["embeddings"])
+    return model.eval()
+
+
+def _check_files(folder, manifest, config):
+    """Raise OSError or ValueError if a file of an adapter is missing or is not what its manifest describes."""
+    names = [*ADAPTER_FILES]
+    if config.num_memory_tokens and config.memory_writer == "tokens":
+        names.append(MEMORY_TOKENS)
+    for name in names:
         if not (folder / name).is_file():
             raise OSError(f"{folder} is incomplete: {name} is missing")
         if _digest(folder / name) != manifest["files"].get(name):
             raise ValueError(
                 f"{folder / name} is not the file that {MANIFEST} describes: it is damaged, or was changed"
             )
-    if base is None or isinstance(base, (str, Path)):
-        base, _ = load_base(folder, manifest, base, dtype=dtype)
-    if isinstance(base, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in base.modules()):
-        raise ValueError("base has adapters already, from an earlier load perhaps; pass a base model without any")
-    found = fingerprint(base)
+
+
+def _check_base(folder, manifest, base, found):
+    """Raise ValueError if an adapter was made for another base model than this, of such a fingerprint."""
     if found != manifest["base_fingerprint"]:
         raise ValueError(
             f"{folder} was made for another base model ({manifest['base_model']}, "
@@ -201,12 +217,63 @@ def load(
             "its weights or settings differ (as they do when weights made in bfloat16 are loaded in float16). Name "
             "the right one (--model, or base=)"
         )
-    model = cls(PeftModel.from_pretrained(base, folder, is_trainable=True), config)
-    model.set_base_fingerprint(found)
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of all that a model's adapters have learned, by name of the parameter, for `put_weights`.
+
+    Args:
+        model: A `Network`.
+    """
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@torch.no_grad()
+def put_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Put weights of `weights_of` in the place of what a model's adapters have learned since.
+
+    Args:
+        model: The model that they are of.
+        weights: The weights.
+    """
+    parameters = dict(model.named_parameters())
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)
+
+
+@torch.no_grad()
+def replace_weights(model: Any, folder: str | Path) -> dict[str, Any]:
+    """Put the adapter of a folder in the place of a model's own, without loading the base model again.
+
+    Args:
+        model: A `Network` with the same base model and the same settings. It is as it was if this fails.
+        folder: A folder that `save` wrote.
+
+    Returns:
+        The manifest of the folder.
+
+    Raises:
+        OSError: A file is missing.
+        ValueError: A file is damaged, or base model or settings are other ones.
+    """
+    folder = find(folder)
+    manifest = read_manifest(folder)
+    config = R3MemConfig.from_dict(manifest["r3mem_config"])
+    _check_files(folder, manifest, config)
+    _check_base(folder, manifest, model.peft_model.get_base_model(), model.base_fingerprint())
+    saved = PeftConfig.from_pretrained(folder)
+    own = model.peft_model.peft_config[model.peft_model.active_adapter]
+    if config != model.r3mem_config or (saved.r, saved.target_modules) != (own.r, own.target_modules):
+        raise ValueError(
+            f"{folder} was made with other settings than the model's adapters, and cannot take their place; load it "
+            f"alone: R3MemPipeline({str(folder)!r})"
+        )
+    found = set_peft_model_state_dict(model.peft_model, load_file(folder / ADAPTER_FILES[1]))
+    if found.unexpected_keys:
+        raise ValueError(f"{folder} holds weights that the model has no place for: {found.unexpected_keys[0]}")
     if model.memory_embeddings is not None:
-        with torch.no_grad():
-            model.memory_embeddings.copy_(load_file(folder / MEMORY_TOKENS)["embeddings"])
-    return model.eval()
+        model.memory_embeddings.copy_(load_file(folder / MEMORY_TOKENS)["embeddings"])
+    return manifest
 
 
 def load_base(

@@ -34,7 +34,7 @@ def load(
     model: Any,
     tokenizer: Any = None,
     *,
-    base: str | Path | None,
+    base: "str | Path | R3MemModel | None",
     config: R3MemConfig | None,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
@@ -47,7 +47,8 @@ def load(
     Args:
         model: A model, or its name, or the folder or name of an adapter.
         tokenizer: Tokenizer of a model that is given as an object.
-        base: Folder or hub id of an adapter's base model; None: the one in its manifest.
+        base: Folder or hub id of an adapter's base model, or a memory network whose adapter it takes the place of;
+            None: the base model in its manifest.
         config: Settings of a new adapter.
         device: Device of a model that is given by name.
         dtype: Dtype of the weights of a model that is given by name.
@@ -63,6 +64,11 @@ def load(
     dtype = None if dtype is None else as_dtype(dtype)
     if device is not None:
         as_device(device)
+    if isinstance(base, R3MemModel):
+        if tokenizer is None or not isinstance(model, (str, Path)):
+            raise TypeError("a memory network as base takes the folder of an adapter, and its tokenizer")
+        manifest = adapter_folder.replace_weights(base, model)
+        return Loaded(base, tokenizer, manifest.get("remembered", []), Path(model))
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise TypeError("a model that is given by name brings its own tokenizer")

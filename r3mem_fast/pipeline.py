@@ -19,6 +19,7 @@ from .hierarchy import LEVELS, EntityFinder, QueryBuilder
 from .loading import load
 from .manifest import REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS
 from .memory.memory import Memory
+from .model import R3MemModel
 from .questions import SegmentQuestions
 from .remembering import remember_documents
 from .training.collate import padded
@@ -52,8 +53,8 @@ class R3MemPipeline:
             was made. Its fingerprint tells whether it is the right one.
         config: Settings, for a model without adapters.
         device: Device of a model that is loaded here; None: the CPU, or what `device_map` says.
-        dtype: Dtype of such a model; None: the dtype that an adapter was trained in, and for a new one bfloat16 where
-            the device computes in it natively, else float32.
+        dtype: Dtype of such a model; None: that which an adapter was trained in, and for a new one bfloat16 where the
+            device computes in it natively, else float32.
         attn_implementation: Attention of such a model, see `load_model`.
         seed: Seed of new adapters, which start the same every time.
         settings: Other keywords of `load_model` (`revision`, `device_map`, `token`, ...).
@@ -69,7 +70,7 @@ class R3MemPipeline:
         model: Any,
         tokenizer: Any = None,
         *,
-        base: str | Path | None = None,
+        base: str | Path | R3MemModel | None = None,
         config: R3MemConfig | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -89,8 +90,7 @@ class R3MemPipeline:
         self.model.questions_of = self.model.questions_of or SegmentQuestions(self.codec)
 
     def __repr__(self):
-        model = self.model
-        base = model.peft_model.get_base_model()
+        model, base = self.model, self.model.peft_model.get_base_model()
         memories = f", {len(model.memory_embeddings)} memory tokens" if model.memory_embeddings is not None else ""
         folder = "" if self.folder is None else f", folder={str(self.folder)!r}"
         return (

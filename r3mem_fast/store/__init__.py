@@ -1,0 +1,30 @@
+"""Memories that an application can use: conversations and documents in a folder, with nothing to start.
+
+`MemoryStore` keeps conversations, `DocumentStore` answers questions about documents.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .conversations import MemoryStore
+    from .database import Item
+    from .documents import Answer, DocumentStore
+    from .lookup import Found
+
+__all__ = ["Answer", "DocumentStore", "Found", "Item", "MemoryStore"]
+
+_PLACES = {
+    "Answer": "documents",
+    "DocumentStore": "documents",
+    "Found": "lookup",
+    "Item": "database",
+    "MemoryStore": "conversations",
+}
+
+
+def __getattr__(name):
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)

@@ -1,0 +1,399 @@
+"""`MemoryStore`: what users have said, kept in a folder, behind which a model answers."""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import R3MemConfig
+from ..memory.memory import Memory
+from ..pipeline import R3MemPipeline
+from ..training.remember import RememberReport
+from ..training.settings import RememberSettings
+from .adapters import UserAdapters
+from .answering import Answering
+from .database import Database, Item, check_names, condition
+from .lookup import Embedder, Found, Nearness, by_words
+from .memories import Histories
+from .opening import StoreModel
+from .turns import TurnCodec, as_messages
+
+Messages = str | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+WAYS = ("bm25", "embedding", "backward")
+DATABASE = "store.sqlite"
+# Sixteen segments of 256 tokens, the last 32 of which are read again as they are. What goes beyond goes.
+DEFAULT_CONFIG = R3MemConfig(
+    memory_writer="matched",
+    adapter_rows="memory",
+    num_memory_tokens=64,
+    memory_budget=1024,
+    segment_overlap=32,
+    cycle_weight=0.0,
+)
+
+
+class MemoryStore:
+    """Conversations of many users in a folder: nothing to start, nothing sent anywhere, no call to a model to `add`.
+
+    >>> store = MemoryStore("memories")
+    >>> store.add("My daughter Ida is allergic to peanuts.", user_id="anna")
+    >>> store.ask("What must Ida not eat?", user_id="anna")
+
+    The texts are kept in SQLite, word for word. Of each user's conversation a memory is made, a file: its newest turns
+    are read as they are, older ones from keys and values that were matched to them (`R3MemConfig`), and what is beyond
+    the memory's budget can be looked up alone. The memory follows from the texts, so that a process may be killed at
+    any moment; it is brought up to date by `add` and by whatever reads it. Several processes may use a folder, and
+    several threads a store.
+
+    Args:
+        folder: The folder, made if it is not there.
+        model: What `R3MemPipeline` takes by name, or an `R3MemPipeline`, whose memories must be matched ones of its
+            base model; None: what the folder was made with, "smollm2-135m" for a new one. It is loaded when needed.
+        config: Sizes of memories and settings of adapters; None: `DEFAULT_CONFIG`.
+        raw_tokens: Tokens, the newest ones, that are never compressed.
+        embedder: Function from texts to vectors for `search(by="embedding")`; None: `minilm_embedder`.
+        embedder_name: Name of that function; vectors of another name are made anew.
+        settings: More arguments of `R3MemPipeline` (`device`, `dtype`, ...).
+
+    Raises:
+        OSError: The folder cannot be made or written to.
+        TypeError: The arguments do not go together.
+        ValueError: The folder holds something else, or raw_tokens is below 0.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: "str | Path | R3MemPipeline | None" = None,
+        *,
+        config: R3MemConfig | None = None,
+        raw_tokens: int = 128,
+        embedder: Embedder | None = None,
+        embedder_name: str = "own",
+        **settings: Any,
+    ):
+        if raw_tokens < 0:
+            raise ValueError(f"raw_tokens must be 0 or more, got {raw_tokens}")
+        self.folder = Path(folder)
+        self.database = Database(self.folder / DATABASE)
+        self._model = StoreModel(model, config, self.database, settings)
+        self._nearness = Nearness(self.database, embedder, embedder_name)
+        self._raw_tokens = raw_tokens
+        self._lock = threading.RLock()
+        self._answering: Answering | None = None
+        self._is_checked = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __repr__(self) -> str:
+        items = self.database.rows("SELECT count(*) FROM items")[0][0]
+        return f"MemoryStore({str(self.folder)!r}, {items} items of {len(self.users())} users)"
+
+    def close(self) -> None:
+        """Close the folder's database."""
+        self.database.close()
+
+    def users(self) -> list[str]:
+        """Users who have said something, in alphabetical order."""
+        return [user for (user,) in self.database.rows("SELECT DISTINCT user FROM items ORDER BY user")]
+
+    def add(
+        self,
+        messages: Messages,
+        *,
+        user_id: str,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> list[Item]:
+        """Add messages to a user's conversation; when this returns, they are on the disk.
+
+        Whole segments that this completes are compressed, by a pass of the model over their tokens; nothing is
+        generated.
+
+        Args:
+            messages: A text, which the user says; a message `{"role": "user" or "assistant", "content": text}`; or
+                several.
+            user_id: Whose conversation it is.
+            agent_id: Agent that they were said to.
+            run_id: Conversation that they belong to; all of a user's are one memory.
+            metadata: What is kept beside each, values for JSON.
+
+        Returns:
+            The items that were added.
+
+        Raises:
+            TypeError: A message or the metadata are of a wrong type.
+            ValueError: A message or the name of the user is empty, or the memories are of another model.
+        """
+        said = as_messages(messages)
+        check_names(user_id=user_id, agent_id=agent_id, run_id=run_id)
+        with self._lock:
+            reading = self.answering()
+            added = self.database.add(said, user=user_id, agent=agent_id, run=run_id, metadata=dict(metadata or {}))
+            reading.histories.history(user_id)
+            return added
+
+    def ask(
+        self,
+        question: str | Sequence[str],
+        *,
+        user_id: str,
+        passages: int = 0,
+        by: str = "bm25",
+        stream: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Answer a question behind what a user has said. Neither is added to the conversation.
+
+        Args:
+            question: A question, or several, which are answered in one batch.
+            user_id: Whose conversation it is.
+            passages: Items that are looked up for the question and stand before it, word for word.
+            by: How they are looked up, see `search`.
+            stream: Whether to return an iterator of the answer's pieces, as they are written; of one question.
+            settings: Arguments of `transformers`' `generate`; 128 new tokens if no length is among them.
+
+        Returns:
+            The answer, a list of them for several questions, or an iterator.
+
+        Raises:
+            ValueError: A question is empty, the memories are of another model, or there are too many tokens.
+        """
+        questions = [question] if isinstance(question, str) else list(question)
+        if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
+            raise ValueError("a question is empty")
+        if stream and not isinstance(question, str):
+            raise ValueError("stream=True is for one question at a time")
+        found = self._written([[("user", text)] for text in questions], user_id, passages, by, stream, settings)
+        return found[0] if isinstance(question, str) and not stream else found
+
+    def reply(
+        self,
+        messages: Messages,
+        *,
+        user_id: str,
+        passages: int = 0,
+        by: str = "bm25",
+        stream: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Continue a conversation: what the assistant says to messages that were not added yet. Nothing is added.
+
+        Args:
+            messages: As in `add`; the last one is the user's.
+            user_id: Whose conversation it is.
+            passages: As in `ask`, for the last message.
+            by: As in `ask`.
+            stream: As in `ask`.
+            settings: As in `ask`.
+
+        Returns:
+            The reply, or an iterator of its pieces.
+
+        Raises:
+            ValueError: As `ask`, or the last message is not the user's.
+        """
+        found = self._written([as_messages(messages)], user_id, passages, by, stream, settings)
+        return found if stream else found[0]
+
+    def search(
+        self,
+        query: str,
+        *,
+        user_id: str,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        limit: int = 5,
+        by: str = "bm25",
+    ) -> list[Found]:
+        """Find what was said, word for word.
+
+        Args:
+            query: What is looked for.
+            user_id: Whose conversation it is.
+            agent_id: Agent that it was said to; None: any.
+            run_id: Conversation that it belongs to; None: any.
+            limit: Items at most.
+            by: "bm25": by words, which needs no model. "embedding": by the nearness of meaning. "backward": by reading
+                the network backward, if the conversation was consolidated; what is recalled counts if it was said,
+                and where nothing is, items are looked up by words.
+
+        Returns:
+            The items, the best first.
+
+        Raises:
+            ImportError: There is no embedder.
+            ValueError: The query is empty, or `by` is none of these ways.
+        """
+        if not query.strip():
+            raise ValueError("the query is empty")
+        if by not in WAYS:
+            raise ValueError(f"by must be one of {WAYS}, got {by!r}")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
+        where, values = condition(user_id=user_id, agent_id=agent_id, run_id=run_id)
+        if by == "embedding":
+            with self._lock:
+                return self._nearness.search(query, where, values, limit)
+        if by == "backward" and self.database.held(user_id).adapter is not None:
+            with self._lock:
+                recalled = self._adapters().recalled(user_id, query)
+            known = {item.id for item in self.database.items(where, values)} if recalled else set()
+            if found := [Found(item, 1.0, "backward") for item in recalled if item.id in known]:
+                return found[:limit]
+        return by_words(self.database, query, where, values, limit)
+
+    def get(self, item_id: int) -> Item:
+        """An item by its number. Raises KeyError if there is none."""
+        found = self.database.items("id = ?", (item_id,))
+        if not found:
+            raise KeyError(f"there is no item {item_id}")
+        return found[0]
+
+    def get_all(
+        self, *, user_id: str | None = None, agent_id: str | None = None, run_id: str | None = None
+    ) -> list[Item]:
+        """Items of a user, an agent or a run, in the order in which they were added; without any, all."""
+        return self.database.items(*condition(user_id=user_id, agent_id=agent_id, run_id=run_id))
+
+    def delete(
+        self,
+        item_id: int | None = None,
+        *,
+        user_id: str | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+    ) -> int:
+        """Delete an item, or all of a user, an agent or a run; text, index, embeddings, memory and adapter.
+
+        A memory that held some of it is made again from the texts that are left, when it is needed next, and is then
+        the memory of a user who never said it, bit for bit. An adapter that had learned some of it is removed.
+
+        Args:
+            item_id: Number of an item.
+            user_id: Whose items are deleted.
+            agent_id: Agent that they were said to.
+            run_id: Conversation that they belong to.
+
+        Returns:
+            Number of items that are gone.
+
+        Raises:
+            KeyError: There is no such item.
+            ValueError: Nothing says what is to be deleted.
+        """
+        if item_id is not None:
+            self.get(item_id)
+        where, values = condition(item_id=item_id, user_id=user_id, agent_id=agent_id, run_id=run_id)
+        if not values:
+            raise ValueError("say what is to be deleted: an item_id, a user_id, an agent_id or a run_id")
+        with self._lock:
+            if gone := self.database.delete(where, values):
+                self._sweep({item.user_id for item in gone})
+        return len(gone)
+
+    def memory(self, user_id: str) -> Memory | None:
+        """A user's memory, brought up to date; None while the conversation is too short to be compressed."""
+        with self._lock:
+            return self.answering().histories.history(user_id).memory
+
+    def consolidate(
+        self, *, user_id: str, settings: RememberSettings | None = None, progress: bool = True
+    ) -> RememberReport:
+        """Teach an adapter of the user's own what was said since the last time, so that it is recalled backward.
+
+        This is training, and takes minutes: see `R3MemPipeline.remember`. If it is interrupted, the same call goes on.
+
+        Args:
+            user_id: Whose conversation it is.
+            settings: How it is learned.
+            progress: Show bars.
+
+        Raises:
+            ValueError: There is nothing new to learn, or the memories are of another model.
+        """
+        with self._lock:
+            self.answering()
+            return self._adapters().consolidate(user_id, settings, progress)
+
+    def rebuild(self, user_id: str | None = None) -> None:
+        """Make memories anew from the texts, with the store's model and settings; adapters are removed.
+
+        Args:
+            user_id: Whose memory; None: all, also if they were made with another model.
+
+        Raises:
+            ValueError: One user's memory cannot be another model's than those of the others.
+        """
+        with self._lock:
+            if user_id is not None:
+                self.answering()
+            reading = self.answering(checked=False)
+            self.database.forget_memories(self._identity(), user_id)
+            self._is_checked = True
+            users = self.users() if user_id is None else [user_id]
+            self._sweep(set(users))
+            for user in users:
+                reading.histories.history(user)
+
+    def answering(self, *, checked: bool = True) -> Answering:
+        """The model with what it needs to read users' histories; loads it when it is asked for first.
+
+        Args:
+            checked: Whether the folder's memories must be of this model and these settings.
+
+        Raises:
+            ValueError: They are not.
+        """
+        with self._lock:
+            if self._answering is None:
+                pipeline = self._model.pipeline(DEFAULT_CONFIG)
+                turns, folder = TurnCodec(pipeline.codec), self.folder / "memories"
+                histories = Histories(pipeline.model, turns, self.database, folder, self._raw_tokens)
+                self._answering = Answering(pipeline, turns, histories)
+            if checked and not self._is_checked:
+                self._model.check(self._identity())
+                self._is_checked = True
+            return self._answering
+
+    def _identity(self):
+        turns = self.answering(checked=False).turns
+        return self._model.identity(turns=turns.description, raw_tokens=self._raw_tokens)
+
+    def _adapters(self):
+        return self.answering().adapters(self.database, self.folder / "adapters")
+
+    def _sweep(self, users):
+        """Remove files that the database names no longer."""
+        if self._answering is not None:
+            self._answering.histories.sweep()
+        else:
+            Histories.sweep_folder(self.folder / "memories", self.database)
+        UserAdapters.sweep(self.folder / "adapters", self.database, users)
+
+    def _written(self, conversations, user, passages, by, stream, settings):
+        """Replies to messages behind what a user has said, a list, or the pieces of the only one."""
+        with self._lock:
+            reading = self.answering()
+            history, rows = reading.histories.history(user), []
+            for said in conversations:
+                role, last = said[-1]
+                asked = [*said[:-1], (role, self._with_passages(last, passages, user, by))]
+                rows.append(history.tail + reading.turns.reply(asked, history.last_role))
+            if stream:
+                return reading.streamed(rows[0], history.memory, self._lock, settings)
+            return reading.written(rows, history.memory, settings)
+
+    def _with_passages(self, text, passages, user, by):
+        """A text behind items that are looked up for it."""
+        found = self.search(text, user_id=user, limit=passages, by=by) if passages else []
+        if not found:
+            return text
+        items = sorted((one.item for one in found), key=lambda item: item.id)
+        said = "\n".join(f"- {'I' if item.role == 'user' else 'You'} said: {item.text}" for item in items)
+        return f"{said}\n\n{text}"

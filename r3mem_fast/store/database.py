@@ -1,0 +1,361 @@
+"""`Database`: what was said, in SQLite: raw texts and metadata, an index of their words, and what is made of them.
+
+The raw text is the truth. A memory is made of it, and made again where it is missing or behind; so what counts is that
+a transaction has ended, and a process may be killed at any moment.
+"""
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+_SECONDS_TO_WAIT = 60.0
+_SCHEMA = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE items (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, agent TEXT, run TEXT, role TEXT NOT NULL,
+    text TEXT NOT NULL, metadata TEXT NOT NULL, created REAL NOT NULL
+);
+CREATE INDEX items_of_user ON items (user, id);
+CREATE VIRTUAL TABLE words USING fts5 (text, content='items', content_rowid='id', tokenize='porter unicode61');
+CREATE TRIGGER added AFTER INSERT ON items BEGIN
+    INSERT INTO words (rowid, text) VALUES (new.id, new.text);
+END;
+CREATE TRIGGER deleted AFTER DELETE ON items BEGIN
+    INSERT INTO words (words, rowid, text) VALUES ('delete', old.id, old.text);
+    DELETE FROM embeddings WHERE item = old.id;
+END;
+CREATE TABLE embeddings (item INTEGER PRIMARY KEY, embedder TEXT NOT NULL, vector BLOB NOT NULL);
+CREATE TABLE users (
+    user TEXT PRIMARY KEY, revision INTEGER NOT NULL, file TEXT, item INTEGER NOT NULL DEFAULT 0,
+    tokens INTEGER NOT NULL DEFAULT 0, adapter TEXT, learned INTEGER NOT NULL DEFAULT 0
+);
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something that was said, as it was said.
+
+    Attributes:
+        id: Its number, which no other item has or had.
+        user_id: Whose memory it belongs to.
+        agent_id: Agent that it was said to; None: not told.
+        run_id: Conversation that it belongs to; None: not told.
+        role: "user" or "assistant".
+        text: What was said.
+        metadata: What the application keeps beside it.
+        created: When it was added, in seconds since 1970.
+    """
+
+    id: int
+    user_id: str
+    agent_id: str | None
+    run_id: str | None
+    role: str
+    text: str
+    metadata: dict[str, Any]
+    created: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """How far a user's memory has come.
+
+    Attributes:
+        revision: A number that is drawn anew whenever something is deleted, so that older memories count no more.
+        file: Name of the memory's file; None: there is none.
+        item: Last item that is in it, wholly or in part; 0: none.
+        tokens: Tokens of that item that are in it.
+        adapter: Name of the folder of the adapter that has learned what was said; None: there is none.
+        learned: Last item that the adapter has learned; 0: none.
+    """
+
+    revision: int = 0
+    file: str | None = None
+    item: int = 0
+    tokens: int = 0
+    adapter: str | None = None
+    learned: int = 0
+
+
+class Database:
+    """Items of many users, and how far their memories have come.
+
+    Several processes may have it open. Each change is a transaction that is on the disk when the method returns.
+
+    Args:
+        path: The file; made if it is not there, with the folders above it.
+
+    Raises:
+        OSError: It cannot be opened or made.
+        ValueError: It is no file of a store, or a newer version's.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.RLock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot make the folder {path.parent}: {error.strerror}; choose another place") from None
+        try:
+            self._connection = sqlite3.connect(
+                path, timeout=_SECONDS_TO_WAIT, isolation_level=None, check_same_thread=False
+            )
+            self._open()
+        except sqlite3.OperationalError as error:
+            raise OSError(f"cannot open {path}: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path} is no store of r3mem_fast, or is damaged: {error}") from None
+
+    def _open(self):
+        run = self._connection.execute
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")  # what was acknowledged outlives a loss of power, too
+        run("PRAGMA secure_delete = ON")  # what was deleted is overwritten
+        with self.changing():
+            version = run("PRAGMA user_version").fetchone()[0]
+            if version == 0 and run("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                for statement in _statements(_SCHEMA):
+                    run(statement)
+                run(f"PRAGMA user_version = {FORMAT}")
+            elif version != FORMAT:
+                raise ValueError(
+                    f"{self.path} has format {version}, and this version of r3mem_fast reads format {FORMAT}: "
+                    "install the version that wrote it, or choose another folder"
+                )
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        """Make all changes in the block one transaction: a context manager.
+
+        Yields:
+            The connection.
+        """
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple]:
+        """Run a query.
+
+        Args:
+            query: SQL.
+            values: Values of its parameters.
+        """
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+    def setting(self, name: str) -> str | None:
+        """A setting of the store; None if it was never set."""
+        found = self.rows("SELECT value FROM settings WHERE name = ?", (name,))
+        return found[0][0] if found else None
+
+    def add(
+        self,
+        messages: Sequence[tuple[str, str]],
+        *,
+        user: str,
+        agent: str | None,
+        run: str | None,
+        metadata: dict[str, Any],
+    ) -> list[Item]:
+        """Add messages, all or none.
+
+        Args:
+            messages: Role and text of each.
+            user: Whose they are.
+            agent: Agent that they were said to.
+            run: Conversation that they belong to.
+            metadata: What is kept beside each, values for JSON.
+
+        Raises:
+            TypeError: The metadata are no values for JSON.
+        """
+        described, now = json.dumps(metadata, sort_keys=True), time.time()
+        ids: list[int] = []
+        with self.changing() as connection:
+            connection.execute(
+                "INSERT INTO users (user, revision) VALUES (?, ?) ON CONFLICT DO NOTHING", (user, _revision())
+            )
+            for role, text in messages:
+                values = (user, agent, run, role, text, described, now)
+                cursor = connection.execute(
+                    "INSERT INTO items (user, agent, run, role, text, metadata, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    values,
+                )
+                ids.append(int(cursor.lastrowid or 0))
+        return [
+            Item(number, user, agent, run, role, text, json.loads(described), now)
+            for number, (role, text) in zip(ids, messages, strict=True)
+        ]
+
+    def items(self, where: str = "1", values: Sequence[Any] = (), *, more: str = "") -> list[Item]:
+        """Items that fit a condition, in the order in which they were added.
+
+        Args:
+            where: Condition in SQL.
+            values: Values of its parameters.
+            more: What follows the condition in place of the order, in SQL.
+        """
+        columns = "id, user, agent, run, role, text, metadata, created"
+        found = self.rows(f"SELECT {columns} FROM items WHERE {where} {more or 'ORDER BY id'}", values)
+        return [
+            Item(number, user, agent, run, role, text, json.loads(metadata), created)
+            for number, user, agent, run, role, text, metadata, created in found
+        ]
+
+    def held(self, user: str) -> Held:
+        """How far a user's memory has come."""
+        columns = ", ".join(field.name for field in dataclasses.fields(Held))
+        found = self.rows(f"SELECT {columns} FROM users WHERE user = ?", (user,))
+        return Held(*found[0]) if found else Held()
+
+    def advance(self, user: str, before: Held, after: Held) -> bool:
+        """Put a memory in the place of an earlier one, if nothing has changed since that was read.
+
+        Args:
+            user: Whose memory it is.
+            before: What the new memory was made from.
+            after: The new memory.
+
+        Returns:
+            Whether it was put there. If not, another process has changed the memory, or something was deleted.
+        """
+        with self.changing() as connection:
+            changed = connection.execute(
+                "UPDATE users SET file = ?, item = ?, tokens = ?, adapter = ?, learned = ? "
+                "WHERE user = ? AND revision = ? AND file IS ? AND adapter IS ?",
+                (
+                    *(after.file, after.item, after.tokens, after.adapter, after.learned),
+                    *(user, before.revision, before.file, before.adapter),
+                ),
+            )
+            return changed.rowcount == 1
+
+    def delete(self, where: str, values: Sequence[Any]) -> list[Item]:
+        """Delete items, and forget the memories and adapters that were made of them, in one transaction.
+
+        Args:
+            where: Condition in SQL.
+            values: Values of its parameters.
+
+        Returns:
+            The items that are gone.
+        """
+        with self.changing() as connection:
+            gone = self.items(where, values)
+            connection.executemany("DELETE FROM items WHERE id = ?", [(item.id,) for item in gone])
+            for user in {item.user_id for item in gone}:
+                first, held = min(item.id for item in gone if item.user_id == user), self.held(user)
+                kept = (held.file, held.item, held.tokens) if first > held.item else (None, 0, 0)
+                learned = (held.adapter, held.learned) if first > held.learned else (None, 0)
+                connection.execute(
+                    "UPDATE users SET revision = ?, file = ?, item = ?, tokens = ?, adapter = ?, learned = ? "
+                    "WHERE user = ?",
+                    (_revision(), *kept, *learned, user),
+                )
+                if not self.rows("SELECT 1 FROM items WHERE user = ? LIMIT 1", (user,)):
+                    connection.execute("DELETE FROM users WHERE user = ?", (user,))
+            if gone:  # so that the index holds their words no longer
+                connection.execute("INSERT INTO words (words) VALUES ('optimize')")
+        if gone:
+            with contextlib.suppress(sqlite3.OperationalError):  # a reader is at it: the next one does it
+                self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        return gone
+
+    def forget_memories(self, settings: dict[str, str], user: str | None = None) -> None:
+        """Forget memories and adapters, which are made again, and take over other settings.
+
+        Args:
+            settings: The settings.
+            user: Whose are forgotten; None: all, and only then settings may differ.
+        """
+        with self.changing() as connection:
+            connection.execute(
+                "UPDATE users SET revision = ?1, file = NULL, item = 0, tokens = 0, adapter = NULL, learned = 0 "
+                "WHERE ?2 IS NULL OR user = ?2",
+                (_revision(), user),
+            )
+            self._put(connection, settings)
+
+    def put_settings(self, settings: dict[str, str]) -> None:
+        """Take over settings."""
+        with self.changing() as connection:
+            self._put(connection, settings)
+
+    @staticmethod
+    def _put(connection, settings):
+        connection.executemany(
+            "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            list(settings.items()),
+        )
+
+
+def check_names(**names: str | None) -> None:
+    """Check names of users, agents and runs.
+
+    Args:
+        names: Names by what they name; only a `user_id` must be there.
+
+    Raises:
+        TypeError: One is no text.
+        ValueError: One is empty.
+    """
+    for what, name in names.items():
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"{what} must be a text, got {type(name).__name__}")
+        if name == "" or (name is None and what == "user_id"):
+            raise ValueError(f"{what} is empty")
+
+
+def condition(
+    *,
+    item_id: int | None = None,
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    run_id: str | None = None,
+) -> tuple[str, tuple[Any, ...]]:
+    """Condition in SQL for items, and the values of its parameters; what is None may be anything.
+
+    Args:
+        item_id: Number of the item.
+        user_id: Whose it is.
+        agent_id: Agent that it was said to.
+        run_id: Conversation that it belongs to.
+    """
+    wanted = {"items.id": item_id, "items.user": user_id, "items.agent": agent_id, "items.run": run_id}
+    given = {column: value for column, value in wanted.items() if value is not None}
+    return " AND ".join(f"{column} = ?" for column in given) or "1", tuple(given.values())
+
+
+def _revision():
+    return secrets.randbits(62)
+
+
+def _statements(script):
+    """The statements of a script, in each of which a trigger is whole."""
+    statement = ""
+    for line in script.strip().splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

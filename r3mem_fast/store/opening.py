@@ -1,0 +1,117 @@
+"""`StoreModel`: the model of a store, loaded when it is needed, and whether the store's memories are of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import R3MemConfig
+from ..pipeline import R3MemPipeline
+from .database import Database
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def pipeline_of(given: "str | Path | R3MemPipeline", config: R3MemConfig, settings: dict[str, Any]) -> R3MemPipeline:
+    """A pipeline whose memories are matched ones of its base model.
+
+    Args:
+        given: What `R3MemPipeline` takes by name, or a pipeline.
+        config: Settings of a pipeline that is loaded here.
+        settings: More arguments of such a pipeline.
+
+    Raises:
+        OSError: There is no such model.
+        TypeError: A pipeline is given, and settings of one.
+        ValueError: Its memories are other ones.
+    """
+    if isinstance(given, R3MemPipeline):
+        if settings:
+            raise TypeError(f"{next(iter(settings))} is for a model that is given by name")
+        found = given
+    else:
+        found = R3MemPipeline(given, config=config, **settings)
+    if not found.model.memories_are_of_base:
+        raise ValueError(
+            "a store keeps matched memories of the base model, and this pipeline's are written by memory tokens, or "
+            'read with its adapters; use R3MemConfig(memory_writer="matched", adapter_rows="memory", ...)'
+        )
+    return found
+
+
+class StoreModel:
+    """The model that a store's memories are made with.
+
+    Args:
+        given: What `R3MemPipeline` takes by name, or a pipeline; None: what the store was made with.
+        config: Settings of a pipeline that is loaded here.
+        database: The store's database.
+        settings: More arguments of such a pipeline.
+
+    Raises:
+        TypeError: A pipeline is given, and settings of one.
+    """
+
+    def __init__(
+        self,
+        given: "str | Path | R3MemPipeline | None",
+        config: R3MemConfig | None,
+        database: Database,
+        settings: dict[str, Any],
+    ):
+        if isinstance(given, R3MemPipeline) and config is not None:
+            raise TypeError("an R3MemPipeline has its config already")
+        self._given, self._config, self._database, self._settings = given, config, database, settings
+        self._pipeline: R3MemPipeline | None = None
+
+    def pipeline(self, default: R3MemConfig) -> R3MemPipeline:
+        """The pipeline, which the first call loads.
+
+        Args:
+            default: Settings where none are given.
+
+        Raises:
+            OSError: There is no such model.
+            ValueError: Its memories are not matched ones of its base model.
+        """
+        if self._pipeline is None:
+            given = self._given or self._database.setting("model") or DEFAULT_MODEL
+            self._pipeline = pipeline_of(given, self._config or default, self._settings)
+        return self._pipeline
+
+    def identity(self, **more: Any) -> dict[str, str]:
+        """Settings of the database that say what memories of this model are made with.
+
+        Args:
+            more: What they depend on beside the model, values for JSON.
+        """
+        assert self._pipeline is not None, "see pipeline"
+        model = self._pipeline.model
+        origin = model.origin()
+        made_with = {
+            "base": origin.base, "layout": origin.adapter, "tokenizer": self._pipeline.codec.fingerprint, **more,
+        }  # fmt: skip
+        name = self._database.setting("model") or model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL
+        if isinstance(self._given, (str, Path)):
+            name = str(self._given)
+        return {"made_with": json.dumps(made_with, sort_keys=True), "model": name}
+
+    def check(self, identity: dict[str, str]) -> None:
+        """Check that a store's memories are of a model, or take note of it in a new store.
+
+        Args:
+            identity: What `identity` gave.
+
+        Raises:
+            ValueError: They are of another model, or were made with other settings.
+        """
+        its = self._database.setting("made_with")
+        if its is None:
+            self._database.put_settings(identity)
+        elif its != identity["made_with"]:
+            made, asked = json.loads(its), json.loads(identity["made_with"])
+            differs = ", ".join(name for name in asked if asked[name] != made.get(name))
+            raise ValueError(
+                f"the memories in {self._database.path.parent} were made with another model or other settings than "
+                f"these (they differ in: {differs}). Open the folder with those, or make the memories anew from the "
+                "texts: rebuild(), r3mem store rebuild"
+            )

@@ -1,0 +1,128 @@
+"""`TurnCodec`: token ids of a conversation, turn by turn, so that a memory can be streamed through it."""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..codec import TextCodec
+
+ROLES = ("user", "assistant")
+# Stand for what is said in a chat template; no template holds them.
+_WORDS = ("\u2047first\u2047", "\u2047answer\u2047", "\u2047second\u2047")
+# What stands between two messages of one speaker.
+_PAUSE = "\n\n"
+# A conversation with a model that has no chat template.
+_PLAIN = ("User:", "\n\nAssistant:", "\n\nUser:", "\n\nAssistant:")
+
+
+def as_messages(messages: str | Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Read messages in the forms that applications have them in.
+
+    Args:
+        messages: A text, which the user says; a message `{"role": "user" or "assistant", "content": text}`; or some.
+
+    Returns:
+        Role and text of each.
+
+    Raises:
+        TypeError: A message is no mapping, or its content is no text.
+        ValueError: There is no message, one has no words, or its role is another one.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    elif isinstance(messages, Mapping):
+        messages = [messages]
+    found = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise TypeError(f'a message is {{"role": ..., "content": ...}}, got {type(message).__name__}')
+        role, text = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"a message is said by {' or '.join(ROLES)}, got role={role!r}")
+        if not isinstance(text, str):
+            raise TypeError(f"the content of a message must be a text, got {type(text).__name__}")
+        if not text.strip():
+            raise ValueError("a message is empty")
+        found.append((role, text))
+    if not found:
+        raise ValueError("there is no message")
+    return found
+
+
+class TurnCodec:
+    """Encodes conversations so that the ids of more turns are appended to those of the turns before.
+
+    A model's chat template says what stands between turns; without one, the names of the speakers do. Messages of one
+    speaker in a row make one turn, with an empty line between them.
+
+    Args:
+        codec: Codec with the model's tokenizer.
+    """
+
+    def __init__(self, codec: TextCodec):
+        self.codec = codec
+
+    @functools.cached_property
+    def _parts(self) -> tuple[str, str, str, str]:
+        """What stands before the user's first words, before an answer, before the next words, and before a reply.
+
+        Raises:
+            ValueError: The chat template does not hold turns as they are said.
+        """
+        tokenizer = self.codec.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            return _PLAIN
+        roles = ("user", "assistant", "user")
+        talk = [{"role": role, "content": words} for role, words in zip(roles, _WORDS, strict=True)]
+        text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+        rest, parts = text, []
+        for words in _WORDS:
+            before, found, rest = rest.partition(words)
+            if not found:
+                raise ValueError("the tokenizer's chat template does not hold what is said in a conversation as it is")
+            parts.append(before)
+        return parts[0], parts[1], parts[2], rest
+
+    @functools.cached_property
+    def opening(self) -> list[int]:
+        """Token ids before the user's first words."""
+        plain = getattr(self.codec.tokenizer, "chat_template", None) is None
+        return self.codec.begun(self._parts[0]) if plain else self.codec.ids(self._parts[0])
+
+    @functools.cached_property
+    def description(self) -> tuple[str, ...]:
+        """All that the ids of a conversation depend on, beside the tokenizer."""
+        return self._parts
+
+    def ids(self, messages: Sequence[tuple[str, str]], before: str | None = None) -> list[int]:
+        """Token ids of messages behind others.
+
+        Args:
+            messages: Role and text of each.
+            before: Role of the message before them; None: there is none, and `opening` stands before.
+        """
+        found: list[int] = []
+        for role, text in messages:
+            found += self._between(before, role) + self._said(text)
+            before = role
+        return found
+
+    def reply(self, messages: Sequence[tuple[str, str]], before: str | None) -> list[int]:
+        """Token ids of messages behind others, up to the assistant's next words; see `ids`.
+
+        Raises:
+            ValueError: The last message is not the user's.
+        """
+        if messages[-1][0] != "user":
+            raise ValueError("the last message must be the user's, so that it can be replied to")
+        return self.ids(messages, before) + self.codec.ids(self._parts[3])
+
+    def _between(self, before, role):
+        if before == role:
+            return self.codec.ids(_PAUSE)
+        if before is None and role == "user":
+            return []
+        return self.codec.ids(self._parts[1 if role == "assistant" else 2])
+
+    def _said(self, text):
+        return self.codec.ids(f" {text}" if self._parts is _PLAIN else text)
