@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from .batching import Rows, prompt_of, unfinished_of
 from .integrations import attention, graphs
 from .integrations.capture import implementation_of
-from .integrations.compat import cache_argument, cache_name
+from .integrations.compat import cache_argument, cache_name, has_recurrent_layers, key_sources
 from .integrations.fsdp import units_of
 from .integrations.scoped import compact_head, evaluating, temporarily
 from .memory.fixed import fixed_cache
@@ -99,7 +99,7 @@ def is_prefix(network: Network, memory: Memory) -> bool:
     """
     if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
         return False
-    if memory.ages is None or memory.carried is not None:
+    if memory.ages is None or memory.carried is not None or network.reader.has_gaps():
         return False
     return network.memories_are_of_base and not any(network.reader.windows())
 
@@ -187,6 +187,9 @@ def _is_capturable(network):
     config = network.decoder.config
     # Such frequencies are chosen by the host, which would ask the device for the largest position.
     if depends_on_pass(network.decoder) or units_of(network):
+        return False
+    # A cache with places for a graph has keys of every layer, in order.
+    if key_sources(config, network.layers) != tuple(range(len(network.layers))) or has_recurrent_layers(config):
         return False
     windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     windowed = windowed or bool(getattr(config, "sliding_window", None))

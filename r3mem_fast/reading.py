@@ -183,14 +183,18 @@ def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memo
         network: The model.
         rows: Token ids of each row, int64 `[n]`, on the CPU; some may be empty.
         memory: The memory before them, of as many rows. What it carries as tokens is not read.
+
+    Returns:
+        The memory, whose layout has a reach that is as much larger as the longest row, so that every slot keeps its
+        distance.
     """
-    nothing = (torch.zeros(0, dtype=torch.int64),) * len(rows)
-    layout = dataclasses.replace(memory.layout, segment_overlap=0, queries="own")  # nothing is matched
-    bare = dataclasses.replace(memory.to(network.device, network.dtype), unfinished=nothing, recent=nothing)
-    longest = max(map(len, rows))
-    segments = cut_segments(
-        dataclasses.replace(bare, layout=layout), rows, finish=True, writes_all=True, length=longest
+    nothing, longest = (torch.zeros(0, dtype=torch.int64),) * len(rows), max(map(len, rows))
+    # Nothing is matched.
+    layout = dataclasses.replace(memory.layout, segment_overlap=0, queries="own", reach=memory.layout.reach + longest)
+    bare = dataclasses.replace(
+        memory.to(network.device, network.dtype), unfinished=nothing, recent=nothing, layout=layout
     )
+    segments = cut_segments(bare, rows, finish=True, writes_all=True, length=longest)
     writer = MatchedWriter(network.reader, layout)
     with network.behind_memory():
         for segment in segments:

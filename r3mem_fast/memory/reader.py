@@ -12,6 +12,7 @@ from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument, inputs_of_layers
 from ..integrations.scoped import evaluating, temporarily
 from ..reversible.convert import text_config
+from ..reversible.refusals import refuse_cross_attention
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
 from .layout import MemoryLayout, Origin
@@ -36,6 +37,8 @@ class MemoryReader:
         self._model, self._stack, self.decoder, self.layout = model, stack, decoder, layout
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
+        self._keyed: tuple[int, ...] = ()
+        self._key_sources: tuple[int, ...] = ()
         self._still: frozenset[int] = frozenset()
         self._carried: Carried = {}  # states of recurrent layers, of one row
         self._sizes: tuple[LayerSizes, ...] = ()
@@ -64,17 +67,17 @@ class MemoryReader:
         """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
         device = self._model.device
         states, visible = memory.states.to(device, self._model.dtype), memory.visible_on_host()
-        all_visible = bool(visible.all())
+        all_visible, sizes = bool(visible.all()), self._sizes
         if self.layout.placement == "input" and visible.shape[1]:
             # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
             count = visible.shape[1]
             seen = self.new_cache(keep=False, capture=count, first_position=self.layout.first_position - count)
             places = torch.arange(count).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
-            states = seen.captured()
+            states, sizes = seen.captured(), tuple(seen.sizes)
         visible = uploaded(visible, device)
         if memory.ages is None:
-            return cache.read(states, visible, all_visible)
+            return cache.read(states, visible, all_visible, sizes=sizes)
         windows, carried = self.windows(), memory.carried
         if carried is not None:
             carried = {name: state.to(device, self._carried[name].dtype) for name, state in carried.items()}
@@ -145,6 +148,7 @@ class MemoryReader:
             ValueError: They cannot, so that no memory could stand before a text.
         """
         if self.layout.placement == "input":
+            refuse_cross_attention(text_config(self._model.config))
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
             self._refuse_layers_that_no_memory_suits()
@@ -154,6 +158,7 @@ class MemoryReader:
                 cache = self._keys_at(0)
             layers, _, heads, tokens, width = cache.captured_keys().shape
             self._sizes, self._carrier = tuple(cache.sizes), cache.carrier
+            self._keyed, self._key_sources = tuple(cache.keyed), tuple(cache.key_sources)
             self._refuse_attention_that_looks_ahead()
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
@@ -165,6 +170,20 @@ class MemoryReader:
         """Number of keys that a query of each layer sees, its own included; None for all. Raises as `state_sizes`."""
         self.state_sizes()
         return self._windows
+
+    def keyed_layers(self) -> tuple[int, ...]:
+        """Indices, in the cache, of the layers that have keys of their own, in order. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._keyed
+
+    def has_gaps(self) -> bool:
+        """Whether layers without keys of their own stand before others that have some. Raises as `state_sizes`."""
+        return self.keyed_layers() != tuple(range(len(self.keyed_layers())))
+
+    def key_sources(self) -> tuple[int, ...]:
+        """For each layer, by its index in the cache, the one whose keys it reads. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._key_sources
 
     def still_layers(self) -> frozenset[int]:
         """Indices of the layers, in the cache, that do not rotate their keys. Raises as `state_sizes`."""
@@ -254,6 +273,7 @@ class MemoryReader:
         name, config = type(self.decoder).__name__, getattr(self.decoder, "config", None)
         if config is None:
             raise ValueError(f"a {name} has no configuration that would say how it attends, so it can read no memory")
+        refuse_cross_attention(text_config(config))
         if any("indexer" in part.rpartition(".")[2] for part, _ in self.decoder.named_modules()):
             raise ValueError(
                 f"the layers of a {name} choose keys by an index of all tokens, where a memory's slots have no place"

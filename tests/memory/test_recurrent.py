@@ -164,6 +164,23 @@ def test_rows_of_several_lengths(kind):
         assert torch.equal(written[row, 41:], expected[0, length:])
 
 
+@pytest.mark.parametrize("lengths", [(60, 7), (30, 25)])  # whose difference is above the reach, and below it
+def test_prompts_of_several_lengths_keep_their_distances(monkeypatch, lengths):
+    """However much longer a prompt is than the others, it and the slots before it are read as where it is alone."""
+    monkeypatch.setattr("r3mem_fast.config._REACH", 32)
+    model = network("qwen3_5_text", memory_budget=6 * LENGTH)
+    assert model.layout.reach == 32
+    ids, mask = padded(lengths)
+    memory = model.compress(ids_of(80, rows=2, seed=3), finish=True, pinned=3)
+    chosen = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    chosen |= {"return_dict_in_generate": True, "output_logits": True}
+    together = torch.stack(model.generate(ids, mask, memory=memory, **chosen).logits, 1)
+    for row, length in enumerate(lengths):
+        own = ids[row : row + 1, max(lengths) - length :]
+        alone = torch.stack(model.generate(own, memory=memory[row], **chosen).logits, 1)
+        assert difference(together[row], alone[0]) < 1e-4
+
+
 def test_padding_that_nobody_can_take_out_is_refused():
     model = network()
     ids, mask = padded((9, 5))
