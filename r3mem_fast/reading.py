@@ -99,14 +99,14 @@ def read_segments(
     training = trains_through(network, segments)
     writer = network.writer(memory.layout, dropout=config.memory_dropout if training else 0.0)
 
-    def step(segment, states):
-        before = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
+    def step(segment, state):
+        before = _with_state(memory, state, num_segments=segment.num_segments)
         hidden, after = writer.read(segment, before)
-        return outcome(segment, hidden), after.states
+        return outcome(segment, hidden), _state_of(after)
 
     if training and config.kept_segments == "none":
-        outcomes, states = replay(network, step, segments, memory.states, bptt_segments=config.bptt_segments)
-        return outcomes, dataclasses.replace(memory, states=states)
+        outcomes, state = replay(network, step, segments, _state_of(memory), bptt_segments=config.bptt_segments)
+        return outcomes, _with_state(memory, state)
     outcomes = []
     on_host = training and config.kept_segments == "host"
     with network.behind_memory():
@@ -124,6 +124,17 @@ def read_segments(
                 on_tokens(segment.new_tokens)
     writer.finish()
     return outcomes, memory
+
+
+def _state_of(memory):
+    """The tensors of a memory through which gradients pass from segment to segment."""
+    return memory.states, memory.carried or {}
+
+
+def _with_state(memory, state, **others):
+    """A memory with other tensors, as `_state_of` gives them, and other fields."""
+    states, carried = state
+    return dataclasses.replace(memory, states=states, carried=carried or None, **others)
 
 
 def compress_rows(

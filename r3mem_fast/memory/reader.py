@@ -72,13 +72,12 @@ class MemoryReader:
             places = torch.arange(count).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
             states = seen.captured()
-        visible = uploaded(visible, device)
-        if memory.ages is None:
-            return cache.read(states, visible, all_visible)
-        windows, carried = self.windows(), memory.carried
+        visible, carried = uploaded(visible, device), memory.carried
         if carried is not None:
             carried = {name: state.to(device, self._carried[name].dtype) for name, state in carried.items()}
-        return cache.read(states, visible, all_visible, memory.ages.to(device), windows, carried)
+        if memory.ages is None:
+            return cache.read(states, visible, all_visible, carried=carried)
+        return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows(), carried)
 
     def decode(
         self,

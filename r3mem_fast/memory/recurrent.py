@@ -143,17 +143,17 @@ class CarryingCache(PassCache):
         return set() if gone_on is None else set(self._recurrent) - gone_on
 
 
-def refuse_learned_states(layout: MemoryLayout | None, config: Any) -> None:
-    """Raise ValueError where memory tokens would have to learn beside the states of recurrent layers.
+def refuse_states_at_input(layout: MemoryLayout | None, config: Any) -> None:
+    """Raise ValueError where a memory would stand before the first layer of a model with recurrent layers.
 
     Args:
         layout: Layout of the memories; None: there are none.
         config: Configuration of the model.
     """
-    if layout is not None and layout.writer == "tokens" and has_recurrent_layers(text_config(config)):
+    if layout is not None and layout.placement == "input" and has_recurrent_layers(text_config(config)):
         raise ValueError(
-            f"a {config.model_type} model has recurrent layers, whose states memory tokens that learn do not carry: "
-            'give it matched memories (memory_writer="matched"), or no num_memory_tokens'
+            f"a {config.model_type} model has recurrent layers, which would read a memory before the first layer as "
+            'tokens behind the text whose state they go on from: use memory_placement="every_layer"'
         )
 
 
