@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .batching import Rows
 from .integrations import graphs
 from .integrations.fsdp import largest_of_ranks, units_of
+from .memory.cache import PrefixCache
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
 from .memory.writers.diagonal import DiagonalReader
@@ -207,6 +208,31 @@ def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memo
         for segment in segments:
             bare = writer.extended(segment, bare)
     return bare
+
+
+def read_but_last(
+    network: Network, ids: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, memory: Memory
+) -> None:
+    """Let a cache read prompts of several lengths up to their last tokens, in the direction that the model is read in.
+
+    Rows of one length are read together, and others apart: recurrent layers would take padding for tokens.
+
+    Args:
+        network: The model.
+        ids: Token ids, int64 `[B, T]`, padded on the left.
+        mask: Their mask, `[B, T]`, 0 for padding.
+        cache: A cache that holds the memory, and has read nothing behind it.
+        memory: The memory, of as many rows.
+    """
+    reader, last, parts = network.reader, ids.shape[1] - 1, []
+    lengths = (mask.sum(1) - 1).tolist()
+    for length in sorted(set(lengths) - {0}):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        tokens = ids[rows, last - length : last].cpu()
+        part = reader.read(reader.new_cache(adapted_tokens=cache.adapted_tokens), memory.rows(rows))
+        reader.decode(reader.embeddings_of(tokens), torch.ones_like(tokens), part, ids=tokens)
+        parts.append((rows, part))
+    cache.take_over(parts)
 
 
 def _read_by_diagonals(network, segments, memory, on_tokens):

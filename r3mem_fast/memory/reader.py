@@ -1,5 +1,6 @@
 """How a decoder reads a memory: its states become keys and values that every layer sees before its own tokens."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from r3mem_fast.kernels.matching import MAX_KEPT
 
 from ..integrations.capture import captured_attention
 from ..integrations.compat import cache_argument, inputs_of_layers
-from ..integrations.scoped import evaluating, temporarily
+from ..integrations.scoped import evaluating, kinds_of_layers, temporarily
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
@@ -34,6 +35,7 @@ class MemoryReader:
 
     def __init__(self, model: Any, stack: ReversibleStack, decoder: nn.Module, layout: MemoryLayout):
         self._model, self._stack, self.decoder, self.layout = model, stack, decoder, layout
+        self._kinds = _kinds_of(text_config(model.config))
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
         self._still: frozenset[int] = frozenset()
@@ -58,7 +60,11 @@ class MemoryReader:
         """
         first = self.layout.first_position if first_position is None else first_position
         settings = {"decoder": self.decoder, "still": self._still, "sizes": self._sizes, **settings}
-        return PrefixCache(text_config(self._model.config), first_position=first, **settings)
+        config = text_config(self._model.config)
+        # While the model is read backward, its configuration names the kinds of its layers in another order.
+        in_order = _kinds_of(config) == self._kinds
+        with contextlib.nullcontext() if in_order else kinds_of_layers(config, self._kinds):
+            return PrefixCache(config, first_position=first, **settings)
 
     def read(self, cache: PrefixCache, memory: Memory) -> PrefixCache:
         """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
@@ -303,6 +309,10 @@ def _changes(keys, others):
     """How much the keys of each layer differ, relative to their size; NaN where they are not finite."""
     keys, others = keys.float().flatten(1), others.float().flatten(1)
     return ((others - keys).norm(dim=1) / keys.norm(dim=1)).tolist()
+
+
+def _kinds_of(config):
+    return tuple(getattr(config, "layer_types", None) or ())
 
 
 def positions_of_mask(mask: torch.Tensor) -> torch.Tensor:

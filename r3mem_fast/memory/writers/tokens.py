@@ -1,7 +1,6 @@
 """Learned memory tokens: embeddings behind a segment, of which a memory keeps what they become (R3Mem, section 3)."""
 
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from ..memory import Memory
 from ..reader import MemoryReader
 from ..recurrent import Carried, joined_states, replaced_states, rows_of
 from ..segments import Segment, without_padding
-from ..states import BATCH, appended, uploaded
+from ..states import BATCH, SLOTS, appended, uploaded
 
 
 def new_memory_embeddings(token_embeddings: torch.Tensor, count: int) -> nn.Parameter:
@@ -68,10 +67,13 @@ class TokenWriter:
         """Read a segment behind a memory, and write it into the memory if the segment asks for it. Differentiable.
 
         Where a memory carries states of recurrent layers, these go on from text to text: memory tokens read the state
-        behind the segment, and leave it as it was. Had they changed it, the base model's layers would read what
-        follows as no text that they know, and what memory tokens are would matter to layers that need none. The
-        states are a part of the graph, like keys and values. With a `segment_overlap` they are those of before the
-        tokens that will be read again. This takes a short pass more for each segment.
+        that a segment leaves, and do not change it. What follows then goes on from a state of text alone, as layers of
+        the base model know it, and before training, too; the price is a short pass more for each segment. With a
+        `segment_overlap` the state is that of before the tokens that will be read again.
+
+        Gradients pass through the states as through keys and values. There is one exception: where a single token of a
+        row is new to the state, what follows takes the state as a constant, because layers read one token by kernels
+        without a gradient.
 
         Args:
             segment: A piece of A rows of a batch of B.
@@ -125,23 +127,35 @@ class TokenWriter:
         return _Found(hidden[:, : hidden.shape[1] - count], written, None)
 
     def _beside_states(self, segment, read):
-        """Read a segment without padding: tokens that are not read again, those that are, and memory tokens."""
+        """Read a segment without padding: up to where its state is wanted, and then the rest with the memory tokens."""
         reader, length = self._reader, segment.ids.shape[1]
         embeddings, count = self._with_memory_tokens(segment)
-        fresh = max(0, length - read.layout.segment_overlap)
-        cache = reader.read(reader.new_cache(keep=segment.writes, capture=count), read)
-        parts = [fresh, length, length + count] if segment.writes else [length]
-        hidden, carried = [], read.carried
-        for start, end in itertools.pairwise([0, *parts]):
-            if start == end:
-                continue
-            cache.adapted_tokens = None if self._adapts_tokens else (count if start == length else 0)
-            places = torch.arange(start, end).expand(len(embeddings), -1)
-            ids = segment.ids[:, start:end]
-            hidden.append(reader.decode(embeddings[:, start:end], torch.ones_like(places), cache, places, ids))
-            if segment.writes and end == fresh:
-                carried = {name: state.clone() for name, state in cache.states_after().items()}
-        return _Found(torch.cat(hidden, 1)[:, :length], cache.captured() if segment.writes else None, carried)
+        fresh = max(0, length - read.layout.segment_overlap) if segment.writes else 0
+        carried, start, hidden = read.carried, fresh, []
+        if fresh == 1 and torch.is_grad_enabled():
+            with torch.no_grad():  # see `read`
+                carried, start = self._states_after(embeddings[:, :1], segment.ids[:, :1], read), 0
+        # One token alone is read by other kernels, which have no gradient. What stands behind it, it does not see.
+        spare = int(embeddings.shape[1] - start == 1 and torch.is_grad_enabled())
+        cache = reader.read(reader.new_cache(keep=start > 0, capture=count + spare), read)
+        if start:
+            hidden.append(self._decoded(embeddings[:, :start], segment.ids[:, :start], cache, 0, 0))
+            carried = {name: state.clone() for name, state in cache.states_after().items()}
+        rest = torch.cat([embeddings[:, start:], embeddings[:, embeddings.shape[1] - spare :].detach()], 1)
+        hidden.append(self._decoded(rest, segment.ids[:, start:], cache, start, count + spare))
+        written = cache.captured().narrow(SLOTS["every_layer"], 0, count) if segment.writes else None
+        return _Found(torch.cat(hidden, 1)[:, :length], written, carried)
+
+    def _states_after(self, embeddings, ids, read):
+        cache = self._reader.read(self._reader.new_cache(keep=False), read)
+        self._decoded(embeddings, ids, cache, 0, 0)
+        return {name: state.clone() for name, state in cache.states_after().items()}
+
+    def _decoded(self, embeddings, ids, cache, first, adapted):
+        """Decode tokens from a position on, with adapters on all of them, or on the last ones alone."""
+        cache.adapted_tokens = None if self._adapts_tokens else adapted
+        places = torch.arange(first, first + embeddings.shape[1]).expand(len(embeddings), -1)
+        return self._reader.decode(embeddings, torch.ones_like(places), cache, places, ids)
 
     def _by_length(self, segment, read):
         """Read rows of one length together, and the others apart: padding would be a token to a recurrent layer."""
