@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from r3mem_fast.kernels.matching import MAX_KEPT
 
 from ..integrations.capture import captured_attention
-from ..integrations.compat import cache_argument, inputs_of_layers
+from ..integrations.compat import as_of_tokens, cache_argument, inputs_of_layers
 from ..integrations.scoped import evaluating, kinds_of_layers, temporarily
 from ..reversible.convert import text_config
 from ..reversible.stack import ReversibleStack
@@ -111,6 +111,7 @@ class MemoryReader:
         if not mask.all():  # without padding there is nothing to ask of a mask, on a device least of all
             given["attention_mask"] = uploaded(mask, embeddings.device)
         positions = uploaded(positions, embeddings.device)
+        embeddings = as_of_tokens(self.decoder, embeddings)
         with self._stack.must_read(cache):
             return self.decoder(inputs_embeds=embeddings, position_ids=positions, **given).last_hidden_state
 
@@ -135,7 +136,9 @@ class MemoryReader:
         empty = cache_argument(self.decoder, DynamicCache(config=text_config(self._model.config)))
         others = inputs_of_layers(self.decoder, ids, embeddings)
         with temporarily(self._stack, run=passing):
-            self.decoder(inputs_embeds=embeddings, position_ids=positions, **empty, **others)
+            self.decoder(
+                inputs_embeds=as_of_tokens(self.decoder, embeddings), position_ids=positions, **empty, **others
+            )
         hidden, arguments = found[0]
         return hidden, {name: value for name, value in arguments.items() if name not in empty}
 

@@ -216,7 +216,8 @@ def has_no_positions(decoder: Any) -> bool:
 def states_that_go_on(reader: Any) -> Carried:
     """States that the recurrent layers of a model keep, of one row; none if it has no such layers.
 
-    A few tokens are read in one pass and in parts, to prove that the layers go on from their states.
+    A few tokens are read in one pass and in parts, to prove that the layers go on from their states; where memory
+    tokens learn, also as in training, in which layers take their states from elsewhere.
 
     Args:
         reader: The model's `MemoryReader`.
@@ -226,17 +227,30 @@ def states_that_go_on(reader: Any) -> Carried:
     """
     if not has_recurrent_layers(reader.decoder.config):
         return {}
-    name, parts = type(reader.decoder).__name__, (4, 2, 1)
     if not layers_with_keys(reader.new_cache()):
         raise ValueError(
-            f"a {name} is recurrent in all its layers: what it knows of a text is the state in its own cache, exact "
-            "and of constant size, and there is nothing that a memory could compress. Keep that cache (use_cache=True)"
+            f"a {type(reader.decoder).__name__} is recurrent in all its layers: what it knows of a text is the state "
+            "in its own cache, exact and of constant size, and there is nothing that a memory could compress. Keep "
+            "that cache (use_cache=True)"
         )
-    embeddings = reader.embeddings_of(torch.arange(sum(parts))[None])
+    found = _states_after_parts(reader, (4, 2, 1))
+    if reader.layout.writer == "tokens":
+        try:
+            with torch.enable_grad():
+                _states_after_parts(reader, (4, 3))
+        except AttributeError as cause:  # its layers look for what only a cache without gradients has
+            raise _refused(reader, " with gradients") from cause
+    return {name: state.clone() for name, state in found.items()}
+
+
+def _states_after_parts(reader, parts):
+    """States after a few tokens, read in parts of these lengths. Raises ValueError if one pass ends in others."""
+    embeddings = reader.embeddings_of(torch.arange(sum(parts))[None]).detach()
+    embeddings.requires_grad_(torch.is_grad_enabled())
 
     def read(cache, start, end):
         mask, positions = torch.ones(1, end - start, dtype=torch.int64), torch.arange(start, end)[None]
-        return reader.decode(embeddings[:, start:end], mask, cache, positions)
+        return reader.decode(embeddings[:, start:end], mask, cache, positions).detach()
 
     def read_in_parts(cache, *, forgets):
         found, start = [], 0
@@ -258,11 +272,16 @@ def states_that_go_on(reader: Any) -> Carried:
         error, apart, cause, found = without, math.inf, raised, {}
     # Rounding is told from an error by what it takes to forget the states.
     if not (error <= max(4 * torch.finfo(whole.dtype).eps * whole.norm(), without / 20) and apart <= 0.05):
-        raise ValueError(
-            f"the recurrent layers of a {name} do not go on from their states as they would in one pass, with "
-            f"transformers {transformers.__version__}, so no memory can carry these; a newer version may do it"
-        ) from cause
-    return {name: state.clone() for name, state in found.items()}
+        raise _refused(reader, " with gradients" if torch.is_grad_enabled() else "") from cause
+    return found
+
+
+def _refused(reader, how):
+    return ValueError(
+        f"the recurrent layers of a {type(reader.decoder).__name__} do not go on from their states{how} as they would "
+        f"in one pass, with transformers {transformers.__version__}, so no memory can carry these; a newer version may "
+        "do it"
+    )
 
 
 def _difference(state, other):
