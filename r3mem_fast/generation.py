@@ -136,7 +136,8 @@ def _read_with_hooks(network, memory, ids, mask, config, kind, others):
     others |= cache_argument(network.plain_model, cache)
     with network.behind_memory():
         if memory.carried is not None and not mask.all():
-            read_but_last(network, *(rows.repeat_interleave(copies, 0) for rows in (ids, mask)), cache, memory)
+            copied, mask_of_copies = (rows.repeat_interleave(copies, 0) for rows in (ids, mask))
+            read_but_last(network, copied, mask_of_copies, cache, memory)
         with network.must_read(cache):
             return network.plain_model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
 

@@ -97,6 +97,8 @@ def read_segments(
     """
     config = network.r3mem_config
     memory = memory.to(network.device, network.dtype)
+    if memory.carried is not None:
+        _check_lengths_of_ranks(network, segments)
     training = trains_through(network, segments)
     writer = network.writer(memory.layout, dropout=config.memory_dropout if training else 0.0)
 
@@ -125,6 +127,17 @@ def read_segments(
                 on_tokens(segment.new_tokens)
     writer.finish()
     return outcomes, memory
+
+
+def _check_lengths_of_ranks(network, segments):
+    """Raise ValueError where processes of FSDP2 would run other numbers of passes: rows are read by length."""
+    for segment in segments:
+        lengths = len(set(segment.mask.sum(1).tolist()))
+        if largest_of_ranks(network, lengths) + largest_of_ranks(network, -lengths):
+            raise ValueError(
+                "a model sharded by FSDP2 gathers its layers in all processes together, and rows of several lengths "
+                "are read apart by recurrent layers: give all processes rows of as many lengths, such as one"
+            )
 
 
 def _state_of(memory):
@@ -210,9 +223,7 @@ def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memo
     return bare
 
 
-def read_but_last(
-    network: Network, ids: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, memory: Memory
-) -> None:
+def read_but_last(network: Network, ids: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, memory: Memory) -> None:
     """Let a cache read prompts of several lengths up to their last tokens, in the direction that the model is read in.
 
     Rows of one length are read together, and others apart: recurrent layers would take padding for tokens.

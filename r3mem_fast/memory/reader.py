@@ -1,6 +1,7 @@
 """How a decoder reads a memory: its states become keys and values that every layer sees before its own tokens."""
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -266,6 +267,9 @@ class MemoryReader:
             raise ValueError(
                 f"the layers of a {name} choose keys by an index of all tokens, where a memory's slots have no place"
             )
+        kinds = {getattr(type(part), "unreversed", type(part)) for part in self.decoder.modules()}
+        if any("causal_mask" in inspect.signature(kind.forward).parameters for kind in kinds):
+            raise ValueError(f"a {name} gives its attention a causal_mask of its own, in which no memory is let in")
         chunk = getattr(text_config(config), "attention_chunk_size", None)
         chunked = any("chunk" in str(kind) for kind in getattr(text_config(config), "layer_types", None) or ())
         if chunked and chunk is not None and chunk < self.layout.first_position:

@@ -47,7 +47,9 @@ class CarryingCache(PassCache):
 
     def __init__(self, config: Any):
         super().__init__(config=config)
-        self._idle = set(idle_layers(config))  # now, because a model that is read backward names kinds in another order
+        self._idle = set(
+            idle_layers(config)
+        )  # now, because a model that is read backward names kinds in another order
 
     def go_on_from(self, states: Mapping[str, torch.Tensor] | None) -> None:
         """Set the states from which the next pass begins.
@@ -279,8 +281,8 @@ def _states_after_parts(reader, parts):
 def _refused(reader, how):
     return ValueError(
         f"the recurrent layers of a {type(reader.decoder).__name__} do not go on from their states{how} as they would "
-        f"in one pass, with transformers {transformers.__version__}, so no memory can carry these; a newer version may "
-        "do it"
+        f"in one pass, with transformers {transformers.__version__}, so no memory can carry these; a newer version "
+        "may do it"
     )
 
 

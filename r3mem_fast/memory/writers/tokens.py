@@ -108,7 +108,7 @@ class TokenWriter:
         return dataclasses.replace(read, num_segments=read.num_segments * seen, carried=carried)
 
     def _with_memory_tokens(self, segment):
-        """Embeddings of a segment's tokens and, if it writes, of the memory tokens behind them; number of the latter."""
+        """Embeddings of a segment's tokens and, if it writes, of memory tokens behind them; number of the latter."""
         embeddings = self._reader.embeddings_of(segment.ids)
         if not segment.writes:
             return embeddings, 0
@@ -127,7 +127,7 @@ class TokenWriter:
         return _Found(hidden[:, : hidden.shape[1] - count], written, None)
 
     def _beside_states(self, segment, read):
-        """Read a segment without padding: up to where its state is wanted, and then the rest with the memory tokens."""
+        """Read a segment without padding: up to where its state is wanted, then the rest with the memory tokens."""
         reader, length = self._reader, segment.ids.shape[1]
         embeddings, count = self._with_memory_tokens(segment)
         fresh = max(0, length - read.layout.segment_overlap) if segment.writes else 0
