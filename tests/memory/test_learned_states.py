@@ -120,8 +120,10 @@ def test_gradients_are_those_of_back_propagation_by_hand(kind):
         assert_same_gradients(gradients(model), found, 1e-2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"bptt_segments": 2}, {"segment_overlap": 4}, {"adapter_rows": "memory"}])
-@of_each_kind
+CHANGES = ({"bptt_segments": 2}, {"segment_overlap": 4}, {"adapter_rows": "memory"})
+
+
+@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), *(("lfm2", c) for c in CHANGES)])
 def test_replay_is_back_propagation_through_time(kind, changes):
     """Of rows of several lengths, the last piece of one a single token; whatever is kept of segments."""
     ids, mask = padded((49, 40, 33, 7))
@@ -163,7 +165,10 @@ def test_rows_of_several_lengths(kind):
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     with torch.no_grad():
         logits = model(ids, mask, memory=together).logits
-    written, recalled = model.generate(ids, mask, memory=together, **options), model.expand(together, ids, mask, max_new_tokens=4)
+    written, recalled = (
+        model.generate(ids, mask, memory=together, **options),
+        model.expand(together, ids, mask, max_new_tokens=4),
+    )
     searched = model.generate(ids, mask, memory=together, num_beams=2, **options)
     for row, length in enumerate(lengths):
         own = ids[row : row + 1, 41 - length :]
@@ -234,14 +239,16 @@ def test_a_history_in_pieces(lengths, overlap):
 
 
 @pytest.mark.parametrize("overlap", [0, 4])
-def test_states_are_the_texts(overlap):
+def test_states_are_those_of_the_text(overlap):
     """With adapters on memory tokens alone, the first layer has read the text as the base model does, and no more."""
     model, ids = network(adapter_rows="memory", segment_overlap=overlap), ids_of(3 * LENGTH)
     memory, cache = model.compress(ids), DynamicCache(config=model.config)
     with torch.no_grad(), model.disable_adapters():
         model.plain_model(ids[:, : 3 * LENGTH - overlap], past_key_values=cache, use_cache=True)
     first = compat.recurrent_states(cache.layers[0])
-    assert first and all(difference(memory.carried[f"0.{name}"], state) < 1e-5 for name, state in first.items())
+    # The streams' grid is all that is between them.
+    assert first and all(difference(memory.carried[f"0.{name}"], state) < 3e-3 for name, state in first.items())
+    assert difference(model.compress(ids[:, 1:], finish=True).carried["0.recurrent.0"], first["recurrent.0"]) > 3e-2
 
 
 def test_rows_that_do_not_see_their_memory():
