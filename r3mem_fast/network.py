@@ -26,7 +26,7 @@ from .memory.cache import PrefixCache
 from .memory.layout import MemoryLayout, Origin
 from .memory.memory import Memory
 from .memory.reader import MemoryReader
-from .memory.recurrent import refuse_learned_states
+from .memory.recurrent import refuse_states_at_input
 from .memory.writers import Writer
 from .memory.writers.graphed import GraphedWriter
 from .memory.writers.matched import MatchedWriter, QuestionsOf
@@ -74,7 +74,7 @@ class Network(nn.Module):
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers), key_sources(text_config(plain.config), layers))
         learned = config.memory_layout(positions_for_memories(config, plain))
-        refuse_learned_states(learned, plain.config)
+        refuse_states_at_input(learned, plain.config)
         refuse_returned_states(text_config(plain.config))
         if learned is not None:
             refuse_cross_attention(text_config(plain.config))

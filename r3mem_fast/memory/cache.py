@@ -165,7 +165,7 @@ class PrefixCache(CarryingCache):
             while len(self.layers) < len(set(self.key_sources)):  # transformers 5.10 makes some of them later
                 self.layers.append(self.layer_class_to_replicate())
         held = None if self._visible is None else len(self._visible)
-        known = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
+        known = self._begin(len(layers), tokens, arguments.get("attention_mask"), held)
         self.keyed = [index for index in known if self.key_sources[index] == index]
         # As their attention addresses the cache.
         self._expected, self._extended, self._attended = set(self.keyed), set(), set()
