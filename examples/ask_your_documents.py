@@ -15,7 +15,7 @@ def main(arguments=None):
     parser.add_argument("question", help="what is asked")
     parser.add_argument("documents", type=Path, nargs="+", help="UTF-8 text files")
     parser.add_argument("--store", default="documents", help="folder of the memories (%(default)s)")
-    parser.add_argument("--model", help="a folder or hub id (what the store was made with)")
+    parser.add_argument("--model", default="smollm2-135m", help="a folder or hub id (%(default)s)")
     options = parser.parse_args(arguments)
 
     answer = DocumentStore(options.store, options.model).answer(options.question, options.documents)

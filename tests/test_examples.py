@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from r3mem_fast import R3MemConfig, R3MemPipeline
+from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
+from r3mem_fast.store.defaults import SETTINGS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "Ahab of the Pequod was mad about the whale.\n\nStarbuck was not. Queequeg was at sea.\n\n" * 12
@@ -27,7 +28,10 @@ def text(tmp_path, monkeypatch):
 
 def test_all_are_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"train_lora_reversible", "remember_page", "compress_book", "trl_sft", "kernel_roofline"}
+    memories = {"chat_with_memory", "ask_your_documents"}
+    assert (
+        names == {"train_lora_reversible", "remember_page", "compress_book", "trl_sft", "kernel_roofline"} | memories
+    )
     assert names <= {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
 
 
@@ -54,6 +58,33 @@ def test_compress_book(text, folder, tmp_path, capsys):
     example("compress_book").main([text, "Ahab", "--adapter", str(tmp_path / "adapter"), "--output", "m.safetensors"])
     printed = capsys.readouterr().out
     assert "Memory(rows=1" in printed and "with the memory:" in printed and (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_chat_with_memory(folder, tmp_path, capsys):
+    """The second process knows what the first was told."""
+    arguments = ["--store", str(tmp_path / "memories"), "--model", str(folder), "--max-new-tokens", "4"]
+    config = R3MemConfig(**{**SETTINGS, "num_memory_tokens": 4, "memory_budget": 16, "segment_length": 16})
+    MemoryStore(tmp_path / "memories", str(folder), config=config, raw_tokens=16).memory("anna")  # a tiny one's sizes
+    first = example("chat_with_memory").main(["anna", "Ida is allergic.", *arguments])
+    assert "0 items are remembered of anna" in capsys.readouterr().out
+    example("chat_with_memory").main(["anna", "Who is?", *arguments])
+    assert "2 items are remembered of anna" in capsys.readouterr().out
+    with MemoryStore(tmp_path / "memories") as store:
+        assert [item.text for item in store.get_all()][:2] == ["Ida is allergic.", first.strip()]
+
+
+@pytest.mark.slow
+def test_ask_your_documents(folder, tmp_path, monkeypatch, capsys):
+    """A document that was read is not read again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mill.txt").write_text("The mill is open at six.")
+    arguments = ["When?", "mill.txt", "--model", str(folder), "--store", "documents"]
+    answer = example("ask_your_documents").main(arguments)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "documents").glob("*.safetensors")}
+    assert "from: mill.txt" in capsys.readouterr().out and files
+    assert example("ask_your_documents").main(arguments) == answer
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "documents").glob("*.safetensors")}
 
 
 @pytest.mark.slow
