@@ -32,6 +32,8 @@ def as_messages(messages: str | Mapping[str, Any] | Iterable[Mapping[str, Any]])
         messages = [{"role": "user", "content": messages}]
     elif isinstance(messages, Mapping):
         messages = [messages]
+    elif not isinstance(messages, Iterable):
+        raise TypeError(f"messages are a text, a message, or several, got {type(messages).__name__}")
     found = []
     for message in messages:
         if not isinstance(message, Mapping):
