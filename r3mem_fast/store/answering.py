@@ -133,6 +133,7 @@ def written(
         settings = {**settings, "max_new_tokens": _NEW_TOKENS}
     ids, mask = (tensor.to(pipeline.model.device) for tensor in padded(rows))
     ids, mask = Rows(ids, mask).left_padded()
-    output = pipeline.model.generate(ids, mask, memory=memory, **settings)
+    with pipeline.model.behind_memory():  # without the adapters, also where there is no memory yet
+        output = pipeline.model.generate(ids, mask, memory=memory, **settings)
     found = output if isinstance(output, torch.Tensor) else output.sequences
     return [text.strip() for text in pipeline.codec.continuations(found[:, ids.shape[1] :])]
