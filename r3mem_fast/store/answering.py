@@ -128,11 +128,17 @@ def written(
 
     Returns:
         What was written, a text for each row.
+
+    Raises:
+        ValueError: There are more tokens than positions.
     """
     if not settings.keys() & _LENGTHS:
         settings = {**settings, "max_new_tokens": _NEW_TOKENS}
     ids, mask = (tensor.to(pipeline.model.device) for tensor in padded(rows))
     ids, mask = Rows(ids, mask).left_padded()
+    if memory is None:  # behind a memory it is checked there
+        tokens = ids.shape[1] + (settings.get("max_new_tokens") or 1) - 1
+        pipeline.model.check_length(tokens, behind_memory=False)
     with pipeline.model.behind_memory():  # without the adapters, also where there is no memory yet
         output = pipeline.model.generate(ids, mask, memory=memory, **settings)
     found = output if isinstance(output, torch.Tensor) else output.sequences

@@ -163,7 +163,7 @@ def test_several_processes_at_once(path):
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match="cannot make the folder .*choose another place"):
+    with pytest.raises(OSError, match=r"cannot make the folder .*choose another place"):
         Database(tmp_path / "file" / "store.sqlite")
     (tmp_path / "s.sqlite").mkdir()
     with pytest.raises(OSError, match=r"cannot open, read or write .*s\.sqlite"):
@@ -197,7 +197,7 @@ def test_a_file_that_is_damaged_where_it_is_read_later(path):
     for place in range(8192, len(content)):
         content[place] = 0xFF
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged.*backup"):
+    with pytest.raises(ValueError, match=r"damaged.*backup"):
         Database(path).items()
 
 
@@ -207,7 +207,7 @@ def test_names():
         ({"user_id": ""}, ValueError), ({"user_id": None}, ValueError), ({"user_id": 5}, TypeError),
         ({"user_id": "a", "run_id": ""}, ValueError), ({"user_id": "a", "agent_id": b"x"}, TypeError),
     ):  # fmt: skip
-        with pytest.raises(error, match="_id (is empty|must be a text)"):
+        with pytest.raises(error, match=r"_id (is empty|must be a text)"):
             check_names(**names)
 
 

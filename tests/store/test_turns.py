@@ -9,7 +9,10 @@ from r3mem_fast.codec import TextCodec
 from r3mem_fast.data.models import embedded_model_folder
 from r3mem_fast.store.turns import TurnCodec, as_messages
 
-TURNS = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}[/]{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+TURNS = (
+    "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}[/]{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
 ALTERNATING = (
     "S:be brief.{% for m in messages %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
