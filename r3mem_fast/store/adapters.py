@@ -50,9 +50,17 @@ class UserAdapters:
     def recalled(self, user: str, query: str) -> list[Item]:
         """Items that a user's adapter recalls, reading backward; none if what it recalls was never said."""
         held = self._database.held(user)
-        if held.adapter is None:
+        while held.adapter is not None:
+            try:
+                pipeline = self._with(held.adapter)
+                break
+            except OSError:  # another process has put a newer one in its place
+                before, held = held, self._database.held(user)
+                if before == held:
+                    raise
+        else:
             return []
-        text = self._with(held.adapter).recall([query])[0]
+        text = pipeline.recall([query])[0]
         lines = [_without_speaker(line) for line in text.splitlines()]
         said = self._database.items("user = ? AND id <= ?", (user, held.learned))
         return [item for item in said if any(line and line in item.text for line in lines)]

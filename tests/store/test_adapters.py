@@ -200,6 +200,30 @@ def test_an_adapter_that_another_process_has_replaced(store, opened, own_pipelin
     assert name == other.database.held("anna").adapter
 
 
+def test_an_adapter_that_is_replaced_while_it_is_looked_for(store, opened, monkeypatch):
+    store.add(SAID["anna"], user_id="anna")
+    learn(store, "anna")
+    store.add("More.", user_id="anna")
+    adapters, others = store._adapters(), []
+    own = adapters._with
+
+    def replaced_meanwhile(name):
+        if not others:
+            others.append(name)
+            monkeypatch.setattr(adapters, "_with", own)
+            learn(store, "anna")
+            monkeypatch.setattr(adapters, "_with", replaced_meanwhile)
+        return own(name)
+
+    monkeypatch.setattr(adapters, "_with", replaced_meanwhile)
+    assert adapters.recalled("anna", "Who?") is not None
+    assert others != [store.database.held("anna").adapter]
+    (store.folder / "adapters" / folders(store)[0] / "adapter_model.safetensors").unlink()
+    adapters._in_use = None
+    with pytest.raises(OSError, match="is incomplete"):
+        adapters.recalled("anna", "Who?")
+
+
 def test_what_cannot_take_an_adapters_place(own_pipeline, folder, tmp_path):
     model, before = own_pipeline.model, weights_of(own_pipeline.model)
     own_pipeline.save(tmp_path / "own")
