@@ -52,7 +52,7 @@ from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_score
 from .records import add_output_option, add_record
 from .rivals import evenly_spaced, laid_out, values_kept
 
-_EXAMPLE = (
+EXAMPLE = (
     "The bridge over the Lune was opened in 1849 by Joseph Locke. It cost 12,000 pounds and carried two tracks until "
     "a storm destroyed it.\n\n"
 )
@@ -216,7 +216,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _prompt(options: argparse.Namespace, tokenizer: Any, questions: list[Question]) -> Prompt:
     closing = '"' if options.opener.endswith('"') else ""
     turns = [
-        (f"{_EXAMPLE}{options.instruction}Question: {question}", f"{options.opener}{answer}{closing}")
+        (f"{EXAMPLE}{options.instruction}Question: {question}", f"{options.opener}{answer}{closing}")
         for question, answer in KINDS[options.kind].examples
     ]
     before, after = template_parts(tokenizer, turns)

@@ -111,7 +111,8 @@ class TextCodec:
 
         Args:
             prompts: The prompts.
-            chat: Whether each stands in a user's turn, which an answer follows; None: if a text before it does.
+            chat: Whether each stands in a user's turn, which an answer follows; None: if a text before it does, as far
+                as that can be known (not of a template with as few tokens before a user's words as before any text).
             pinned: Pinned tokens of the memories before them: as many as stand before a user's words in the template,
                 if a memory's text stands in a user's turn. None: there is no memory.
 
@@ -123,6 +124,9 @@ class TextCodec:
         if chat is None:
             chats = getattr(self.tokenizer, "chat_template", None) is not None
             chat = chats and pinned is not None and any(pinned) and len(self.turn[0]) in pinned
+            # Where the template puts as many tokens before a user's words as stand before any text, nothing tells one
+            # from the other.
+            chat = chat and len(self.turn[0]) != len(self.opening)
         if not chat:
             return [self.begun(text) if pinned is None else self.ids(text) for text in prompts]
         before, after = self.turn

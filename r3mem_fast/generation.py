@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from .batching import Rows, prompt_of, unfinished_of
 from .integrations import attention, graphs
 from .integrations.capture import implementation_of
-from .integrations.compat import cache_argument, cache_name
+from .integrations.compat import cache_argument, cache_name, has_recurrent_layers, key_sources
 from .integrations.fsdp import units_of
 from .integrations.scoped import compact_head, evaluating, temporarily
 from .memory.fixed import fixed_cache
@@ -20,7 +20,7 @@ from .memory.reader import positions_of_mask
 from .memory.rotary import depends_on_pass
 from .memory.states import uploaded
 from .network import Network
-from .reading import held
+from .reading import held, read_but_last
 from .reversible.convert import text_config
 
 # Number of new tokens that transformers writes where no length is asked for.
@@ -62,7 +62,7 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
     own, config, others = generation_configs(base.generation_config, settings, rows.ids.shape[1])
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
-    if memory.carried is not None and not mask.all():
+    if memory.carried is not None and memory.slots is not None and not mask.all():
         with evaluating(network):
             memory, ids, mask = _of_one_length(network, memory, ids, mask)
     if others.get("streamer") is not None:
@@ -99,7 +99,7 @@ def is_prefix(network: Network, memory: Memory) -> bool:
     """
     if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
         return False
-    if memory.ages is None or memory.carried is not None:
+    if memory.ages is None or memory.carried is not None or network.reader.has_gaps():
         return False
     return network.memories_are_of_base and not any(network.reader.windows())
 
@@ -130,10 +130,16 @@ def _read_with_hooks(network, memory, ids, mask, config, kind, others):
             'attn_implementation "sdpa" or "eager", and not for drafts or prompts in pieces: all else is read by '
             "reversible layers, which no static cache knows"
         )
-    cache = network.reading_cache(_repeated(memory, _copies(config)))
+    copies = _copies(config)
+    memory = _repeated(memory, copies)
+    cache = network.reading_cache(memory)
     others |= cache_argument(network.plain_model, cache)
-    with network.behind_memory(), network.must_read(cache):
-        return network.plain_model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
+    with network.behind_memory():
+        if memory.carried is not None and not mask.all():
+            copied, mask_of_copies = (rows.repeat_interleave(copies, 0) for rows in (ids, mask))
+            read_but_last(network, copied, mask_of_copies, cache, memory)
+        with network.must_read(cache):
+            return network.plain_model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **others)
 
 
 def _repeated(memory, copies):
@@ -162,6 +168,8 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
         ValueError: A query is longer than the model's positions, or max_new_tokens is below 1.
     """
     ids, mask = prompt_of(rows, network.start_token_id)
+    if memory is not None and memory.carried is not None:  # what is padding in all rows is not read
+        ids, mask = ids[:, -int(mask.sum(1).max()) :], mask[:, -int(mask.sum(1).max()) :]
     network.check_length(ids.shape[1] + 1, behind_memory=memory is not None)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -173,6 +181,8 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
     with evaluating(network), network.reading_backward():
         if memory is not None:
             network.reader.read(cache, memory)
+            if memory.carried is not None and not mask.all():
+                read_but_last(network, ids, mask, cache, memory)
         if graphs.are_wanted(network.device) and _is_capturable(network):
             found = _written_by_graphs(network, ids, mask, memory, cache, max_new_tokens)
         else:
@@ -187,6 +197,9 @@ def _is_capturable(network):
     config = network.decoder.config
     # Such frequencies are chosen by the host, which would ask the device for the largest position.
     if depends_on_pass(network.decoder) or units_of(network):
+        return False
+    # A cache with places for a graph has keys of every layer, in order.
+    if key_sources(config, network.layers) != tuple(range(len(network.layers))) or has_recurrent_layers(config):
         return False
     windowed = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     windowed = windowed or bool(getattr(config, "sliding_window", None))

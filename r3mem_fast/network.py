@@ -26,7 +26,7 @@ from .memory.cache import PrefixCache
 from .memory.layout import MemoryLayout, Origin
 from .memory.memory import Memory
 from .memory.reader import MemoryReader
-from .memory.recurrent import refuse_learned_states
+from .memory.recurrent import refuse_states_at_input
 from .memory.writers import Writer
 from .memory.writers.graphed import GraphedWriter
 from .memory.writers.matched import MatchedWriter, QuestionsOf
@@ -34,6 +34,7 @@ from .memory.writers.tokens import TokenWriter, new_memory_embeddings
 from .positions import first_id, original_positions_of, positions_for_memories, positions_of, special_id
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers, text_config, unconverted
+from .reversible.refusals import refuse_cross_attention, refuse_returned_states
 from .reversible.stack import Mode
 
 
@@ -73,7 +74,10 @@ class Network(nn.Module):
         _, layers = check_convertible(plain, config.coupling())
         self.r3mem_config = config.resolved(len(layers), key_sources(text_config(plain.config), layers))
         learned = config.memory_layout(positions_for_memories(config, plain))
-        refuse_learned_states(learned, plain.config)
+        refuse_states_at_input(learned, plain.config)
+        refuse_returned_states(text_config(plain.config))
+        if learned is not None:
+            refuse_cross_attention(text_config(plain.config))
         self.learns_memories = learned is not None
         self.layout = learned or default_matched(original_positions_of(plain))
         self.end_token_id = special_id(plain, "eos_token_id")
@@ -347,7 +351,10 @@ class Network(nn.Module):
             forward: Whether this is the forward direction, in which adapters may act on memory tokens alone.
         """
         held = forward and not self.adapts_tokens and self.memory_embeddings is not None
-        return self.reader.read(self.reader.new_cache(keep=keep, adapted_tokens=0 if held else None), memory)
+        # Its own first position, because `reading.held` extends the reach.
+        first = memory.layout.first_position
+        cache = self.reader.new_cache(keep=keep, adapted_tokens=0 if held else None, first_position=first)
+        return self.reader.read(cache, memory)
 
     def origin(self) -> Origin:
         """Fingerprints of base model and adapters that memories made now carry.

@@ -272,12 +272,24 @@ def continuation_logits(
     extra, cache = {"logits_to_keep": kept} if network.slices_logits else {}, None
     if memory is not None:
         cache = network.reading_cache(memory, keep=False, forward=forward)
+        if memory.carried is not None:
+            return _logits_behind_states(network, ids, mask, cache, kept), targets
         extra |= cache_argument(network.plain_model, cache)
     with network.must_read(cache):
         output = network.peft_model(
             input_ids=ids, attention_mask=mask, position_ids=positions_of_mask(mask), use_cache=False, **extra
         )
     return output.logits[:, -kept:], targets
+
+
+def _logits_behind_states(network, ids, mask, cache, kept):
+    """Logits of the last columns of rows, all of whose padding is put behind them: recurrent layers would read it."""
+    order = (1 - mask).argsort(dim=1, stable=True)
+    ids, moved = ids.gather(1, order), mask.gather(1, order)
+    hidden = network.reader.decode(network.reader.embeddings_of(ids), moved.cpu(), cache, ids=ids)
+    place = order.argsort(dim=1)[:, -kept:, None]
+    hidden = hidden.gather(1, place.to(hidden.device).expand(-1, -1, hidden.shape[-1]))
+    return network.head(hidden).logits
 
 
 class _Teacher:

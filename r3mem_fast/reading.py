@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .batching import Rows
 from .integrations import graphs
 from .integrations.fsdp import largest_of_ranks, units_of
+from .memory.cache import PrefixCache
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
 from .memory.writers.diagonal import DiagonalReader
@@ -96,17 +97,19 @@ def read_segments(
     """
     config = network.r3mem_config
     memory = memory.to(network.device, network.dtype)
+    if memory.carried is not None:
+        _check_lengths_of_ranks(network, segments)
     training = trains_through(network, segments)
     writer = network.writer(memory.layout, dropout=config.memory_dropout if training else 0.0)
 
-    def step(segment, states):
-        before = dataclasses.replace(memory, states=states, num_segments=segment.num_segments)
+    def step(segment, state):
+        before = _with_state(memory, state, num_segments=segment.num_segments)
         hidden, after = writer.read(segment, before)
-        return outcome(segment, hidden), after.states
+        return outcome(segment, hidden), _state_of(after)
 
     if training and config.kept_segments == "none":
-        outcomes, states = replay(network, step, segments, memory.states, bptt_segments=config.bptt_segments)
-        return outcomes, dataclasses.replace(memory, states=states)
+        outcomes, state = replay(network, step, segments, _state_of(memory), bptt_segments=config.bptt_segments)
+        return outcomes, _with_state(memory, state)
     outcomes = []
     on_host = training and config.kept_segments == "host"
     with network.behind_memory():
@@ -124,6 +127,28 @@ def read_segments(
                 on_tokens(segment.new_tokens)
     writer.finish()
     return outcomes, memory
+
+
+def _check_lengths_of_ranks(network, segments):
+    """Raise ValueError where processes of FSDP2 would run other numbers of passes: rows are read by length."""
+    for segment in segments:
+        lengths = len(set(segment.mask.sum(1).tolist()))
+        if largest_of_ranks(network, lengths) + largest_of_ranks(network, -lengths):
+            raise ValueError(
+                "a model sharded by FSDP2 gathers its layers in all processes together, and rows of several lengths "
+                "are read apart by recurrent layers: give all processes rows of as many lengths, such as one"
+            )
+
+
+def _state_of(memory):
+    """The tensors of a memory through which gradients pass from segment to segment."""
+    return memory.states, memory.carried or {}
+
+
+def _with_state(memory, state, **others):
+    """A memory with other tensors, as `_state_of` gives them, and other fields."""
+    states, carried = state
+    return dataclasses.replace(memory, states=states, carried=carried or None, **others)
 
 
 def compress_rows(
@@ -183,19 +208,46 @@ def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memo
         network: The model.
         rows: Token ids of each row, int64 `[n]`, on the CPU; some may be empty.
         memory: The memory before them, of as many rows. What it carries as tokens is not read.
+
+    Returns:
+        The memory, whose layout has a reach that is as much larger as the longest row, so that every slot keeps its
+        distance.
     """
-    nothing = (torch.zeros(0, dtype=torch.int64),) * len(rows)
-    layout = dataclasses.replace(memory.layout, segment_overlap=0, queries="own")  # nothing is matched
-    bare = dataclasses.replace(memory.to(network.device, network.dtype), unfinished=nothing, recent=nothing)
-    longest = max(map(len, rows))
-    segments = cut_segments(
-        dataclasses.replace(bare, layout=layout), rows, finish=True, writes_all=True, length=longest
+    nothing, longest = (torch.zeros(0, dtype=torch.int64),) * len(rows), max(map(len, rows))
+    # Nothing is matched.
+    layout = dataclasses.replace(memory.layout, segment_overlap=0, queries="own", reach=memory.layout.reach + longest)
+    bare = dataclasses.replace(
+        memory.to(network.device, network.dtype), unfinished=nothing, recent=nothing, layout=layout
     )
+    segments = cut_segments(bare, rows, finish=True, writes_all=True, length=longest)
     writer = MatchedWriter(network.reader, layout)
     with network.behind_memory():
         for segment in segments:
             bare = writer.extended(segment, bare)
     return bare
+
+
+def read_but_last(network: Network, ids: torch.Tensor, mask: torch.Tensor, cache: PrefixCache, memory: Memory) -> None:
+    """Let a cache read prompts of several lengths up to their last tokens, in the direction that the model is read in.
+
+    Rows of one length are read together, and others apart: recurrent layers would take padding for tokens.
+
+    Args:
+        network: The model.
+        ids: Token ids, int64 `[B, T]`, padded on the left.
+        mask: Their mask, `[B, T]`, 0 for padding.
+        cache: A cache that holds the memory, and has read nothing behind it.
+        memory: The memory, of as many rows.
+    """
+    reader, last, parts = network.reader, ids.shape[1] - 1, []
+    lengths = (mask.sum(1) - 1).tolist()
+    for length in sorted(set(lengths) - {0}):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        tokens = ids[rows, last - length : last].cpu()
+        part = reader.read(reader.new_cache(adapted_tokens=cache.adapted_tokens), memory.rows(rows))
+        reader.decode(reader.embeddings_of(tokens), torch.ones_like(tokens), part, ids=tokens)
+        parts.append((rows, part))
+    cache.take_over(parts)
 
 
 def _read_by_diagonals(network, segments, memory, on_tokens):

@@ -73,7 +73,7 @@ class Scheduler:
         self._rows: list[Request] = []
         # What the rows have: keys and values of their own tokens, the padding in front of these, the position of each
         # row's last token, and their memories.
-        self._cache = roomy_cache(len(model.layers))
+        self._cache = roomy_cache(0)
         self._starts: list[int] = []
         self._positions = torch.zeros(0, dtype=torch.int64, device=model.device)
         self._memories: SharedMemories | None = None
@@ -209,7 +209,7 @@ class Scheduler:
         memories = SharedMemories.of(
             model, [request.memory for request in joining], [request.source for request in joining], positions
         )
-        cache = roomy_cache(len(model.layers))
+        cache = roomy_cache(len(memories.keys))
         scores = self._scores(rows.ids, cache, starts, positions, memories)
         return scores, cache, starts, positions[:, -1], memories
 
@@ -263,7 +263,7 @@ class Scheduler:
         index = torch.tensor(rows, dtype=torch.int64, device=self._positions.device)
         self._positions = self._positions[index]
         if not rows:
-            self._cache, self._starts, self._memories = roomy_cache(len(self._model.layers)), [], None
+            self._cache, self._starts, self._memories = roomy_cache(0), [], None
             return
         assert self._memories is not None
         used = min(self._starts[row] for row in rows)

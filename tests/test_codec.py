@@ -84,3 +84,19 @@ def test_memory_tokens_learned_without_it(folder):
     network = R3MemModel(model, R3MemConfig(num_memory_tokens=2, segment_length=8, core=(1, 3)))
     memory = R3MemPipeline(network, begins_texts(tokenizer)).compress(TEXT, progress=False)
     assert memory.tokens_seen.tolist() == [len(TEXT)] and memory.pinned is None
+
+
+def test_a_template_that_puts_no_more_before_words_than_stands_before_any_text(pipeline):
+    """What is pinned of a memory is then the same of a text and of a turn, and only the caller knows."""
+    pipeline.tokenizer.chat_template = f"{BOS}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}A:"
+    codec, pinned = pipeline.codec, [1]
+    assert codec.turn[0] == codec.opening and len(codec.opening) == 1
+    plain, chat = [codec.ids("Who?")], [codec.ids("\n\nWho?A:")]
+    assert codec.prompts(["Who?"], chat=None, pinned=pinned) == plain
+    assert codec.prompts(["Who?"], chat=False, pinned=pinned) == plain
+    assert codec.prompts(["Who?"], chat=True, pinned=pinned) == chat
+    memory = pipeline.compress(TEXT, progress=False)
+    assert memory.pinned.tolist() == pinned
+    assert pipeline.generate("Who?", memory=memory, **GREEDY) == pipeline.generate(
+        "Who?", memory=memory, chat=False, **GREEDY
+    )

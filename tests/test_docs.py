@@ -9,6 +9,7 @@ import pytest
 from bench import kernel_tables, tables
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("integrations", "memory", "memory/writers", "reversible")
 
 
 def records(name):
@@ -235,3 +236,12 @@ def test_what_training_through_histories_costs():
     many, few = compared["segments_compared"]
     text = text_of("docs/histories.md")
     assert f"The peak of {many} segments is {compared['peak_ratio']:.3f} × that of {few}" in text
+
+
+def test_the_architecture_names_every_module():
+    """Those of the package itself, and of its packages in which many work together."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "r3mem_fast"
+    paths = [*package.glob("*.py"), *(path for name in PACKAGES for path in (package / name).glob("*.py"))]
+    names = {path.stem for path in paths} - {"__init__", "__main__"}
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", text)) == []

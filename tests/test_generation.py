@@ -8,7 +8,7 @@ from r3mem_fast import R3MemConfig, R3MemModel
 from r3mem_fast.integrations import graphs
 from r3mem_fast.reversible.integrity import Integrity
 from r3mem_fast.reversible.stack import ReversibleStack
-from tests.reversible.tiny import build
+from tests.reversible.tiny import LAYERED, build
 from tests.tape import ASKING
 
 from .test_model import FAMILIES, ROWS, collate_ids, made
@@ -121,6 +121,15 @@ def test_frequencies_that_the_host_chooses_are_read_as_always(monkeypatch, captu
     dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     model = R3MemModel(build("llama", scale=2.0, rope_parameters=dynamic), R3MemConfig(core=(1, 3))).eval()
     model.recall(torch.tensor([[5, 6, 7]]), max_new_tokens=5)
+    assert not captures
+
+
+@pytest.mark.parametrize("family", LAYERED)
+def test_layers_that_share_keys_are_read_as_always(monkeypatch, captures, family):
+    monkeypatch.setattr(graphs, "are_wanted", lambda device: True)
+    of_base = {"layer_types": ["full_attention"] * 4, "sliding_window": 0}
+    model = R3MemModel(build(family, scale=2.0, **of_base), R3MemConfig(core=(1, 2))).eval()
+    assert len(model.recall(torch.tensor([[5, 6, 7]]), max_new_tokens=5)) == 1
     assert not captures
 
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model, reading_backward
 from r3mem_fast.choices import PLACEMENTS
+from r3mem_fast.tiny_models import tiny_model
 from r3mem_fast.training.collate import collate_ids, padded
 from tests.reversible.tiny import (
     EXACT_FAMILIES,
@@ -717,3 +718,26 @@ def test_memories_of_before_there_was_an_overlap():
     layout = dataclasses.asdict(memory.layout)
     del layout["segment_overlap"]
     assert type(memory.layout)(**layout) == memory.layout
+
+
+@pytest.mark.parametrize("settings", [{}, {"memory_placement": "input"}, {"memory_writer": "matched"}])
+def test_bases_that_have_no_memories(settings):
+    """They are refused before anything is changed; what needs no memory is not."""
+    config = R3MemConfig(num_memory_tokens=4, segment_length=8, core=(1, 3), **settings)
+    mllama, xlstm = tiny_model("mllama"), tiny_model("xlstm")
+    with pytest.raises(ValueError, match=r"layers \[3, .* read an image, and do not run without one"):
+        R3MemModel(mllama, config)
+    with pytest.raises(ValueError, match="type xlstm return their states beside the hidden state"):
+        R3MemModel(xlstm, config)
+    assert not any(hasattr(module, "reversible") for model in (mllama, xlstm) for module in model.modules())
+    model = R3MemModel(mllama, R3MemConfig(core=(1, 3))).eval()
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    with pytest.raises(ValueError, match="do not run without one, so that they can neither write a memory"):
+        model.compress(torch.tensor([[5, 6, 7]]))
+
+
+def test_llama_4_learns_memories():
+    model = R3MemModel(tiny_model("llama4_text"), R3MemConfig(num_memory_tokens=4, segment_length=8, core=(1, 3)))
+    ids = torch.arange(3, 23)[None]
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.memory_embeddings.grad.isfinite().all() and model.memory_embeddings.grad.any()

@@ -16,7 +16,6 @@ from .checks import (
     FLOAT_DTYPES,
     MAX_FRACTION_BITS,
     SIDE_BITS,
-    check_alike,
     check_bits,
     check_dtype,
     check_flags,
@@ -27,7 +26,6 @@ from .checks import (
     check_kept,
     check_layer,
     check_streams,
-    describe,
 )
 from .fixed_point import CHECKSUM_MISMATCH, NON_FINITE, OUT_OF_RANGE, dequantize, gain_of
 from .inverse import inverse_backward, inverse_forward, inverse_gradient
@@ -200,14 +198,11 @@ def momentum_gradient(
     """
     check_bits(bits)
     check_bits(bits_above)
-    check_gradient(grad_output, branch, kept, flags, dtype)
+    check_gradient(grad_output, branch, kept, flags, dtype, grad_velocity)
     if grad_velocity is None:
         return ops.momentum_gradient_top(
             grad_output, branch, kept.branch_sums, flags, bits or 0, dtype, gain_of(gain, bits)
         )
-    check_alike(branch=branch, grad_velocity=grad_velocity)
-    if grad_velocity.dtype != torch.float32 or not grad_velocity.is_contiguous():
-        raise TypeError(f"grad_velocity must be a contiguous float32 tensor, got {describe(grad_velocity)}")
     gradient = ops.momentum_gradient(
         grad_output,
         grad_velocity,

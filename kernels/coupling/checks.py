@@ -56,15 +56,24 @@ def check_layer(
 
 
 def check_gradient(
-    grad_output: torch.Tensor, branch: torch.Tensor, kept: Kept, flags: torch.Tensor, dtype: torch.dtype
+    grad_output: torch.Tensor,
+    branch: torch.Tensor,
+    kept: Kept,
+    flags: torch.Tensor,
+    dtype: torch.dtype,
+    grad_velocity: torch.Tensor | None = None,
 ) -> None:
-    """Raise TypeError or ValueError unless the arguments of a branch's gradient fit."""
+    """Raise TypeError or ValueError unless the arguments of a branch's gradient fit; one changed in place, too."""
     check_float("branch", branch)
     check_float("grad_output", grad_output)
     check_flags(flags, branch)
     check_dtype(dtype)
     check_kept(kept, branch)
     check_alike(branch=branch, grad_output=grad_output)
+    if grad_velocity is not None:
+        check_alike(branch=branch, grad_velocity=grad_velocity)
+        if grad_velocity.dtype != torch.float32 or not grad_velocity.is_contiguous():
+            raise TypeError(f"grad_velocity must be a contiguous float32 tensor, got {describe(grad_velocity)}")
 
 
 def check_gradients(branch: torch.Tensor, grad_output: torch.Tensor | None, grad_branch: torch.Tensor | None) -> None:

@@ -101,7 +101,7 @@ def inverse_gradient(
     """
     check_bits(bits, required=True)
     check_bits(bits_above, required=grad_velocity is not None)
-    check_gradient(grad_output, branch, kept, flags, dtype)
+    check_gradient(grad_output, branch, kept, flags, dtype, grad_velocity)
     return reference.inverse_gradient(
         grad_output,
         grad_velocity,

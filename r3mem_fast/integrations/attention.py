@@ -21,6 +21,7 @@ from r3mem_fast.kernels.attention import MAX_DECODED, memory_attention, memory_d
 NAME = "r3mem"
 _OTHERS = 'use attn_implementation="sdpa" or "eager"'
 _NO_TENSOR = f'attn_implementation="{NAME}" makes no mask tensor, and a layer looks for something of one'
+_EVERY = slice(None)
 # Keywords that attention functions may be given, and that this one cannot serve.
 _UNSUPPORTED = (
     "position_bias", "head_mask", "layer_head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions",
@@ -65,7 +66,7 @@ class SegmentMask(NamedTuple):
     """Describes what the queries of a pass see: the keys up to their own, and a memory.
 
     Attributes:
-        query_offset: Number of keys before the first query.
+        query_offset: Number of keys before the first query; None: the queries are those of the last keys.
         window: Number of keys that a query sees, its own and those just before it; None: all.
         segment_starts: Index of the first key of each row that is no padding, int32 `[B]`; None: no row is padded.
         memory_key: Keys of the memory at their positions, `[B or 1, kv_heads, M, head_dim]`; None: there is no memory.
@@ -74,7 +75,7 @@ class SegmentMask(NamedTuple):
         read: Is told when the memory is read; None: nobody is.
     """
 
-    query_offset: int
+    query_offset: int | None
     window: int | None = None
     segment_starts: torch.Tensor | None = None
     memory_key: torch.Tensor | None = None
@@ -86,9 +87,16 @@ class SegmentMask(NamedTuple):
         raise AttributeError(f"{_NO_TENSOR} ({name}); {_OTHERS}")
 
     def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, tuple) and place == (_EVERY, _EVERY, *place[2:3], _EVERY) and _are_last(place[2]):
+            return self._replace(query_offset=None)  # Gemma 4 leaves out tokens whose logits nobody asks for
         if not isinstance(place, (int, slice)):
             raise TypeError(f"{_NO_TENSOR} (an index); {_OTHERS}")
         return tuple.__getitem__(self, place)
+
+
+def _are_last(queries: Any) -> bool:
+    """Whether an index chooses the last queries of a pass, or all."""
+    return isinstance(queries, slice) and (queries.start or 0) <= 0 and queries.stop is queries.step is None
 
 
 def segment_mask(
@@ -221,10 +229,21 @@ def memory_attention_forward(
     if not differentiated and query.shape[1] // key.shape[1] * query.shape[2] <= MAX_DECODED:
         output = memory_decode(*tensors, **settings)
     else:
-        output = memory_attention(*tensors, **settings, query_offset=mask.query_offset)
+        output = memory_attention(*tensors, **settings, query_offset=offset_of(mask, query, key))
     if mask.read is not None:
         mask.read.note(module, given_key)
     return output.transpose(1, 2), None
+
+
+def offset_of(mask: SegmentMask, query: torch.Tensor, key: torch.Tensor) -> int:
+    """Number of keys before the first query, `[B, heads, T, head_dim]` each.
+
+    Args:
+        mask: The mask.
+        query: The queries.
+        key: The keys.
+    """
+    return key.shape[2] - query.shape[2] if mask.query_offset is None else mask.query_offset
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

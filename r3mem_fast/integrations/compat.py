@@ -191,6 +191,16 @@ def inputs_of_layers(decoder: Any, ids: torch.Tensor | None, embeddings: torch.T
     return {"per_layer_inputs": decoder.get_per_layer_inputs(known, *[None] * others)}
 
 
+def as_of_tokens(decoder: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """Embeddings as a decoder would take them if it were given token ids: Falcon-H1 scales those of token ids alone.
+
+    Args:
+        decoder: The decoder.
+        embeddings: `[batch, tokens, width]`, of its own table.
+    """
+    return embeddings * decoder.embedding_multiplier if type(decoder).__name__ == "FalconH1Model" else embeddings
+
+
 def inputs_of_composite(model: Any, decoder: Any, embeddings: torch.Tensor) -> dict[str, Any]:
     """Make what a model of several would else look for the token of each embedding for (Gemma 4 with its encoders).
 

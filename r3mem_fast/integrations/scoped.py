@@ -44,6 +44,23 @@ def temporarily(owner: Any, **values: Any) -> Iterator[None]:
                 delattr(owner, name)
 
 
+def kinds_of_layers(config: Any, kinds: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """Let a configuration name other kinds of layers (`layer_types`) in the block: a context manager.
+
+    Args:
+        config: The configuration.
+        kinds: The kinds, one for each layer.
+    """
+    name = getattr(config, "attribute_map", {}).get("layer_types", "layer_types")
+    known = getattr(type(config), name, None)
+    if not isinstance(known, property) or known.fset is not None:
+        return temporarily(config, layer_types=list(kinds))
+    # Computed from other settings (Falcon-H1, Bamba), by a class that other configurations are of, too.
+    computed: Any = known.fget
+    own = property(lambda some: list(kinds) if some is config else computed(some))
+    return temporarily(type(config), **{name: own})
+
+
 @contextlib.contextmanager
 def in_order(holder: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Put the modules of a list in another order in the block. The names stay, and belong to other modules then.

@@ -41,7 +41,7 @@ class PrefixCache(CarryingCache):
             write.
 
     Attributes:
-        sources: For each layer, the one whose keys and values it reads; () before the first pass.
+        key_sources: For each layer, the one whose keys and values it reads; () before the first pass.
         keyed: Indices of the layers that have keys and values of their own, in order, once a pass has begun.
     """
 
@@ -60,7 +60,7 @@ class PrefixCache(CarryingCache):
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
         self._decoder, self._still, self._sizes = decoder, still, sizes
-        self.sources: Sequence[int] = ()
+        self.key_sources: Sequence[int] = ()
         self.adapted_tokens = adapted_tokens
         self._prefix: torch.Tensor | None = None
         self._visible: torch.Tensor | None = None
@@ -95,6 +95,7 @@ class PrefixCache(CarryingCache):
         ages: torch.Tensor | None = None,
         windows: Sequence[int | None] = (),
         carried: Mapping[str, torch.Tensor] | None = None,
+        sizes: Sequence[LayerSizes] = (),
     ) -> "PrefixCache":
         """Set the memory; returns the cache.
 
@@ -105,14 +106,15 @@ class PrefixCache(CarryingCache):
             all_visible: Whether all of `visible` is true; to ask its device would synchronise.
             ages: Tokens from each key to the cache's first token, `[layers, B, kv_heads, N]`; None: the keys stand
                 right before it, in order.
-            windows: Number of keys that a query of each layer sees, its own included, by their positions; None: all.
-                Empty: no window hides a part of the memory.
+            windows: Number of keys that a query of each layer sees, its own included; None: all; (): all, everywhere.
             carried: States from which recurrent layers go on; None: no layer is one.
+            sizes: Sizes of each layer's keys and values in `prefix`; (): those that the cache was made with.
         """
         self.go_on_from(carried)
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
-            self._all_visible, self._ages, self._windows = all_visible, ages, windows
+            self._all_visible, self._ages = all_visible, ages
+            self._windows, self._sizes = windows, sizes or self._sizes
         return self
 
     @property
@@ -141,8 +143,7 @@ class PrefixCache(CarryingCache):
         config = decoder.config
         if self._decoder not in (None, decoder):
             raise ValueError("the cache is of another model's memory; make one with memory.to_cache(model)")
-        implementation = implementation_of(config)
-        if implementation not in ("eager", "sdpa", attention.NAME):
+        if (implementation := implementation_of(config)) not in ("eager", "sdpa", attention.NAME):
             raise ValueError(
                 f"attn_implementation={implementation!r} cannot read a memory, and would drop it; load "
                 f'the model with attn_implementation="sdpa", "eager" or "{attention.NAME}"'
@@ -159,13 +160,13 @@ class PrefixCache(CarryingCache):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self.get_seq_length()
         arguments["position_ids"] = positions = positions + self.first_position
         self._widened, self._written = {}, {}
-        if len(self.sources) != len(layers):
-            self.sources = key_sources(config, layers)
-            while len(self.layers) < len(set(self.sources)):  # transformers 5.10 makes some of them later
+        if len(self.key_sources) != len(layers):
+            self.key_sources = key_sources(config, layers)
+            while len(self.layers) < len(set(self.key_sources)):  # transformers 5.10 makes some of them later
                 self.layers.append(self.layer_class_to_replicate())
         held = None if self._visible is None else len(self._visible)
-        keyed = self._begin(config, len(layers), tokens, arguments.get("attention_mask"), held)
-        self.keyed = [index for index in keyed if self.sources[index] == index]
+        known = self._begin(len(layers), tokens, arguments.get("attention_mask"), held)
+        self.keyed = [index for index in known if self.key_sources[index] == index]
         # As their attention addresses the cache.
         self._expected, self._extended, self._attended = set(self.keyed), set(), set()
         self._of_pass, self._tables, self._config = positions, None, config
@@ -266,7 +267,7 @@ class PrefixCache(CarryingCache):
         expected, self._expected = self._expected, None
         missing = self._end() | ((expected or set()) - self._extended)
         if self._apart and self._placed and expected:  # and read out of the masks
-            missing |= {index for index, source in enumerate(self.sources) if source in expected} - self._attended
+            missing |= {index for index, source in enumerate(self.key_sources) if source in expected} - self._attended
         refuse_layers_without_memory(self._config, missing)
         if missing:
             raise MemoryNotReadError(
@@ -306,9 +307,8 @@ class PrefixCache(CarryingCache):
         self._extended.add(layer_idx)
         if self.capture:
             self._written[layer_idx] = (key_states[..., -self.capture :, :], value_states[..., -self.capture :, :])
-        states = (key_states, value_states)
+        states, own = (key_states, value_states), self.layers[layer_idx]
         placed = () if self._apart or not self._placed else self._placed[layer_idx]
-        own = self.layers[layer_idx]
         if self.keep and type(own) is DynamicLayer and not any(t.requires_grad for t in (*states, *placed)):
             room = self._rooms.setdefault(layer_idx, Room())
             return room.extended(own, placed, states)
@@ -340,7 +340,7 @@ class PrefixCache(CarryingCache):
             layer_idx: The layer's index in the cache.
             implementation: Name of the model's attention.
         """
-        source = self.sources[layer_idx]
+        source = self.key_sources[layer_idx]
         if source not in self.keyed:
             return mask
         if self._apart:

@@ -15,7 +15,7 @@ from typing import Any
 
 FORMAT_VERSION = 1
 MATCHED_VERSION = 2  # of a matched memory, which earlier versions cannot read
-CARRIED_VERSION = 3  # of a matched memory that carries states of recurrent layers
+CARRIED_VERSION = 3  # of a memory that carries states of recurrent layers
 CARRIED = "carried."  # before the names of these states
 KIND = "r3mem_fast memory"
 METADATA = "r3mem"

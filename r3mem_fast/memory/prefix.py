@@ -31,7 +31,8 @@ class Prefix:
     """Keys and values that every layer reads before a text; made by `Memory.to_prefix`.
 
     Attributes:
-        keys: Keys of each layer at their positions (after the rotary embedding), `[B, kv_heads, N, head_dim]` each.
+        keys: Keys of each layer that has some of its own (where the last layers read those of others, of the layers
+            before these), at their positions (after the rotary embedding), `[B, kv_heads, N, head_dim]` each.
         values: Values of each layer, likewise. Of latent attention: latents in place of keys, and in place of values
             the part of the keys that is rotated.
         mask: Slots that each row has, the last ones, int64 `[B, N]`, 0 for those that it has not.
@@ -177,8 +178,8 @@ def prefix_of(model: Any, memory: Any, first_position: int | None = None) -> Pre
 
     Raises:
         ValueError: The memory is another model's; it is not the base model's alone; a layer has a sliding window,
-            which hides some of its slots, or is recurrent; or positions are learned, and the first position is
-            another one than the memory was made for.
+            which hides some of its slots, or is recurrent; layers without keys stand between others; or positions are
+            learned, and the first position is another one than the memory was made for.
     """
     model.check_memory(memory)
     if memory.ages is None or not model.memories_are_of_base:
@@ -203,7 +204,8 @@ def placed_prefix(
             models choose their frequencies by the largest position of a pass.
 
     Raises:
-        ValueError: A layer has a sliding window or is recurrent, or positions are learned, as of `prefix_of`.
+        ValueError: A layer has a sliding window or is recurrent, layers without keys stand between those that have
+            some, or positions are learned, as of `prefix_of`.
     """
     reader, layout = model.reader, memory.layout
     if memory.carried is not None:
@@ -216,6 +218,12 @@ def placed_prefix(
             f"a {type(model.plain_model).__name__} has layers with a sliding window, which hides slots by their age, "
             "as no other engine knows: use model.generate, or memory.to_cache(model)"
         )
+    keyed = reader.keyed_layers()
+    if reader.has_gaps():
+        raise ValueError(
+            f"in a {type(model.plain_model).__name__} the layers {list(keyed)} have keys, and those between them have "
+            "none, so that other engines would take them for others: use model.generate, or memory.to_cache(model)"
+        )
     visible = memory.visible_on_host()
     count = int(visible.sum(1).max())
     start = visible.shape[1] - count  # rows of a batch may have columns before it that other rows needed
@@ -227,7 +235,7 @@ def placed_prefix(
         )
     device = model.device
     states, ages = memory.states[..., start:, :].to(device, model.dtype), memory.ages[..., start:].to(device).long()
-    order, sizes, config = range(len(states)), reader.layer_sizes(), text_config(model.config)
+    sizes, config = reader.layer_sizes(), text_config(model.config)
     rotation = Rotation(reader.decoder, model.layers, range(len(model.layers)), config, reader.still_layers())
     known = torch.arange(first - layout.reach, first + 1, device=device)[None]
     if read_with is None:
@@ -235,7 +243,7 @@ def placed_prefix(
     tables = rotation.tables(known, states, seen_with=read_with.amax(0, keepdim=True))
     parts, carrier = [states[:, 0], states[:, 1]], rotation.carrier(sizes)
     places = layout.reach - ages
-    parts[carrier] = rotation.of_layers(rotation.rotated_to, parts[carrier], order, tables, sizes, places)
+    parts[carrier] = rotation.of_layers(rotation.rotated_to, parts[carrier], keyed, tables, sizes, places)
     keys = tuple(size.key(some) for size, some in zip(sizes, parts[0], strict=True))
     values = tuple(size.value(some) for size, some in zip(sizes, parts[1], strict=True))
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))

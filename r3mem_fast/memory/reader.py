@@ -1,5 +1,7 @@
 """How a decoder reads a memory: its states become keys and values that every layer sees before its own tokens."""
 
+import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -9,9 +11,10 @@ from transformers.cache_utils import DynamicCache
 from r3mem_fast.kernels.matching import MAX_KEPT
 
 from ..integrations.capture import captured_attention
-from ..integrations.compat import cache_argument, inputs_of_layers
-from ..integrations.scoped import evaluating, temporarily
+from ..integrations.compat import as_of_tokens, cache_argument, inputs_of_layers
+from ..integrations.scoped import evaluating, kinds_of_layers, temporarily
 from ..reversible.convert import text_config
+from ..reversible.refusals import refuse_cross_attention
 from ..reversible.stack import ReversibleStack
 from .cache import PrefixCache
 from .layout import MemoryLayout, Origin
@@ -34,8 +37,11 @@ class MemoryReader:
 
     def __init__(self, model: Any, stack: ReversibleStack, decoder: nn.Module, layout: MemoryLayout):
         self._model, self._stack, self.decoder, self.layout = model, stack, decoder, layout
+        self._kinds = _kinds_of(text_config(model.config))
         self._measured: tuple[int, ...] | None = None
         self._windows: tuple[int | None, ...] = ()
+        self._keyed: tuple[int, ...] = ()
+        self._key_sources: tuple[int, ...] = ()
         self._still: frozenset[int] = frozenset()
         self._carried: Carried = {}  # states of recurrent layers, of one row
         self._sizes: tuple[LayerSizes, ...] = ()
@@ -58,27 +64,30 @@ class MemoryReader:
         """
         first = self.layout.first_position if first_position is None else first_position
         settings = {"decoder": self.decoder, "still": self._still, "sizes": self._sizes, **settings}
-        return PrefixCache(text_config(self._model.config), first_position=first, **settings)
+        config = text_config(self._model.config)
+        # While the model is read backward, its configuration names the kinds of its layers in another order.
+        in_order = _kinds_of(config) == self._kinds
+        with contextlib.nullcontext() if in_order else kinds_of_layers(config, self._kinds):
+            return PrefixCache(config, first_position=first, **settings)
 
     def read(self, cache: PrefixCache, memory: Memory) -> PrefixCache:
         """Let a cache hold a memory, in the direction that the model is being read in; returns the cache."""
         device = self._model.device
         states, visible = memory.states.to(device, self._model.dtype), memory.visible_on_host()
-        all_visible = bool(visible.all())
+        all_visible, sizes = bool(visible.all()), self._sizes
         if self.layout.placement == "input" and visible.shape[1]:
             # Standing before all else, they see nothing else: what they leave in each layer can be had without it.
             count = visible.shape[1]
             seen = self.new_cache(keep=False, capture=count, first_position=self.layout.first_position - count)
             places = torch.arange(count).expand(len(states), -1)
             self.decode(states, visible.to(torch.int64), seen, places)
-            states = seen.captured()
-        visible = uploaded(visible, device)
-        if memory.ages is None:
-            return cache.read(states, visible, all_visible)
-        windows, carried = self.windows(), memory.carried
+            states, sizes = seen.captured(), tuple(seen.sizes)
+        visible, carried = uploaded(visible, device), memory.carried
         if carried is not None:
             carried = {name: state.to(device, self._carried[name].dtype) for name, state in carried.items()}
-        return cache.read(states, visible, all_visible, memory.ages.to(device), windows, carried)
+        if memory.ages is None:
+            return cache.read(states, visible, all_visible, carried=carried, sizes=sizes)
+        return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows(), carried)
 
     def decode(
         self,
@@ -106,6 +115,7 @@ class MemoryReader:
         if not mask.all():  # without padding there is nothing to ask of a mask, on a device least of all
             given["attention_mask"] = uploaded(mask, embeddings.device)
         positions = uploaded(positions, embeddings.device)
+        embeddings = as_of_tokens(self.decoder, embeddings)
         with self._stack.must_read(cache):
             return self.decoder(inputs_embeds=embeddings, position_ids=positions, **given).last_hidden_state
 
@@ -130,7 +140,9 @@ class MemoryReader:
         empty = cache_argument(self.decoder, DynamicCache(config=text_config(self._model.config)))
         others = inputs_of_layers(self.decoder, ids, embeddings)
         with temporarily(self._stack, run=passing):
-            self.decoder(inputs_embeds=embeddings, position_ids=positions, **empty, **others)
+            self.decoder(
+                inputs_embeds=as_of_tokens(self.decoder, embeddings), position_ids=positions, **empty, **others
+            )
         hidden, arguments = found[0]
         return hidden, {name: value for name, value in arguments.items() if name not in empty}
 
@@ -145,6 +157,7 @@ class MemoryReader:
             ValueError: They cannot, so that no memory could stand before a text.
         """
         if self.layout.placement == "input":
+            refuse_cross_attention(text_config(self._model.config))
             return (self._model.get_input_embeddings().weight.shape[1],)
         if self._measured is None:
             self._refuse_layers_that_no_memory_suits()
@@ -154,6 +167,7 @@ class MemoryReader:
                 cache = self._keys_at(0)
             layers, _, heads, tokens, width = cache.captured_keys().shape
             self._sizes, self._carrier = tuple(cache.sizes), cache.carrier
+            self._keyed, self._key_sources = tuple(cache.keyed), tuple(cache.key_sources)
             self._refuse_attention_that_looks_ahead()
             self._find_layers_that_do_not_rotate(tokens)
             self._refuse_keys_that_cannot_be_moved(tokens)
@@ -165,6 +179,20 @@ class MemoryReader:
         """Number of keys that a query of each layer sees, its own included; None for all. Raises as `state_sizes`."""
         self.state_sizes()
         return self._windows
+
+    def keyed_layers(self) -> tuple[int, ...]:
+        """Indices, in the cache, of the layers that have keys of their own, in order. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._keyed
+
+    def has_gaps(self) -> bool:
+        """Whether layers without keys of their own stand before others that have some. Raises as `state_sizes`."""
+        return self.keyed_layers() != tuple(range(len(self.keyed_layers())))
+
+    def key_sources(self) -> tuple[int, ...]:
+        """For each layer, by its index in the cache, the one whose keys it reads. Raises as `state_sizes`."""
+        self.state_sizes()
+        return self._key_sources
 
     def still_layers(self) -> frozenset[int]:
         """Indices of the layers, in the cache, that do not rotate their keys. Raises as `state_sizes`."""
@@ -254,10 +282,14 @@ class MemoryReader:
         name, config = type(self.decoder).__name__, getattr(self.decoder, "config", None)
         if config is None:
             raise ValueError(f"a {name} has no configuration that would say how it attends, so it can read no memory")
+        refuse_cross_attention(text_config(config))
         if any("indexer" in part.rpartition(".")[2] for part, _ in self.decoder.named_modules()):
             raise ValueError(
                 f"the layers of a {name} choose keys by an index of all tokens, where a memory's slots have no place"
             )
+        kinds = {getattr(type(part), "unreversed", type(part)) for part in self.decoder.modules()}
+        if any("causal_mask" in inspect.signature(kind.forward).parameters for kind in kinds):
+            raise ValueError(f"a {name} gives its attention a causal_mask of its own, in which no memory is let in")
         chunk = getattr(text_config(config), "attention_chunk_size", None)
         chunked = any("chunk" in str(kind) for kind in getattr(text_config(config), "layer_types", None) or ())
         if chunked and chunk is not None and chunk < self.layout.first_position:
@@ -304,6 +336,10 @@ def _changes(keys, others):
     """How much the keys of each layer differ, relative to their size; NaN where they are not finite."""
     keys, others = keys.float().flatten(1), others.float().flatten(1)
     return ((others - keys).norm(dim=1) / keys.norm(dim=1)).tolist()
+
+
+def _kinds_of(config):
+    return tuple(getattr(config, "layer_types", None) or ())
 
 
 def positions_of_mask(mask: torch.Tensor) -> torch.Tensor:

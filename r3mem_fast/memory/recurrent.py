@@ -22,10 +22,11 @@ from ..integrations.compat import (
 from ..reversible.convert import text_config
 from ..reversible.past import MemoryNotReadError, PassCache, Past
 from .layout import MemoryLayout
-from .states import uploaded
+from .states import right_aligned, uploaded
 
 # Kinds of layers, as configurations name them, that have keys and values.
 _ATTENTION = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+_PADDED = "behind a memory, recurrent layers would take padding for tokens"
 # States by layer and name, such as "3.conv.0" or "3.recurrent.0", `[B, ...]` each.
 Carried = dict[str, torch.Tensor]
 
@@ -43,6 +44,12 @@ class CarryingCache(PassCache):
     _given: Mapping[str, torch.Tensor] | None = None
     _is_read = False  # whether the layers have the given states
     _gone_on: set[int] | None = None  # recurrent layers that have read their state in the pass that is running
+
+    def __init__(self, config: Any):
+        super().__init__(config=config)
+        self._idle = set(
+            idle_layers(config)
+        )  # now, because a model that is read backward names kinds in another order
 
     def go_on_from(self, states: Mapping[str, torch.Tensor] | None) -> None:
         """Set the states from which the next pass begins.
@@ -95,11 +102,39 @@ class CarryingCache(PassCache):
         if self._gone_on is not None:
             self._gone_on.add(layer_idx)
 
-    def _begin(self, config: Any, layers: int, tokens: torch.Tensor, mask: Any, held: int | None) -> list[int]:
+    def take_over(self, parts: Sequence[tuple[Sequence[int], "CarryingCache"]]) -> None:
+        """Hold what other caches have read, of some rows each: as this one had, with padding before shorter rows.
+
+        Args:
+            parts: Indices of the rows, and the cache of these. A row in none of them has read nothing.
+
+        Raises:
+            ValueError: A layer has a window, behind which it keeps nothing.
+        """
+        assert self._given is not None, "see go_on_from"
+        rows, width = len(next(iter(self._given.values()))), max(part.get_seq_length() for _, part in parts)
+        states, first = dict(self._given), parts[0][1]
+        for some, part in parts:
+            states = replaced_states(states, some, part.states_after())
+        self._restore(states)
+        for index in layers_with_keys(first):
+            if getattr(first.layers[index], "is_sliding", False):
+                raise ValueError(f"{_PADDED}: give rows of one length, or one row at a time")
+            if not first.layers[index].get_seq_length():
+                continue
+            found = []
+            for name in ("keys", "values"):
+                like = getattr(first.layers[index], name)
+                whole = like.new_zeros(rows, like.shape[1], width, like.shape[3])
+                for some, part in parts:
+                    whole[list(some)] = right_aligned(getattr(part.layers[index], name), width)
+                found.append(whole)
+            self.layers[index].update(*found)
+
+    def _begin(self, layers: int, tokens: torch.Tensor, mask: Any, held: int | None) -> list[int]:
         """Begin a pass: check its rows, and give the layers their states.
 
         Args:
-            config: Configuration of the decoder.
             layers: Number of its layers.
             tokens: Tokens of the pass, `[B, T]` or `[B, T, width]`.
             mask: Mask of the pass, as the decoder is given it; None: there is no padding.
@@ -109,33 +144,35 @@ class CarryingCache(PassCache):
             Indices of the layers that have keys and values.
 
         Raises:
-            ValueError: There is padding, or another number of rows than of slots or states.
+            ValueError: There is padding that a state would have read, or another number of rows than of slots or
+                states.
         """
         if self._given is not None and not self._is_read:
             held = len(next(iter(self._given.values())))
         if held not in (None, len(tokens)):
             raise ValueError(f"{len(tokens)} rows of tokens and {held} of memory: one of each a row")
-        idle = set(idle_layers(config))
-        self._gone_on, self._recurrent = set(), [index for index in recurrent_layers(self) if index not in idle]
-        without = {*idle, *self._recurrent} - set(layers_with_keys(self))
+        self._gone_on, self._recurrent = set(), [index for index in recurrent_layers(self) if index not in self._idle]
+        without = {*self._idle, *self._recurrent} - set(layers_with_keys(self))
         keyed = [index for index in range(layers) if index not in without]
         if not self._recurrent:
             return keyed
-        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -tokens.shape[1] :].all())
-        if self._given is not None and padded:
+        if self._given is not None and _is_padded(mask, tokens.shape[1], behind=self.keep):
             raise ValueError(
-                "behind a memory, recurrent layers would take padding for tokens: give rows of one length, or one row "
-                "at a time (a memory's unfinished tokens count, too: compress with finish=True leaves none)"
+                f"{_PADDED}: give rows of one length, or one row at a time (a memory's unfinished tokens count, too: "
+                "compress with finish=True leaves none)"
             )
-        if self.keep and self._is_read:
-            return keyed
-        for index in self._recurrent:
-            start = f"{index}."
-            given = self._given or {}
-            own = {name.removeprefix(start): state.clone() for name, state in given.items() if name.startswith(start)}
-            set_recurrent_states(self.layers[index], own)
-        self._is_read = True
+        if not (self.keep and self._is_read):
+            self._restore(self._given or {})
         return keyed
+
+    def _restore(self, states):
+        """Give the layers states, as copies, which they may change."""
+        for index in recurrent_layers(self):
+            if index not in self._idle:
+                start = f"{index}."
+                own = {name.removeprefix(start): s.clone() for name, s in states.items() if name.startswith(start)}
+                set_recurrent_states(self.layers[index], own)
+        self._is_read = True
 
     def _end(self) -> set[int]:
         """End a pass; returns the recurrent layers that have not gone on from their states in it."""
@@ -143,17 +180,25 @@ class CarryingCache(PassCache):
         return set() if gone_on is None else set(self._recurrent) - gone_on
 
 
-def refuse_learned_states(layout: MemoryLayout | None, config: Any) -> None:
-    """Raise ValueError where memory tokens would have to learn beside the states of recurrent layers.
+def _is_padded(mask, tokens, *, behind):
+    """Whether padding comes before one of the last tokens that a mask is of, or with `behind` there is any at all."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return False
+    mask = mask[:, -tokens:] > 0
+    return not bool(mask.all() if behind else (mask[:, 1:] <= mask[:, :-1]).all())
+
+
+def refuse_states_at_input(layout: MemoryLayout | None, config: Any) -> None:
+    """Raise ValueError where a memory would stand before the first layer of a model with recurrent layers.
 
     Args:
         layout: Layout of the memories; None: there are none.
         config: Configuration of the model.
     """
-    if layout is not None and layout.writer == "tokens" and has_recurrent_layers(text_config(config)):
+    if layout is not None and layout.placement == "input" and has_recurrent_layers(text_config(config)):
         raise ValueError(
-            f"a {config.model_type} model has recurrent layers, whose states memory tokens that learn do not carry: "
-            'give it matched memories (memory_writer="matched"), or no num_memory_tokens'
+            f"a {config.model_type} model has recurrent layers, which would read a memory before the first layer as "
+            'tokens behind the text whose state they go on from: use memory_placement="every_layer"'
         )
 
 
@@ -173,7 +218,8 @@ def has_no_positions(decoder: Any) -> bool:
 def states_that_go_on(reader: Any) -> Carried:
     """States that the recurrent layers of a model keep, of one row; none if it has no such layers.
 
-    A few tokens are read in one pass and in parts, to prove that the layers go on from their states.
+    A few tokens are read in one pass and in parts, to prove that the layers go on from their states; where memory
+    tokens learn, also as in training, in which layers take their states from elsewhere.
 
     Args:
         reader: The model's `MemoryReader`.
@@ -183,17 +229,30 @@ def states_that_go_on(reader: Any) -> Carried:
     """
     if not has_recurrent_layers(reader.decoder.config):
         return {}
-    name, parts = type(reader.decoder).__name__, (4, 2, 1)
     if not layers_with_keys(reader.new_cache()):
         raise ValueError(
-            f"a {name} is recurrent in all its layers: what it knows of a text is the state in its own cache, exact "
-            "and of constant size, and there is nothing that a memory could compress. Keep that cache (use_cache=True)"
+            f"a {type(reader.decoder).__name__} is recurrent in all its layers: what it knows of a text is the state "
+            "in its own cache, exact and of constant size, and there is nothing that a memory could compress. Keep "
+            "that cache (use_cache=True)"
         )
-    embeddings = reader.embeddings_of(torch.arange(sum(parts))[None])
+    found = _states_after_parts(reader, (4, 2, 1))
+    if reader.layout.writer == "tokens":
+        try:
+            with torch.enable_grad():
+                _states_after_parts(reader, (4, 3))
+        except AttributeError as cause:  # its layers look for what only a cache without gradients has
+            raise _refused(reader, " with gradients") from cause
+    return {name: state.clone() for name, state in found.items()}
+
+
+def _states_after_parts(reader, parts):
+    """States after a few tokens, read in parts of these lengths. Raises ValueError if one pass ends in others."""
+    embeddings = reader.embeddings_of(torch.arange(sum(parts))[None]).detach()
+    embeddings.requires_grad_(torch.is_grad_enabled())
 
     def read(cache, start, end):
         mask, positions = torch.ones(1, end - start, dtype=torch.int64), torch.arange(start, end)[None]
-        return reader.decode(embeddings[:, start:end], mask, cache, positions)
+        return reader.decode(embeddings[:, start:end], mask, cache, positions).detach()
 
     def read_in_parts(cache, *, forgets):
         found, start = [], 0
@@ -215,11 +274,16 @@ def states_that_go_on(reader: Any) -> Carried:
         error, apart, cause, found = without, math.inf, raised, {}
     # Rounding is told from an error by what it takes to forget the states.
     if not (error <= max(4 * torch.finfo(whole.dtype).eps * whole.norm(), without / 20) and apart <= 0.05):
-        raise ValueError(
-            f"the recurrent layers of a {name} do not go on from their states as they would in one pass, with "
-            f"transformers {transformers.__version__}, so no memory can carry these; a newer version may do it"
-        ) from cause
-    return {name: state.clone() for name, state in found.items()}
+        raise _refused(reader, " with gradients" if torch.is_grad_enabled() else "") from cause
+    return found
+
+
+def _refused(reader, how):
+    return ValueError(
+        f"the recurrent layers of a {type(reader.decoder).__name__} do not go on from their states{how} as they would "
+        f"in one pass, with transformers {transformers.__version__}, so no memory can carry these; a newer version "
+        "may do it"
+    )
 
 
 def _difference(state, other):

@@ -11,7 +11,7 @@ import torch
 from r3mem_fast.kernels.attention import MAX_DECODED, memory_attention, memory_decode, merge
 from r3mem_fast.kernels.attention.shared import Readers, read_shared_memories, readers_of
 
-from ..integrations.attention import SegmentMask, as_autocast
+from ..integrations.attention import SegmentMask, as_autocast, offset_of
 from ..integrations.capture import replaced_attention
 from .memory import Memory
 from .prefix import placed_prefix
@@ -29,6 +29,7 @@ class SharedMemories:
             them last.
         values: Values of each layer, likewise.
         counts: Number of slots of each memory.
+        key_sources: For each layer of the model, the one whose keys and values it reads.
         device: Device of the model.
     """
 
@@ -37,6 +38,7 @@ class SharedMemories:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     counts: tuple[int, ...]
+    key_sources: tuple[int, ...]
     device: torch.device
 
     @classmethod
@@ -66,7 +68,8 @@ class SharedMemories:
         prefix = placed_prefix(model, together, model.reader.layout.first_position, read_with=positions)
         counts = tuple(together.visible_on_host().sum(1).tolist())
         values = tuple(tensor.clone() for tensor in prefix.values)  # alone, without the keys beside them
-        return cls(tuple(sources[row] for row in firsts), of_rows, prefix.keys, values, counts, model.device)
+        stored = tuple(sources[row] for row in firsts)
+        return cls(stored, of_rows, prefix.keys, values, counts, model.reader.key_sources(), model.device)
 
     def followed_by(self, others: "SharedMemories") -> "SharedMemories":
         """The memories of these rows and, below them, of others; what both have is stored once.
@@ -114,13 +117,13 @@ class SharedMemories:
         def kept(tensors):
             return tuple(tensor[:, :, tensor.shape[2] - width :].index_select(0, index) for tensor in tensors)
 
-        return SharedMemories(
-            tuple(self.sources[number] for number in stay),
-            of_rows,
-            kept(self.keys),
-            kept(self.values),
-            counts,
-            self.device,
+        return dataclasses.replace(
+            self,
+            sources=tuple(self.sources[number] for number in stay),
+            of_rows=of_rows,
+            keys=kept(self.keys),
+            values=kept(self.values),
+            counts=counts,
         )
 
     @property
@@ -155,19 +158,20 @@ class SharedMemories:
         own_starts = uploaded(torch.tensor(starts, dtype=torch.int32), self.device) if any(starts) else None
         have_read: set[int] = set()
 
-        def mask(batch_size: int, q_length: int, kv_length: int, **others: Any) -> SegmentMask:
-            return SegmentMask(kv_length - q_length, segment_starts=own_starts)
+        def mask(*sizes: Any, **settings: Any) -> SegmentMask:
+            return SegmentMask(None, segment_starts=own_starts)
 
         def attention(module: Any, query: torch.Tensor, key: Any, value: Any, mask: SegmentMask, **settings: Any):
-            layer = module.layer_idx
-            have_read.add(layer)
-            tensors = as_autocast(query, key, value, self.keys[layer], self.values[layer])
+            have_read.add(module.layer_idx)
+            source = self.key_sources[module.layer_idx]
+            tensors = as_autocast(query, key, value, self.keys[source], self.values[source])
             output = _attend(tensors, mask, self._lengths, self._readers, settings)
             return output.transpose(1, 2), None
 
         with replaced_attention(config, attention, mask):
             yield
-        if missing := sorted(set(range(len(self.keys))) - have_read):
+        reading = {layer for layer, source in enumerate(self.key_sources) if source < len(self.keys)}
+        if missing := sorted(reading - have_read):
             raise RuntimeError(
                 f"the attention of layers {missing} is none of transformers' interchangeable functions, so it has not "
                 "read the memories; use model.generate"
@@ -183,7 +187,7 @@ def _attend(tensors, mask, lengths, readers, settings):
     given["segment_starts"] = mask.segment_starts
     attend = memory_decode
     if query.shape[1] // key.shape[1] * query.shape[2] > MAX_DECODED:
-        attend, given["query_offset"] = memory_attention, mask.query_offset
+        attend, given["query_offset"] = memory_attention, offset_of(mask, query, key)
     if not memory_key.shape[2]:
         return attend(query, key, value, **given)
     if readers is None:

@@ -84,7 +84,7 @@ def hidden_of(layer: Any, output: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         kwargs: Keyword arguments that the layer was called with.
 
     Raises:
-        TypeError: The layer is to return other tensors, too.
+        TypeError: The layer is to return other tensors, too, or a state beside that which it was given.
     """
     if not isinstance(output, (tuple, list)):
         layer.reversible.others = None
@@ -100,6 +100,11 @@ def hidden_of(layer: Any, output: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         raise TypeError(
             f"a {type(layer).__name__} returned more than its hidden state (attention weights, router logits, what "
             "the next layer needs?); a reversible layer cannot. Turn that output off, or call restore(model) first."
+        )
+    if kwargs.get("state") is not None and lost:
+        raise TypeError(
+            f"a {type(layer).__name__} was given a state and returned a new one, which a reversible layer cannot; "
+            "pass use_cache=False, or call restore(model) first"
         )
     return hidden
 

@@ -18,7 +18,7 @@ from .route import Route
 from .stack import Mode
 
 # Half-width of a 95 % interval of a mean of many values, in standard errors.
-_QUANTILE = 1.96
+_NORMAL_QUANTILE = statistics.NormalDist().inv_cdf(0.975)
 # Rows that layers are ranked on; whether a choice keeps to the perplexity is measured on all.
 _RANKING_ROWS = 2
 
@@ -29,10 +29,11 @@ class Calibration:
 
     Attributes:
         bits: Side bits of every layer, for `MomentumCoupling(bits=..., balanced=True)`.
-        mean_bits: Their mean, in bits for an element and layer.
+        mean_bits: Bits that are kept for an element and layer, on average over all layers. The first keeps none (its
+            momentum is 0), whatever its number is.
         perplexity_ratio: Perplexity of the reversible network over that of the plain one, on the rows given.
-        upper: Upper end of its 95 % interval over rows, as of a normal distribution; that the choice was the best of
-            many on the same rows is not counted.
+        upper: Upper end of its 95 % interval over rows, by Student's t distribution. It is that of one choice that was
+            measured once: the search over choices, on the same rows, is not counted, so that other text may be above.
         evaluations: How many choices of bits were measured.
         fraction_bits: Binary places of the streams, as they were asked for.
     """
@@ -71,8 +72,9 @@ def calibrate(
 
     First the fewest bits that would do for all layers alike, and the next fewer ones, are found. From the fewer,
     layers are raised, those first whose raising alone helps most; then layers are lowered as long as the perplexity
-    allows. The upper end of its interval has to keep to it, so that other text of the kind does, too. This takes about
-    three passes over two rows for each layer, and a dozen passes over all of them.
+    allows. The upper end of its interval has to keep to it, so that rows that happen to be easy do not decide; it does
+    not count the search, so measure what was found on other text, by `perplexity_ratio`. This takes about three passes
+    over two rows for each layer, and a dozen passes over all of them.
 
     Args:
         model: A causal language model that `make_reversible` accepts; it is left as it is.
@@ -166,8 +168,7 @@ class _Search:
         """Search, and return what was found."""
         bits = self._lowered(self._raised(*self._uniform()))
         mean, upper = self._excess(bits)
-        found = statistics.fmean(bits)
-        return Calibration(bits, found, math.exp(mean), math.exp(upper), self._evaluations)
+        return Calibration(bits, _kept(bits), math.exp(mean), math.exp(upper), self._evaluations)
 
     def _uniform(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The most bits, alike in all layers, that are too few, and the fewest that will do."""
@@ -215,7 +216,7 @@ class _Search:
         mean, upper = self._excess(bits)
         if self._progress is not None:
             self._progress(
-                f"{statistics.fmean(bits):.2f} bits: perplexity {math.exp(mean):.3f} x (at most {math.exp(upper):.3f})"
+                f"{_kept(bits):.2f} bits: perplexity {math.exp(mean):.3f} x (at most {math.exp(upper):.3f})"
             )
         return upper <= self._most
 
@@ -223,7 +224,7 @@ class _Search:
         """How much more a token costs than in the plain network, in nats: the mean over rows, and its upper end."""
         excess = [a - b for a, b in zip(self._losses_with(bits, self._rows), self._plain, strict=True)]
         mean = statistics.fmean(excess)
-        return mean, mean + _QUANTILE * statistics.stdev(excess) / math.sqrt(len(excess))
+        return mean, mean + student_quantile(len(excess) - 1) * statistics.stdev(excess) / math.sqrt(len(excess))
 
     def _ranking_loss(self, bits: tuple[int, ...]) -> float:
         return statistics.fmean(self._losses_with(bits, self._rows[:_RANKING_ROWS]))
@@ -233,6 +234,30 @@ class _Search:
         updates = MomentumCoupling(bits=bits, balanced=True).updates(len(bits))
         with temporarily(self._stack, route=Route(tuple(range(len(bits))), tuple(updates))):
             return _losses(self._model, rows)
+
+
+def student_quantile(degrees: int) -> float:
+    """Half-width of a 95 % interval of a mean, in standard errors, from its distance to the normal distribution's.
+
+    The expansion is that of Abramowitz and Stegun, 26.7.5. From 3 degrees of freedom on it is within 0.2 %.
+
+    Args:
+        degrees: Degrees of freedom, one less than the number of values; 3 at least.
+    """
+    x = _NORMAL_QUANTILE
+    terms = (
+        x,
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return sum(term / degrees**power for power, term in enumerate(terms))
+
+
+def _kept(bits: Sequence[int]) -> float:
+    """Bits that are kept for an element and layer. The first layer keeps none."""
+    return sum(bits[1:]) / len(bits)
 
 
 def _changed(bits: Sequence[int], layers: Sequence[int], number: int) -> tuple[int, ...]:

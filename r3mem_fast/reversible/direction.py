@@ -9,7 +9,7 @@ from r3mem_fast.kernels.coupling import SIDE_BITS
 
 from ..choices import FORMS
 from ..integrations.compat import key_sources
-from ..integrations.scoped import in_order, temporarily
+from ..integrations.scoped import in_order, kinds_of_layers, temporarily
 from .convert import reversible_layers, text_config
 from .route import route_through
 
@@ -130,5 +130,5 @@ def reading_backward(
         changes.enter_context(in_order(holder, [layers[index] for index in order]))
         config = text_config(decoder.config)
         if types := getattr(config, "layer_types", None):  # the model's loop picks masks by them
-            changes.enter_context(temporarily(config, layer_types=[types[index] for index in order]))
+            changes.enter_context(kinds_of_layers(config, [types[index] for index in order]))
         yield

@@ -37,7 +37,8 @@ class Operations(NamedTuple):
         rewind: `(position, second, **settings) -> hidden`: takes the position to the layer's input.
         gradient: `(update, above, grad_output, grad_second, branch, kept, **settings) -> (gradient of the branch,
             grad_second, gradient of the input that does not pass through the branch)`, where `above` is the update of
-            the layer above, and None at the top.
+            the layer above, and None at the top. The last one is None where it is that of the output, without what
+            comes through an adapter.
         backward: `(update, position, second, branch, kept, *gradients, **settings) -> (hidden, gradient)`, see
             `coupling.momentum_backward`; hidden is None if the position was not taken to the layer below.
         adapts_position: Whether an adapter reads the second stream and changes the position; else the other way round.
@@ -67,7 +68,7 @@ def _of_momentum(forward, rewind, gradient, backward, *, steps_down=True):
             **_gain(update),
             **settings,
         )
-        return *found, grad_output
+        return *found, None
 
     def backward_of(update, position, velocity, *rest, last, **settings):
         hidden, grad = backward(position, velocity, *rest, bits=update.bits, last=last, **_gain(update), **settings)
@@ -91,7 +92,7 @@ def _bdia_gradient(update, above, grad_output, grad_velocity, branch, kept, **se
     gradient, grad_velocity = others.bdia_gradient(
         grad_output, grad_velocity, branch, kept, update.signs, bits=update.bits, **settings
     )
-    return gradient, grad_velocity, grad_output
+    return gradient, grad_velocity, None
 
 
 def _bdia_backward(update, position, velocity, branch, kept, grad_output, grad_branch, *, dtype, **settings):

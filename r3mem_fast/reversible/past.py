@@ -161,14 +161,15 @@ class PastKeysValues:
 
     Args:
         past: What the layer keeps from before this pass; empty if it has read nothing.
+        tokens: Number of the cache's own tokens before this pass.
 
     Attributes:
         past: What the layer keeps from before this pass.
         new: What the caller writes into the real cache, once: keys and values of this pass, and states after it.
     """
 
-    def __init__(self, past: Past):
-        self.past = past
+    def __init__(self, past: Past, tokens: int):
+        self.past, self._tokens = past, tokens
         self.new: Past = {}
 
     def update(
@@ -237,6 +238,10 @@ class PastKeysValues:
         """Keep the state of a recurrence in `new`, and return it; its arguments are as in `update_conv_state`."""
         self.new[f"recurrent.{state_idx}"] = recurrent_states
         return recurrent_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of the cache's own tokens before this pass, by which Llama 4 scales its queries."""
+        return self._tokens
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether states must not be changed in place, by which a layer would escape `update_conv_state`: always."""

@@ -82,9 +82,10 @@ class ReferenceCheck:
         if reason := self._difference(trainer.model, trainer.ref_model):
             warnings.warn(
                 f"the reference of this {type(trainer).__name__} {reason}, so that their log-probabilities differ "
-                "before anything has been learned. Give it ref_model=reference_model(model), made before the trainer; "
-                "one that takes no ref_model: make_reversible(trainer.ref_model, coupling), or beta=0. Adapters (a "
-                "peft_config) need no ref_model",
+                "before anything has been learned. Give it ref_model=reference_model(model), made before the trainer. "
+                "One that takes no ref_model: make_reversible(trainer.ref_model, coupling), or beta=0, or, for an "
+                "R3MemModel, trainer.ref_model = reference_model(model), and add_fused_lm_head of TRL on it "
+                "(docs/compatibility.md). Adapters (a peft_config) need no ref_model",
                 stacklevel=2,
             )
 

@@ -43,6 +43,39 @@ def refuse_evaluated_bdia(layer: Any, update: Update) -> None:
         )
 
 
+def refuse_cross_attention(config: Any) -> None:
+    """Raise ValueError for memories of a model in which some layers read something else than the text.
+
+    Args:
+        config: Configuration of the decoder.
+
+    Raises:
+        ValueError: It is one of Mllama.
+    """
+    if layers := getattr(config, "cross_attention_layers", None):
+        raise ValueError(
+            f"the layers {list(layers)} of a model of type {config.model_type} read an image, and do not run without "
+            "one, so that they can neither write a memory nor read one: use another model, or no num_memory_tokens"
+        )
+
+
+def refuse_returned_states(config: Any) -> None:
+    """Raise ValueError for a model whose layers give their states back to its loop, which reversible layers do not.
+
+    Args:
+        config: Configuration of the decoder.
+
+    Raises:
+        ValueError: It is one of xLSTM.
+    """
+    if getattr(config, "model_type", None) == "xlstm":
+        raise ValueError(
+            "the layers of a model of type xlstm return their states beside the hidden state, and reversible layers "
+            "return the hidden state alone, so that no text can be read in parts: use make_reversible(model) alone, "
+            "to train it with use_cache=False, or another model"
+        )
+
+
 def refuse_captured_outputs(kwargs: dict[str, Any]) -> None:
     """Raise ValueError if a pass with gradients is to return attention weights or the like.
 

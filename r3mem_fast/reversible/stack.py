@@ -297,11 +297,12 @@ class ReversibleStack:
         """The branch function of a layer. If adapters are to act on some tokens alone, they do so in it."""
         branch_of = plain_output if self.mode is Mode.PLAIN else self.branches[index]
         cache = memory_cache(kwargs)
-        if cache is None or cache.adapted_tokens is None:
+        adapted = None if cache is None else cache.adapted_tokens  # of this pass, also when it is evaluated again
+        if adapted is None:
             return branch_of
 
         def branch_with_some_tokens_adapted(layer, hidden, kwargs):
-            layer.reversible.adapted_tokens = (cache.adapted_tokens, hidden.shape[-2])
+            layer.reversible.adapted_tokens = (adapted, hidden.shape[-2])
             try:
                 return branch_of(layer, hidden, kwargs)
             finally:

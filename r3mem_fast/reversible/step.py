@@ -53,6 +53,7 @@ class Step:
         self._cache_name = cache_name(kwargs)
         self._cache: Any = None
         self._past: Past = {}
+        self._tokens_before = 0  # in the cache, when the pass began
         self._names: tuple[str, ...] = ()  # of what the layer keeps of this pass
         self._left: list[Any] = []  # names under which the layer has left keys and values for others
         if self._cache_name is not None:
@@ -60,6 +61,8 @@ class Step:
             self._cache = kwargs.pop(self._cache_name)
             self._cache_index = layer_index(layer)
             self._past = past_of(self._cache, self._cache_index)
+            if "keys" in self._past:
+                self._tokens_before = int(self._cache.get_seq_length(self._cache_index))
         self._shared: Any = None
         if kwargs.get(SHARED_STATES) is not None:
             # What is in it becomes arguments of the layer, so that gradients reach who has written it.
@@ -163,7 +166,7 @@ class Step:
     def _call(self, hidden, leaves, past):
         """The branch's value; and new keys and values, those for the cache before those for layers above."""
         kwargs = tree_unflatten(leaves, self._structure)
-        view = PastKeysValues(past)
+        view = PastKeysValues(past, self._tokens_before)
         if self._cache is not None:
             kwargs[self._cache_name] = view
         before = dict(kwargs.get(SHARED_STATES) or {})

@@ -213,10 +213,8 @@ class Streams:
         gradient, self._grad_velocities[update.form], beside = FORMS_OF_UPDATE[update.form].gradient(
             update, above, through_adapter, grad_velocity, branch, passed.kept, flags=self.flags, dtype=branch.dtype
         )
-        if FORMS_OF_UPDATE[update.form].adapts_position:
-            beside = grad_output  # the adapter reads the velocity, not the input
         self._above[update.form] = update
-        return gradient, beside, of_parameters
+        return gradient, grad_output if beside is None else beside, of_parameters
 
     def _adapt(self, update: Update, *, undo: bool = False) -> torch.Tensor:
         """Let an adapter change one stream by what the other is, or take that away again; return the hidden state."""

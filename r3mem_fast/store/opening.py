@@ -11,6 +11,33 @@ from .database import Database
 DEFAULT_MODEL = "smollm2-135m"
 
 
+def pipeline_of(given: "str | Path | R3MemPipeline", config: R3MemConfig, settings: dict[str, Any]) -> R3MemPipeline:
+    """A pipeline whose memories are matched ones of its base model.
+
+    Args:
+        given: What `R3MemPipeline` takes by name, or a pipeline.
+        config: Settings of a pipeline that is loaded here.
+        settings: More arguments of such a pipeline.
+
+    Raises:
+        OSError: There is no such model.
+        TypeError: A pipeline is given, and settings of one.
+        ValueError: Its memories are other ones.
+    """
+    if isinstance(given, R3MemPipeline):
+        if settings:
+            raise TypeError(f"{next(iter(settings))} is for a model that is given by name")
+        found = given
+    else:
+        found = R3MemPipeline(given, config=config, **settings)
+    if not found.model.memories_are_of_base:
+        raise ValueError(
+            "a store keeps matched memories of the base model, and this pipeline's are written by memory tokens, or "
+            'read with its adapters; use R3MemConfig(memory_writer="matched", adapter_rows="memory", ...)'
+        )
+    return found
+
+
 class StoreModel:
     """The model that a store's memories are made with.
 
@@ -31,8 +58,8 @@ class StoreModel:
         database: Database,
         settings: dict[str, Any],
     ):
-        if isinstance(given, R3MemPipeline) and (config is not None or settings):
-            raise TypeError("an R3MemPipeline has its config and its settings already")
+        if isinstance(given, R3MemPipeline) and config is not None:
+            raise TypeError("an R3MemPipeline has its config already")
         self._given, self._config, self._database, self._settings = given, config, database, settings
         self._pipeline: R3MemPipeline | None = None
 
@@ -47,17 +74,8 @@ class StoreModel:
             ValueError: Its memories are not matched ones of its base model.
         """
         if self._pipeline is None:
-            found = self._given
-            if not isinstance(found, R3MemPipeline):
-                name = found or self._database.setting("model") or DEFAULT_MODEL
-                found = R3MemPipeline(name, config=self._config or default, **self._settings)
-            if not found.model.memories_are_of_base:
-                raise ValueError(
-                    "a store keeps matched memories of the base model, and this pipeline's are written by memory "
-                    'tokens, or read with its adapters; use R3MemConfig(memory_writer="matched", '
-                    'adapter_rows="memory", ...)'
-                )
-            self._pipeline = found
+            given = self._given or self._database.setting("model") or DEFAULT_MODEL
+            self._pipeline = pipeline_of(given, self._config or default, self._settings)
         return self._pipeline
 
     def identity(self, **more: Any) -> dict[str, str]:

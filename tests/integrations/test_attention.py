@@ -20,7 +20,7 @@ from transformers.models.diffllama import modeling_diffllama
 
 from r3mem_fast import MomentumCoupling, R3MemConfig, R3MemModel, load_model, make_reversible
 from r3mem_fast.integrations import attention
-from r3mem_fast.integrations.attention import SegmentMask, memory_attention_forward, segment_mask
+from r3mem_fast.integrations.attention import SegmentMask, memory_attention_forward, offset_of, segment_mask
 from r3mem_fast.kernels.attention import MAX_DECODED
 from r3mem_fast.memory.cache import PrefixCache
 from r3mem_fast.reversible.convert import text_config
@@ -427,4 +427,8 @@ def test_a_layer_that_looks_into_its_mask_is_told_that_there_is_none():
         mask.dtype  # noqa: B018
     with pytest.raises(TypeError, match=r"makes no mask tensor.*use attn_implementation="):
         mask[:, :, :, :3]
+    with pytest.raises(TypeError, match=r"makes no mask tensor.*use attn_implementation="):
+        mask[:, :, 2:, :]
+    query, key = torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 9, 4)
+    assert offset_of(SegmentMask(5)[:, :, -2:, :], query, key) == 7  # the last queries see all keys up to theirs
     assert copy.deepcopy(mask) == mask and pickle.loads(pickle.dumps(mask)) == mask

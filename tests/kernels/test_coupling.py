@@ -249,8 +249,11 @@ def test_inputs_are_validated():
     with pytest.raises(ValueError, match=r"grad_branch \[8\] and branch \[2, 8\] must agree"):
         coupling.momentum_backward(stream, stream.clone(), branch, kept, branch, branch[0], **backward)
     gradient = {"bits": 4, "bits_above": 4, "flags": flags, "dtype": torch.float32}
-    with pytest.raises(TypeError, match="grad_velocity must be a contiguous float32"):
-        coupling.momentum_gradient(branch, branch.half(), branch, kept, **gradient)
+    for gradient_of in (coupling.momentum_gradient, coupling.inverse_gradient):
+        with pytest.raises(TypeError, match="grad_velocity must be a contiguous float32"):
+            gradient_of(branch, branch.half(), branch, kept, **gradient)
+        with pytest.raises(ValueError, match=r"grad_velocity \[8\] and branch \[2, 8\] must agree"):
+            gradient_of(branch, branch[0], branch, kept, **gradient)
     for wrong in (sums.expand(2), sums.long()):
         with pytest.raises(ValueError, match=r"kept.branch_sums must be contiguous torch.int32 \[1\] on cpu"):
             coupling.momentum_gradient(branch, None, branch, kept._replace(branch_sums=wrong), **gradient)

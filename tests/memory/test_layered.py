@@ -1,13 +1,18 @@
 """Memories of models whose layers differ: in sizes of keys, in whose keys they read, in what each token gives them."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3mem_fast import MomentumCoupling, R3MemConfig, R3MemModel, check_inverse, make_reversible
+from r3mem_fast import MomentumCoupling, R3MemConfig, R3MemModel, check_inverse, generation, make_reversible
+from r3mem_fast.generation import is_prefix
 from r3mem_fast.integrations.compat import inputs_of_layers
 from r3mem_fast.memory.sizes import LayerSizes, stacked
+from r3mem_fast.serving import Scheduler
+from tests.memory.test_latent import LATENT
 from tests.memory.test_matched import check_that_nothing_is_lost, ids_of, network
 from tests.reversible.tiny import LAYERED, assert_gradients_as_stored, build, token_ids
 
@@ -90,6 +95,60 @@ def test_queries_of_layers_that_read_a_layer_s_keys_are_asked_of_it(family):
     one, other = memory(1.0), memory(-1.0)
     assert torch.equal(one.ages[0], other.ages[0]) and torch.equal(one.states[0], other.states[0])
     assert not torch.equal(one.states[1], other.states[1])
+
+
+@pytest.mark.parametrize("family", LAYERED)
+def test_shared_keys_without_a_window(family):
+    """Caches of transformers, many requests and this package's attention read them as the layers' own hooks do."""
+    model = network(family, of_base={"layer_types": ["full_attention"] * 4}, core=(1, 2))
+    assert model.reader.key_sources() == (0, 1, 1, 1) and model.reader.keyed_layers() == (0, 1)
+    memory, text = model.compress(ids_of(50), finish=True), ids_of(7, seed=1)
+    chosen = {"memory": memory, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    chosen |= {"return_dict_in_generate": True, "output_logits": True}
+    assert is_prefix(model, memory)
+    with mock.patch.object(generation, "is_prefix", lambda *_: False):
+        expected = model.generate(text, **chosen)
+    found = [model.generate(text, **chosen), model.generate(text, cache_implementation="static", **chosen)]
+    scheduler = Scheduler(model)
+    requests = [scheduler.submit(ids, memory, max_new_tokens=5) for ids in (text[0, :2], text[0])]
+    scheduler.run()
+    assert requests[1].tokens == expected.sequences[0, 7:].tolist() and len(requests[0].tokens) == 5
+    model.plain_model.set_attn_implementation("r3mem")
+    found.append(model.generate(text, **chosen))
+    for output in found:
+        for mine, its in zip(output.logits, expected.logits, strict=True):
+            assert (mine - its).abs().max() < 1e-4 * its.abs().max()
+    with torch.no_grad(), model.unconverted():
+        last = model.plain_model(text, logits_to_keep=2).logits
+        assert (last - model.plain_model(text).logits[:, -2:]).abs().max() < 1e-4 * last.abs().max()
+
+
+@pytest.mark.parametrize("family", [*LAYERED, *LATENT])
+def test_a_memory_before_the_first_layer(family):
+    """Its tokens are read in front of a text, in every layer of whatever size."""
+    shared = {"num_kv_shared_layers": 0} if family in LAYERED else {}
+    settings = {"num_memory_tokens": 3, "segment_length": 8, "core": (1, 3), "fraction_bits": 20}
+    model = R3MemModel(build(family, scale=2.0, **shared), R3MemConfig(memory_placement="input", **settings)).eval()
+    text = ids_of(5, seed=1)
+    with torch.no_grad():
+        memory = model.compress(ids_of(8))
+        read = model(text, memory=memory).logits
+        whole = torch.cat([memory.states, model.reader.embeddings_of(text)], 1)
+        padding = torch.full((1, 3), model.config.pad_token_id)
+        given = inputs_of_layers(model.decoder, torch.cat([padding, text], 1), whole)
+        expected = model.peft_model(inputs_embeds=whole, **given).logits[:, 3:]
+    assert (read - expected).abs().max() <= 1e-3 * read.abs().max()
+    assert len(model.expand(memory, max_new_tokens=3)) == 1
+
+
+def test_layers_without_keys_between_others():
+    """A cache counts them, and another engine would take the keys of the next layer for theirs."""
+    model = network("llama")
+    memory = model.compress(ids_of(20), finish=True)
+    with mock.patch.object(model.reader, "_keyed", (0, 1, 3)):
+        assert not is_prefix(model, memory)
+        with pytest.raises(ValueError, match=r"layers \[0, 1, 3\]"):
+            memory.to_prefix(model)
 
 
 @pytest.mark.parametrize("family", LAYERED)

@@ -17,6 +17,7 @@ from r3mem_fast import (
     check_integrity,
     check_inverse,
     make_reversible,
+    reading_backward,
 )
 from r3mem_fast.integrations import compat
 from r3mem_fast.memory import file as memory_file
@@ -44,12 +45,14 @@ DELTA = {
     "linear_num_value_heads": 4,
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+MAMBA |= {"mamba_chunk_size": 16}
 EXPERTS = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
 KINDS = {
     "qwen3_next": DELTA | EXPERTS | {"num_experts_per_tok": 2},
     "qwen3_5_text": DELTA,
     "lfm2": {"layer_types": 2 * ["conv", "full_attention"]},
-    "falcon_h1": MAMBA | {"mamba_n_heads": 4, "mamba_d_ssm": 32, "mamba_expand": 1, "head_dim": 8},
+    "falcon_h1": MAMBA
+    | {"mamba_n_heads": 4, "mamba_d_ssm": 32, "mamba_expand": 1, "head_dim": 8, "embedding_multiplier": 2.0},
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4, "num_experts": 4},
     "mamba": {"state_size": 8, "time_step_rank": 4},
@@ -164,6 +167,23 @@ def test_rows_of_several_lengths(kind):
         assert torch.equal(written[row, 41:], expected[0, length:])
 
 
+@pytest.mark.parametrize("lengths", [(60, 7), (30, 25)])  # whose difference is above the reach, and below it
+def test_prompts_of_several_lengths_keep_their_distances(monkeypatch, lengths):
+    """However much longer a prompt is than the others, it and the slots before it are read as where it is alone."""
+    monkeypatch.setattr("r3mem_fast.config._REACH", 32)
+    model = network("qwen3_5_text", memory_budget=6 * LENGTH)
+    assert model.layout.reach == 32
+    ids, mask = padded(lengths)
+    memory = model.compress(ids_of(80, rows=2, seed=3), finish=True, pinned=3)
+    chosen = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    chosen |= {"return_dict_in_generate": True, "output_logits": True}
+    together = torch.stack(model.generate(ids, mask, memory=memory, **chosen).logits, 1)
+    for row, length in enumerate(lengths):
+        own = ids[row : row + 1, max(lengths) - length :]
+        alone = torch.stack(model.generate(own, memory=memory[row], **chosen).logits, 1)
+        assert difference(together[row], alone[0]) < 1e-4
+
+
 def test_padding_that_nobody_can_take_out_is_refused():
     model = network()
     ids, mask = padded((9, 5))
@@ -250,10 +270,6 @@ def test_what_is_refused():
     model = network()
     with pytest.raises(ValueError, match="recurrent layers, whose states a memory carries"):
         model.compress(ids_of(20), finish=True).to_prefix(model)
-    base = build("qwen3_next")
-    with pytest.raises(ValueError, match='give it matched memories \\(memory_writer="matched"\\)'):
-        R3MemModel(base, R3MemConfig(num_memory_tokens=4, segment_length=LENGTH))
-    assert not hasattr(base.model.layers[0], "reversible")  # said before anything is changed
     with pytest.raises(ValueError, match="is recurrent in all its layers"):
         network("mamba").compress(ids_of(20))
     with pytest.raises(ValueError, match="do not go on from their states"):
@@ -271,6 +287,23 @@ def test_layers_that_forget_their_states_are_found(monkeypatch):
     )
     with pytest.raises(ValueError, match="do not go on from their states"):
         network("qwen3_5_text").compress(ids_of(20))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_read_backward(kind):
+    """Where a configuration computes the kinds of its layers, too; afterwards it names them as before."""
+    model, config = make_reversible(build(kind), MomentumCoupling()), build(kind).config
+    kinds, ids = getattr(config, "layer_types", None), ids_of(7)
+    with torch.no_grad():
+        forward = model(ids, use_cache=False).logits
+        with reading_backward(model, (1, 3)):
+            backward = model(ids, use_cache=False).logits
+            if kinds is not None:
+                assert list(model.config.layer_types) == [kinds[index] for index in (0, 2, 1, 3)]
+                assert config.layer_types == kinds  # of another model
+        assert torch.equal(model(ids, use_cache=False).logits, forward)
+    assert getattr(model.config, "layer_types", None) == kinds
+    assert difference(backward, forward) > 1e-3
 
 
 @pytest.mark.parametrize("training", [True, False])

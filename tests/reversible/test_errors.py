@@ -208,3 +208,11 @@ def test_gradients_of_a_frozen_model_cannot_be_checked():
 def test_float64_is_refused():
     with pytest.raises(TypeError, match="bfloat16, float16 or float32"):
         make_reversible(build(dtype=torch.float64))(token_ids())
+
+
+def test_layers_that_return_their_states():
+    model = make_reversible(tiny_model("xlstm"))
+    with torch.no_grad():
+        with pytest.raises(TypeError, match=r"xLSTMBlock was given a state.*use_cache=False"):
+            model(token_ids())
+        assert model(token_ids(), use_cache=False).logits.isfinite().all()

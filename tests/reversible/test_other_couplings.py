@@ -166,9 +166,20 @@ def test_wrong_settings():
     with pytest.raises(TypeError, match="must be a Coupling"):
         make_reversible(build(), {"bits": 4})
     model = make_reversible(build(), AdditiveCoupling())
-    with pytest.raises(ValueError, match="can be read backward"), reading_backward(model):
-        pass
     assert stack_of(model).bits == [0] * 4
+
+
+@pytest.mark.parametrize(
+    "coupling",
+    [MomentumCoupling(balanced=True), AdaptedCoupling(), BDIACoupling(), AdditiveCoupling(), ScaledCoupling()],
+    ids=lambda coupling: type(coupling).__name__,
+)
+def test_only_momentum_that_is_not_balanced_is_read_backward(coupling):
+    model = make_reversible(build(), coupling)
+    with pytest.raises(
+        ValueError, match="only a model with a MomentumCoupling that is not balanced can be read backw"
+    ):
+        reading_backward(model).__enter__()
 
 
 @given(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=12))

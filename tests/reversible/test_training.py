@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from r3mem_fast import MomentumCoupling, check_gradients, check_inverse, make_reversible
 from r3mem_fast.reversible.convert import stack_of
+from r3mem_fast.tiny_models import tiny_model
 from tests.reversible.tiny import (
     assert_gradients_as_stored,
     assert_same_gradients,
@@ -286,6 +287,23 @@ def test_a_cache_that_was_passed_is_filled_once_and_differentiable(family):
         logits_stored, expected = step()
     torch.testing.assert_close(logits, logits_stored, rtol=0, atol=1e-5)
     assert_same_gradients(actual, expected)
+
+
+def test_queries_that_are_scaled_by_the_tokens_before_them():
+    """Llama 4's layers without rotary positions ask the cache how many tokens it has."""
+    model = tiny_model("llama4_text")
+    for layer in model.model.layers:
+        layer.self_attn.floor_scale, layer.self_attn.attn_scale = 2.0, 0.9
+    make_reversible(model)
+    ids = token_ids(2, 14)
+    whole, cache = model(ids).logits, DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([8, 6], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+    found = torch.autograd.grad(torch.cat(parts, 1).square().mean(), list(model.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(whole.square().mean(), list(model.parameters()), allow_unused=True)
+    for mine, its in zip(found, expected, strict=True):
+        assert (mine is None) == (its is None)
+        assert mine is None or (mine - its).norm() <= 1e-3 * its.norm()
 
 
 def test_a_prefix_that_requires_grad_is_honoured():

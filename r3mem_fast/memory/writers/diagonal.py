@@ -54,7 +54,7 @@ class DiagonalReader:
         Args:
             segments: The segments.
         """
-        if len(segments) <= len(self._layers) or self._writer.sources != ["own"]:
+        if len(segments) <= len(self._layers) or self._writer.query_kinds != ["own"]:
             return False
         if len(self._reader.layer_sizes()) < len(self._layers):  # some read what others have left in the same pass
             return False

@@ -22,7 +22,7 @@ from ..rotary import depends_on_pass
 from ..segments import Segment, without_padding
 from ..slots import Slots, replaced, slots_of
 from ..states import uploaded
-from .matching import Match, Queries, asked_of_slots, joined
+from .matching import Match, Queries, asked_of_slots, joined, joined_calls
 
 # Gives what will be asked of a text: token ids, int64 `[n]` each, of the text's ids, int64 `[T]`.
 QuestionsOf = Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -63,13 +63,13 @@ class MatchedWriter:
         questions_of: Gives what will be asked of a segment, for a layout with queries of "pairs".
 
     Attributes:
-        sources: Where queries come from: "own", "reread", "pairs".
+        query_kinds: Which queries memories are matched to, of "own", "reread", "pairs".
         unmatched: Whether something could not be matched since the last `finish`, on the device.
     """
 
     def __init__(self, reader: MemoryReader, layout: MemoryLayout, questions_of: QuestionsOf | None = None):
         self._reader, self._layout, self._questions_of = reader, layout, questions_of
-        self.sources = layout.queries.split("+")
+        self.query_kinds = layout.queries.split("+")
         self.unmatched: list[torch.Tensor] = []
 
     def read(self, segment: Segment, memory: Memory) -> tuple[torch.Tensor, Memory]:
@@ -86,7 +86,7 @@ class MatchedWriter:
             ValueError: The memory is beyond its budget, and that is to be an error; or no memory can be matched to
                 the model's attention.
         """
-        each_row = "pairs" in self.sources
+        each_row = "pairs" in self.query_kinds
         if memory.carried is not None and not (segment.mask.all() and (len(segment.rows) == 1 or not each_row)):
             return self._read_without_padding(segment, memory, each_row)
         found = self.pass_over(segment, memory)
@@ -114,7 +114,7 @@ class MatchedWriter:
         Raises:
             ValueError: No memory can be matched to the model's attention.
         """
-        if segment.writes and "pairs" in self.sources and self._questions_of is None:
+        if segment.writes and "pairs" in self.query_kinds and self._questions_of is None:
             raise ValueError(
                 f"memory_queries={self._layout.queries!r} asks a memory what will be asked of its text, and nothing "
                 "says what that is: an R3MemPipeline does, or set questions_of of the R3MemModel"
@@ -151,7 +151,7 @@ class MatchedWriter:
             if end == fresh:
                 carried = {name: state.clone() for name, state in cache.states_after().items()}
         hidden = torch.cat([part for part, _ in found], 1)
-        calls = joined([Queries(part, segment.mask) for _, part in found]).calls
+        calls = joined_calls([part for _, part in found])
         return Pass(segment, memory, before, cache, calls, hidden, torch.cat(states, 4), carried)
 
     def _decoded(self, embeddings, mask, cache, ids, positions=None):
@@ -159,7 +159,7 @@ class MatchedWriter:
         reader = self._reader
         with captured_attention(reader.decoder) as calls:
             hidden = reader.decode(embeddings, mask, cache, positions, ids)
-        asking = {index for index, source in enumerate(cache.sources) if source in cache.keyed}
+        asking = {index for index, source in enumerate(cache.key_sources) if source in cache.keyed}
         if missing := sorted(asking - calls.keys()):
             raise ValueError(
                 f"the attention of layers {missing} of a {type(reader.decoder).__name__} is none of transformers' "
@@ -220,7 +220,7 @@ class MatchedWriter:
             something is decided on the host, such as what will be asked of it.
         """
         every = tuple(range(len(memory)))
-        if not segment.writes or segment.rows != every or "pairs" in self.sources or not segment.mask.all():
+        if not segment.writes or segment.rows != every or "pairs" in self.query_kinds or not segment.mask.all():
             return None
         # The host asks for the largest position, or a pass is read in parts.
         if depends_on_pass(self._reader.decoder) or memory.carried is not None:
@@ -268,17 +268,17 @@ class MatchedWriter:
     def _queries(self, passed, slots, own):
         """The queries that the memory is matched to; `own` are those of the pass that has read the segment."""
         segment, before = passed.segment, passed.before
-        found = [own] if "own" in self.sources else []
-        if self.sources != ["own"]:
+        found = [own] if "own" in self.query_kinds else []
+        if self.query_kinds != ["own"]:
             old, new = slots
             together = old.followed_by(new)
             together = together.within(int(together.counts.max()))
             whole = replaced(before, range(len(before)), [(range(len(before)), together)])
             whole = dataclasses.replace(whole, carried=passed.carried)
-            if "reread" in self.sources:
+            if "reread" in self.query_kinds:
                 everyone = torch.ones(len(before), dtype=torch.bool)
                 found.append(self._asked([(segment.ids, segment.mask, everyone)], whole))
-            if "pairs" in self.sources:
+            if "pairs" in self.query_kinds:
                 found += self._asked_questions(segment, whole, own)
         return joined(found)
 
@@ -319,7 +319,7 @@ class MatchedWriter:
                 ids[index, width - len(row) :], mask[index, width - len(row) :] = row, 1
             texts.append((ids, mask, torch.tensor([place < len(row) for row in asked])))
         found = [self._asked(texts, whole)] if texts else []
-        if not bool(has_some.all()) and "own" not in self.sources:
+        if not bool(has_some.all()) and "own" not in self.query_kinds:
             hidden = uploaded(has_some, own.positions.device)[:, None]
             found.append(Queries(own.calls, own.positions.masked_fill(hidden, -1)))
         return found

@@ -64,12 +64,20 @@ def joined(queries: Sequence[Queries]) -> Queries:
     """
     if len(queries) == 1:
         return queries[0]
-    first = queries[0]
-    calls = {
-        index: call._replace(query=torch.cat([some.calls[index].query for some in queries], 2))
-        for index, call in first.calls.items()
-    }
+    calls = joined_calls([some.calls for some in queries])
     return Queries(calls, torch.cat([some.positions for some in queries], 1))
+
+
+def joined_calls(parts: Sequence[Mapping[int, AttentionCall]]) -> dict[int, AttentionCall]:
+    """Join the queries of the same rows in several calls, one behind the other.
+
+    Args:
+        parts: The attention of each layer in a pass, of one pass at least.
+    """
+    return {
+        index: call._replace(query=torch.cat([some[index].query for some in parts], 2))
+        for index, call in parts[0].items()
+    }
 
 
 def asked_of_slots(calls: dict[int, AttentionCall], cache: PrefixCache) -> dict[int, AttentionCall]:
@@ -83,7 +91,7 @@ def asked_of_slots(calls: dict[int, AttentionCall], cache: PrefixCache) -> dict[
     """
     found = {}
     for place, (source, size) in enumerate(zip(cache.keyed, cache.sizes, strict=True)):
-        readers = [calls[index].query for index, other in enumerate(cache.sources) if other == source]
+        readers = [calls[index].query for index, other in enumerate(cache.key_sources) if other == source]
         found[place] = calls[source]
         if len(readers) > 1:
             by_key_head = torch.cat([query.unflatten(1, (size.heads, -1)) for query in readers], 2)
@@ -214,7 +222,8 @@ class Match:
         for index in range(layers):
             call = self._queries.calls[index]
             own = None if call.sinks is None and not self._cache.carrier else index
-            alike = (call.scale, call.softcap, call.window, own, self._cache.sizes[index])
+            # Layers that others read have more queries than those that read themselves alone.
+            alike = (call.scale, call.softcap, call.window, own, self._cache.sizes[index], call.query.shape[1])
             groups.setdefault(alike, []).append(index)
         size = max(1, _BYTES // nbytes)
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]

@@ -20,6 +20,7 @@ from trl import (
     RLOOConfig,
     RLOOTrainer,
 )
+from trl.trainer import utils
 
 from r3mem_fast import MomentumCoupling, make_reversible, reference_model, sampling
 from tests.reversible.tiny import build, stored_activations
@@ -208,6 +209,41 @@ def test_a_reference_that_grpo_makes_itself(sampled, folder):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the reference of this")
         assert train(made=True) == 0
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_memory_network_and_a_reference(sampled, folder, kind):
+    """A trainer that takes no ref_model is given one afterwards, with the head that it has put on its own: no warning,
+    no divergence before the first step, and rewards, losses and divergences are those of stored segments."""
+
+    def train(kept):
+        model = memory_network(kept_segments=kept)
+        model.config._name_or_path = str(folder)  # from where the trainer loads its own reference
+        reference = reference_model(model)
+        trainer = sampled(kind, model, beta=0.1)
+        trainer.ref_model = reference
+        if hasattr(utils, "add_fused_lm_head"):  # older versions use the model's own
+            utils.add_fused_lm_head(reference, temperature=trainer.temperature)
+        with stored_activations(model) if kept == "device" else contextlib.nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the reference of this")
+            found = logged(trainer)
+        return found, [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+
+    found, divergences = train("none")
+    assert abs(divergences[0]) < 1e-6 < divergences[-1]
+    expected, others = train("device")
+    assert_trained_alike(found, expected)
+    assert divergences == pytest.approx(others, rel=5e-3, abs=1e-5)
+
+
+def test_a_memory_network_and_the_reference_that_grpo_makes_itself(sampled, folder):
+    """That is the plain model: told of, with what to do."""
+    model = memory_network()
+    model.config._name_or_path = str(folder)
+    with pytest.warns(UserWarning, match="is no R3MemModel with the settings") as warned:
+        sampled("grpo", model, beta=0.1, max_steps=1).train()
+    told = [str(each.message) for each in warned if "the reference of this" in str(each.message)]
+    assert len(told) == 1 and "trainer.ref_model = reference_model(model), and add_fused_lm_head" in told[0]
 
 
 @pytest.mark.parametrize(("kind", "segment_length"), [("grpo", 8), ("grpo", 40), ("rloo", 8)])

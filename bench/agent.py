@@ -1,0 +1,330 @@
+"""Questions about conversations of ten days: what memories of them are worth, beside looking turns up.
+
+    python -m bench.agent --data FOLDER --output bench/results/agent_smollm2.jsonl
+
+MemoryBank's 15 users talk to an assistant, and ask about it later: 99 questions that have an answer, with references
+of our own (`bench/data`). Each question is asked in a user's turn behind the conversation as it is held in each way:
+
+    nothing         the chat template alone
+    memory          what `MemoryStore` keeps: for each 256 tokens as many slots as `--kept` says, matched with no
+                    training, and the newest tokens as they are
+    attended        the same keys with their own values: the most attended ones
+    last            the last tokens
+    bm25, minilm    turns that fit the question best, by BM25 (SQLite's FTS5) or by embeddings of all-MiniLM-L6-v2, in
+                    the order in which they were said
+    memory+bm25     a memory with half as many slots, and turns in the place of the others
+    foreign         another user's memory: what one is worth that knows nothing of it
+    full            the whole conversation, as far as the model has positions
+
+`last`, `bm25`, `minilm` and `memory+bm25` have as many tokens and slots before the question as `memory` has, for each
+user and number of slots. A record a way has the mean of nats a token of the references; F1, ROUGE-L and containment of
+what is written, greedily; and the share of what the full conversation gains over nothing in nats, with an interval
+over users. No model judges.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from r3mem_fast import Memory, MemoryStore, R3MemConfig, R3MemPipeline
+from r3mem_fast.store import Item
+from r3mem_fast.store.beside import pinned_memory, with_layout
+from r3mem_fast.store.memories import History
+
+from .asking import Asked, answers, grades, nats
+from .places import interval
+from .records import add_output_option, add_record
+from .rivals import laid_out, values_kept
+
+HISTORIES, QUESTIONS = "memorybank/memory_bank_en.json", "memorybank/probing_questions_en.jsonl"
+REFERENCES = Path(__file__).parent / "data" / "memorybank_answers.jsonl"
+_MEASURES = ("nats", "f1", "rouge_l", "contains")
+
+
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """A user's conversation, and questions about it.
+
+    Attributes:
+        user: The user.
+        days: What was said on each day, `(user's words, answer)` of each turn.
+        questions: Questions, each with the reference answer.
+    """
+
+    user: str
+    days: dict[str, list[tuple[str, str]]]
+    questions: list[tuple[str, str]]
+
+
+def read_talks(folder: Path) -> list[Talk]:
+    """Read MemoryBank's conversations in English, and the questions with their reference answers.
+
+    Args:
+        folder: Folder of the data.
+
+    Raises:
+        ValueError: A reference is of another question.
+    """
+    histories = json.loads((folder / HISTORIES).read_text(encoding="utf-8"))
+    days = {
+        name.strip(): {
+            day: [(turn["query"], turn["response"]) for turn in turns] for day, turns in user["history"].items()
+        }
+        for name, user in histories.items()
+    }
+    asked: dict[str, list[str]] = {}
+    for line in (folder / QUESTIONS).read_text(encoding="utf-8").splitlines():
+        asked |= json.loads(line)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in REFERENCES.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        question = asked[record["user"]][record["index"]]
+        if hashlib.sha256(question.encode()).hexdigest()[:16] != record["question_sha256"]:
+            raise ValueError(f"question {record['index']} of {record['user']} is another one than the reference's")
+        if record["answerable"]:
+            found.setdefault(record["user"].strip(), []).append((question, record["answer"]))
+    return [Talk(user, days[user], questions) for user, questions in found.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.agent", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, see bench/answers_data.py")
+    parser.add_argument("--users", type=int, default=15, help="whose conversations are read (%(default)s)")
+    parser.add_argument("--kept", type=int, nargs="+", default=[64, 16], help="slots of 256 tokens (%(default)s)")
+    parser.add_argument("--raw-tokens", type=int, default=64, help="newest tokens as they are (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=40, help="of an answer, at most; 0: none (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    records: list[dict] = []
+    for record in _records(options):
+        add_record(record, records, options)
+    return 0
+
+
+def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    pipeline = R3MemPipeline(options.model, dtype=options.dtype, config=_config(64, 256))
+    talks = read_talks(options.data)[: options.users]
+    yield {
+        "model": options.model, "dtype": options.dtype, "kept": options.kept, "raw_tokens": options.raw_tokens,
+        "new_tokens": options.new_tokens, "users": len(talks), "questions": sum(len(t.questions) for t in talks),
+    }  # fmt: skip
+    asker = Asker(options, pipeline)
+    graded: list[dict[str, dict[str, float]]] = []  # of each user: way, measure, sum over questions
+    for index, talk in enumerate(tqdm(talks, disable=options.json, desc="Users")):
+        graded.append(asker.ask(talk, talks[index - 1]))
+    counts = torch.tensor([float(len(talk.questions)) for talk in talks])
+    seconds = sum(asker.seconds) / sum(asker.tokens)
+    yield {"history_tokens": round(statistics.mean(asker.tokens), 1), "add_seconds_per_token": round(seconds, 6)}
+    yield from summary(graded, counts, rivals=("last", "bm25", "minilm", "attended"))
+
+
+def summary(
+    graded: Sequence[dict[str, dict[str, float]]], counts: torch.Tensor, *, rivals: Sequence[str], ours: str = "memory"
+) -> Iterator[dict[str, Any]]:
+    """Records of what was graded: means by way, shares of what all of a text gains, and paired differences.
+
+    Args:
+        graded: For each group of questions, by way and measure, the sum over its questions.
+        counts: Questions of each group, `[groups]`.
+        rivals: Ways that ours are compared with at equal slots, named `RIVAL_SLOTS`.
+        ours: What the names of our ways begin with.
+    """
+    ways = list(graded[0])
+    measures = [name for name in _MEASURES if name in graded[0][ways[0]]]
+    sums = {(way, name): torch.tensor([group[way][name] for group in graded]) for way in ways for name in measures}
+    for way in ways:
+        record: dict[str, Any] = {"way": way, "slots": round(_mean(sums, way, "slots", graded, counts), 1)}
+        for name in measures:
+            record[name] = round((sums[way, name].sum() / counts.sum()).item(), 4)
+        if way not in ("nothing", "full"):
+            wanted = sums["full", "nats"] - sums["nothing", "nats"]
+            record["share"] = interval(sums[way, "nats"] - sums["nothing", "nats"], wanted)
+        yield record
+    for way in ways:
+        kind, _, slots = way.rpartition("_")
+        if kind.startswith(ours):
+            for rival in rivals:
+                if f"{rival}_{slots}" in ways:
+                    for name in measures:
+                        better = sums[way, name] - sums[f"{rival}_{slots}", name]
+                        better = -better if name == "nats" else better
+                        yield {"way": way, "better_than": rival, "of": name, **interval(better, counts)}
+
+
+def _mean(sums, way, name, graded, counts):
+    return sum(group[way][name] for group in graded) / counts.sum().item()
+
+
+class Asker:
+    """Asks the questions about a conversation in all ways.
+
+    Args:
+        options: The command's options.
+        pipeline: Pipeline of the model.
+
+    Attributes:
+        tokens: Tokens of each conversation.
+        seconds: Seconds that adding each one took.
+    """
+
+    def __init__(self, options: argparse.Namespace, pipeline: R3MemPipeline):
+        self._options, self._pipeline = options, pipeline
+        self._held: dict[tuple[str, int, str], History] = {}
+        self.tokens: list[int] = []
+        self.seconds: list[float] = []
+
+    def ask(self, talk: Talk, other: Talk) -> dict[str, dict[str, float]]:
+        """Ask all questions about a conversation; by way and measure, the sum over the questions.
+
+        Args:
+            talk: The conversation.
+            other: Another one, whose memory is read as a control.
+        """
+        options, pipeline = self._options, self._pipeline
+        with tempfile.TemporaryDirectory() as folder, MemoryStore(folder, pipeline) as store:
+            started = time.perf_counter()
+            add_all(store, talk)
+            self.seconds.append(time.perf_counter() - started)
+            turns = store.answering().turns
+            items = store.get_all(user_id=talk.user)
+            history = turns.ids([(item.role, item.text) for item in items])
+            self.tokens.append(len(history))
+            head = pinned_memory(pipeline.model, turns.opening)
+            last = items[-1].role
+            ways = {"full": (held_as_it_is(pipeline, head, history[-_positions(pipeline) :]), [], last)}
+            room = {}
+            for kept in options.kept:
+                whole, half = (self._memory(talk, slots, "matched") for slots in (kept, kept // 2))
+                room[kept] = _size(whole), _size(whole) - _size(half)
+                ways |= {
+                    f"memory_{kept}": whole,
+                    f"half_{kept}": half,
+                    f"attended_{kept}": self._memory(talk, kept, "attended"),
+                    f"foreign_{kept}": self._memory(other, kept, "matched"),
+                    f"last_{kept}": (held_as_it_is(pipeline, head, history[-_size(whole) :]), [], last),
+                }
+            totals: dict[str, dict[str, float]] = {}
+            for question, answer in talk.questions:
+                asked = {"nothing": Asked(head, turns.reply([("user", question)], None))}
+                for way, (memory, tail, role) in ways.items():
+                    if not way.startswith("half"):
+                        asked[way] = Asked(memory, tail + turns.reply([("user", question)], role))
+                for kept in options.kept:
+                    for way, by in (("bm25", "bm25"), ("minilm", "embedding")):
+                        text = self._with_turns(store, talk.user, question, by, room[kept][0])
+                        asked[f"{way}_{kept}"] = Asked(head, turns.reply([("user", text)], None))
+                    memory, tail, role = ways[f"half_{kept}"]
+                    text = self._with_turns(store, talk.user, question, "bm25", room[kept][1])
+                    asked[f"memory+bm25_{kept}"] = Asked(memory, tail + turns.reply([("user", text)], role))
+                self._grade(asked, question, answer, totals)
+        return totals
+
+    def _memory(self, talk: Talk, kept: int, keeping: str) -> History:
+        """A conversation's memory with so many slots of each segment, the tokens behind it, and the last role."""
+        key = (talk.user, kept, keeping)
+        if key not in self._held:
+            model = self._pipeline.model
+            layout = _config(kept, 64 * kept).memory_layout(model.max_tokens)
+            assert layout is not None, "there are memory tokens"
+            values = values_kept() if keeping == "attended" else contextlib.nullcontext()
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                laid_out(model, layout),
+                MemoryStore(folder, self._pipeline, raw_tokens=self._options.raw_tokens) as store,
+                values,
+            ):
+                add_all(store, talk)
+                self._held[key] = store.answering().histories.history(talk.user)
+        return self._held[key]
+
+    def _with_turns(self, store: MemoryStore, user: str, question: str, by: str, tokens: int) -> str:
+        """A question behind turns that fit it best, in the order in which they were said: as many as tokens hold."""
+        count, left, chosen = self._pipeline.codec.count, tokens, []
+        for found in store.search(question, user_id=user, by=by, limit=200):
+            line = _line(found.item)
+            if count(line) > left:
+                break
+            left -= count(line)
+            chosen.append(found.item)
+        return "".join(_line(item) for item in sorted(chosen, key=lambda item: item.id)) + f"\n{question}"
+
+    def _grade(self, ways, question, answer, totals):
+        ids = self._pipeline.codec.ids(answer)
+        found: dict[str, dict[str, float]] = {
+            way: {"nats": loss, "slots": ways[way].slots} for way, loss in nats(self._pipeline, ways, ids).items()
+        }
+        if self._options.new_tokens:
+            written = answers(self._pipeline, ways, new_tokens=self._options.new_tokens)
+            for way, text in written.items():
+                found[way] |= grades(text, [answer])
+        for way in ways:
+            total = totals.setdefault(way, {})
+            for name, value in found[way].items():
+                total[name] = total.get(name, 0.0) + value
+
+
+def add_all(store: MemoryStore, talk: Talk) -> None:
+    """Add all turns of a conversation to a store."""
+    for day, turns in talk.days.items():
+        for said, answer in turns:
+            messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+            store.add(messages, user_id=talk.user, run_id=day)
+
+
+def held_as_it_is(pipeline: R3MemPipeline, head: Memory, ids: Sequence[int]) -> Memory:
+    """A memory with a slot for every token, which is read as the tokens themselves are.
+
+    Args:
+        pipeline: The pipeline.
+        head: Memory of what stands before them.
+        ids: Token ids.
+    """
+    length = min(256, len(ids))
+    count = math.ceil(len(ids) / length) * length
+    config = _config(length, count, segment_length=length, overlap=0)
+    layout = config.memory_layout(pipeline.model.max_tokens)
+    assert layout is not None, "there are memory tokens"
+    return pipeline.model.compress(torch.tensor([list(ids)]), memory=with_layout(head, layout), finish=True)
+
+
+def _size(history: History) -> int:
+    """Slots and tokens of a conversation, without pinned slots, with the tokens that the memory carries."""
+    memory = history.memory
+    assert memory is not None and memory.slots is not None, "a conversation of several segments"
+    return int(memory.slots[0] - memory.pinned_slots()[0]) + len(memory.recent[0]) + len(history.tail)
+
+
+def _line(item: Item) -> str:
+    return f"- {'I' if item.role == 'user' else 'You'} said: {item.text}\n"
+
+
+def _positions(pipeline: R3MemPipeline) -> int:
+    """Tokens that a memory holds at most, each at its own place."""
+    return pipeline.model.reader.layout.reach - 64
+
+
+def _config(slots: int, budget: int, *, segment_length: int = 256, overlap: int = 32) -> R3MemConfig:
+    return R3MemConfig(
+        memory_writer="matched", adapter_rows="memory", num_memory_tokens=slots, memory_budget=budget,
+        segment_length=segment_length, segment_overlap=overlap, beyond_budget="forget",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

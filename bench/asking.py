@@ -1,0 +1,124 @@
+"""Asks questions behind memories and raw passages, in one batch of ways, and grades the answers without a judge."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from r3mem_fast import Memory, R3MemPipeline
+from r3mem_fast.integrations.compat import cache_argument
+from r3mem_fast.store.documents import rows_of_one
+
+from .answers_data import contains, f1, normalised
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question as it is read in one way.
+
+    Attributes:
+        memory: Memory before it, of one row.
+        ids: Token ids behind the memory: raw passages, the question, and what comes before the answer.
+    """
+
+    memory: Memory
+    ids: list[int]
+
+    @property
+    def carried(self) -> list[int]:
+        """Token ids that the memory carries as they are."""
+        return torch.cat([self.memory.recent[0], self.memory.unfinished[0]]).tolist()
+
+    @property
+    def slots(self) -> int:
+        """Slots and tokens before the answer, without the memory's pinned ones."""
+        memory = self.memory
+        assert memory.slots is not None, "a matched memory"
+        return int(memory.slots[0] - memory.pinned_slots()[0]) + len(self.carried) + len(self.ids)
+
+
+@torch.no_grad()
+def nats(pipeline: R3MemPipeline, ways: Mapping[str, Asked], answer: Sequence[int], most: int = 8) -> dict[str, float]:
+    """Negative log-likelihood of an answer, in nats a token, asked in each way.
+
+    Args:
+        pipeline: The pipeline.
+        ways: The question by way.
+        answer: Token ids of the answer.
+        most: Ways that are read at one time.
+    """
+    model, base, found = pipeline.model, pipeline.model.plain_model, {}
+    for names in _batches(ways, most):
+        rows = [[*ways[name].carried, *ways[name].ids, *answer[:-1]] for name in names]
+        ids, mask = _left_padded(rows)
+        memory = rows_of_one([ways[name].memory for name in names])
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with model.disable_adapters():
+            cache = cache_argument(base, memory.to_cache(model))
+            last = {"logits_to_keep": len(answer)} if model.slices_logits else {}
+            logits = base(ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache, **last).logits
+        targets = torch.tensor([list(answer)] * len(names))
+        logits = logits[:, -len(answer) :].float().transpose(1, 2)
+        found |= dict(zip(names, cross_entropy(logits, targets, reduction="none").mean(1).tolist(), strict=True))
+    return found
+
+
+@torch.no_grad()
+def answers(pipeline: R3MemPipeline, ways: Mapping[str, Asked], *, new_tokens: int, most: int = 8) -> dict[str, str]:
+    """What is answered, greedily, asked in each way.
+
+    Args:
+        pipeline: The pipeline.
+        ways: The question by way.
+        new_tokens: Tokens of an answer at most.
+        most: Ways that are asked at one time.
+    """
+    found: dict[str, str] = {}
+    for names in _batches(ways, most):
+        ids, mask = _left_padded([ways[name].ids for name in names])
+        memory = rows_of_one([ways[name].memory for name in names])
+        output = pipeline.model.generate(ids, mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
+        texts = pipeline.codec.continuations(output[:, ids.shape[1] :])
+        found |= dict(zip(names, texts, strict=True))
+    return found
+
+
+def grades(found: str, references: Sequence[str]) -> dict[str, float]:
+    """F1, ROUGE-L and containment of a written answer, the best over references."""
+    return {
+        "f1": f1(found, references),
+        "rouge_l": max(rouge_l(found, reference) for reference in references),
+        "contains": contains(found, references),
+    }
+
+
+def rouge_l(found: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words, from 0 to 1 (Lin 2004), after SQuAD's normalisation."""
+    mine, its = normalised(found).split(), normalised(reference).split()
+    if not mine or not its:
+        return float(mine == its)
+    longest = [0] * (len(its) + 1)
+    for word in mine:
+        diagonal = 0
+        for place, other in enumerate(its, 1):
+            diagonal, longest[place] = (
+                longest[place],
+                diagonal + 1 if word == other else max(longest[place], longest[place - 1]),
+            )
+    return 2 * longest[-1] / (len(mine) + len(its))
+
+
+def _batches(ways: Mapping[str, Any], most: int) -> list[list[str]]:
+    """Names of ways, in batches of rows that are about as long."""
+    names = sorted(ways, key=lambda name: len(ways[name].ids))
+    return [names[start : start + most] for start in range(0, len(names), most)]
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :], mask[index, width - len(row) :] = torch.tensor(row), 1
+    return ids, mask

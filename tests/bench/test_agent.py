@@ -1,0 +1,120 @@
+"""The benchmarks of stores: what is read, asked and graded, on a tiny model and texts of the test's own."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from bench import agent, asking, rag
+from bench.asking import Asked, grades, rouge_l
+from r3mem_fast.store.beside import pinned_memory
+
+TURNS = {"2023-04-27": [["I have a dog called Rex.", "What a fine name."], ["He likes the park.", "Parks are good."]]}
+
+
+def test_rouge_l_is_the_longest_common_subsequence():
+    assert rouge_l("the dog sat", "dog sat down") == pytest.approx(2 * 2 / (2 + 3))  # articles do not count
+    assert rouge_l("a b c d", "d c b") == pytest.approx(2 * 1 / (3 + 3))
+    assert rouge_l("", "word") == 0.0 and rouge_l("same words", "Same words!") == 1.0
+    found = grades("It is Rex.", ["Rex", "the dog"])
+    assert found == {"f1": 0.5, "rouge_l": 0.5, "contains": 1.0}
+
+
+def write_talks(folder):
+    data = folder / "memorybank"
+    data.mkdir()
+    history = {day: [{"query": q, "response": a} for q, a in turns] for day, turns in TURNS.items()}
+    (data / "memory_bank_en.json").write_text(json.dumps({" Ann ": {"history": history}}))
+    (data / "probing_questions_en.jsonl").write_text(json.dumps({"Ann": ["Which dog?", "Which cat?"]}) + "\n")
+    return [
+        {"user": "Ann", "index": 0, "answer": "Rex.", "answerable": True, "question_sha256": digest("Which dog?")},
+        {"user": "Ann", "index": 1, "answer": "None.", "answerable": False, "question_sha256": digest("Which cat?")},
+    ]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_conversations_and_their_references(tmp_path, monkeypatch):
+    references = write_talks(tmp_path)
+    monkeypatch.setattr(agent, "REFERENCES", tmp_path / "references.jsonl")
+    agent.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in references))
+    (talk,) = agent.read_talks(tmp_path)
+    assert talk.user == "Ann" and talk.questions == [("Which dog?", "Rex.")]
+    assert talk.days == {day: [tuple(turn) for turn in turns] for day, turns in TURNS.items()}
+    references[0]["question_sha256"] = digest("Which cat?")
+    agent.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in references))
+    with pytest.raises(ValueError, match="question 0 of Ann is another one"):
+        agent.read_talks(tmp_path)
+
+
+def test_every_reference_is_a_sentence_of_its_own():
+    lines = [json.loads(line) for line in agent.REFERENCES.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 100 and sum(line["answerable"] for line in lines) == 99
+    assert len({(line["user"], line["index"]) for line in lines}) == 100
+    for line in lines:
+        assert bool(line["key"]) == line["answerable"] == bool(line["evidence"])
+        assert all(key.lower() in line["answer"].lower() for key in line["key"])
+
+
+def test_a_summary_compares_at_equal_slots():
+    def group(memory, rival):
+        ways = {"nothing": 4.0, "full": 2.0, "memory_8": memory, "bm25_8": rival, "bm25_4": 9.0}
+        return {way: {"nats": value, "slots": 8.0} for way, value in ways.items()}
+
+    graded = [group(2.5, 3.0), group(3.0, 3.5)]
+    found = list(agent.summary(graded, torch.ones(2), rivals=("bm25",)))
+    shares = {record["way"]: record["share"]["mean"] for record in found if "share" in record}
+    assert shares["memory_8"] == pytest.approx(0.625) and shares["bm25_8"] == pytest.approx(0.375)
+    (paired,) = [record for record in found if "better_than" in record]
+    assert (paired["way"], paired["better_than"], paired["mean"]) == ("memory_8", "bm25", 0.5)
+    assert paired["low"] == paired["high"] == 0.5
+
+
+@pytest.fixture
+def pipeline(folder):
+    from r3mem_fast import R3MemPipeline
+
+    found = R3MemPipeline(str(folder), dtype="float32")
+    found.tokenizer.chat_template = "{% for m in messages %}U:{{ m.content }}.{% endfor %}A:"
+    return found
+
+
+def test_nats_behind_a_memory_are_those_of_the_text(pipeline):
+    """The control: with a slot for each token it is the text, read by the base model."""
+    model, codec = pipeline.model, pipeline.codec
+    head = pinned_memory(model, codec.ids("U:"))
+    held = agent.held_as_it_is(pipeline, head, codec.ids("Rex is a dog."))
+    ways = {
+        "held": Asked(held, codec.ids(" Who?.A:")),
+        "raw": Asked(head, codec.ids("Rex is a dog. Who?.A:")),
+        "nothing": Asked(head, codec.ids(" Who?.A:")),
+    }
+    answer = codec.ids("Rex")
+    found = asking.nats(pipeline, ways, answer, most=2)
+    ids = torch.tensor([codec.ids("U:Rex is a dog. Who?.A:Rex")])
+    with torch.no_grad(), model.disable_adapters():
+        logits = model.plain_model(ids).logits[0, -4:-1].float()
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, -3:]).item()
+    assert found["held"] == pytest.approx(expected, rel=1e-3) and found["raw"] == pytest.approx(expected, rel=1e-3)
+    assert abs(found["nothing"] - expected) > 0.05 * expected
+    assert ways["held"].slots == ways["raw"].slots == ways["nothing"].slots + len("Rex is a dog.")
+    texts = asking.answers(pipeline, ways, new_tokens=5)
+    assert texts["held"] == texts["raw"]
+
+
+def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
+    monkeypatch.setattr(rag, "minilm_embedder", lambda: lambda texts: torch.eye(3)[: len(texts)])
+    monkeypatch.setattr(rag, "template_parts", lambda tokenizer, turns: ("U:", ".A:"))
+    options = type("Options", (), {"slots": [12], "new_tokens": 0})
+    asker = rag._Asker(options, pipeline, ["Rex is here. He eats.", "A cat.", "No."])
+    assert [pipeline.codec.text(torch.tensor(ids)) for ids in asker._sentences][:2] == ["Rex is here.", "He eats."]
+    text = pipeline.codec.text(torch.tensor(asker._passages("bm25", [1, 0], 12)))
+    assert text == "A cat.\nRex \n" and len(text) == 12
+    sentences = pipeline.codec.text(torch.tensor(asker._passages("bm25+", [1, 0], 12)))
+    assert sentences == "Re\nHe eats.\n"  # in the order of the text
+    assert asker._memory(1, 4).slots.tolist() == [4 + int(asker._head.slots[0])]
+    mixed = asker._sentence_and_memory(1, 12, [5])
+    assert mixed.slots == 13

@@ -1,0 +1,135 @@
+"""`DocumentStore`: memories of documents, made once, side by side before a question; on a tiny model."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from r3mem_fast import Memory, R3MemConfig, R3MemPipeline
+from r3mem_fast.store import Answer, DocumentStore
+from r3mem_fast.store.beside import side_by_side, with_layout
+
+TEMPLATE = "S:brief.{% for m in messages %}U:{{ m.content }}.{% endfor %}A:"
+TEXTS = {"ship": "The ship left Nantucket at dawn.", "mill": "Anna took the blue key to the mill."}
+SETTINGS = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    config = R3MemConfig(memory_writer="matched", adapter_rows="memory", num_memory_tokens=8, memory_budget=32)
+    found = R3MemPipeline(str(folder), config=dataclasses.replace(config, segment_length=32))
+    found.tokenizer.chat_template = TEMPLATE
+    return found
+
+
+def store_of(pipeline, folder, **sizes):
+    return DocumentStore(folder, pipeline, **{"ratio": 1, "part_tokens": 40, "slots": 80, **sizes})
+
+
+def rendered(pipeline, text, question):
+    turn = [{"role": "user", "content": f"{text}\n\n{question}"}]
+    return pipeline.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+
+def test_a_memory_with_all_slots_is_read_as_the_text_itself(pipeline, tmp_path):
+    """The control for where slots and question stand: the template with the text in it."""
+    store = store_of(pipeline, tmp_path)
+    found = store.answer("Who?", TEXTS["mill"], **SETTINGS)
+    assert found.sources == ("document 1",) and found.passages == ()
+    whole = rendered(pipeline, TEXTS["mill"], "Who?")
+    assert found.text == pipeline.generate(whole, chat=False, **SETTINGS).strip()
+
+
+def test_side_by_side_keeps_every_slot_at_its_distance(pipeline, tmp_path):
+    store = store_of(pipeline, tmp_path)
+    memories = [store.memory(text) for text in TEXTS.values()]
+    pinned, lengths = int(memories[0].pinned[0]), [len(text) for text in TEXTS.values()]
+    both = side_by_side(memories)
+    assert both.slots.tolist() == [pinned + sum(lengths)] and both.tokens_seen.tolist() == [pinned + sum(lengths)]
+    ages = both.ages[0, 0, 0]
+    reach = both.layout.reach
+    expected = [min(reach - pinned, age) for age in range(sum(lengths), 0, -1)]
+    assert ages[pinned:].tolist() == expected
+    assert ages[:pinned].tolist() == list(range(reach, reach - pinned, -1))
+    assert torch.equal(both.states[..., pinned : pinned + lengths[0], :], memories[0].states[..., pinned:, :])
+    assert torch.equal(both.states[..., pinned + lengths[0] :, :], memories[1].states[..., pinned:, :])
+    near = side_by_side(memories, in_a_row=False).ages[0, 0, 0]
+    assert near[pinned:].tolist() == [*range(lengths[0], 0, -1), *range(lengths[1], 0, -1)]
+    pipeline.model.check_memory(both)
+    assert torch.equal(side_by_side(memories[:1]).states, memories[0].states)
+
+
+def test_a_text_is_read_once_whatever_its_name(pipeline, tmp_path, monkeypatch):
+    store, read = store_of(pipeline, tmp_path), []
+    compress = pipeline.model.compress
+
+    def counted(*arguments, **settings):
+        read.append(arguments)
+        return compress(*arguments, **settings)
+
+    monkeypatch.setattr(pipeline.model, "compress", counted)
+    store.answer("Who?", TEXTS, **SETTINGS)
+    first = len(read)
+    assert first == 3  # the template, and each text
+    store.answer(["Who?", "Where?"], {"other name": TEXTS["ship"], "mill": TEXTS["mill"]}, **SETTINGS)
+    assert len(read) == first
+    again = store_of(pipeline, tmp_path)
+    assert again.answer("Who?", TEXTS, **SETTINGS) == store.answer("Who?", TEXTS, **SETTINGS)
+    assert len(read) == first  # kept memories have the template in them
+    store_of(pipeline, tmp_path, ratio=2).memory(TEXTS["ship"])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_what_does_not_fit_is_chosen_by_the_question(pipeline, tmp_path):
+    store = store_of(pipeline, tmp_path, slots=40)
+    found = store.answer(["Where is the mill?", "When did the ship leave?"], TEXTS, **SETTINGS)
+    assert [answer.sources for answer in found] == [("mill",), ("ship",)]
+    assert all(isinstance(answer, Answer) for answer in found)
+    alone = [store.answer(text, TEXTS, **SETTINGS) for text in ("Where is the mill?", "When did the ship leave?")]
+    assert found == alone
+    long = " ".join(TEXTS.values())
+    parts = store.answer("Where is the mill?", {"both": f"{TEXTS['ship']}\n\n{TEXTS['mill']}"}, **SETTINGS)
+    assert len(parts.sources) == 1 and parts.sources[0].startswith("both") and parts.sources[0] != "both"
+    assert len(long) > 40
+
+
+def test_passages_stand_word_for_word(pipeline, tmp_path):
+    store = store_of(pipeline, tmp_path, slots=40)
+    texts = {"ship": "It left at dawn.", "mill": "Anna saw the mill."}
+    found = store.answer("A mill?", texts, passages=1, **SETTINGS)
+    assert found.sources == ("ship", "mill") and found.passages == ("mill",)
+    alone = store.answer("A mill?", {"mill": texts["mill"]}, passages=1, **SETTINGS)
+    whole = rendered(pipeline, texts["mill"], "A mill?")
+    assert alone.text == pipeline.generate(whole, chat=False, **SETTINGS).strip()
+    assert alone.passages == alone.sources == ("mill",)
+
+
+def test_bad_input(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="ratio must be at least 1"):
+        store_of(pipeline, tmp_path, ratio=0)
+    with pytest.raises(ValueError, match="does not fit into 8 slots"):
+        store_of(pipeline, tmp_path, slots=8)
+    with pytest.raises(TypeError, match="dtype is for a model that is given by name"):
+        DocumentStore(tmp_path, pipeline, dtype="bfloat16").memory("text")
+    store = store_of(pipeline, tmp_path)
+    for question in ("", [], ["Who?", " "]):
+        with pytest.raises(ValueError, match="a question is empty"):
+            store.answer(question, TEXTS)
+    with pytest.raises(ValueError, match="there is no document"):
+        store.answer("Who?", {})
+    with pytest.raises(ValueError, match="a text is empty"):
+        store.memory(" ")
+    ship, mill = (store.memory(text) for text in TEXTS.values())
+    with pytest.raises(ValueError, match="no memory to put side by side"):
+        side_by_side([])
+    with pytest.raises(ValueError, match="one row each"):
+        side_by_side([Memory.cat([ship, dataclasses.replace(mill, layout=ship.layout, origin=ship.origin)])])
+    waiting = pipeline.model.compress(torch.tensor([[5, 6, 7]]))
+    with pytest.raises(ValueError, match="tokens that are not compressed"):
+        side_by_side([ship, waiting])
+    unpinned = pipeline.model.compress(torch.tensor([[5, 6, 7]]), finish=True)
+    with pytest.raises(ValueError, match="other pinned tokens"):
+        side_by_side([ship, with_layout(unpinned, ship.layout)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        store_of(pipeline, tmp_path / "file")
