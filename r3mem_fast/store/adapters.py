@@ -1,5 +1,6 @@
 """`UserAdapters`: adapters that have learned what users have said, each of them swapped into the one model."""
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterable
@@ -37,22 +38,29 @@ class UserAdapters:
         if not items:
             raise ValueError(f"there is nothing new to learn of what {user!r} has said")
         name = f"{_prefix(user)}-{held.revision:x}-{items[-1].id}"
-        pipeline = self._with(held.adapter)
+        pipeline, self._in_use = self._with(held.adapter), None  # until it has ended, its weights are nobody's
         report = pipeline.remember(_documents(items), folder=self._folder / name, settings=settings, progress=progress)
         self._in_use = (name, pipeline)
-        if not self._database.advance(user, held, replace(held, adapter=name, learned=items[-1].id)):
-            self.sweep(self._folder, self._database, [user])
+        is_kept = self._database.advance(user, held, replace(held, adapter=name, learned=items[-1].id))
+        self.sweep(self._folder, self._database, [user])
+        if not is_kept:
             raise ValueError(f"what {user!r} has said was changed meanwhile; consolidate again")
-        if held.adapter is not None:
-            shutil.rmtree(self._folder / held.adapter, ignore_errors=True)
         return report
 
     def recalled(self, user: str, query: str) -> list[Item]:
         """Items that a user's adapter recalls, reading backward; none if what it recalls was never said."""
         held = self._database.held(user)
-        if held.adapter is None:
+        while held.adapter is not None:
+            try:
+                pipeline = self._with(held.adapter)
+                break
+            except OSError:  # another process has put a newer one in its place
+                before, held = held, self._database.held(user)
+                if before == held:
+                    raise
+        else:
             return []
-        text = self._with(held.adapter).recall([query])[0]
+        text = pipeline.recall([query])[0]
         lines = [_without_speaker(line) for line in text.splitlines()]
         said = self._database.items("user = ? AND id <= ?", (user, held.learned))
         return [item for item in said if any(line and line in item.text for line in lines)]
@@ -69,7 +77,8 @@ class UserAdapters:
         for user in users:
             for path in folder.glob(f"{_prefix(user)}-*"):
                 if path.name != database.held(user).adapter:
-                    shutil.rmtree(path, ignore_errors=True)
+                    with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+                        shutil.rmtree(path)
 
     def _with(self, name: str | None) -> R3MemPipeline:
         """A pipeline over the one model, with the adapters of a folder, or with new ones."""

@@ -1,7 +1,7 @@
 """`Answering`: writes behind memories, at once or piece by piece."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ class Answering:
         Yields:
             Pieces of the text. Once nobody asks for more, no more are written.
         """
-        streamer = TextIteratorStreamer(self.pipeline.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(
+            self.pipeline.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         stop, failed = threading.Event(), []
         criteria = [*settings.pop("stopping_criteria", ()), _Stopped(stop)]
 
@@ -84,7 +86,7 @@ class Answering:
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            yield from _stripped(streamer)
         finally:
             stop.set()
             writer.join()
@@ -102,6 +104,17 @@ class _Stopped(StoppingCriteria):
         return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
 
 
+def _stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text without white space before and behind it."""
+    kept, begun = "", False
+    for piece in pieces:
+        text = kept + piece if begun else piece.lstrip()
+        shown = text.rstrip()
+        kept, begun = text[len(shown) :], begun or bool(shown)
+        if shown:
+            yield shown
+
+
 def written(
     pipeline: R3MemPipeline, rows: Sequence[list[int]], memory: Memory | None, settings: dict[str, Any]
 ) -> list[str]:
@@ -115,11 +128,18 @@ def written(
 
     Returns:
         What was written, a text for each row.
+
+    Raises:
+        ValueError: There are more tokens than positions.
     """
     if not settings.keys() & _LENGTHS:
         settings = {**settings, "max_new_tokens": _NEW_TOKENS}
     ids, mask = (tensor.to(pipeline.model.device) for tensor in padded(rows))
     ids, mask = Rows(ids, mask).left_padded()
-    output = pipeline.model.generate(ids, mask, memory=memory, **settings)
+    if memory is None:  # behind a memory it is checked there
+        tokens = ids.shape[1] + (settings.get("max_new_tokens") or 1) - 1
+        pipeline.model.check_length(tokens, behind_memory=False)
+    with pipeline.model.behind_memory():  # without the adapters, also where there is no memory yet
+        output = pipeline.model.generate(ids, mask, memory=memory, **settings)
     found = output if isinstance(output, torch.Tensor) else output.sequences
     return [text.strip() for text in pipeline.codec.continuations(found[:, ids.shape[1] :])]

@@ -74,7 +74,6 @@ class MemoryStore:
         self._raw_tokens = kept_raw_tokens(self.database, RAW_TOKENS) if raw_tokens is None else raw_tokens
         self._lock = threading.RLock()
         self._answering: Answering | None = None
-        self._is_checked = False
 
     def __enter__(self):
         return self
@@ -127,7 +126,7 @@ class MemoryStore:
         check_names(user_id=user_id, agent_id=agent_id, run_id=run_id)
         with self._lock:
             reading = self.answering()
-            added = self.database.add(said, user=user_id, agent=agent_id, run=run_id, metadata=dict(metadata or {}))
+            added = self.database.add(said, user=user_id, agent=agent_id, run=run_id, metadata=metadata)
             reading.histories.history(user_id)
             return added
 
@@ -223,6 +222,7 @@ class MemoryStore:
             ImportError: There is no embedder.
             ValueError: The query is empty, or `by` is none of these ways.
         """
+        check_names(user_id=user_id, agent_id=agent_id, run_id=run_id)
         if not query.strip():
             raise ValueError("the query is empty")
         if by not in WAYS:
@@ -292,6 +292,7 @@ class MemoryStore:
 
     def memory(self, user_id: str) -> Memory | None:
         """A user's memory, brought up to date; None while the conversation is too short to be compressed."""
+        check_names(user_id=user_id)
         with self._lock:
             return self.answering().histories.history(user_id).memory
 
@@ -310,8 +311,8 @@ class MemoryStore:
         Raises:
             ValueError: There is nothing new to learn, or the memories are of another model.
         """
+        check_names(user_id=user_id)
         with self._lock:
-            self.answering()
             return self._adapters().consolidate(user_id, settings, progress)
 
     def rebuild(self, user_id: str | None = None) -> None:
@@ -328,7 +329,6 @@ class MemoryStore:
                 self.answering()
             reading = self.answering(checked=False)
             self.database.forget_memories(self._identity(), user_id)
-            self._is_checked = True
             users = self.users() if user_id is None else [user_id]
             self._sweep(set(users))
             for user in users:
@@ -349,9 +349,8 @@ class MemoryStore:
                 turns, folder = TurnCodec(pipeline.codec), self.folder / "memories"
                 histories = Histories(pipeline.model, turns, self.database, folder, self._raw_tokens)
                 self._answering = Answering(pipeline, turns, histories)
-            if checked and not self._is_checked:
+            if checked:  # each time, as another process may have made the memories anew with another model
                 self._model.check(self._identity())
-                self._is_checked = True
             return self._answering
 
     def _identity(self):
@@ -371,6 +370,7 @@ class MemoryStore:
 
     def _written(self, conversations, user, passages, by, stream, settings):
         """Replies to messages behind what a user has said, a list, or the pieces of the only one."""
+        check_names(user_id=user)
         with self._lock:
             reading = self.answering()
             history, rows = reading.histories.history(user), []

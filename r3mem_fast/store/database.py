@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,11 @@ class Database:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot make the folder {path.parent}: {error.strerror}; choose another place") from None
-        try:
+        with self._explained():
             self._connection = sqlite3.connect(
                 path, timeout=_SECONDS_TO_WAIT, isolation_level=None, check_same_thread=False
             )
             self._open()
-        except sqlite3.OperationalError as error:
-            raise OSError(f"cannot open {path}: {error}") from None
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} is no store of r3mem_fast, or is damaged: {error}") from None
 
     def _open(self):
         run = self._connection.execute
@@ -133,6 +129,21 @@ class Database:
                     f"{self.path} has format {version}, and this version of r3mem_fast reads format {FORMAT}: "
                     "install the version that wrote it, or choose another folder"
                 )
+        self._overwrite()  # a process may have been killed between deleting and this
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Say what SQLite's errors are about."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"cannot open, read or write {self.path}: {error}") from None
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:
+                raise
+            raise ValueError(
+                f"{self.path} is no store of r3mem_fast, or is damaged: {error}. Take it from a backup"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
@@ -146,14 +157,14 @@ class Database:
         Yields:
             The connection.
         """
-        with self._lock:
+        with self._lock, self._explained():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                self._connection.rollback()
                 raise
-            self._connection.execute("COMMIT")
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple]:
         """Run a query.
@@ -162,7 +173,7 @@ class Database:
             query: SQL.
             values: Values of its parameters.
         """
-        with self._lock:
+        with self._lock, self._explained():
             return self._connection.execute(query, values).fetchall()
 
     def setting(self, name: str) -> str | None:
@@ -177,7 +188,7 @@ class Database:
         user: str,
         agent: str | None,
         run: str | None,
-        metadata: dict[str, Any],
+        metadata: Mapping[str, Any] | None,
     ) -> list[Item]:
         """Add messages, all or none.
 
@@ -186,12 +197,17 @@ class Database:
             user: Whose they are.
             agent: Agent that they were said to.
             run: Conversation that they belong to.
-            metadata: What is kept beside each, values for JSON.
+            metadata: What is kept beside each, values for JSON; None: nothing.
 
         Raises:
             TypeError: The metadata are no values for JSON.
         """
-        described, now = json.dumps(metadata, sort_keys=True), time.time()
+        if not isinstance(metadata, Mapping | None):
+            raise TypeError(f"metadata must be values by name, got {type(metadata).__name__}")
+        try:
+            described, now = json.dumps(dict(metadata or {}), sort_keys=True), time.time()
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metadata must be values for JSON: {error}") from None
         ids: list[int] = []
         with self.changing() as connection:
             connection.execute(
@@ -279,9 +295,12 @@ class Database:
             if gone:  # so that the index holds their words no longer
                 connection.execute("INSERT INTO words (words) VALUES ('optimize')")
         if gone:
-            with contextlib.suppress(sqlite3.OperationalError):  # a reader is at it: the next one does it
-                self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._overwrite()
         return gone
+
+    def _overwrite(self):
+        """Move what was written into the file, so that nothing deleted is in the log; waits for readers."""
+        self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def forget_memories(self, settings: dict[str, str], user: str | None = None) -> None:
         """Forget memories and adapters, which are made again, and take over other settings.
@@ -296,19 +315,12 @@ class Database:
                 "WHERE ?2 IS NULL OR user = ?2",
                 (_revision(), user),
             )
-            self._put(connection, settings)
+            connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", list(settings.items()))
 
     def put_settings(self, settings: dict[str, str]) -> None:
-        """Take over settings."""
+        """Take over settings of a new store, unless another process has."""
         with self.changing() as connection:
-            self._put(connection, settings)
-
-    @staticmethod
-    def _put(connection, settings):
-        connection.executemany(
-            "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            list(settings.items()),
-        )
+            connection.executemany("INSERT INTO settings VALUES (?, ?) ON CONFLICT DO NOTHING", list(settings.items()))
 
 
 def check_names(**names: str | None) -> None:

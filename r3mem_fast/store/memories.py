@@ -60,6 +60,7 @@ class Histories:
         self._length = model.reader.layout.segment_length
         self._cache: dict[str, Memory] = {}  # by name of the file, those that were used last at the end
         folder.mkdir(parents=True, exist_ok=True)
+        self.sweep()
         if len(turns.opening) >= self._length:
             raise ValueError(
                 f"the chat template puts {len(turns.opening)} tokens before a conversation, which do not fit into a "
@@ -68,12 +69,19 @@ class Histories:
 
     def history(self, user: str) -> History:
         """A user's history as it stands in the database; what is to be compressed of it is compressed, and kept."""
-        held, memory = self._held(user)
-        items = self._database.items("user = ? AND id >= ?", (user, held.item))
-        ids, ends = self._encoded(items, self._role_before(user, held.item))
+        while True:
+            held, memory = self._held(user)
+            items = self._database.items("user = ? AND id >= ?", (user, held.item))
+            role = self._role_before(user, held.item)
+            if self._database.held(user).revision != held.revision:
+                continue  # something was deleted meanwhile: the items are not those that the memory goes on with
+            ids, ends = self._encoded(items, role)
+            begun = len(self._turns.opening) if memory is None else 0
+            rest = self._turns.opening[:begun] + ids[held.tokens :]
+            if memory is None or len(rest) >= self._raw_tokens:
+                break
+            self._forget(user, held)  # the newest items were deleted: who never said them would have compressed less
         last = items[-1].role if items else None
-        begun = len(self._turns.opening) if memory is None else 0
-        rest = self._turns.opening[:begun] + ids[held.tokens :]
         count = (len(rest) - self._raw_tokens) // self._length
         if count < 1:
             return History(memory, rest, last)
@@ -109,7 +117,19 @@ class Histories:
                 return held, self._read(held.file)
             except FileNotFoundError:  # another process has written a newer one
                 if self._database.held(user) == held:  # or the file was lost: its text is read again
-                    self._database.advance(user, held, dataclasses.replace(held, file=None, item=0, tokens=0))
+                    self._forget(user, held)
+            except ValueError as error:
+                raise ValueError(f"{error}. Make it anew from the texts: rebuild(), r3mem store rebuild") from None
+
+    def _forget(self, user: str, held: Held) -> None:
+        """Forget a memory, unless something has changed meanwhile; its text is read again."""
+        if self._database.advance(user, held, dataclasses.replace(held, file=None, item=0, tokens=0)):
+            self._drop(held.file)
+
+    def _drop(self, name: str | None) -> None:
+        if name is not None:
+            (self._folder / name).unlink(missing_ok=True)
+            self._cache.pop(name, None)
 
     def _read(self, name: str) -> Memory:
         memory = self._cache.pop(name, None)
@@ -127,11 +147,7 @@ class Histories:
         with locked(self._folder, _SECONDS_TO_WAIT):
             memory.save(self._folder / name)
             kept = self._database.advance(user, before, after)
-            gone = before.file if kept else name
-            if gone is not None:
-                (self._folder / gone).unlink(missing_ok=True)
-        if before.file is not None:
-            self._cache.pop(before.file, None)
+            self._drop(before.file if kept else name)
         if kept:
             self._cache[name] = memory
 

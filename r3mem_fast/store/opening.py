@@ -93,8 +93,11 @@ class StoreModel:
         made_with = {
             "base": origin.base, "layout": origin.adapter, "tokenizer": self._pipeline.codec.fingerprint, **more,
         }  # fmt: skip
-        name = self._database.setting("model") or model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL
-        if isinstance(self._given, (str, Path)):
+        if self._given is None:
+            name = self._database.setting("model") or DEFAULT_MODEL
+        elif isinstance(self._given, R3MemPipeline):
+            name = model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL
+        else:
             name = str(self._given)
         config = json.dumps((self._config or model.r3mem_config).to_dict())
         return {"made_with": json.dumps(made_with, sort_keys=True), "model": name, "config": config}
@@ -115,7 +118,8 @@ class StoreModel:
         its = self._database.setting("made_with")
         if its is None:
             self._database.put_settings(identity)
-        elif its != identity["made_with"]:
+            its = self._database.setting("made_with")
+        if its is not None and its != identity["made_with"]:
             made, asked = json.loads(its), json.loads(identity["made_with"])
             differs = ", ".join(name for name in asked if asked[name] != made.get(name))
             raise ValueError(

@@ -1,6 +1,7 @@
 """`TurnCodec`: token ids of a conversation, turn by turn, so that a memory can be streamed through it."""
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..codec import TextCodec
 ROLES = ("user", "assistant")
 # Stand for what is said in a chat template; no template holds them.
 _WORDS = ("\u2047first\u2047", "\u2047answer\u2047", "\u2047second\u2047")
+_HALVES = re.compile("[\ud800-\udfff]")
 # What stands between two messages of one speaker.
 _PAUSE = "\n\n"
 # A conversation with a model that has no chat template.
@@ -32,6 +34,8 @@ def as_messages(messages: str | Mapping[str, Any] | Iterable[Mapping[str, Any]])
         messages = [{"role": "user", "content": messages}]
     elif isinstance(messages, Mapping):
         messages = [messages]
+    elif not isinstance(messages, Iterable):
+        raise TypeError(f"messages are a text, a message, or several, got {type(messages).__name__}")
     found = []
     for message in messages:
         if not isinstance(message, Mapping):
@@ -43,6 +47,8 @@ def as_messages(messages: str | Mapping[str, Any] | Iterable[Mapping[str, Any]])
             raise TypeError(f"the content of a message must be a text, got {type(text).__name__}")
         if not text.strip():
             raise ValueError("a message is empty")
+        if _HALVES.search(text):
+            raise ValueError("a message holds half a character (a lone surrogate), which no file can hold as UTF-8")
         found.append((role, text))
     if not found:
         raise ValueError("there is no message")

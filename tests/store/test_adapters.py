@@ -1,0 +1,242 @@
+"""`UserAdapters`: what a user has said comes back from an adapter of their own, and goes with what it has learned."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings
+from r3mem_fast.adapter_folder import put_weights, replace_weights, weights_of
+from tests.store.conftest import CONFIG
+from tests.store.test_conversations import GREEDY
+from tests.test_pipeline import SETTINGS
+
+FEW = RememberSettings(max_steps=1, anchor_windows=2, anchor_tokens=8, decoys=1)
+SAID = {"anna": "Ahab of the Pequod was mad.", "boris": "Darcy met Elizabeth at dawn."}
+
+
+@pytest.fixture(scope="module")
+def own_pipeline(folder):
+    """A pipeline whose adapters other tests do not change."""
+    return R3MemPipeline(str(folder), config=CONFIG)
+
+
+@pytest.fixture
+def store(opened, own_pipeline):
+    fresh = weights_of(own_pipeline.model)
+    yield opened(model=own_pipeline)
+    put_weights(own_pipeline.model, fresh)
+
+
+def folders(store):
+    path = store.folder / "adapters"
+    return sorted(one.name for one in path.iterdir()) if path.is_dir() else []
+
+
+def learn(store, user, **settings):
+    return store.consolidate(user_id=user, progress=False, **({"settings": FEW} | settings))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_each_user_has_their_own(store, opened, own_pipeline):
+    items = {}
+    for user, text in SAID.items():
+        items[user] = store.add(text, user_id=user)[0]
+        report = learn(store, user, settings=SETTINGS)
+        assert report.exact_match == 1.0
+    queries = {user: store._adapters()._with(store.database.held(user).adapter).remembered for user in SAID}
+    queries = {user: entries[0]["query"] for user, entries in queries.items()}
+    for one in (store, opened(model=own_pipeline), store):  # swapped back and forth
+        for user in SAID:
+            found = one.search(queries[user], user_id=user, by="backward")
+            assert [(found.item, found.by, found.score) for found in found] == [(items[user], "backward", 1.0)]
+    other = store.search(queries["boris"], user_id="anna", by="backward")
+    assert all(found.by == "bm25" or found.item == items["anna"] for found in other)
+    assert store.search(queries["anna"], user_id="anna", by="backward", run_id="another") == []
+    # More is learned along with what was learned before.
+    more = store.add("Starbuck was not.", user_id="anna")[0]
+    assert learn(store, "anna", settings=SETTINGS).exact_match == 1.0 and len(folders(store)) == 2
+    assert store.database.held("anna").learned == more.id
+    assert store.search(queries["anna"], user_id="anna", by="backward")[0].item == items["anna"]
+    assert store.search(queries["boris"], user_id="boris", by="backward")[0].by == "backward"
+
+
+def test_weights_are_swapped_bit_for_bit(store, own_pipeline):
+    model = own_pipeline.model
+    fresh, learned = weights_of(model), {}
+    for user, text in SAID.items():
+        store.add(text, user_id=user)
+        learn(store, user)
+        learned[user] = weights_of(model)
+        assert not same(learned[user], fresh)
+    assert not same(learned["anna"], learned["boris"])
+    adapters = store._adapters()
+    for user in ("anna", "boris", None, "anna", None, "boris"):
+        adapters._with(store.database.held(user).adapter if user else None)
+        assert same(weights_of(model), learned[user] if user else fresh)
+    store.add("Who is new begins as everybody did.", user_id="carla")
+    assert store.search("new", user_id="carla", by="backward")[0].by == "bm25"
+
+
+def test_answers_are_the_base_models(store):
+    """Whatever was learned, and whether or not there is a memory yet."""
+    store.add("short", user_id="anna")
+    short = store.ask("What?", user_id="anna", **GREEDY)
+    store.add("something that is long enough to be compressed", user_id="boris")
+    long = store.ask("What?", user_id="boris", **GREEDY)
+    learn(store, "anna", settings=dataclasses.replace(FEW, max_steps=5, learning_rate=0.1))
+    assert store.ask("What?", user_id="anna", **GREEDY) == short
+    assert store.ask("What?", user_id="boris", **GREEDY) == long
+
+
+def test_answers_are_the_base_models_with_adapters_on_all_tokens(opened, folder):
+    pipeline = R3MemPipeline(str(folder), config=R3MemConfig(core=(1, 3), first_adapted_layer=0))
+    assert pipeline.model.adapts_tokens and pipeline.model.memories_are_of_base
+    store = opened(model=pipeline)
+    store.add("short", user_id="anna")
+    before = store.ask("What?", user_id="anna", **GREEDY)
+    with torch.no_grad():
+        for weight in pipeline.model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.03)
+    assert pipeline.generate("User: short", **GREEDY) != before
+    assert store.ask("What?", user_id="anna", **GREEDY) == before
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_adapter_goes_with_what_it_has_learned(store, which):
+    items = [store.add(text, user_id="anna")[0] for text in SAID.values()]
+    learn(store, "anna")
+    later = store.add("Said later.", user_id="anna")[0]
+    kept = folders(store)
+    assert kept == [store.database.held("anna").adapter]
+    store.delete(later.id)
+    assert folders(store) == kept and store.database.held("anna").adapter == kept[0]
+    store.delete(items[which].id)
+    assert folders(store) == [] and store.database.held("anna").adapter is None
+    assert store.search("Darcy Ahab", user_id="anna", by="backward")[0].by == "bm25"
+    learn(store, "anna")  # what is left is learned anew, beginning as everybody does
+    assert len(folders(store)) == 1
+
+
+def test_only_what_is_new_is_learned(store):
+    with pytest.raises(ValueError, match="nothing new to learn of what 'anna' has said"):
+        learn(store, "anna")
+    first = store.add(SAID["anna"], user_id="anna", run_id="one")[0]
+    assert {pair.document for pair in learn(store, "anna").pairs} == {f"one from {first.id}"}
+    with pytest.raises(ValueError, match="nothing new"):
+        learn(store, "anna")
+    before = folders(store)
+    second = store.add([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ahab."}],
+                       user_id="anna")[0]  # fmt: skip
+    pairs = learn(store, "anna").pairs
+    texts = {pair.document: pair.context for pair in pairs if pair.level == "document"}
+    assert texts[f"conversation from {second.id}"] == "User: Who?\nAssistant: Ahab."
+    assert len(folders(store)) == 1 and folders(store) != before
+
+
+def test_rebuilding_removes_them(store):
+    for user, text in SAID.items():
+        store.add(text, user_id=user)
+        learn(store, user)
+    store.rebuild("anna")
+    assert folders(store) == [store.database.held("boris").adapter]
+    store.rebuild()
+    assert folders(store) == []
+
+
+def test_what_is_deleted_while_it_is_learned(store, opened, own_pipeline, monkeypatch):
+    other = opened(model=own_pipeline)
+    item = store.add(SAID["anna"], user_id="anna")[0]
+    remember = R3MemPipeline.remember
+
+    def delete_meanwhile(self, *arguments, **settings):
+        report = remember(self, *arguments, **settings)
+        other.delete(item.id)
+        return report
+
+    monkeypatch.setattr(R3MemPipeline, "remember", delete_meanwhile)
+    with pytest.raises(ValueError, match="changed meanwhile; consolidate again"):
+        learn(store, "anna")
+    assert folders(store) == []
+
+
+def test_an_interrupted_run_leaves_no_weights_behind(store, own_pipeline, monkeypatch):
+    """What was begun is not taken for the adapter that it was begun with."""
+    store.add(SAID["anna"], user_id="anna")
+    learn(store, "anna")
+    learned, name = weights_of(own_pipeline.model), store.database.held("anna").adapter
+    store.add("More.", user_id="anna")
+
+    def interrupted(self, *arguments, **settings):
+        for weight in weights_of(self.model):
+            self.model.get_parameter(weight).data.add_(1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(R3MemPipeline, "remember", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(store, "anna")
+    store._adapters()._with(name)
+    assert same(weights_of(own_pipeline.model), learned)
+    with pytest.raises(KeyboardInterrupt):
+        learn(store, "anna")
+    store._adapters()._with(None)
+    assert store.database.held("anna").adapter == name
+
+
+def test_an_adapter_that_another_process_has_replaced(store, opened, own_pipeline, folder):
+    store.add(SAID["anna"], user_id="anna")
+    learn(store, "anna")
+    other = opened(model=R3MemPipeline(str(folder), config=CONFIG))
+    assert other._adapters()._with(other.database.held("anna").adapter).remembered
+    store.add("More.", user_id="anna")
+    learn(store, "anna")
+    (name,) = folders(store)
+    assert same(weights_of(other._adapters()._with(name).model), weights_of(own_pipeline.model))
+    assert name == other.database.held("anna").adapter
+
+
+def test_an_adapter_that_is_replaced_while_it_is_looked_for(store, opened, monkeypatch):
+    store.add(SAID["anna"], user_id="anna")
+    learn(store, "anna")
+    store.add("More.", user_id="anna")
+    adapters, others = store._adapters(), []
+    own = adapters._with
+
+    def replaced_meanwhile(name):
+        if not others:
+            others.append(name)
+            monkeypatch.setattr(adapters, "_with", own)
+            learn(store, "anna")
+            monkeypatch.setattr(adapters, "_with", replaced_meanwhile)
+        return own(name)
+
+    monkeypatch.setattr(adapters, "_with", replaced_meanwhile)
+    assert adapters.recalled("anna", "Who?") is not None
+    assert others != [store.database.held("anna").adapter]
+    (store.folder / "adapters" / folders(store)[0] / "adapter_model.safetensors").unlink()
+    adapters._in_use = None
+    with pytest.raises(OSError, match="is incomplete"):
+        adapters.recalled("anna", "Who?")
+
+
+def test_what_cannot_take_an_adapters_place(own_pipeline, folder, tmp_path):
+    model, before = own_pipeline.model, weights_of(own_pipeline.model)
+    own_pipeline.save(tmp_path / "own")
+    other = R3MemConfig(**vars(CONFIG) | {"lora_r": 4})
+    R3MemPipeline(str(folder), config=other).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="was made with other settings than the model's adapters"):
+        replace_weights(model, tmp_path / "other")
+    damaged = tmp_path / "own" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match="is damaged, or was changed"):
+        R3MemPipeline(tmp_path / "own", own_pipeline.tokenizer, base=model)
+    with pytest.raises(OSError, match="nowhere"):
+        replace_weights(model, tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="takes the folder of an adapter, and its tokenizer"):
+        R3MemPipeline(tmp_path / "own", base=model)
+    assert same(weights_of(model), before)

