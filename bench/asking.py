@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -110,10 +109,22 @@ def rouge_l(found: str, reference: str) -> float:
     return 2 * longest[-1] / (len(mine) + len(its))
 
 
-def _batches(ways: Mapping[str, Any], most: int) -> list[list[str]]:
-    """Names of ways, in batches of rows that are about as long."""
-    names = sorted(ways, key=lambda name: len(ways[name].ids))
-    return [names[start : start + most] for start in range(0, len(names), most)]
+def _batches(ways: Mapping[str, Asked], most: int) -> list[list[str]]:
+    """Names of ways, in batches of rows whose memories and tokens are about as long, as padding costs time."""
+    found: list[list[str]] = []
+    first = (0, 0)
+    for name in sorted(ways, key=lambda name: (_width(ways[name]), len(ways[name].ids))):
+        size = _width(ways[name]), len(ways[name].ids)
+        alike = found and all(large <= 1.5 * small + 64 for large, small in zip(size, first, strict=True))
+        if not alike or len(found[-1]) == most:
+            found.append([])
+            first = size
+        found[-1].append(name)
+    return found
+
+
+def _width(asked: Asked) -> int:
+    return asked.memory.states.shape[4]
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,11 +17,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/reversible.md", "docs/recall.md", "docs/memory.md", "docs/histories.md")
+PAGES = (
+    "README.md", "docs/reversible.md", "docs/recall.md", "docs/memory.md", "docs/histories.md",
+    "docs/conversations.md", "docs/documents.md",
+)  # fmt: skip
 FILES = {
     "page.txt": "Captain Ahab of the Pequod lost his leg to Moby Dick.\n",
     "notes.txt": "Ishmael met Queequeg at the Spouter Inn in New Bedford.\n",
     "book.txt": "Call me Ishmael. I thought I would sail about and see the watery part of the world. " * 40,
+    "bridge.txt": "Isambard Brunel opened the bridge in 1864.\n",
+    "river.txt": "The river Avon is 83 miles long.\n",
     "notes.jsonl": json.dumps({"text": "It is a way I have of driving off the spleen, and of sailing about. " * 50}),
 }
 # Runs the blocks in one interpreter, whose names pass from one to the next, and commands between them. In a rehearsal
@@ -68,8 +73,14 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     if page != "README.md":
         environment["R3MEM_MAX_STEPS"] = "4"
+    environment["R3MEM_STORE"] = str(tmp_path / "store")
     done = subprocess.run(
-        [sys.executable, "-u", "-c", DRIVER], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-u", "-c", DRIVER],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     if page == "README.md":
