@@ -16,9 +16,12 @@ def main(arguments=None):
     parser.add_argument("documents", type=Path, nargs="+", help="UTF-8 text files")
     parser.add_argument("--store", default="documents", help="folder of the memories (%(default)s)")
     parser.add_argument("--model", default="smollm2-135m", help="a folder or hub id (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of the answer (%(default)s)")
     options = parser.parse_args(arguments)
 
-    answer = DocumentStore(options.store, options.model).answer(options.question, options.documents)
+    store = DocumentStore(options.store, options.model)
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    answer = store.answer(options.question, options.documents, **settings)
     print(answer.text)
     print("from:", ", ".join(map(str, answer.sources)))
     return answer.text

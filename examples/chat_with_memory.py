@@ -17,12 +17,14 @@ def main(arguments=None):
     parser.add_argument("--store", default="memories", help="folder of the conversations (%(default)s)")
     parser.add_argument("--model", help="a folder or hub id (what the store was made with)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of the reply (%(default)s)")
+    parser.add_argument(
+        "--passages", type=int, default=2, help="items that stand before it, word for word (%(default)s)"
+    )
     options = parser.parse_args(arguments)
 
     with MemoryStore(options.store, options.model) as store:
         print(f"{len(store.get_all(user_id=options.user))} items are remembered of {options.user}")
-        # The two items that have most of the message's words stand before it, word for word.
-        settings = {"passages": 2, "max_new_tokens": options.max_new_tokens, "do_sample": False}
+        settings = {"passages": options.passages, "max_new_tokens": options.max_new_tokens, "do_sample": False}
         reply = ""
         for piece in store.reply(options.message, user_id=options.user, stream=True, **settings):
             print(piece, end="", flush=True)

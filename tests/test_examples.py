@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
+from r3mem_fast.store import documents
 from r3mem_fast.store.defaults import SETTINGS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# Of a store's memories, that the 128 positions of the tiny model have room for.
+SIZES = {"num_memory_tokens": 2, "memory_budget": 8, "segment_length": 16, "segment_overlap": 2}
 TEXT = "Ahab of the Pequod was mad about the whale.\n\nStarbuck was not. Queequeg was at sea.\n\n" * 12
 
 
@@ -63,8 +66,17 @@ def test_compress_book(text, folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_chat_with_memory(folder, tmp_path, capsys):
     """The second process knows what the first was told."""
-    arguments = ["--store", str(tmp_path / "memories"), "--model", str(folder), "--max-new-tokens", "4"]
-    config = R3MemConfig(**{**SETTINGS, "num_memory_tokens": 4, "memory_budget": 16, "segment_length": 16})
+    arguments = [
+        "--store",
+        str(tmp_path / "memories"),
+        "--model",
+        str(folder),
+        "--max-new-tokens",
+        "4",
+        "--passages",
+        "0",
+    ]
+    config = R3MemConfig(**{**SETTINGS, **SIZES})
     MemoryStore(tmp_path / "memories", str(folder), config=config, raw_tokens=16).memory("anna")  # a tiny one's sizes
     first = example("chat_with_memory").main(["anna", "Ida is allergic.", *arguments])
     assert "0 items are remembered of anna" in capsys.readouterr().out
@@ -78,8 +90,11 @@ def test_chat_with_memory(folder, tmp_path, capsys):
 def test_ask_your_documents(folder, tmp_path, monkeypatch, capsys):
     """A document that was read is not read again."""
     monkeypatch.chdir(tmp_path)
+    config = R3MemConfig(**{**SETTINGS, **SIZES, "segment_overlap": 0, "beyond_budget": "error"})
+    monkeypatch.setattr(documents, "_CONFIG", config)
     (tmp_path / "mill.txt").write_text("The mill is open at six.")
     arguments = ["When?", "mill.txt", "--model", str(folder), "--store", "documents"]
+    arguments += ["--max-new-tokens", "4"]
     answer = example("ask_your_documents").main(arguments)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "documents").glob("*.safetensors")}
     assert "from: mill.txt" in capsys.readouterr().out and files
