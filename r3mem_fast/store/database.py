@@ -115,7 +115,7 @@ class Database:
 
     def _open(self):
         run = self._connection.execute
-        run("PRAGMA journal_mode = WAL")
+        self._write_ahead()
         run("PRAGMA synchronous = FULL")  # what was acknowledged outlives a loss of power, too
         run("PRAGMA secure_delete = ON")  # what was deleted is overwritten
         with self.changing():
@@ -297,6 +297,18 @@ class Database:
         if gone:
             self._overwrite()
         return gone
+
+    def _write_ahead(self):
+        """Choose a write-ahead log. SQLite does not wait here for another process that makes the file."""
+        end = time.monotonic() + _SECONDS_TO_WAIT
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
     def _overwrite(self):
         """Move what was written into the file, so that nothing deleted is in the log; waits for readers."""

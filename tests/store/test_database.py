@@ -4,6 +4,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -135,7 +136,13 @@ import sys
 from pathlib import Path
 from r3mem_fast.store.database import Database
 name, path = sys.argv[1:]
-database = Database(Path(path))
+print("ready", flush=True)
+sys.stdin.readline()
+for index in range(20):
+    database = Database(Path(path) / str(index) / "store.sqlite")
+    database.add([("user", name)], user="anna", agent=None, run=None, metadata=None)
+    database.close()
+database = Database(Path(path) / "store.sqlite")
 for index in range(25):
     database.add([("user", f"{name} {index}"), ("assistant", f"{name} {index}")], user="anna", agent=name, run=None,
                  metadata=None)
@@ -145,9 +152,23 @@ for index in range(25):
 
 
 def test_several_processes_at_once(path):
-    """On a new folder, which each of them may be the one to make: nothing is lost, and order is kept."""
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name, str(path)]) for name in "abc"]
-    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    """On new folders, which each of them may be the one to make: nothing is lost, and order is kept."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, name, str(path.parent)], **pipes) for name in "abc"
+    ]  # fmt: skip
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=120)
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    for index in range(20):
+        database = Database(path.parent / str(index) / "store.sqlite")
+        assert sorted(item.text for item in database.items()) == ["a", "b", "c"]
+        database.close()
     database = Database(path)
     deleted = {index for index in range(25) if index % 5 == 3}
     for name in "abc":
@@ -159,6 +180,18 @@ def test_several_processes_at_once(path):
         ]
     assert database.rows("PRAGMA integrity_check") == [("ok",)]
     database.close()
+
+
+def test_a_file_that_another_process_is_making(path):
+    """It is waited for, also where SQLite itself does not wait."""
+    path.parent.mkdir()
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.2, lambda: other.execute("ROLLBACK"))
+    timer.start()
+    Database(path).close()
+    timer.join()
+    other.close()
 
 
 def test_a_folder_that_is_a_file(tmp_path):
