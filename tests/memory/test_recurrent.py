@@ -272,6 +272,15 @@ def test_layers_that_forget_their_states_are_found(monkeypatch):
         network("qwen3_5_text").compress(ids_of(20))
 
 
+@pytest.mark.skipif(hasattr(DynamicCache, "get_conv_state"), reason="memory tokens learn beside states")
+@of_each_kind
+def test_memory_tokens_that_cannot_learn_beside_states(kind):
+    """Where layers of a version change the cache themselves, gradients could not pass through it."""
+    model = R3MemModel(build(kind), R3MemConfig(num_memory_tokens=4, segment_length=LENGTH, core=(1, 3)))
+    with pytest.raises(ValueError, match="do not go on from their states with gradients"):
+        model.compress(ids_of(20))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_read_backward(kind):
     """Where a configuration computes the kinds of its layers, too; afterwards it names them as before."""
