@@ -65,11 +65,13 @@ GOES_ON = ALWAYS if not hasattr(DynamicCache, "get_conv_state") else (*ALWAYS, "
 of_each_kind = pytest.mark.parametrize("kind", GOES_ON)
 
 
-def build(kind, seed=0):
+def build(kind, seed=0, **changes):
     torch.manual_seed(seed)
     known = CONFIG_MAPPING[kind]()
     names = known.to_dict().keys() | known.attribute_map.keys()
-    config = {name: value for name, value in (COMMON | KINDS[kind]).items() if name in names or name in KINDS[kind]}
+    config = {
+        name: value for name, value in (COMMON | KINDS[kind] | changes).items() if name in names or name in KINDS[kind]
+    }
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
