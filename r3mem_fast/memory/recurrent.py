@@ -279,10 +279,11 @@ def _states_after_parts(reader, parts):
 
 
 def _refused(reader, how):
+    kind = ', while a matched one may (memory_writer="matched")' if how else ""
     return ValueError(
         f"the recurrent layers of a {type(reader.decoder).__name__} do not go on from their states{how} as they would "
-        f"in one pass, with transformers {transformers.__version__}, so no memory can carry these; a newer version "
-        "may do it"
+        f"in one pass, with transformers {transformers.__version__}, so no memory can carry these{kind}; a newer "
+        "version may do it"
     )
 
 

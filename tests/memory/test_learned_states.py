@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from r3mem_fast import Memory, R3MemConfig, R3MemModel, check_integrity, reading
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, check_integrity, load_model, reading
 from r3mem_fast.batching import Rows, nothing
 from r3mem_fast.integrations import compat
 from r3mem_fast.memory import file as memory_file
 from r3mem_fast.memory.segments import cut_segments
 from r3mem_fast.memory.writers.tokens import TokenWriter
 from r3mem_fast.objective import continuation_logits
+from r3mem_fast.training.remember import remember
 from tests.memory.test_recurrent import build, difference, ids_of, padded, without_states
 from tests.reversible.tiny import assert_same_gradients, gradients
+from tests.training.test_remember import PAIRS, SETTINGS
 
 LENGTH, COUNT = 16, 3
 KINDS = ("qwen3_next", "qwen3_5_text", "lfm2", "falcon_h1", "bamba")
@@ -309,3 +311,17 @@ def test_processes_that_would_read_by_other_lengths(monkeypatch):
     monkeypatch.setattr(reading, "largest_of_ranks", lambda network, count: 1 if count == -2 else count)
     with pytest.raises(ValueError, match="give all processes rows of as many lengths"):
         model(ids, mask, labels=ids)
+
+
+def test_documents_are_learned(folder):
+    """Pairs of contexts and queries of several lengths: every term of the objective falls in a few steps."""
+    tokenizer = load_model(str(folder))[1]
+    model = R3MemModel(
+        build("lfm2", vocab_size=len(tokenizer)), R3MemConfig(num_memory_tokens=4, segment_length=LENGTH)
+    )
+    reports = [
+        remember(model, tokenizer, PAIRS, dataclasses.replace(SETTINGS, max_steps=count), progress=False)
+        for count in (1, 12)
+    ]
+    for term in ("compress_loss", "expand_loss"):
+        assert getattr(reports[1], term) < getattr(reports[0], term)

@@ -65,11 +65,13 @@ GOES_ON = ALWAYS if not hasattr(DynamicCache, "get_conv_state") else (*ALWAYS, "
 of_each_kind = pytest.mark.parametrize("kind", GOES_ON)
 
 
-def build(kind, seed=0):
+def build(kind, seed=0, **changes):
     torch.manual_seed(seed)
     known = CONFIG_MAPPING[kind]()
     names = known.to_dict().keys() | known.attribute_map.keys()
-    config = {name: value for name, value in (COMMON | KINDS[kind]).items() if name in names or name in KINDS[kind]}
+    config = {
+        name: value for name, value in (COMMON | KINDS[kind] | changes).items() if name in names or name in KINDS[kind]
+    }
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -287,6 +289,15 @@ def test_layers_that_forget_their_states_are_found(monkeypatch):
     )
     with pytest.raises(ValueError, match="do not go on from their states"):
         network("qwen3_5_text").compress(ids_of(20))
+
+
+@pytest.mark.skipif(hasattr(DynamicCache, "get_conv_state"), reason="memory tokens learn beside states")
+@of_each_kind
+def test_memory_tokens_that_cannot_learn_beside_states(kind):
+    """Where layers of a version change the cache themselves, gradients could not pass through it."""
+    model = R3MemModel(build(kind), R3MemConfig(num_memory_tokens=4, segment_length=LENGTH, core=(1, 3)))
+    with pytest.raises(ValueError, match="do not go on from their states with gradients"):
+        model.compress(ids_of(20))
 
 
 @pytest.mark.parametrize("kind", KINDS)
