@@ -23,6 +23,8 @@ seven, and is pinned in a memory, beside its N slots.
 And, at fewer places, of seven segments: `full_of_7`, `raw_B_of_7`, and `matched_B_of_7` in B slots, matched again and
 again; and, at places with 64 segments before them, also `matched_B_of_64`. `closed` is the share of the gap between
 `tail` and `full` (or `full_of_7`) that an arm closes, with a bootstrapped interval of 95 % over segments.
+
+With --output, what is measured is saved beside it batch by batch: the same command goes on where it was interrupted.
 """
 
 import argparse
@@ -34,7 +36,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, load_model
 from r3mem_fast.choices import BEYOND_BUDGET, QUERIES
@@ -50,10 +51,10 @@ from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_score
 from .records import add_output_option, add_record
 from .rivals import evenly_spaced, laid_out, values_kept
 from .texts import KINDS, texts_of
+from .unfinished import Losses, Unfinished
 
 # Kinds of rivals beside presses.
 RIVALS = ("raw", "even", "attended")
-Losses = dict[str, torch.Tensor]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,19 +116,36 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "texts": len({place.text for place in found}), "presses": options.presses,
         "beyond_budget": options.beyond,
     }  # fmt: skip
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "output", "batch")}
+    unfinished = Unfinished(options.output, settings, batch=options.batch, progress=not options.json)
     if found:
-        yield from _compared(options, _losses(options, model, learned, tokenizer, found))
+        foreign = foreign_of(found)
+        losses = unfinished.losses(
+            "segments",
+            len(found),
+            lambda some: _losses(options, model, learned, tokenizer, found[some], foreign[some]),
+        )
+        yield from _compared(options, losses)
     if chains:
-        losses = _chain_losses(options, model, tokenizer, chains, [CHAIN])
+        losses = unfinished.losses(
+            "chains",
+            len(chains),
+            lambda some: _chain_losses(options, model, tokenizer, chains[some], [CHAIN]),
+        )
         yield from _means(losses, places="chains")
         yield from _closed(losses, "full_of_7")
         rival, mine = (losses[f"{arm}_{options.budget}_of_7"] for arm in ("raw", "matched"))
         yield _better(rival, mine, "raw", slots=options.budget, of=CHAIN)
     if long:
-        losses = _chain_losses(options, model, tokenizer, long, [CHAIN, LONG])
+        losses = unfinished.losses(
+            "long chains",
+            len(long),
+            lambda some: _chain_losses(options, model, tokenizer, long[some], [CHAIN, LONG]),
+        )
         yield from _means(losses, places="long chains")
         shorter, mine = (losses[f"matched_{options.budget}_of_{count}"] for count in (CHAIN, LONG))
         yield _better(shorter, mine, "matched, of 7 segments", slots=options.budget, of=LONG)
+    unfinished.remove()
 
 
 def _learned(options: argparse.Namespace, model: R3MemModel) -> R3MemModel:
@@ -179,38 +197,39 @@ def _better(rival: torch.Tensor, mine: torch.Tensor, name: str, **about: Any) ->
 
 @torch.no_grad()
 def _losses(
-    options: argparse.Namespace, model: R3MemModel, learned: R3MemModel | None, tokenizer: Any, places: list[Place]
+    options: argparse.Namespace,
+    model: R3MemModel,
+    learned: R3MemModel | None,
+    tokenizer: Any,
+    places: list[Place],
+    foreign: list[Place],
 ) -> Losses:
     """Read segments behind one segment: nats a token by arm, `[segments]` each."""
-    arms: dict[str, list[torch.Tensor]] = {}
-    foreign, opening = foreign_of(places), opening_ids(tokenizer)
-    for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading"):
-        context = torch.stack([place.segments for place in places[start : start + options.batch]])
-        others = torch.stack([place.segments for place in foreign[start : start + options.batch]])
-        segment, tail = context[:, -1], context[:, -2, -options.tail :]
-        before, other = (begun(opening, rows[:, -2], replace=True) for rows in (context, others))
-        raw = {"tail": begun(opening, tail), "full": before}
-        if options.foreign:
-            raw["foreign"] = torch.cat([other, tail], 1)
-        if "raw" in options.rivals:
-            raw |= {f"raw_{n}": begun(opening, context[:, -2, -options.tail - n :]) for n in options.slots}
-        for arm, ids in raw.items():
-            _add(arms, arm, _raw_loss(model, ids, segment))
-        for arm, memory in _memories(options, model, tokenizer, before):
-            _add(arms, arm, _loss_behind(options, model, memory, segment))
-        for slots in options.foreign:
-            memory = _matched(options, model, other, slots, slots, len(opening))
-            memory = dataclasses.replace(memory, recent=tuple(tail))
-            _add(arms, f"foreign_{slots}", _loss_behind(options, model, memory, segment))
-        if learned is not None:
-            # Compute as in training, where adapters ran in bfloat16, too.
-            with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):
-                memory = dataclasses.replace(learned.compress(context[:, -2], finish=True), recent=tuple(tail))
-                logits = learned(segment, memory=memory).logits
-                _add(arms, f"learned_{learned.r3mem_config.num_memory_tokens}", _mean_loss(logits, segment))
-                logits = learned(torch.cat([tail, segment], 1), logits_to_keep=options.length).logits
-                _add(arms, "learned_tail", _mean_loss(logits, segment))
-    return {arm: torch.cat(found) for arm, found in arms.items()}
+    opening = opening_ids(tokenizer)
+    context, others = (torch.stack([place.segments for place in some]) for some in (places, foreign))
+    segment, tail = context[:, -1], context[:, -2, -options.tail :]
+    before, other = (begun(opening, rows[:, -2], replace=True) for rows in (context, others))
+    raw = {"tail": begun(opening, tail), "full": before}
+    if options.foreign:
+        raw["foreign"] = torch.cat([other, tail], 1)
+    if "raw" in options.rivals:
+        raw |= {f"raw_{n}": begun(opening, context[:, -2, -options.tail - n :]) for n in options.slots}
+    arms = {arm: _raw_loss(model, ids, segment) for arm, ids in raw.items()}
+    for arm, memory in _memories(options, model, tokenizer, before):
+        arms[arm] = _loss_behind(options, model, memory, segment)
+    for slots in options.foreign:
+        memory = _matched(options, model, other, slots, slots, len(opening))
+        memory = dataclasses.replace(memory, recent=tuple(tail))
+        arms[f"foreign_{slots}"] = _loss_behind(options, model, memory, segment)
+    if learned is not None:
+        # Compute as in training, where adapters ran in bfloat16, too.
+        with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):
+            memory = dataclasses.replace(learned.compress(context[:, -2], finish=True), recent=tuple(tail))
+            logits = learned(segment, memory=memory).logits
+            arms[f"learned_{learned.r3mem_config.num_memory_tokens}"] = _mean_loss(logits, segment)
+            logits = learned(torch.cat([tail, segment], 1), logits_to_keep=options.length).logits
+            arms["learned_tail"] = _mean_loss(logits, segment)
+    return arms
 
 
 def _memories(
@@ -251,28 +270,21 @@ def _chain_losses(
     options: argparse.Namespace, model: R3MemModel, tokenizer: Any, places: list[Place], lengths: Sequence[int]
 ) -> Losses:
     """Read segments behind so many segments: nats a token by arm, `[segments]` each."""
-    arms: dict[str, list[torch.Tensor]] = {}
     budget, opening = options.budget, opening_ids(tokenizer)
-    for start in tqdm(range(0, len(places), options.batch), disable=options.json, desc="Reading chains"):
-        context = torch.stack([place.segments for place in places[start : start + options.batch]])
-        segment = context[:, -1]
-        seven = context[:, -1 - CHAIN : -1].flatten(1)
-        raw = {
-            "tail": begun(opening, seven[:, -options.tail :]),
-            "full_of_7": begun(opening, seven, replace=True),
-            f"raw_{budget}_of_7": begun(opening, seven[:, -options.tail - budget :]),
-        }
-        for arm, ids in raw.items():
-            _add(arms, arm, _raw_loss(model, ids, segment))
-        for count in lengths:
-            before = begun(opening, context[:, -1 - count : -1].flatten(1), replace=True)
-            memory = _matched(options, model, before, max(options.slots), budget, len(opening))
-            _add(arms, f"matched_{budget}_of_{count}", _loss_behind(options, model, memory, segment))
-    return {arm: torch.cat(found) for arm, found in arms.items()}
-
-
-def _add(arms: dict[str, list[torch.Tensor]], arm: str, losses: torch.Tensor) -> None:
-    arms.setdefault(arm, []).append(losses)
+    context = torch.stack([place.segments for place in places])
+    segment = context[:, -1]
+    seven = context[:, -1 - CHAIN : -1].flatten(1)
+    raw = {
+        "tail": begun(opening, seven[:, -options.tail :]),
+        "full_of_7": begun(opening, seven, replace=True),
+        f"raw_{budget}_of_7": begun(opening, seven[:, -options.tail - budget :]),
+    }
+    arms = {arm: _raw_loss(model, ids, segment) for arm, ids in raw.items()}
+    for count in lengths:
+        before = begun(opening, context[:, -1 - count : -1].flatten(1), replace=True)
+        memory = _matched(options, model, before, max(options.slots), budget, len(opening))
+        arms[f"matched_{budget}_of_{count}"] = _loss_behind(options, model, memory, segment)
+    return arms
 
 
 def _raw_loss(model: R3MemModel, before: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
@@ -325,9 +337,9 @@ def _layout(options: argparse.Namespace, model: R3MemModel, slots: int, budget: 
 
 
 def _mean_loss(logits: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-    # Flat, because a softmax over a dimension that is not the last takes seconds where the vocabulary is large.
-    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), segment[:, 1:].flatten(), reduction="none")
-    return losses.view(len(segment), -1).mean(1)
+    # By row, because a batch's logits take gigabytes in float32 where the vocabulary is large.
+    rows = zip(logits, segment, strict=True)
+    return torch.stack([cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in rows]).mean(1)
 
 
 if __name__ == "__main__":

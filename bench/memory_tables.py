@@ -1,5 +1,7 @@
 """The tables of matched memories and their rivals: what they close, by kind of text, and what they answer."""
 
+import itertools
+
 from .markdown import interval, records, table
 
 # Kinds of text that matched memories were measured on.
@@ -70,6 +72,27 @@ def matched_rivals() -> str:
     return table(("kept", *(f"{slots} slots" for slots in sizes)), rows)
 
 
+def matched_second_model() -> str:
+    """Return the table of all rivals on novels, read by the second model."""
+    found = records("matched_novels_gemma3_270m")
+    closed = closed_by("matched_novels_gemma3_270m")
+    better = {(r["nats_better_than"], r["slots"]): interval(r) for r in found if "nats_better_than" in r}
+    rows = []
+    for arm, what in {"matched": "**matched**", **_RIVALS, "foreign": "matched, of another text"}.items():
+        if (f"{arm}_64", "full") in closed:
+            cells = ((_cell(closed, f"{arm}_{slots}"), better.get((arm, slots), "–")) for slots in (64, 16))
+            rows.append((what, *itertools.chain(*cells)))
+    rows.append(("another text, all of it", _cell(closed, "foreign"), "–", "–", "–"))
+    names = (
+        "kept",
+        "64 slots",
+        "matched is better by, nats a token",
+        "16 slots",
+        "matched is better by, nats a token",
+    )
+    return table(names, rows)
+
+
 def memory_answers() -> str:
     """Return the table of what questions about paragraphs gain from memories of them, and from rivals."""
     gained = {(r["gained_by"], r["of"]): r for r in records("answers_xquad_smollm2") if "gained_by" in r}
@@ -120,6 +143,7 @@ def second_model_side_bits() -> str:
 TABLES = {
     "second_model": second_model,
     "second_model_side_bits": second_model_side_bits,
+    "matched_second_model": matched_second_model,
     "memory_questions": memory_questions,
     "matched_memories": matched_memories,
     "matched_rivals": matched_rivals,

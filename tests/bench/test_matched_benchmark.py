@@ -59,6 +59,37 @@ def test_arms_and_shares(folder, tmp_path, monkeypatch, begins):
     assert head["long_chains"] == 2 and "matched_16_of_9" in {r.get("arm") for r in found}
 
 
+def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
+    """The same command measures what is missing, and writes what a run without an interruption does."""
+    text, whole, output = (tmp_path / name for name in ("text", "whole.jsonl", "out.jsonl"))
+    text.write_text("".join(chr(40 + i * i % 50) for i in range(600)))
+    settings = {"segments": 5, "chains": 2, "batch": 2, "budget": 16, "length": 16, "tail": 4, "slots": 3}
+    arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    arguments += ["--model", str(folder), "--text", str(text), "--presses", "--rivals", "raw"]
+    assert matched.main([*arguments, "--output", str(whole)]) == 0
+    arguments += ["--output", str(output)]
+    measure, starts = matched._losses, []
+
+    def interrupted(options, model, learned, tokenizer, places, foreign):
+        if len(starts) == 2:
+            raise KeyboardInterrupt
+        starts.append(len(places))
+        return measure(options, model, learned, tokenizer, places, foreign)
+
+    monkeypatch.setattr(matched, "_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        matched.main(arguments)
+    with pytest.raises(
+        ValueError, match=r"unfinished is of an interrupted run with another batch, tail: run the same"
+    ):
+        matched.main([*arguments, "--batch", "3", "--tail", "5"])
+    starts.clear()
+    assert matched.main(arguments) == 0
+    assert starts == [1]  # of five places in batches of two
+    assert output.read_text().splitlines()[1:] == whole.read_text().splitlines()[1:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "text", "whole.jsonl"]
+
+
 def test_the_speed_of_compressing(folder, tmp_path):
     """Both arms run, in pairs, and the share of tokens that are read twice is the overlap's."""
     output = tmp_path / "out.jsonl"

@@ -49,8 +49,10 @@ def queries_and_keys(model, ids):
 
 
 @needs_kvpress
-def test_snapkv_is_pooled_attention_of_the_window():
-    model, ids = build(scale=2.0).eval(), token_ids(tokens=20)
+@pytest.mark.parametrize("family, changes", [("llama", {}), ("gemma3_text", {"sliding_window": 20})])
+def test_snapkv_is_pooled_attention_of_the_window(family, changes):
+    """Also where layers have rotary tables of two kinds, and a sliding window that no key is out of."""
+    model, ids = build(family, scale=2.0, **changes).eval(), token_ids(tokens=20)
     scores, window = scored(model, "snapkv", ids), SLOTS // 2
     causal = torch.ones(20, 20, dtype=torch.bool).tril()
     for found, (query, key) in zip(scores, queries_and_keys(model, ids), strict=True):
