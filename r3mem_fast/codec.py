@@ -64,6 +64,10 @@ class TextCodec:
         # Not verbose, as it would warn about texts that are longer than the model's positions.
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
+    def said(self, text: str) -> list[int]:
+        """Token ids of what somebody said: special tokens in it, such as the end of a turn, are mere letters."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
     def count(self, text: str) -> int:
         """Number of tokens of a text, without special tokens."""
         return len(self.ids(text))

@@ -113,7 +113,7 @@ class DocumentStore:
         if not text.strip():
             raise ValueError("a text is empty")
         with self._lock:
-            ids = self.pipeline.codec.ids(text)
+            ids = self.pipeline.codec.said(text)
             layout = self._layout(len(ids))
             name = self._name(text, layout)
             memory = self._memories.pop(name, None) or self._read(name) or self._made(name, ids, layout)
@@ -160,7 +160,7 @@ class DocumentStore:
                 kept = self._fitting(order[passages:], parts)
                 memories.append(self._before(kept, parts))
                 said = "\n\n".join([*(parts[name] for name in names if name in raw), text])
-                rows.append(codec.ids(f"\n\n{said}" if kept else said) + self._after)
+                rows.append(codec.said(f"\n\n{said}" if kept else said) + self._after)
                 sources = tuple(name for name in names if name in raw or name in kept)
                 chosen.append((sources, tuple(name for name in sources if name in raw)))
             texts = written(self.pipeline, rows, rows_of_one(memories), settings)
@@ -171,7 +171,7 @@ class DocumentStore:
         """Parts whose memories fit into the slots together, the best first."""
         left, kept = self.slots, []
         for name in order:
-            needed = self._layout(self.pipeline.codec.count(parts[name])).budget
+            needed = self._layout(len(self.pipeline.codec.said(parts[name]))).budget
             if needed <= left:
                 left -= needed
                 kept.append(name)

@@ -131,4 +131,5 @@ class TurnCodec:
         return self.codec.ids(self._parts[1 if role == "assistant" else 2])
 
     def _said(self, text):
-        return self.codec.ids(f" {text}" if self._parts is _PLAIN else text)
+        # Nobody ends a turn, or begins another's, by saying so.
+        return self.codec.said(f" {text}" if self._parts is _PLAIN else text)
