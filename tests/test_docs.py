@@ -245,3 +245,11 @@ def test_the_architecture_names_every_module():
     paths = [*package.glob("*.py"), *(path for name in PACKAGES for path in (package / name).glob("*.py"))]
     names = {path.stem for path in paths} - {"__init__", "__main__"}
     assert sorted(name for name in names if not re.search(rf"\b{name}\b", text)) == []
+
+
+def test_what_a_killed_process_loses():
+    *_, record = records("crash_smollm2.jsonl")
+    assert record["problems"] == [] and record["kills"] == 200
+    text = text_of("docs/conversations.md")
+    assert f"killed 200 times: of {record['adds']} additions and {record['deletes']} deletions" in text
+    assert f"{record['compared']} of {record['compared']} memories" in text
