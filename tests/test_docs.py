@@ -180,6 +180,21 @@ def test_what_a_memory_is_worth():
     assert interval(next(r for r in before if r.get("share") == "closed by a foreign memory")) in text
 
 
+def test_what_a_matched_memory_is_worth_to_a_second_model():
+    """It is ahead of every rival, barely of one, and closes less than on the first model."""
+    found, first = (records(f"matched_novels_{model}.jsonl") for model in ("gemma3_270m", "smollm2"))
+    better = {(r["nats_better_than"], r["slots"]): r for r in found if "nats_better_than" in r}
+    assert {slots for _, slots in better} == {16, 64} and all(r["low"] > 0 for r in better.values())
+    text = text_of("docs/memory.md")
+    assert f"their own values, by {interval(better['attended', 16])} nats a token" in text
+    gemma, smollm2 = (
+        [next(r["mean"] for r in of if r.get("closed_by") == f"matched_{slots}") for slots in (64, 16)]
+        for of in (found, first)
+    )
+    assert f"{gemma[0]:.3f} of the gap in 64 slots and {gemma[1]:.3f} in 16, there" in text
+    assert f"there {smollm2[0]:.3f} and {smollm2[1]:.3f}" in text
+
+
 def test_what_a_matched_memory_is_worth():
     head, *found = records("matched_novels_smollm2.jsonl")
     closed = {(r["closed_by"], r["of"]): r for r in found if "closed_by" in r}
