@@ -10,11 +10,11 @@ of our own (`bench/data`). Each question is asked in a user's turn behind the co
                     training, and the newest tokens as they are
     attended        the same keys with their own values: the most attended ones
     last            the last tokens
-    bm25, minilm    turns that fit the question best, by BM25 (SQLite's FTS5) or by embeddings of all-MiniLM-L6-v2, in
-                    the order in which they were said
+    bm25, minilm    turns that fit the question best, by BM25 (SQLite's FTS5, and then the newest) or by embeddings of
+                    all-MiniLM-L6-v2, in the order in which they were said; the worst of them is cut to fit
     memory+bm25     a memory with half as many slots, and turns in the place of the others
     foreign         another user's memory: what one is worth that knows nothing of it
-    full            the whole conversation, as far as the model has positions
+    full            the whole conversation; its beginning is cut (`full_cut_tokens`) where positions do not suffice
 
 `last`, `bm25`, `minilm` and `memory+bm25` have as many tokens and slots before the question as `memory` has, for each
 user and number of slots. A record a way has the mean of nats a token of the references; F1, ROUGE-L and containment of
@@ -42,6 +42,7 @@ from r3mem_fast import Memory, MemoryStore, R3MemConfig, R3MemPipeline
 from r3mem_fast.store import Item
 from r3mem_fast.store.beside import pinned_memory, with_layout
 from r3mem_fast.store.memories import History
+from r3mem_fast.store.turns import TurnCodec
 
 from .asking import Asked, answers, grades, nats
 from .places import interval
@@ -119,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     pipeline = R3MemPipeline(options.model, dtype=options.dtype, config=_config(64, 256))
+    if options.users < 2:
+        raise ValueError("--users must be at least 2: the memory of another user is the control")
     talks = read_talks(options.data)[: options.users]
     yield {
         "model": options.model, "dtype": options.dtype, "kept": options.kept, "raw_tokens": options.raw_tokens,
@@ -130,7 +133,10 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         graded.append(asker.ask(talk, talks[index - 1]))
     counts = torch.tensor([float(len(talk.questions)) for talk in talks])
     seconds = sum(asker.seconds) / sum(asker.tokens)
-    yield {"history_tokens": round(statistics.mean(asker.tokens), 1), "add_seconds_per_token": round(seconds, 6)}
+    yield {
+        "history_tokens": round(statistics.mean(asker.tokens), 1), "add_seconds_per_token": round(seconds, 6),
+        "full_cut_tokens": [max(0, count - _positions(pipeline)) for count in asker.tokens],
+    }  # fmt: skip
     yield from summary(graded, counts, rivals=("last", "bm25", "minilm", "attended"))
 
 
@@ -149,7 +155,8 @@ def summary(
     measures = [name for name in _MEASURES if name in graded[0][ways[0]]]
     sums = {(way, name): torch.tensor([group[way][name] for group in graded]) for way in ways for name in measures}
     for way in ways:
-        record: dict[str, Any] = {"way": way, "slots": round(_mean(sums, way, "slots", graded, counts), 1)}
+        slots = sum(group[way]["slots"] for group in graded) / counts.sum().item()
+        record: dict[str, Any] = {"way": way, "slots": round(slots, 1)}
         for name in measures:
             record[name] = round((sums[way, name].sum() / counts.sum()).item(), 4)
         if way not in ("nothing", "full"):
@@ -165,10 +172,6 @@ def summary(
                         better = sums[way, name] - sums[f"{rival}_{slots}", name]
                         better = -better if name == "nats" else better
                         yield {"way": way, "better_than": rival, "of": name, **interval(better, counts)}
-
-
-def _mean(sums, way, name, graded, counts):
-    return sum(group[way][name] for group in graded) / counts.sum().item()
 
 
 class Asker:
@@ -221,18 +224,20 @@ class Asker:
                 }
             totals: dict[str, dict[str, float]] = {}
             for question, answer in talk.questions:
-                asked = {"nothing": Asked(head, turns.reply([("user", question)], None))}
+                alone = turns.reply([("user", question)], None)
+                asked = {"nothing": Asked(head, alone)}
                 for way, (memory, tail, role) in ways.items():
                     if not way.startswith("half"):
                         asked[way] = Asked(memory, tail + turns.reply([("user", question)], role))
                 for kept in options.kept:
                     for way, by in (("bm25", "bm25"), ("minilm", "embedding")):
-                        text = self._with_turns(store, talk.user, question, by, room[kept][0])
-                        asked[f"{way}_{kept}"] = Asked(head, turns.reply([("user", text)], None))
+                        found = self._turns(store, talk.user, question, by, room[kept][0])
+                        asked[f"{way}_{kept}"] = Asked(head, _behind(turns, found, question, None))
                     memory, tail, role = ways[f"half_{kept}"]
-                    text = self._with_turns(store, talk.user, question, "bm25", room[kept][1])
-                    asked[f"memory+bm25_{kept}"] = Asked(memory, tail + turns.reply([("user", text)], role))
-                self._grade(asked, question, answer, totals)
+                    found = self._turns(store, talk.user, question, "bm25", room[kept][1])
+                    ids = tail + _behind(turns, found, question, role)
+                    asked[f"memory+bm25_{kept}"] = Asked(memory, ids)
+                self._grade(asked, answer, len(alone), totals)
         return totals
 
     def _memory(self, talk: Talk, kept: int, keeping: str) -> History:
@@ -253,21 +258,27 @@ class Asker:
                 self._held[key] = store.answering().histories.history(talk.user)
         return self._held[key]
 
-    def _with_turns(self, store: MemoryStore, user: str, question: str, by: str, tokens: int) -> str:
-        """A question behind turns that fit it best, in the order in which they were said: as many as tokens hold."""
-        count, left, chosen = self._pipeline.codec.count, tokens, []
-        for found in store.search(question, user_id=user, by=by, limit=200):
-            line = _line(found.item)
-            if count(line) > left:
-                break
-            left -= count(line)
-            chosen.append(found.item)
-        return "".join(_line(item) for item in sorted(chosen, key=lambda item: item.id)) + f"\n{question}"
+    def _turns(self, store: MemoryStore, user: str, question: str, by: str, tokens: int) -> list[int]:
+        """Token ids of the turns that fit a question best, in the order in which they were said, as many as asked for.
 
-    def _grade(self, ways, question, answer, totals):
+        Turns without a word of the question come behind those with one, the newest first.
+        """
+        every = store.get_all(user_id=user)
+        best = [found.item for found in store.search(question, user_id=user, by=by, limit=len(every))]
+        known = {item.id for item in best}
+        left, chosen = tokens, {}
+        for item in [*best, *(item for item in reversed(every) if item.id not in known)]:
+            if left <= 0:
+                break
+            chosen[item.id] = self._pipeline.codec.said(_line(item))[:left]
+            left -= len(chosen[item.id])
+        return [token for number in sorted(chosen) for token in chosen[number]]
+
+    def _grade(self, ways, answer, own, totals):
         ids = self._pipeline.codec.ids(answer)
         found: dict[str, dict[str, float]] = {
-            way: {"nats": loss, "slots": ways[way].slots} for way, loss in nats(self._pipeline, ways, ids).items()
+            way: {"nats": loss, "slots": ways[way].slots - own}
+            for way, loss in nats(self._pipeline, ways, ids).items()
         }
         if self._options.new_tokens:
             written = answers(self._pipeline, ways, new_tokens=self._options.new_tokens)
@@ -301,6 +312,13 @@ def held_as_it_is(pipeline: R3MemPipeline, head: Memory, ids: Sequence[int]) -> 
     layout = config.memory_layout(pipeline.model.max_tokens)
     assert layout is not None, "there are memory tokens"
     return pipeline.model.compress(torch.tensor([list(ids)]), memory=with_layout(head, layout), finish=True)
+
+
+def _behind(turns: TurnCodec, found: list[int], question: str, role: str | None) -> list[int]:
+    """Token ids of a user's turn behind a message of a role: what was found, and the question, up to the answer."""
+    said = [("user", question)]
+    ids, between = turns.reply(said, role), len(turns.ids(said, role)) - len(turns.ids(said))
+    return ids[:between] + found + ids[between:]
 
 
 def _size(history: History) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
@@ -268,9 +268,11 @@ def replace_weights(model: Any, folder: str | Path) -> dict[str, Any]:
             f"{folder} was made with other settings than the model's adapters, and cannot take their place; load it "
             f"alone: R3MemPipeline({str(folder)!r})"
         )
-    found = set_peft_model_state_dict(model.peft_model, load_file(folder / ADAPTER_FILES[1]))
-    if found.unexpected_keys:
-        raise ValueError(f"{folder} holds weights that the model has no place for: {found.unexpected_keys[0]}")
+    weights = load_file(folder / ADAPTER_FILES[1])
+    shapes = {name: weight.shape for name, weight in get_peft_model_state_dict(model.peft_model).items()}
+    if {name: weight.shape for name, weight in weights.items()} != shapes:
+        raise ValueError(f"{folder} holds weights of other names or sizes than the model's adapters")
+    set_peft_model_state_dict(model.peft_model, weights)
     if model.memory_embeddings is not None:
         model.memory_embeddings.copy_(load_file(folder / MEMORY_TOKENS)["embeddings"])
     return manifest

@@ -32,7 +32,7 @@ def around_words(tokenizer: Any, turns: Sequence[tuple[str, str]] = ()) -> tuple
         for role, said in zip(("user", "assistant"), turn, strict=True)
     ]
     talk.append({"role": "user", "content": _WORDS})
-    text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False, enable_thinking=False)
     if text.count(_WORDS) != 1:
         raise ValueError("the tokenizer's chat template does not hold a user's words as they are")
     before, after = text.split(_WORDS)

@@ -86,7 +86,12 @@ def in_order(documents: Documents, labels: Sequence[tuple[str, str] | None]) -> 
 
 
 def cut_to_length(
-    documents: Mapping[str, str], count: Callable[[str], int], most: int, taken: Collection[str]
+    documents: Mapping[str, str],
+    count: Callable[[str], int],
+    most: int,
+    taken: Collection[str],
+    *,
+    anywhere: bool = False,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Cut documents that are too long into several, at chapters or paragraphs.
 
@@ -95,6 +100,7 @@ def cut_to_length(
         count: Function that counts the tokens of a text.
         most: Tokens of a document at most.
         taken: Names that parts must not have.
+        anywhere: Whether a sentence is cut, too, if it is too long.
 
     Returns:
         The documents with parts in place of those that were cut; and, by name of a part, the name of the document that
@@ -108,7 +114,7 @@ def cut_to_length(
     for name, text in documents.items():
         # A token has one byte at least, so that most texts need not be counted.
         short = not isinstance(text, str) or len(text.encode("utf-8", "surrogatepass")) <= most
-        parts = {name: text} if short else cut_document(text, name, count, most)
+        parts = {name: text} if short else cut_document(text, name, count, most, anywhere=anywhere)
         if len(parts) > 1:
             if doubled := parts.keys() & (cut.keys() | documents.keys() | set(taken)):
                 raise ValueError(f"two documents would be called {min(doubled)!r}; give one of them another name")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from . import __version__
-from .store.database import Item
+from .store.database import DATABASE
+from .store.items import Item
 from .store.lookup import Found
 from .store.texts import StoredTexts
 
@@ -68,8 +69,12 @@ class Opening:
                 self._store = store
             return self._store
 
+    def is_there(self) -> bool:
+        """Whether there is a store; before the first opening has made one, nothing is in it."""
+        return (self.folder / DATABASE).is_file()
+
     def texts(self) -> StoredTexts:
-        """What is in the store, which takes no waiting. Raises FileNotFoundError if there is no store yet."""
+        """What is in the store, which takes no waiting."""
         return StoredTexts(self.folder)
 
     def _try(self):
@@ -131,7 +136,7 @@ class Tools:
         metadata: Annotated[dict[str, Any] | None, Field(description="What is kept beside it.")] = None,
         user_id: User = None,
     ) -> Item:
-        """Remember something that was said. It is kept word for word, and all later answers know of it."""
+        """Remember something that was said. It is kept word for word, and later answers are given behind it."""
         said = {"role": role, "content": text}
         store = self._opening.store()
         (item,) = store.add(said, user_id=user_id or self._user, run_id=run_id, metadata=metadata)
@@ -148,6 +153,8 @@ class Tools:
     ) -> list[Found]:
         """Find what was said about something, word for word, the best first."""
         user = user_id or self._user
+        if not self._opening.is_there():
+            return []
         if by != "bm25":
             return self._opening.store().search(query, by=by, user_id=user, run_id=run_id, limit=limit)
         with self._opening.texts() as texts:
@@ -161,7 +168,7 @@ class Tools:
         max_new_tokens: Annotated[int, Field(description="Tokens of the answer at most.", ge=1)] = 128,
         user_id: User = None,
     ) -> str:
-        """Have the local model answer a question behind all that a user has said. Nothing is added to the memory."""
+        """Have the local model answer a question behind what a user has said. Nothing is added to the memory."""
         return self._opening.store().ask(
             question,
             user_id=user_id or self._user,
@@ -178,6 +185,8 @@ class Tools:
         user_id: User = None,
     ) -> list[Item]:
         """Show what was said, in the order in which it was added."""
+        if not self._opening.is_there():
+            return []
         with self._opening.texts() as texts:
             return texts.items(user_id=user_id or self._user, run_id=run_id)[-limit:]
 

@@ -73,7 +73,7 @@ def test_what_is_added_is_found_asked_for_and_deleted(run, folder, tmp_path):
     """And is what `MemoryStore` holds and answers; what a server prints goes to standard error."""
 
     async def used(client):
-        assert "there is no store in" in await refused(client, "list_memories")  # it does not wait for the model
+        assert await call(client, "list_memories") == []  # it does not wait for the model
         first = await call(client, "add_memory", text="Ida is allergic to peanuts.", run_id="r", metadata={"a": 1})
         assert (first["user_id"], first["role"], first["metadata"]) == ("anna", "user", {"a": 1})
         second = await call(client, "add_memory", text="I see.", role="assistant")

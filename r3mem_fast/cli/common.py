@@ -85,6 +85,7 @@ def store_of(options: argparse.Namespace) -> Any:
         options.model,
         config=config,
         raw_tokens=getattr(options, "raw_tokens", None),
+        system=getattr(options, "system", None),
         device=device_of(options),
         dtype=options.dtype,
     )

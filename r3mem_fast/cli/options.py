@@ -134,6 +134,7 @@ def add_store_model(parser: argparse.ArgumentParser, *, json: bool = True, sizes
             type=int,
             help=f"tokens, the newest ones, that are never compressed ({RAW_TOKENS} in a new store)",
         )
+        parser.add_argument("--system", help="system prompt of all conversations (the chat template's in a new store)")
     add_run_options(parser, json=json)
 
 

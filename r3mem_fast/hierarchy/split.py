@@ -24,8 +24,12 @@ _HEADING = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 # Where a long text is cut, best places first: before a chapter's heading, at a blank line, at the end of a line, after
-# a sentence.
-_BORDERS = (_HEADING, _BLANK_LINES, re.compile(r"\n"), re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+"))
+# a sentence. Chinese and Japanese sentences end without white space.
+_BORDERS = (
+    _HEADING, _BLANK_LINES, re.compile(r"\n"), re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+|(?<=[。！？])"),
+)  # fmt: skip
+# And where a sentence is cut that is too long: between words, and in words between letters.
+_INSIDE = (re.compile(r"\s+"), re.compile(r"(?<=\S)(?=\S)"))
 
 
 class Span(NamedTuple):
@@ -107,7 +111,9 @@ def split_document(text: str, name: str, count_tokens: Callable[[str], int], lan
     return Document(name, _span(text, 0, len(text)), paragraphs)
 
 
-def cut_document(text: str, name: str, count_tokens: Callable[[str], int], most: int) -> dict[str, str]:
+def cut_document(
+    text: str, name: str, count_tokens: Callable[[str], int], most: int, *, anywhere: bool = False
+) -> dict[str, str]:
     """Cut a long text into documents of at most `most` tokens.
 
     A text that is too long is cut before the headings of chapters; a part that is still too long, at paragraphs, lines
@@ -119,14 +125,16 @@ def cut_document(text: str, name: str, count_tokens: Callable[[str], int], most:
         name: The text's name.
         count_tokens: Returns the number of tokens of a string.
         most: The most tokens that a document may have.
+        anywhere: Whether a sentence is cut, too, if it has more tokens.
 
     Returns:
         Documents by name: the text itself under its name, or its parts under `NAME, part 1` and so on.
 
     Raises:
-        ValueError: A sentence has more tokens, and offers no place to cut it.
+        ValueError: A sentence has more tokens, and is not to be cut.
     """
-    parts = [span.text for span in _cut(text, _span(text, 0, len(text)), name, count_tokens, most, _BORDERS)]
+    borders = _BORDERS + _INSIDE if anywhere else _BORDERS
+    parts = [span.text for span in _cut(text, _span(text, 0, len(text)), name, count_tokens, most, borders)]
     parts = [part for part in parts if re.search(r"\w", part)]
     if len(parts) < 2:
         return {name: text}

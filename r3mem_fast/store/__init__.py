@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .conversations import MemoryStore
-    from .database import Item
     from .documents import Answer, DocumentStore
+    from .items import Item
     from .lookup import Found
 
 __all__ = ["Answer", "DocumentStore", "Found", "Item", "MemoryStore"]
@@ -17,7 +17,7 @@ _PLACES = {
     "Answer": "documents",
     "DocumentStore": "documents",
     "Found": "lookup",
-    "Item": "database",
+    "Item": "items",
     "MemoryStore": "conversations",
 }
 

@@ -3,16 +3,19 @@
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from ..adapter_folder import put_weights, weights_of
+from ..files import is_held
+from ..manifest import interrupted_run, is_adapter
 from ..pipeline import R3MemPipeline
 from ..training.remember import RememberReport
 from ..training.settings import RememberSettings
-from .database import Database, Item
+from .database import Database
+from .items import Item
 
+# Letters of a piece of a text that tells it from others.
+_LEAST_LETTERS = 20
 _SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 
@@ -37,12 +40,15 @@ class UserAdapters:
         items = self._database.items("user = ? AND id > ?", (user, held.learned))
         if not items:
             raise ValueError(f"there is nothing new to learn of what {user!r} has said")
-        name = f"{_prefix(user)}-{held.revision:x}-{items[-1].id}"
-        pipeline, self._in_use = self._with(held.adapter), None  # until it has ended, its weights are nobody's
+        name = f"{_begun(user, held.revision)}{items[-1].id}"
+        # A process may have been killed between saving the whole adapter and telling the database of it.
+        is_whole = is_adapter(self._folder / name) and interrupted_run(self._folder / name) is None
+        pipeline = self._with(name if is_whole else held.adapter)
+        self._in_use = None  # until it has ended, its weights are nobody's
         report = pipeline.remember(_documents(items), folder=self._folder / name, settings=settings, progress=progress)
         self._in_use = (name, pipeline)
-        is_kept = self._database.advance(user, held, replace(held, adapter=name, learned=items[-1].id))
-        self.sweep(self._folder, self._database, [user])
+        is_kept = self._database.put_adapter(user, held, name, items[-1].id)
+        self.sweep(self._folder, self._database, ended=user)
         if not is_kept:
             raise ValueError(f"what {user!r} has said was changed meanwhile; consolidate again")
         return report
@@ -61,24 +67,29 @@ class UserAdapters:
         else:
             return []
         text = pipeline.recall([query])[0]
-        lines = [_without_speaker(line) for line in text.splitlines()]
+        lines = {_without_speaker(line) for line in text.splitlines()} - {""}
         said = self._database.items("user = ? AND id <= ?", (user, held.learned))
-        return [item for item in said if any(line and line in item.text for line in lines)]
+        lengths = [max((len(line) for line in lines if _is_of(line, item.text)), default=0) for item in said]
+        best = sorted(range(len(said)), key=lambda place: -lengths[place])
+        return [said[place] for place in best if lengths[place]]
 
     @staticmethod
-    def sweep(folder: Path, database: Database, users: Iterable[str]) -> None:
-        """Remove the adapters of some users that are in use no longer, and what was begun of others.
+    def sweep(folder: Path, database: Database, ended: str | None = None) -> None:
+        """Remove adapters that are in use no longer; one that another process is training is left to that.
 
         Args:
             folder: Folder of the adapters.
             database: What was said.
-            users: The users.
+            ended: User of whom nothing is left to go on with. What was begun of others stays, if nothing that it
+                learns was deleted.
         """
-        for user in users:
-            for path in folder.glob(f"{_prefix(user)}-*"):
-                if path.name != database.held(user).adapter:
-                    with contextlib.suppress(FileNotFoundError):  # another process removes it, too
-                        shutil.rmtree(path)
+        users = database.rows("SELECT user, revision, adapter FROM users")
+        known = {adapter for _, _, adapter in users}
+        going = tuple(_begun(user, revision) for user, revision, _ in users if user != ended)
+        for path in folder.glob("*-*"):
+            if path.name not in known and not path.name.startswith(going) and not is_held(path):
+                with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+                    shutil.rmtree(path)
 
     def _with(self, name: str | None) -> R3MemPipeline:
         """A pipeline over the one model, with the adapters of a folder, or with new ones."""
@@ -94,8 +105,14 @@ class UserAdapters:
         return found
 
 
-def _prefix(user):
-    return hashlib.sha256(user.encode()).hexdigest()[:16]
+def _begun(user, revision):
+    """Beginning of the names of a user's adapters that nothing was deleted since."""
+    return f"{hashlib.sha256(user.encode()).hexdigest()[:16]}-{revision:x}-"
+
+
+def _is_of(line, text):
+    """Whether a recalled line is one of a text, or a long enough piece of it; a short one is in many texts."""
+    return line in text and (len(line) >= _LEAST_LETTERS or line in map(str.strip, text.splitlines()))
 
 
 def _documents(items):

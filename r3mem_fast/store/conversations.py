@@ -1,5 +1,6 @@
 """`MemoryStore`: what users have said, kept in a folder, behind which a model answers."""
 
+import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from ..training.remember import RememberReport
 from ..training.settings import RememberSettings
 from .adapters import UserAdapters
 from .answering import Answering
-from .database import DATABASE, Database, Item, check_names, condition
+from .database import DATABASE, Database
 from .defaults import RAW_TOKENS, SETTINGS, WAYS
+from .items import Item, check_names, condition
 from .lookup import Embedder, Found, Nearness, by_words
 from .memories import Histories
-from .opening import StoreModel, kept_raw_tokens
+from .opening import StoreModel, kept
 from .turns import TurnCodec, as_messages
 
 DEFAULT_CONFIG = R3MemConfig(**SETTINGS)
@@ -42,10 +44,11 @@ class MemoryStore:
             base model; None: what the folder was made with, "smollm2-135m" for a new one. It is loaded when needed.
         config: Sizes of memories and settings of adapters; None: what the folder was made with, `DEFAULT_CONFIG` for
             a new one.
+        system: System prompt of all conversations; None: what the folder was made with, the template's for a new one.
         raw_tokens: Tokens, the newest ones, that are never compressed; None: what the folder was made with, 128 for a
             new one.
         embedder: Function from texts to vectors for `search(by="embedding")`; None: `minilm_embedder`.
-        embedder_name: Name of that function; vectors of another name are made anew.
+        embedder_name: Name under which its vectors are kept; None: the function's.
         settings: More arguments of `R3MemPipeline` (`device`, `dtype`, ...).
 
     Raises:
@@ -60,9 +63,10 @@ class MemoryStore:
         model: "str | Path | R3MemPipeline | None" = None,
         *,
         config: R3MemConfig | None = None,
+        system: str | None = None,
         raw_tokens: int | None = None,
         embedder: Embedder | None = None,
-        embedder_name: str = "own",
+        embedder_name: str | None = None,
         **settings: Any,
     ):
         if raw_tokens is not None and raw_tokens < 0:
@@ -71,9 +75,11 @@ class MemoryStore:
         self.database = Database(self.folder / DATABASE)
         self._model = StoreModel(model, config, self.database, settings)
         self._nearness = Nearness(self.database, embedder, embedder_name)
-        self._raw_tokens = kept_raw_tokens(self.database, RAW_TOKENS) if raw_tokens is None else raw_tokens
+        self._raw_tokens = kept(self.database, "raw_tokens", RAW_TOKENS) if raw_tokens is None else raw_tokens
+        self._system = kept(self.database, "system", None) if system is None else system
         self._lock = threading.RLock()
         self._answering: Answering | None = None
+        self._sweep()  # a process may have been killed between deleting and this
 
     def __enter__(self):
         return self
@@ -105,7 +111,7 @@ class MemoryStore:
         """Add messages to a user's conversation; when this returns, they are on the disk.
 
         Whole segments that this completes are compressed, by a pass of the model over their tokens; nothing is
-        generated.
+        generated. Should that fail, the messages are added all the same.
 
         Args:
             messages: A text, which the user says; a message `{"role": "user" or "assistant", "content": text}`; or
@@ -126,6 +132,7 @@ class MemoryStore:
         check_names(user_id=user_id, agent_id=agent_id, run_id=run_id)
         with self._lock:
             reading = self.answering()
+            reading.histories.history(user_id)  # what is wrong with the memory is found out before anything is added
             added = self.database.add(said, user=user_id, agent=agent_id, run=run_id, metadata=metadata)
             reading.histories.history(user_id)
             return added
@@ -203,7 +210,7 @@ class MemoryStore:
         limit: int = 5,
         by: str = "bm25",
     ) -> list[Found]:
-        """Find what was said, word for word.
+        """Items that were said about something, word for word, the best first.
 
         Args:
             query: What is looked for.
@@ -214,9 +221,6 @@ class MemoryStore:
             by: "bm25": by words, which needs no model. "embedding": by the nearness of meaning. "backward": by reading
                 the network backward, if the conversation was consolidated; what is recalled counts if it was said,
                 and where nothing is, items are looked up by words.
-
-        Returns:
-            The items, the best first.
 
         Raises:
             ImportError: There is no embedder.
@@ -236,7 +240,7 @@ class MemoryStore:
         if by == "backward" and self.database.held(user_id).adapter is not None:
             with self._lock:
                 recalled = self._adapters().recalled(user_id, query)
-            known = {item.id for item in self.database.items(where, values)} if recalled else set()
+            known = {item.id for item in self.database.items(where, values)}
             if found := [Found(item, 1.0, "backward") for item in recalled if item.id in known]:
                 return found[:limit]
         return by_words(self.database, query, where, values, limit)
@@ -286,8 +290,8 @@ class MemoryStore:
         if not values:
             raise ValueError("say what is to be deleted: an item_id, a user_id, an agent_id or a run_id")
         with self._lock:
-            if gone := self.database.delete(where, values):
-                self._sweep({item.user_id for item in gone})
+            gone = self.database.delete(where, values)
+            self._sweep()
         return len(gone)
 
     def memory(self, user_id: str) -> Memory | None:
@@ -329,9 +333,8 @@ class MemoryStore:
                 self.answering()
             reading = self.answering(checked=False)
             self.database.forget_memories(self._identity(), user_id)
-            users = self.users() if user_id is None else [user_id]
-            self._sweep(set(users))
-            for user in users:
+            self._sweep()
+            for user in self.users() if user_id is None else [user_id]:
                 reading.histories.history(user)
 
     def answering(self, *, checked: bool = True) -> Answering:
@@ -346,7 +349,10 @@ class MemoryStore:
         with self._lock:
             if self._answering is None:
                 pipeline = self._model.pipeline(DEFAULT_CONFIG)
-                turns, folder = TurnCodec(pipeline.codec), self.folder / "memories"
+                turns, folder = TurnCodec(pipeline.codec, self._system), self.folder / "memories"
+                parts = self.database.setting("turns")
+                if parts is not None and kept(self.database, "turns", None) == turns.description:
+                    turns = TurnCodec(pipeline.codec, self._system, json.loads(parts))
                 histories = Histories(pipeline.model, turns, self.database, folder, self._raw_tokens)
                 self._answering = Answering(pipeline, turns, histories)
             if checked:  # each time, as another process may have made the memories anew with another model
@@ -355,18 +361,18 @@ class MemoryStore:
 
     def _identity(self):
         turns = self.answering(checked=False).turns
-        return self._model.identity(turns=turns.description, raw_tokens=self._raw_tokens)
+        made_with = {"turns": turns.description, "system": self._system, "raw_tokens": self._raw_tokens}
+        return {**self._model.identity(**made_with), "turns": json.dumps(turns.parts)}
 
     def _adapters(self):
         return self.answering().adapters(self.database, self.folder / "adapters")
 
-    def _sweep(self, users):
+    def _sweep(self):
         """Remove files that the database names no longer."""
         if self._answering is not None:
             self._answering.histories.sweep()
-        else:
-            Histories.sweep_folder(self.folder / "memories", self.database)
-        UserAdapters.sweep(self.folder / "adapters", self.database, users)
+        Histories.sweep_folder(self.folder / "memories", self.database)
+        UserAdapters.sweep(self.folder / "adapters", self.database)
 
     def _written(self, conversations, user, passages, by, stream, settings):
         """Replies to messages behind what a user has said, a list, or the pieces of the only one."""

@@ -11,9 +11,12 @@ import secrets
 import sqlite3
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .items import Held, Item
 
 FORMAT = 1
 DATABASE = "store.sqlite"
@@ -41,52 +44,6 @@ CREATE TABLE users (
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """Something that was said, as it was said.
-
-    Attributes:
-        id: Its number, which no other item has or had.
-        user_id: Whose memory it belongs to.
-        agent_id: Agent that it was said to; None: not told.
-        run_id: Conversation that it belongs to; None: not told.
-        role: "user" or "assistant".
-        text: What was said.
-        metadata: What the application keeps beside it.
-        created: When it was added, in seconds since 1970.
-    """
-
-    id: int
-    user_id: str
-    agent_id: str | None
-    run_id: str | None
-    role: str
-    text: str
-    metadata: dict[str, Any]
-    created: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """How far a user's memory has come.
-
-    Attributes:
-        revision: A number that is drawn anew whenever something is deleted, so that older memories count no more.
-        file: Name of the memory's file; None: there is none.
-        item: Last item that is in it, wholly or in part; 0: none.
-        tokens: Tokens of that item that are in it.
-        adapter: Name of the folder of the adapter that has learned what was said; None: there is none.
-        learned: Last item that the adapter has learned; 0: none.
-    """
-
-    revision: int = 0
-    file: str | None = None
-    item: int = 0
-    tokens: int = 0
-    adapter: str | None = None
-    learned: int = 0
-
-
 class Database:
     """Items of many users, and how far their memories have come.
 
@@ -94,15 +51,23 @@ class Database:
 
     Args:
         path: The file; made if it is not there, with the folders above it.
+        read_only: Whether nothing is to be written, made or waited for.
 
     Raises:
         OSError: It cannot be opened or made.
         ValueError: It is no file of a store, or a newer version's.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
         self._lock = threading.RLock()
+        if read_only:
+            with self._explained():
+                self._connection = sqlite3.connect(
+                    f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+                )
+                self._check_format(self._connection.execute("PRAGMA user_version").fetchone()[0])
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -124,12 +89,16 @@ class Database:
                 for statement in _statements(_SCHEMA):
                     run(statement)
                 run(f"PRAGMA user_version = {FORMAT}")
-            elif version != FORMAT:
-                raise ValueError(
-                    f"{self.path} has format {version}, and this version of r3mem_fast reads format {FORMAT}: "
-                    "install the version that wrote it, or choose another folder"
-                )
+            else:
+                self._check_format(version)
         self._overwrite()  # a process may have been killed between deleting and this
+
+    def _check_format(self, version):
+        if version != FORMAT:
+            raise ValueError(
+                f"{self.path} has format {version}, and this version of r3mem_fast reads format {FORMAT}: "
+                "install the version that wrote it, or choose another folder"
+            )
 
     @contextlib.contextmanager
     def _explained(self):
@@ -259,12 +228,24 @@ class Database:
         """
         with self.changing() as connection:
             changed = connection.execute(
-                "UPDATE users SET file = ?, item = ?, tokens = ?, adapter = ?, learned = ? "
-                "WHERE user = ? AND revision = ? AND file IS ? AND adapter IS ?",
-                (
-                    *(after.file, after.item, after.tokens, after.adapter, after.learned),
-                    *(user, before.revision, before.file, before.adapter),
-                ),
+                "UPDATE users SET file = ?, item = ?, tokens = ? WHERE user = ? AND revision = ? AND file IS ?",
+                (after.file, after.item, after.tokens, user, before.revision, before.file),
+            )
+            return changed.rowcount == 1
+
+    def put_adapter(self, user: str, before: Held, adapter: str, learned: int) -> bool:
+        """Put an adapter in the place of an earlier one, if nothing was deleted since that was read; see `advance`.
+
+        Args:
+            user: Whose adapter it is.
+            before: What the new adapter was made from.
+            adapter: Name of its folder.
+            learned: Last item that it has learned.
+        """
+        with self.changing() as connection:
+            changed = connection.execute(
+                "UPDATE users SET adapter = ?, learned = ? WHERE user = ? AND revision = ? AND adapter IS ?",
+                (adapter, learned, user, before.revision, before.adapter),
             )
             return changed.rowcount == 1
 
@@ -294,8 +275,12 @@ class Database:
                     connection.execute("DELETE FROM users WHERE user = ?", (user,))
             if gone:  # so that the index holds their words no longer
                 connection.execute("INSERT INTO words (words) VALUES ('optimize')")
-        if gone:
-            self._overwrite()
+        if gone and self._overwrite():
+            warnings.warn(
+                f"somebody is reading {self.path}, so that what was deleted is still in SQLite's log beside it; it is "
+                "overwritten when something else is deleted, or when the store is opened next",
+                stacklevel=2,
+            )
         return gone
 
     def _write_ahead(self):
@@ -311,8 +296,8 @@ class Database:
                 time.sleep(0.01)
 
     def _overwrite(self):
-        """Move what was written into the file, so that nothing deleted is in the log; waits for readers."""
-        self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Move what was written into the file, so that nothing deleted is in the log; whether that must wait."""
+        return bool(self.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0])
 
     def forget_memories(self, settings: dict[str, str], user: str | None = None) -> None:
         """Forget memories and adapters, which are made again, and take over other settings.
@@ -329,47 +314,16 @@ class Database:
             )
             connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", list(settings.items()))
 
-    def put_settings(self, settings: dict[str, str]) -> None:
-        """Take over settings of a new store, unless another process has."""
+    def put_settings(self, settings: dict[str, str], *, anew: bool = False) -> None:
+        """Take over settings.
+
+        Args:
+            settings: The settings.
+            anew: Whether they take the place of those that are there; if not, another process may have set them.
+        """
+        how = "REPLACE" if anew else "IGNORE"
         with self.changing() as connection:
-            connection.executemany("INSERT INTO settings VALUES (?, ?) ON CONFLICT DO NOTHING", list(settings.items()))
-
-
-def check_names(**names: str | None) -> None:
-    """Check names of users, agents and runs.
-
-    Args:
-        names: Names by what they name; only a `user_id` must be there.
-
-    Raises:
-        TypeError: One is no text.
-        ValueError: One is empty.
-    """
-    for what, name in names.items():
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"{what} must be a text, got {type(name).__name__}")
-        if name == "" or (name is None and what == "user_id"):
-            raise ValueError(f"{what} is empty")
-
-
-def condition(
-    *,
-    item_id: int | None = None,
-    user_id: str | None = None,
-    agent_id: str | None = None,
-    run_id: str | None = None,
-) -> tuple[str, tuple[Any, ...]]:
-    """Condition in SQL for items, and the values of its parameters; what is None may be anything.
-
-    Args:
-        item_id: Number of the item.
-        user_id: Whose it is.
-        agent_id: Agent that it was said to.
-        run_id: Conversation that it belongs to.
-    """
-    wanted = {"items.id": item_id, "items.user": user_id, "items.agent": agent_id, "items.run": run_id}
-    given = {column: value for column, value in wanted.items() if value is not None}
-    return " AND ".join(f"{column} = ?" for column in given) or "1", tuple(given.values())
+            connection.executemany(f"INSERT OR {how} INTO settings VALUES (?, ?)", list(settings.items()))
 
 
 def _revision():

@@ -1,6 +1,7 @@
 """`DocumentStore`: answers questions about documents, whose memories are made once and kept."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import torch
 
 from ..config import R3MemConfig
 from ..documents import Documents, by_name, cut_to_length
-from ..files import check_writable
+from ..files import check_writable, replacing
 from ..memory.layout import MemoryLayout
 from ..memory.memory import Memory
 from ..pipeline import R3MemPipeline
@@ -23,8 +24,8 @@ from .lookup import WordIndex
 from .opening import DEFAULT_MODEL, pipeline_of
 
 _SUFFIX = ".safetensors"
-# Memories that stay in the host's memory.
-_CACHED = 256
+# Memories that stay on the model's device, and questions that are answered at one time.
+_CACHED, _BATCH = 256, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,13 @@ class DocumentStore:
         """The pipeline, which the first use loads. Raises as `R3MemPipeline`, and ValueError for other memories."""
         with self._lock:
             if self._pipeline is None:
-                self._pipeline = pipeline_of(self._given, _CONFIG, self._settings)
+                found = pipeline_of(self._given, None, self._settings)
+                if found.model.empty_memory().carried is not None:
+                    raise ValueError(
+                        "a model with recurrent layers carries one state of all that it has read, so memories of its "
+                        "texts cannot stand side by side; compress them as one text: R3MemPipeline.compress"
+                    )
+                self._pipeline = found
             return self._pipeline
 
     def memory(self, text: str) -> Memory:
@@ -150,56 +157,62 @@ class DocumentStore:
         if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
             raise ValueError("a question is empty")
         with self._lock:
-            codec = self.pipeline.codec
-            parts, _ = cut_to_length(by_name(documents), codec.count, self.part_tokens, ())
-            names, index = list(parts), WordIndex(list(parts.values()))
-            memories, rows, chosen = [], [], []
-            for text in questions:
-                order = [names[place] for place in index.ranked(text)]
-                raw = order[:passages]
-                kept = self._fitting(order[passages:], parts)
-                memories.append(self._before(kept, parts))
-                said = "\n\n".join([*(parts[name] for name in names if name in raw), text])
-                rows.append(codec.said(f"\n\n{said}" if kept else said) + self._after)
-                sources = tuple(name for name in names if name in raw or name in kept)
-                chosen.append((sources, tuple(name for name in sources if name in raw)))
-            texts = written(self.pipeline, rows, rows_of_one(memories), settings)
-        answers = [Answer(text, *of) for text, of in zip(texts, chosen, strict=True)]
+            parts, _ = cut_to_length(
+                by_name(documents), self.pipeline.codec.count, self.part_tokens, (), anywhere=True
+            )
+            index = WordIndex(list(parts.values()))
+            needed = {name: self._layout(len(self.pipeline.codec.said(text))).budget for name, text in parts.items()}
+            answers: list[Answer] = []
+            for start in range(0, len(questions), _BATCH):
+                answers += self._answered(questions[start : start + _BATCH], parts, index, needed, passages, settings)
         return answers[0] if isinstance(question, str) else answers
 
-    def _fitting(self, order, parts):
-        """Parts whose memories fit into the slots together, the best first."""
-        left, kept = self.slots, []
-        for name in order:
-            needed = self._layout(len(self.pipeline.codec.said(parts[name]))).budget
-            if needed <= left:
-                left -= needed
-                kept.append(name)
-        return kept
+    def _answered(self, questions, parts, index, needed, passages, settings):
+        """Answer questions in one batch, each behind the parts that fit it best.
 
-    def _before(self, kept, parts):
-        """The memory before a question: of parts side by side, in the order of the documents."""
-        found = [self.memory(text) for name, text in parts.items() if name in kept]
-        return side_by_side(found) if found else self._beginning()
+        parts, needed: texts of the parts, and slots of their memories, by name.
+        """
+        codec, names = self.pipeline.codec, list(parts)
+        _, after = self._turn
+        memories, rows, chosen = [], [], []
+        for text in questions:
+            order = [names[place] for place in index.ranked(text)]
+            raw, left, kept = order[:passages], self.slots, []
+            for name in order[passages:]:
+                if needed[name] <= left:
+                    left -= needed[name]
+                    kept.append(name)
+            found = [self.memory(parts[name]) for name in names if name in kept]
+            memories.append(side_by_side(found) if found else self._beginning())
+            said = "\n\n".join([*(parts[name] for name in names if name in raw), text])
+            rows.append(codec.said(f"\n\n{said}" if kept else said) + after)
+            sources = tuple(name for name in names if name in raw or name in kept)
+            chosen.append((sources, tuple(name for name in sources if name in raw)))
+        texts = written(self.pipeline, rows, rows_of_one(memories), settings)
+        return [Answer(text, *of) for text, of in zip(texts, chosen, strict=True)]
 
-    @property
-    def _after(self):
-        """Token ids behind a question, up to the answer."""
+    @functools.cached_property
+    def _turn(self) -> tuple[list[int], list[int]]:
+        """Token ids before a document, and behind a question up to the answer.
+
+        They stay what they were when the folder was made: a template that tells today's date has others tomorrow.
+        """
         codec = self.pipeline.codec
-        chats = getattr(codec.tokenizer, "chat_template", None) is not None
-        return codec.turn[1] if chats else codec.ids("\n")
-
-    @property
-    def _opening(self):
-        """Token ids that stand before a document."""
-        codec = self.pipeline.codec
-        chats = getattr(codec.tokenizer, "chat_template", None) is not None
-        return codec.turn[0] if chats else codec.opening
+        template = getattr(codec.tokenizer, "chat_template", None)
+        if template is None:
+            return codec.opening, codec.ids("\n")
+        digest = hashlib.sha256(json.dumps([template, codec.fingerprint]).encode()).hexdigest()
+        path = self.folder / f"turn-{digest[:16]}.json"
+        if not path.exists():
+            with replacing(path) as unfinished:
+                unfinished.write_text(json.dumps(codec.turn), encoding="utf-8")
+        before, after = json.loads(path.read_text(encoding="utf-8"))
+        return before, after
 
     def _beginning(self):
         """The memory of what stands before a document: the chat template's tokens, or what begins a text; pinned."""
         if self._begun is None:
-            self._begun = pinned_memory(self.pipeline.model, self._opening)
+            self._begun = pinned_memory(self.pipeline.model, self._turn[0])
         return self._begun
 
     def _layout(self, tokens: int) -> MemoryLayout:
@@ -217,7 +230,7 @@ class DocumentStore:
     def _name(self, text, layout):
         """Name of a memory's file: a digest of all that it depends on."""
         model, codec = self.pipeline.model, self.pipeline.codec
-        made_with = [model.base_fingerprint(), str(model.dtype), codec.fingerprint, self._opening, layout.to_dict()]
+        made_with = [model.base_fingerprint(), str(model.dtype), codec.fingerprint, self._turn[0], layout.to_dict()]
         described = [*made_with, text]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest() + _SUFFIX
 
@@ -226,7 +239,7 @@ class DocumentStore:
         path = self.folder / name
         try:
             return Memory.load(path, self.pipeline.model, device=self.pipeline.model.device)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a damaged one is made again: the text is at hand
             return None
 
     def _made(self, name, ids, layout):

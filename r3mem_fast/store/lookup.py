@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..hierarchy.words import STOP_WORDS
-from .database import Database, Item
+from .database import Database
+from .items import Item
 
 if TYPE_CHECKING:  # looking up by words needs no torch
     import torch
@@ -69,11 +70,13 @@ class Nearness:
     Args:
         database: The database.
         embedder: Gives embeddings; None: `minilm_embedder`, when it is needed.
-        name: Name of the embedder. Embeddings of another name are made anew.
+        name: Name under which embeddings are kept, those of another name are made anew; None: the embedder's own.
     """
 
-    def __init__(self, database: Database, embedder: Embedder | None, name: str):
-        self._database, self._embedder, self._name = database, embedder, name
+    def __init__(self, database: Database, embedder: Embedder | None, name: str | None):
+        self._database, self._embedder = database, embedder
+        named: Any = embedder if hasattr(embedder, "__qualname__") else type(embedder)
+        self._name = name or f"{named.__module__}.{named.__qualname__}"
 
     def search(self, question: str, where: str, values: Sequence[Any], limit: int) -> list[Found]:
         """Items that are nearest to a question, the nearest first.
@@ -86,6 +89,7 @@ class Nearness:
 
         Raises:
             ImportError: There is no embedder.
+            ValueError: Vectors of other sizes are kept under its name.
         """
         import torch
 
@@ -101,6 +105,11 @@ class Nearness:
             return []
         vectors = torch.stack([torch.frombuffer(bytearray(vector), dtype=torch.float32) for _, vector in kept])
         asked = self._embedder([question]).to(torch.float32).cpu()
+        if asked.shape[1] != vectors.shape[1]:
+            raise ValueError(
+                f"the embedder {self._name!r} gives vectors of {asked.shape[1]} numbers, and those that are kept have "
+                f"{vectors.shape[1]}: another embedder made them; give this one an embedder_name of its own"
+            )
         best = torch.nn.functional.cosine_similarity(vectors, asked, dim=1).topk(min(limit, len(kept)))
         places = best.indices.tolist()
         ranked = [(kept[place][0], score) for place, score in zip(places, best.values.tolist(), strict=True)]

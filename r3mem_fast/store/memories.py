@@ -18,10 +18,11 @@ import torch
 from ..files import locked
 from ..memory.memory import Memory
 from ..model import R3MemModel
-from .database import Database, Held, Item
+from .database import Database
+from .items import Held, Item
 from .turns import TurnCodec
 
-# Memories that stay in the host's memory, and seconds that one process waits for another that writes a file.
+# Memories that stay on the model's device, and seconds that one process waits for another that writes a file.
 _CACHED, _SECONDS_TO_WAIT = 16, 60.0
 _SUFFIX = ".safetensors"
 

@@ -5,30 +5,35 @@ from pathlib import Path
 from typing import Any
 
 from ..config import R3MemConfig
+from ..manifest import is_adapter
 from ..pipeline import R3MemPipeline
 from .database import Database
 
 DEFAULT_MODEL = "smollm2-135m"
 
 
-def pipeline_of(given: "str | Path | R3MemPipeline", config: R3MemConfig, settings: dict[str, Any]) -> R3MemPipeline:
+def pipeline_of(
+    given: "str | Path | R3MemPipeline", config: R3MemConfig | None, settings: dict[str, Any]
+) -> R3MemPipeline:
     """A pipeline whose memories are matched ones of its base model.
 
     Args:
         given: What `R3MemPipeline` takes by name, or a pipeline.
-        config: Settings of a pipeline that is loaded here.
+        config: Settings of a pipeline that is loaded here; None: the defaults.
         settings: More arguments of such a pipeline.
 
     Raises:
         OSError: There is no such model.
         TypeError: A pipeline is given, and settings of one.
-        ValueError: Its memories are other ones.
+        ValueError: It is an adapter, or its memories are other ones.
     """
     if isinstance(given, R3MemPipeline):
         if settings:
             raise TypeError(f"{next(iter(settings))} is for a model that is given by name")
         found = given
     else:
+        if is_adapter(given):
+            raise ValueError(f"{given} is an adapter; a store keeps memories of a base model: name that")
         found = R3MemPipeline(given, config=config, **settings)
     if not found.model.memories_are_of_base:
         raise ValueError(
@@ -78,7 +83,10 @@ class StoreModel:
             config = self._config or self._kept_config() or default
             if not isinstance(given, R3MemPipeline):
                 self._config = config
-            self._pipeline = pipeline_of(given, config, self._settings)
+            settings = dict(self._settings)
+            if not isinstance(given, R3MemPipeline) and settings.get("dtype") is None:
+                settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
+            self._pipeline = pipeline_of(given, config, settings)
         return self._pipeline
 
     def identity(self, **more: Any) -> dict[str, str]:
@@ -91,14 +99,15 @@ class StoreModel:
         model = self._pipeline.model
         origin = model.origin()
         made_with = {
-            "base": origin.base, "layout": origin.adapter, "tokenizer": self._pipeline.codec.fingerprint, **more,
+            "base": origin.base, "layout": origin.adapter, "tokenizer": self._pipeline.codec.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."), **more,
         }  # fmt: skip
         if self._given is None:
             name = self._database.setting("model") or DEFAULT_MODEL
         elif isinstance(self._given, R3MemPipeline):
             name = model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL
-        else:
-            name = str(self._given)
+        else:  # a folder is found from elsewhere, too
+            name = str(Path(self._given).resolve() if Path(self._given).exists() else self._given)
         config = json.dumps((self._config or model.r3mem_config).to_dict())
         return {"made_with": json.dumps(made_with, sort_keys=True), "model": name, "config": config}
 
@@ -127,14 +136,17 @@ class StoreModel:
                 f"these (they differ in: {differs}). Open the folder with those, or make the memories anew from the "
                 "texts: rebuild(), r3mem store rebuild"
             )
+        if self._given is not None and self._database.setting("model") != identity["model"]:  # it was moved
+            self._database.put_settings({"model": identity["model"]}, anew=True)
 
 
-def kept_raw_tokens(database: Database, default: int) -> int:
-    """Tokens that a store never compresses.
+def kept(database: Database, name: str, default: Any) -> Any:
+    """What a store's memories are made with.
 
     Args:
         database: The store's database.
-        default: Those of a new store.
+        name: What is asked for, as `StoreModel.identity` names it.
+        default: That of a new store.
     """
     made_with = database.setting("made_with")
-    return default if made_with is None else json.loads(made_with)["raw_tokens"]
+    return default if made_with is None else json.loads(made_with).get(name, default)

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from .database import DATABASE, Database, Item, check_names, condition
+from .database import DATABASE, Database
+from .items import Item, check_names, condition
 from .lookup import Found, by_words
 
 FOLDER = "R3MEM_STORE"
@@ -30,7 +31,7 @@ class StoredTexts:
     def __init__(self, folder: Path):
         if not (folder / DATABASE).is_file():
             raise FileNotFoundError(f"there is no store in {folder}: `r3mem store add` and MemoryStore.add make one")
-        self.database = Database(folder / DATABASE)
+        self.database = Database(folder / DATABASE, read_only=True)
 
     def __enter__(self):
         return self

@@ -1,6 +1,8 @@
 """`TurnCodec`: token ids of a conversation, turn by turn, so that a memory can be streamed through it."""
 
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,7 +42,12 @@ def as_messages(messages: str | Mapping[str, Any] | Iterable[Mapping[str, Any]])
     for message in messages:
         if not isinstance(message, Mapping):
             raise TypeError(f'a message is {{"role": ..., "content": ...}}, got {type(message).__name__}')
-        role, text = message.get("role"), message.get("content")
+        role, text = message.get("role"), _text_of(message.get("content"))
+        if role == "system":
+            raise ValueError(
+                "what a system prompt says holds for all that is remembered: give it to the store, "
+                "MemoryStore(folder, system=...)"
+            )
         if role not in ROLES:
             raise ValueError(f"a message is said by {' or '.join(ROLES)}, got role={role!r}")
         if not isinstance(text, str):
@@ -55,6 +62,15 @@ def as_messages(messages: str | Mapping[str, Any] | Iterable[Mapping[str, Any]])
     return found
 
 
+def _text_of(content):
+    """The text of a message's content: itself, or its parts, `{"type": "text", "text": ...}` each, in lines."""
+    if not isinstance(content, (list, tuple)):
+        return content
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        raise TypeError("the content of a message must be a text, or parts of the type text alone")
+    return "\n".join(str(part.get("text", "")) for part in content)
+
+
 class TurnCodec:
     """Encodes conversations so that the ids of more turns are appended to those of the turns before.
 
@@ -63,24 +79,33 @@ class TurnCodec:
 
     Args:
         codec: Codec with the model's tokenizer.
+        system: The system prompt; None: what the template has of its own.
+        parts: What stands between turns, as another codec's `parts`: a template that tells today's date would give
+            other ones tomorrow. None: what the template gives now.
     """
 
-    def __init__(self, codec: TextCodec):
-        self.codec = codec
+    def __init__(self, codec: TextCodec, system: str | None = None, parts: Sequence[str] | None = None):
+        self.codec, self._system = codec, system
+        self._is_plain = getattr(codec.tokenizer, "chat_template", None) is None
+        if parts is not None:
+            self.parts = tuple(parts)
 
     @functools.cached_property
-    def _parts(self) -> tuple[str, str, str, str]:
+    def parts(self) -> tuple[str, ...]:
         """What stands before the user's first words, before an answer, before the next words, and before a reply.
 
         Raises:
             ValueError: The chat template does not hold turns as they are said.
         """
-        tokenizer = self.codec.tokenizer
-        if getattr(tokenizer, "chat_template", None) is None:
-            return _PLAIN
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        if self._is_plain:
+            return (f"{self._system}\n\n{_PLAIN[0]}", *_PLAIN[1:]) if system else _PLAIN
         roles = ("user", "assistant", "user")
         talk = [{"role": role, "content": words} for role, words in zip(roles, _WORDS, strict=True)]
-        text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+        # A model that thinks first would have its thoughts remembered.
+        text = self.codec.tokenizer.apply_chat_template(
+            [*system, *talk], add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
         rest, parts = text, []
         for words in _WORDS:
             before, found, rest = rest.partition(words)
@@ -92,13 +117,13 @@ class TurnCodec:
     @functools.cached_property
     def opening(self) -> list[int]:
         """Token ids before the user's first words."""
-        plain = getattr(self.codec.tokenizer, "chat_template", None) is None
-        return self.codec.begun(self._parts[0]) if plain else self.codec.ids(self._parts[0])
+        return self.codec.begun(self.parts[0]) if self._is_plain else self.codec.ids(self.parts[0])
 
     @functools.cached_property
-    def description(self) -> tuple[str, ...]:
-        """All that the ids of a conversation depend on, beside the tokenizer."""
-        return self._parts
+    def description(self) -> str:
+        """Digest of what the ids of a conversation depend on beside the tokenizer: the template, the system prompt."""
+        template = getattr(self.codec.tokenizer, "chat_template", None)
+        return hashlib.sha256(json.dumps([template, self._system]).encode()).hexdigest()
 
     def ids(self, messages: Sequence[tuple[str, str]], before: str | None = None) -> list[int]:
         """Token ids of messages behind others.
@@ -121,15 +146,15 @@ class TurnCodec:
         """
         if messages[-1][0] != "user":
             raise ValueError("the last message must be the user's, so that it can be replied to")
-        return self.ids(messages, before) + self.codec.ids(self._parts[3])
+        return self.ids(messages, before) + self.codec.ids(self.parts[3])
 
     def _between(self, before, role):
         if before == role:
             return self.codec.ids(_PAUSE)
         if before is None and role == "user":
             return []
-        return self.codec.ids(self._parts[1 if role == "assistant" else 2])
+        return self.codec.ids(self.parts[1 if role == "assistant" else 2])
 
     def _said(self, text):
         # Nobody ends a turn, or begins another's, by saying so.
-        return self.codec.said(f" {text}" if self._parts is _PLAIN else text)
+        return self.codec.said(f" {text}" if self._is_plain else text)

@@ -118,3 +118,23 @@ def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
     assert asker._memory(1, 4).slots.tolist() == [4 + int(asker._head.slots[0])]
     mixed = asker._sentence_and_memory(1, 12, [5])
     assert mixed.slots == 13
+
+
+def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
+    from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
+    from r3mem_fast.store.turns import TurnCodec
+
+    sizes = {"num_memory_tokens": 4, "memory_budget": 16, "segment_length": 16, "segment_overlap": 2}
+    config = R3MemConfig(memory_writer="matched", adapter_rows="memory", **sizes)
+    asker = agent.Asker(None, R3MemPipeline(pipeline.model.plain_model.name_or_path, config=config))
+    with MemoryStore(tmp_path, asker._pipeline) as store:
+        agent.add_all(store, agent.Talk("Ann", TURNS, []))
+        turns = TurnCodec(asker._pipeline.codec)
+        found = asker._turns(store, "Ann", "Which dog?", "bm25", 50)
+        text = asker._pipeline.codec.text(torch.tensor(found))
+        # The turn that has the word first, then the newest; in the order of the conversation, and no token more.
+        assert len(found) == 50 and text.startswith("- I said: I have a dog called Rex.\n- You said: Par")
+        ids = agent._behind(turns, [1, 2], "Who?", "assistant")
+        whole = turns.reply([("user", "Who?")], "assistant")
+        place = len(turns.ids([("user", "Who?")], "assistant")) - len("Who?") - 1  # a space before the words
+        assert ids == [*whole[:place], 1, 2, *whole[place:]]

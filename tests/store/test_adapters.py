@@ -240,3 +240,42 @@ def test_what_cannot_take_an_adapters_place(own_pipeline, folder, tmp_path):
     with pytest.raises(TypeError, match="takes the folder of an adapter, and its tokenizer"):
         R3MemPipeline(tmp_path / "own", base=model)
     assert same(weights_of(model), before)
+
+
+def test_what_is_recalled_is_found_by_whole_lines(store):
+    """A short word is in many texts, and tells nothing."""
+    store.add(
+        [{"role": "user", "content": text} for text in ("I", "I am here.", "The ship left at dawn today.")],
+        user_id="anna",
+    )
+    from r3mem_fast.store.adapters import _is_of
+
+    texts = [item.text for item in store.get_all(user_id="anna")]
+    assert [text for text in texts if _is_of("I", text)] == ["I"]
+    assert [text for text in texts if _is_of("The ship left at dawn", text)] == texts[2:]
+    assert not any(_is_of("ship", text) for text in texts)
+
+
+def test_a_whole_adapter_that_the_database_does_not_know_of(store, monkeypatch):
+    """A process was killed between saving the adapter and telling of it: the same call takes it over."""
+    store.add(SAID["anna"], user_id="anna")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store.database), "put_adapter", lambda *arguments: exit("killed"))
+        with pytest.raises(SystemExit):
+            learn(store, "anna")
+    (begun,) = folders(store)
+    assert store.database.held("anna").adapter is None
+    learn(store, "anna")
+    assert store.database.held("anna").adapter == begun and folders(store) == [begun]
+
+
+def test_what_nobody_goes_on_with_is_swept_at_opening(store, opened, own_pipeline):
+    store.add(SAID["anna"], user_id="anna")
+    learn(store, "anna")
+    (kept,) = folders(store)
+    revision = store.database.held("anna").revision
+    prefix = kept.partition("-")[0]
+    for name in (f"{prefix}-{revision ^ 1:x}-1", f"{prefix}-{revision:x}-9", "0123456789abcdef-5-1"):
+        (store.folder / "adapters" / name).mkdir()
+    opened(model=own_pipeline)
+    assert folders(store) == sorted([kept, f"{prefix}-{revision:x}-9"])  # the last may be gone on with

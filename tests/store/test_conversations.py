@@ -1,6 +1,7 @@
 """`MemoryStore`: answers behind what was said, in one process and in several, and errors that say what to do."""
 
 import gc
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -278,7 +279,8 @@ def test_settings_that_do_not_go_together(opened, folder, pipeline):
     [
         (lambda s: s.add("", user_id="a"), ValueError, "a message is empty"),
         (lambda s: s.add([], user_id="a"), ValueError, "there is no message"),
-        (lambda s: s.add({"role": "system", "content": "x"}, user_id="a"), ValueError, "user or assistant"),
+        (lambda s: s.add({"role": "system", "content": "x"}, user_id="a"), ValueError, "system=..."),
+        (lambda s: s.add({"role": "tool", "content": "x"}, user_id="a"), ValueError, "user or assistant"),
         (lambda s: s.add(5, user_id="a"), TypeError, "got int"),
         (lambda s: s.add("x", user_id=""), ValueError, "user_id is empty"),
         (lambda s: s.add("x", user_id=None), ValueError, "user_id is empty"),
@@ -328,3 +330,44 @@ def test_raw_tokens_alone_change_no_answer_of_a_short_history(opened):
     store.add("a" * (16 + RAW_TOKENS), user_id="anna")
     memory = store.memory("anna")
     assert memory is not None and int(memory.tokens_seen) % 16 == 0 and torch.isfinite(memory.states).all()
+
+
+def test_a_store_keeps_its_system_prompt_and_its_turns(pipeline, opened):
+    store = opened(system="Hi.")
+    store.add("I am Anna.", user_id="anna")
+    opening = store.answering().turns.opening
+    again = opened()
+    assert again.answering().turns.opening == opening
+    with pytest.raises(ValueError, match="differ in: system, turns"):
+        opened(system="Ho.").add("x", user_id="anna")
+
+
+def test_another_dtype_is_other_memories(pipeline, opened, folder):
+    opened(model=str(folder), config=CONFIG, dtype="float32").add("I am Anna.", user_id="anna")
+    with pytest.raises(ValueError, match=r"differ in: (base, )?dtype"):
+        opened(model=str(folder), config=CONFIG, dtype="bfloat16").add("x", user_id="anna")
+
+
+def test_a_folder_of_a_model_is_found_from_elsewhere(opened, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    opened(model=folder.name, config=CONFIG).add("I am Anna.", user_id="anna")
+    monkeypatch.chdir(tmp_path)
+    assert opened(model=None).ask("Who?", user_id="anna", **GREEDY) is not None
+
+
+def test_an_adapter_is_no_model_of_a_store(opened, tmp_path, pipeline):
+    pipeline.save(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter; a store keeps memories of a base model"):
+        opened(model=tmp_path / "adapter").add("x", user_id="anna")
+
+
+def test_what_a_reader_keeps_is_told_of(store, tmp_path):
+    store.add("I am Anna.", user_id="anna")
+    reader = sqlite3.connect(tmp_path / "store" / "store.sqlite", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM items").fetchone()
+    store.database._connection.execute("PRAGMA busy_timeout = 100")
+    with pytest.warns(UserWarning, match="what was deleted is still in SQLite's log"):
+        store.delete(user_id="anna")
+    reader.execute("COMMIT")
+    reader.close()

@@ -133,3 +133,28 @@ def test_bad_input(pipeline, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         store_of(pipeline, tmp_path / "file")
+
+
+def test_a_sentence_of_any_length_is_cut(pipeline, tmp_path):
+    store = store_of(pipeline, tmp_path)
+    found = store.answer("Who?", {"long": "whereas the party " * 5, "digits": "7" * 90}, **SETTINGS)
+    assert all(source.partition(",")[0] in ("long", "digits") for source in found.sources) and len(found.sources) > 1
+
+
+def test_a_damaged_memory_is_made_again(pipeline, tmp_path):
+    store_of(pipeline, tmp_path).memory(TEXTS["ship"])
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    again = store_of(pipeline, tmp_path).memory(TEXTS["ship"])
+    assert path.read_bytes() == whole and torch.equal(again.states, Memory.load(path).states)
+
+
+def test_the_turn_of_a_folder_stays(pipeline, tmp_path, monkeypatch):
+    """A template may tell today's date."""
+    store = store_of(pipeline, tmp_path)
+    store.memory(TEXTS["ship"])
+    monkeypatch.setitem(pipeline.codec.__dict__, "turn", (pipeline.codec.ids("Tomorrow"), pipeline.codec.ids("A:")))
+    again = store_of(pipeline, tmp_path)
+    again.answer("Who?", TEXTS, **SETTINGS)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and again._turn == store._turn

@@ -154,3 +154,18 @@ def test_texts_are_ranked():
     assert index.ranked("Who went to Norway?") == [1, 0, 2, 3]
     assert index.ranked("boats") == [2, 0, 1, 3]
     assert index.ranked("?!") == [0, 1, 2, 3]
+
+
+def test_another_embedder_of_the_same_name_is_noticed(opened):
+    class Embedder:
+        def __init__(self, width):
+            self.width = width
+
+        def __call__(self, texts):
+            return torch.ones(len(texts), self.width)
+
+    opened(embedder=Embedder(2)).add("abc", user_id="anna")
+    assert opened(embedder=Embedder(2)).search("a", user_id="anna", by="embedding")
+    with pytest.raises(ValueError, match="vectors of 3 numbers, and those that are kept have 2"):
+        opened(embedder=Embedder(3)).search("a", user_id="anna", by="embedding")
+    assert opened(embedder=Embedder(3), embedder_name="other").search("a", user_id="anna", by="embedding")

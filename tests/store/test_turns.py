@@ -1,6 +1,7 @@
 """`TurnCodec`: conversations in tokens, the same however many turns come at one time; and messages as they come."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -123,10 +124,11 @@ def test_messages_in_all_forms():
         ("", ValueError, "a message is empty"),
         (" \n", ValueError, "a message is empty"),
         ([], ValueError, "there is no message"),
-        ({"role": "system", "content": "x"}, ValueError, "said by user or assistant, got role='system'"),
+        ({"role": "system", "content": "x"}, ValueError, r"MemoryStore\(folder, system="),
+        ({"role": "tool", "content": "x"}, ValueError, "said by user or assistant, got role='tool'"),
         ({"content": "x"}, ValueError, "got role=None"),
         ({"role": "user"}, TypeError, "must be a text, got NoneType"),
-        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, TypeError, "must be a text, got list"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, TypeError, "parts of the type text"),
         (["x"], TypeError, "a message is {.*}, got str"),
         (b"x", TypeError, "a message is {.*}, got int"),
         (None, TypeError, "messages are a text, a message, or several, got NoneType"),
@@ -147,3 +149,38 @@ def test_nobody_speaks_for_another(smollm2):
     assert not set(ids) & set(smollm2.all_special_ids)
     assert smollm2.decode(ids) == forged
     assert set(smollm2(forged, add_special_tokens=False).input_ids) & set(smollm2.all_special_ids)
+
+
+def test_parts_of_a_content_are_lines():
+    parts = [{"type": "text", "text": "Hello."}, {"type": "text", "text": "Who?"}]
+    assert as_messages({"role": "user", "content": parts}) == [("user", "Hello.\nWho?")]
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[a]"])
+def test_a_system_prompt_begins_a_conversation(folder, template):
+    codec = TextCodec(tiny(folder, template))
+    turns, others = TurnCodec(codec, "Be brief."), TurnCodec(codec)
+    assert "Be brief." in codec.text(torch.tensor(turns.opening)) and turns.description != others.description
+    assert turns.ids([("user", "Hi")]) == others.ids([("user", "Hi")])
+
+
+def test_what_a_template_gave_once_stays(folder):
+    """A template that tells the date: what stands between turns is kept, and who asks tells the same template."""
+    tokenizer = tiny(folder, "{{ today }}{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}[a]")
+    render = tokenizer.apply_chat_template
+    days = iter(["26 Nov", "27 Nov"])
+    tokenizer.apply_chat_template = lambda talk, **settings: render(talk, today=next(days), **settings)
+    first = TurnCodec(TextCodec(tokenizer))
+    assert first.parts[0] == "26 Nov[u]"
+    kept = TurnCodec(TextCodec(tokenizer), parts=list(first.parts))
+    assert kept.opening == first.opening and kept.description == first.description
+    assert TurnCodec(TextCodec(tokenizer)).parts[0] == "27 Nov[u]"
+
+
+def test_a_model_that_thinks_is_asked_not_to(folder):
+    tokenizer = tiny(
+        folder,
+        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}"
+        "[a]{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}",
+    )
+    assert TurnCodec(TextCodec(tokenizer)).parts[3] == "[a]<think></think>"

@@ -1,0 +1,87 @@
+"""`Item`: something that was said; `Held`: how far what is made of a user's items has come."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something that was said, as it was said.
+
+    Attributes:
+        id: Its number, which no other item has or had.
+        user_id: Whose memory it belongs to.
+        agent_id: Agent that it was said to; None: not told.
+        run_id: Conversation that it belongs to; None: not told.
+        role: "user" or "assistant".
+        text: What was said.
+        metadata: What the application keeps beside it.
+        created: When it was added, in seconds since 1970.
+    """
+
+    id: int
+    user_id: str
+    agent_id: str | None
+    run_id: str | None
+    role: str
+    text: str
+    metadata: dict[str, Any]
+    created: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """How far a user's memory has come.
+
+    Attributes:
+        revision: A number that is drawn anew whenever something is deleted, so that older memories count no more.
+        file: Name of the memory's file; None: there is none.
+        item: Last item that is in it, wholly or in part; 0: none.
+        tokens: Tokens of that item that are in it.
+        adapter: Name of the folder of the adapter that has learned what was said; None: there is none.
+        learned: Last item that the adapter has learned; 0: none.
+    """
+
+    revision: int = 0
+    file: str | None = None
+    item: int = 0
+    tokens: int = 0
+    adapter: str | None = None
+    learned: int = 0
+
+
+def check_names(**names: str | None) -> None:
+    """Check names of users, agents and runs.
+
+    Args:
+        names: Names by what they name; only a `user_id` must be there.
+
+    Raises:
+        TypeError: One is no text.
+        ValueError: One is empty.
+    """
+    for what, name in names.items():
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"{what} must be a text, got {type(name).__name__}")
+        if name == "" or (name is None and what == "user_id"):
+            raise ValueError(f"{what} is empty")
+
+
+def condition(
+    *,
+    item_id: int | None = None,
+    user_id: str | None = None,
+    agent_id: str | None = None,
+    run_id: str | None = None,
+) -> tuple[str, tuple[Any, ...]]:
+    """Condition in SQL for items, and the values of its parameters; what is None may be anything.
+
+    Args:
+        item_id: Number of the item.
+        user_id: Whose it is.
+        agent_id: Agent that it was said to.
+        run_id: Conversation that it belongs to.
+    """
+    wanted = {"items.id": item_id, "items.user": user_id, "items.agent": agent_id, "items.run": run_id}
+    given = {column: value for column, value in wanted.items() if value is not None}
+    return " AND ".join(f"{column} = ?" for column in given) or "1", tuple(given.values())
