@@ -169,6 +169,9 @@ def test_what_a_loop_unpacks():
         ((hidden, state), (state,)),
         ((hidden, torch.zeros(1, 2, 2, 2)), (None,)),
     ):
-        assert hidden_of(layer, output, {"state": state}) is hidden and layer.reversible.others == others
+        assert hidden_of(layer, output, {"given": state}) is hidden and layer.reversible.others == others
+    assert hidden_of(layer, (hidden, state), {"state": state}) is hidden and layer.reversible.others == (state,)
+    with pytest.raises(TypeError, match="was given a state and returned a new one"):  # xLSTM's layers, with a cache
+        hidden_of(layer, (hidden, object()), {"state": state})
     with pytest.raises(TypeError, match="returned more than its hidden state"):
         hidden_of(layer, (hidden, torch.zeros(1, 2, 3)), {})
