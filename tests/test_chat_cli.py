@@ -121,6 +121,7 @@ def test_on_a_terminal(folder, tmp_path):
     new = ["--store", str(tmp_path / "store"), "--model", str(folder), *SIZES, *DEVICE, "--max-new-tokens", "4"]
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job ignores
         os.execve(
             sys.executable, [sys.executable, "-m", "r3mem_fast", "chat", "anna", *new], {**os.environ, "TERM": "dumb"}
         )
