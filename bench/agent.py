@@ -46,7 +46,7 @@ from r3mem_fast.store.turns import TurnCodec
 
 from .asking import Asked, answers, grades, nats
 from .places import interval
-from .records import add_output_option, add_record
+from .records import add_output_option, add_records
 from .rivals import laid_out, values_kept
 
 HISTORIES, QUESTIONS = "memorybank/memory_bank_en.json", "memorybank/probing_questions_en.jsonl"
@@ -112,9 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
-    records: list[dict] = []
-    for record in _records(options):
-        add_record(record, records, options)
+    add_records(_records(options), options)
     return 0
 
 

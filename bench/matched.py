@@ -48,7 +48,7 @@ from r3mem_fast.questions import SegmentQuestions
 
 from .places import CHAIN, LONG, Place, begun, foreign_of, interval, places_of
 from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
-from .records import add_output_option, add_record
+from .records import add_output_option, add_records
 from .rivals import evenly_spaced, laid_out, values_kept
 from .texts import KINDS, texts_of
 from .unfinished import Losses, Unfinished
@@ -89,9 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.foreign is None:
         options.foreign = options.slots
-    records: list[dict] = []
-    for record in _records(options):
-        add_record(record, records, options)
+    add_records(_records(options), options)
     return 0
 
 

@@ -49,7 +49,7 @@ from .answers_data import (
 )
 from .places import interval
 from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
-from .records import add_output_option, add_record
+from .records import add_output_option, add_records
 from .rivals import evenly_spaced, laid_out, values_kept
 
 EXAMPLE = (
@@ -140,9 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.instruction = kind.instruction if options.instruction is None else options.instruction
     options.opener = kind.opener if options.opener is None else options.opener
     options.new_tokens = options.new_tokens or kind.new_tokens
-    records: list[dict] = []
-    for record in _records(options):
-        add_record(record, records, options)
+    add_records(_records(options), options)
     return 0
 
 

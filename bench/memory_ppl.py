@@ -32,7 +32,7 @@ from r3mem_fast import Memory, R3MemPipeline
 from r3mem_fast.data.text import read_text
 
 from .places import Place, foreign_of, interval, places_of, spread
-from .records import add_output_option, add_record
+from .records import add_output_option, add_records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
-    records: list[dict] = []
-    for record in _records(options):
-        add_record(record, records, options)
+    add_records(_records(options), options)
     return 0
 
 

@@ -39,7 +39,7 @@ from .agent import summary
 from .answers_data import Question, read_xquad, template_parts
 from .asking import Asked, answers, grades, nats
 from .memory_answers import EXAMPLE, KINDS
-from .records import add_output_option, add_record
+from .records import add_output_option, add_records
 from .rivals import values_kept
 
 
@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
-    records: list[dict] = []
-    for record in _records(options):
-        add_record(record, records, options)
+    add_records(_records(options), options)
     return 0
 
 

@@ -44,6 +44,13 @@ def add_record(record: dict[str, Any], records: list[dict[str, Any]], options: a
         write_records(options.output, records)
 
 
+def add_records(found: Iterable[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print and write records as they are found; see `add_record`."""
+    records: list[dict[str, Any]] = []
+    for record in found:
+        add_record(record, records, options)
+
+
 def write_lines(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
     """Write one JSON line each: the whole file, or nothing."""
     with replacing(path) as unfinished:

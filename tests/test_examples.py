@@ -10,7 +10,7 @@ from r3mem_fast.store import documents
 from r3mem_fast.store.defaults import SETTINGS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# Of a store's memories, that the 128 positions of the tiny model have room for.
+# Sizes of a store's memories for which the 128 positions of the tiny model suffice.
 SIZES = {"num_memory_tokens": 2, "memory_budget": 8, "segment_length": 16, "segment_overlap": 2}
 TEXT = "Ahab of the Pequod was mad about the whale.\n\nStarbuck was not. Queequeg was at sea.\n\n" * 12
 

@@ -127,7 +127,7 @@ CHANGES = ({"bptt_segments": 2}, {"segment_overlap": 4}, {"adapter_rows": "memor
 
 @pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), *(("lfm2", c) for c in CHANGES)])
 def test_replay_is_back_propagation_through_time(kind, changes):
-    """Of rows of several lengths, the last piece of one a single token; whatever is kept of segments."""
+    """Rows have several lengths, the last piece of one is a single token; so it is whatever is kept of segments."""
     ids, mask = padded((49, 40, 33, 7))
     labels, found = ids.masked_fill(mask == 0, -100), []
     for kept in ("none", "device"):

@@ -76,7 +76,7 @@ def test_student_s_distribution(degrees, quantile):
 
 
 def test_the_interval_is_student_s(trained):
-    """Of four rows it is wider than that of a normal distribution, by 3.18 / 1.96."""
+    """With four rows the interval is 3.18 / 1.96 times as wide as that of a normal distribution."""
     model, rows = trained
     found = calibrate(model, rows[:4], 2.0)
     plain = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows[:4]]
