@@ -73,7 +73,7 @@ def test_what_the_checks_find(bench, monkeypatch):
     (bench.folder / "store" / "memories" / "0-0.safetensors").write_text("of nobody")
     bench._check(None, compare=False)
     assert bench.counts["leftover_files"] == 1  # and it is gone
-    monkeypatch.setattr(Histories, "sweep", lambda self: None)
+    monkeypatch.setattr(Histories, "sweep_folder", staticmethod(lambda folder, database: set()))
     (bench.folder / "store" / "memories" / "0-0.safetensors").write_text("of nobody")
     with pytest.raises(AssertionError, match="files of memories that nobody knows of"):
         bench._check(None, compare=False)
