@@ -9,17 +9,18 @@ of our own (`bench/data`). Each question is asked in a user's turn behind the co
     memory          what `MemoryStore` keeps: for each 256 tokens as many slots as `--kept` says, matched with no
                     training, and the newest tokens as they are
     attended        the same keys with their own values: the most attended ones
+    kvzip ...       of the whole conversation, the keys that a press of kvpress chooses (`--presses`)
     last            the last tokens
     bm25, minilm    turns that fit the question best, by BM25 (SQLite's FTS5, and then the newest) or by embeddings of
                     all-MiniLM-L6-v2, in the order in which they were said; the worst of them is cut to fit
-    memory+bm25     a memory with half as many slots, and turns in the place of the others
+    memory+bm25     a memory with half as many slots, and turns in the place of the others; also memory+minilm
     foreign         another user's memory: what one is worth that knows nothing of it
     full            the whole conversation; its beginning is cut (`full_cut_tokens`) where positions do not suffice
 
-`last`, `bm25`, `minilm` and `memory+bm25` have as many tokens and slots before the question as `memory` has, for each
-user and number of slots. A record a way has the mean of nats a token of the references; F1, ROUGE-L and containment of
-what is written, greedily; and the share of what the full conversation gains over nothing in nats, with an interval
-over users. No model judges.
+`last`, `bm25`, `minilm`, the presses and `memory+bm25` have as many tokens and slots before the question as `memory`
+has, for each user and number of slots. A record a way has the mean of nats a token of the references; F1, ROUGE-L and
+containment of what is written, greedily; and the share of what the full conversation gains over nothing in nats, with
+an interval over users. No model judges.
 """
 
 import argparse
@@ -30,7 +31,6 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from r3mem_fast.store.turns import TurnCodec
 
 from .asking import Asked, answers, grades, nats
 from .places import interval
+from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
 from .records import add_output_option, add_records
 from .rivals import laid_out, values_kept
 
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=15, help="whose conversations are read (%(default)s)")
     parser.add_argument("--kept", type=int, nargs="+", default=[64, 16], help="slots of 256 tokens (%(default)s)")
     parser.add_argument("--raw-tokens", type=int, default=64, help="newest tokens as they are (%(default)s)")
+    add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer, at most; 0: none (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
@@ -123,19 +125,19 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     talks = read_talks(options.data)[: options.users]
     yield {
         "model": options.model, "dtype": options.dtype, "kept": options.kept, "raw_tokens": options.raw_tokens,
-        "new_tokens": options.new_tokens, "users": len(talks), "questions": sum(len(t.questions) for t in talks),
+        "presses": options.presses, "new_tokens": options.new_tokens,
+        "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),
     }  # fmt: skip
     asker = Asker(options, pipeline)
     graded: list[dict[str, dict[str, float]]] = []  # of each user: way, measure, sum over questions
     for index, talk in enumerate(tqdm(talks, disable=options.json, desc="Users")):
         graded.append(asker.ask(talk, talks[index - 1]))
     counts = torch.tensor([float(len(talk.questions)) for talk in talks])
-    seconds = sum(asker.seconds) / sum(asker.tokens)
     yield {
-        "history_tokens": round(statistics.mean(asker.tokens), 1), "add_seconds_per_token": round(seconds, 6),
+        "history_tokens": round(statistics.mean(asker.tokens), 1),
         "full_cut_tokens": [max(0, count - _positions(pipeline)) for count in asker.tokens],
     }  # fmt: skip
-    yield from summary(graded, counts, rivals=("last", "bm25", "minilm", "attended"))
+    yield from summary(graded, counts, rivals=("last", "bm25", "minilm", "attended", *options.presses))
 
 
 def summary(
@@ -181,14 +183,12 @@ class Asker:
 
     Attributes:
         tokens: Tokens of each conversation.
-        seconds: Seconds that adding each one took.
     """
 
     def __init__(self, options: argparse.Namespace, pipeline: R3MemPipeline):
         self._options, self._pipeline = options, pipeline
         self._held: dict[tuple[str, int, str], History] = {}
         self.tokens: list[int] = []
-        self.seconds: list[float] = []
 
     def ask(self, talk: Talk, other: Talk) -> dict[str, dict[str, float]]:
         """Ask all questions about a conversation; by way and measure, the sum over the questions.
@@ -199,16 +199,17 @@ class Asker:
         """
         options, pipeline = self._options, self._pipeline
         with tempfile.TemporaryDirectory() as folder, MemoryStore(folder, pipeline) as store:
-            started = time.perf_counter()
             add_all(store, talk)
-            self.seconds.append(time.perf_counter() - started)
             turns = store.answering().turns
             items = store.get_all(user_id=talk.user)
             history = turns.ids([(item.role, item.text) for item in items])
             self.tokens.append(len(history))
             head = pinned_memory(pipeline.model, turns.opening)
             last = items[-1].role
-            ways = {"full": (held_as_it_is(pipeline, head, history[-_positions(pipeline) :]), [], last)}
+            cut = history[-_positions(pipeline) :]
+            full = held_as_it_is(pipeline, head, cut)
+            scores = self._scores(turns.opening, cut)
+            ways = {"full": (full, [], last)}
             room = {}
             for kept in options.kept:
                 whole, half = (self._memory(talk, slots, "matched") for slots in (kept, kept // 2))
@@ -220,6 +221,8 @@ class Asker:
                     f"foreign_{kept}": self._memory(other, kept, "matched"),
                     f"last_{kept}": (held_as_it_is(pipeline, head, history[-_size(whole) :]), [], last),
                 }
+                for name, of_keys in scores.items():
+                    ways[f"{name}_{kept}"] = keep_best(full, of_keys, len(turns.opening) + _size(whole)), [], last
             totals: dict[str, dict[str, float]] = {}
             for question, answer in talk.questions:
                 alone = turns.reply([("user", question)], None)
@@ -231,10 +234,10 @@ class Asker:
                     for way, by in (("bm25", "bm25"), ("minilm", "embedding")):
                         found = self._turns(store, talk.user, question, by, room[kept][0])
                         asked[f"{way}_{kept}"] = Asked(head, _behind(turns, found, question, None))
-                    memory, tail, role = ways[f"half_{kept}"]
-                    found = self._turns(store, talk.user, question, "bm25", room[kept][1])
-                    ids = tail + _behind(turns, found, question, role)
-                    asked[f"memory+bm25_{kept}"] = Asked(memory, ids)
+                        memory, tail, role = ways[f"half_{kept}"]
+                        found = self._turns(store, talk.user, question, by, room[kept][1])
+                        ids = tail + _behind(turns, found, question, role)
+                        asked[f"memory+{way}_{kept}"] = Asked(memory, ids)
                 self._grade(asked, answer, len(alone), totals)
         return totals
 
@@ -255,6 +258,22 @@ class Asker:
                 add_all(store, talk)
                 self._held[key] = store.answering().histories.history(talk.user)
         return self._held[key]
+
+    def _scores(self, opening: list[int], ids: list[int]) -> dict[str, torch.Tensor]:
+        """What each press thinks of the keys of a conversation; those before it are always kept."""
+        model, found = self._pipeline.model, {}
+        repeat = torch.tensor(self._pipeline.codec.ids(REPEAT))
+        for name in self._options.presses:
+            with model.disable_adapters():
+                found[name] = press_scores(
+                    model.plain_model,
+                    PRESSES[name](2 * self._options.raw_tokens),
+                    torch.tensor([opening + ids]),
+                    prefix=len(opening),
+                    repeat_ids=repeat,
+                )
+            found[name][..., : len(opening)] = torch.inf
+        return found
 
     def _turns(self, store: MemoryStore, user: str, question: str, by: str, tokens: int) -> list[int]:
         """Token ids of the turns that fit a question best, in the order in which they were said, as many as asked for.

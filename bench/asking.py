@@ -65,21 +65,29 @@ def nats(pipeline: R3MemPipeline, ways: Mapping[str, Asked], answer: Sequence[in
 
 
 @torch.no_grad()
-def answers(pipeline: R3MemPipeline, ways: Mapping[str, Asked], *, new_tokens: int, most: int = 8) -> dict[str, str]:
+def answers(
+    pipeline: R3MemPipeline, ways: Mapping[str, Asked], *, new_tokens: int, until: str | None = None, most: int = 8
+) -> dict[str, str]:
     """What is answered, greedily, asked in each way.
 
     Args:
         pipeline: The pipeline.
         ways: The question by way.
         new_tokens: Tokens of an answer at most.
+        until: What an answer ends with, and is not part of it; None: nothing.
         most: Ways that are asked at one time.
     """
     found: dict[str, str] = {}
+    settings = {} if until is None else {"stop_strings": [until], "tokenizer": pipeline.tokenizer}
     for names in _batches(ways, most):
         ids, mask = _left_padded([ways[name].ids for name in names])
         memory = rows_of_one([ways[name].memory for name in names])
-        output = pipeline.model.generate(ids, mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
+        output = pipeline.model.generate(
+            ids, mask, memory=memory, max_new_tokens=new_tokens, do_sample=False, **settings
+        )
         texts = pipeline.codec.continuations(output[:, ids.shape[1] :])
+        if until is not None:
+            texts = [text.partition(until)[0] for text in texts]
         found |= dict(zip(names, texts, strict=True))
     return found
 

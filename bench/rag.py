@@ -10,7 +10,9 @@ SQLite's FTS5, function words left out) or by embeddings (all-MiniLM-L6-v2), and
     bm25+, minilm+          the sentences that fit best, of all paragraphs
     memory                  the matched memory of the paragraph that fits best (BM25), made before it was asked
     attended                the same keys with their own values
-    memory+bm25             the sentence that fits best, and the memory of its paragraph in the other slots
+    kvzip ...               the keys of that paragraph that a press of kvpress chooses, with their own values
+    memory+bm25             the sentence that fits best, and the memory of its paragraph in the other slots; also
+                            memory+minilm
     memories                the memories of the two paragraphs that fit best, side by side
     foreign                 the memory of a paragraph that has nothing to do with it
     first                   the whole paragraph that fits best: more slots than the others have
@@ -39,6 +41,7 @@ from .agent import summary
 from .answers_data import Question, read_xquad, template_parts
 from .asking import Asked, answers, grades, nats
 from .memory_answers import EXAMPLE, KINDS
+from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
 from .records import add_output_option, add_records
 from .rivals import values_kept
 
@@ -51,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, see bench/answers_data.py")
     parser.add_argument("--questions", type=int, default=240, help="of as many paragraphs (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[48, 96], help="before a question (%(default)s)")
+    add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=24, help="of an answer, at most; 0: none (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of questions (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -72,11 +76,12 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     asker = _Asker(options, pipeline, list(by_paragraph))
     yield {
         "model": options.model, "dtype": options.dtype, "slots": options.slots, "new_tokens": options.new_tokens,
+        "presses": options.presses,
         "questions": len(questions), "paragraphs": len(by_paragraph), "paragraph_tokens": asker.mean_tokens,
         "found_first": {"bm25": asker.found(questions, "bm25"), "minilm": asker.found(questions, "minilm")},
     }  # fmt: skip
     graded = [asker.ask(question) for question in tqdm(questions, disable=options.json, desc="Asking")]
-    rivals = ("bm25", "minilm", "bm25+", "minilm+", "attended")
+    rivals = ("bm25", "minilm", "bm25+", "minilm+", "attended", *options.presses)
     yield from summary(graded, torch.ones(len(graded)), rivals=rivals)
 
 
@@ -105,9 +110,11 @@ class _Asker:
         self._kind = kind
         turns = [(f"{EXAMPLE}{kind.instruction}Question: {q}", f'{kind.opener}{a}"') for q, a in kind.examples]
         before, self._after = template_parts(pipeline.tokenizer, turns)
-        self._head = pinned_memory(pipeline.model, pipeline.codec.ids(before))
+        self._before, self._repeat = pipeline.codec.ids(before), pipeline.codec.ids(REPEAT)
+        self._head = pinned_memory(pipeline.model, self._before)
         self._line = pipeline.codec.ids("\n")
         self._memories: dict[tuple[int, int, str], Memory] = {}
+        self._scores: dict[tuple[int, str], torch.Tensor] = {}  # of presses, by paragraph and the press's settings
 
     def found(self, questions: Sequence[Question], way: str) -> float:
         """How often the paragraph that fits best is the one that the question is about."""
@@ -139,15 +146,19 @@ class _Asker:
                 f"foreign_{slots}": Asked(self._memory(foreign, slots), asked),
                 f"memories_{slots}": Asked(side_by_side(halves), asked),
                 f"memory+bm25_{slots}": self._sentence_and_memory(ranked["bm25+"][0], slots, asked),
+                f"memory+minilm_{slots}": self._sentence_and_memory(ranked["minilm+"][0], slots, asked),
             }
+            for name in options.presses:
+                ways[f"{name}_{slots}"] = Asked(self._pressed(first, slots, name), asked)
         answer = codec.ids(question.answers[0])
         grade: dict[str, dict[str, float]] = {
             way: {"nats": loss, "slots": ways[way].slots - len(asked)}
             for way, loss in nats(self._pipeline, ways, answer).items()
         }
         if options.new_tokens:
-            for way, text in answers(self._pipeline, ways, new_tokens=options.new_tokens).items():
-                grade[way] |= grades(text.partition('"')[0], question.answers)
+            written = answers(self._pipeline, ways, new_tokens=options.new_tokens, until='"')
+            for way, text in written.items():
+                grade[way] |= grades(text, question.answers)
         return grade
 
     def _ranked(self, question: str, way: str) -> list[int]:
@@ -189,6 +200,19 @@ class _Asker:
                     torch.tensor([ids]), memory=with_layout(self._head, layout), finish=True
                 )
         return self._memories[key]
+
+    def _pressed(self, place: int, slots: int, name: str) -> Memory:
+        """The keys and values of a paragraph that a press chooses."""
+        press, ids, prefix = PRESSES[name](slots), self._ids[place], len(self._before)
+        key, model = (place, repr(press)), self._pipeline.model
+        if key not in self._scores:
+            whole = torch.tensor([self._before + ids])
+            with model.disable_adapters():
+                repeat = torch.tensor(self._repeat)
+                scores = press_scores(model.plain_model, press, whole, prefix=prefix, repeat_ids=repeat)
+            scores[..., :prefix] = torch.inf
+            self._scores[key] = scores
+        return keep_best(self._memory(place, len(ids)), self._scores[key], prefix + slots)
 
 
 if __name__ == "__main__":
