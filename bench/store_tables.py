@@ -5,8 +5,8 @@ from .markdown import interval, records, table
 _WAYS = {
     "nothing": "nothing",
     "last": "the last tokens",
-    "bm25": "BM25, turns or paragraphs",
-    "minilm": "MiniLM, turns or paragraphs",
+    "bm25": "BM25, whole {}",
+    "minilm": "MiniLM, whole {}",
     "bm25+": "BM25, sentences",
     "minilm+": "MiniLM, sentences",
     "attended": "most attended keys, own values",
@@ -23,60 +23,80 @@ _WAYS = {
     "full": "all of it",
 }
 
+_MEASURES = {"f1": "F1", "rouge_l": "ROUGE-L", "contains": "contains"}
+
 
 def conversations() -> str:
     """Tabulate questions about conversations."""
-    return _ways("agent_smollm2")
+    return _ways("agent_smollm2", "turns")
 
 
 def conversations_paired() -> str:
     """Tabulate what memories of conversations are better by than their rivals at equal slots."""
-    return _paired("agent_smollm2")
+    return _paired("agent_smollm2", "turns")
 
 
 def documents() -> str:
     """Tabulate questions about paragraphs."""
-    return _ways("rag_smollm2")
+    return _ways("rag_smollm2", "paragraphs")
 
 
 def documents_paired() -> str:
     """Tabulate what memories of paragraphs are better by than their rivals at equal slots."""
-    return _paired("rag_smollm2")
+    return _paired("rag_smollm2", "paragraphs")
 
 
-def _ways(name: str) -> str:
-    head = (
-        "before the question",
-        "tokens and slots",
-        "nats a token",
-        "share of all of it",
-        "F1",
-        "ROUGE-L",
-        "contains",
-    )
-    rows = []
-    for record in records(name):
-        if "share" in record or record.get("way") in ("nothing", "full"):
-            share = interval(record["share"]) if "share" in record else "–"
-            measured = [f"{record[key]:.3f}" for key in ("nats", "f1", "rouge_l", "contains")]
-            rows.append((_name(record["way"]), f"{record['slots']:.0f}", measured[0], share, *measured[1:]))
-    return table(head, rows)
-
-
-def _paired(name: str) -> str:
-    measures = {"nats": "nats a token", "f1": "F1"}
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for record in records(name):
-        if "better_than" in record and record["of"] in measures:
-            key = record["way"], record["better_than"]
-            found.setdefault(key, {})[record["of"]] = interval(record)
+def store_times() -> str:
+    """Tabulate what adding a turn and a first token cost."""
+    found = records("store_times_smollm2")
+    turn = next(record for record in found if record.get("turn") == "add")
     rows = [
-        (f"{_name(way)}, beside {_WAYS[rival].replace('*', '')}", *(values[of] for of in measures))
-        for (way, rival), values in found.items()
+        ("a turn is read by the model alone", f"{turn['read_milliseconds']:.0f} ms", "1"),
+        ("**a turn is added to the store**", f"{turn['milliseconds']:.0f} ms", interval(turn["over_read"])),
     ]
-    return table(("better by (95 %)", *measures.values()), rows)
+    ways = {
+        "prefill": "first token: the whole conversation is read",
+        "memory": "**first token behind the memory**",
+        "opened": "the same, in a store that was just opened",
+        "passages": "the same, with four turns looked up",
+    }
+    firsts = {record["first_token"]: record for record in found if "first_token" in record}
+    for way, text in ways.items():
+        ratio = interval(firsts[way]["over_prefill"]) if way != "prefill" else "1"
+        rows.append((text, f"{firsts[way]['milliseconds']:.0f} ms", ratio))
+    return table(("", "median", "of the first row of its kind (95 %)"), rows)
 
 
-def _name(way: str) -> str:
+def _ways(name: str, pieces: str) -> str:
+    found = [record for record in records(name) if "share" in record or record.get("way") in ("nothing", "full")]
+    measures = {key: head for key, head in _MEASURES.items() if key in found[0]}
+    rows = []
+    for record in found:
+        share = interval(record["share"]) if "share" in record else "–"
+        others = [f"{record[key]:.3f}" for key in measures]
+        rows.append((_name(record["way"], pieces), f"{record['slots']:.0f}", f"{record['nats']:.3f}", share, *others))
+    return table(("before the question", "tokens and slots", "nats a token", "share", *measures.values()), rows)
+
+
+def _paired(name: str, pieces: str) -> str:
+    """Tabulate how many nats a token our ways are better by, a row for each rival and number of slots."""
+    found = {(r["way"], r["better_than"]): interval(r) for r in records(name) if r.get("of") == "nats"}
+    ways = list(dict.fromkeys(way.rpartition("_")[0] for way, _ in found))
+    ways.sort(key=list(_WAYS).index)
+    cases = dict.fromkeys((way.rpartition("_")[2], rival) for way, rival in found)
+    rows = [
+        (_name(f"{rival}_{slots}", pieces), *(found[f"{way}_{slots}", rival] for way in ways))
+        for slots, rival in cases
+    ]
+    return table(("beside (nats a token, 95 %)", *(_WAYS[way] for way in ways)), rows)
+
+
+def _name(way: str, pieces: str) -> str:
     kind, _, slots = way.rpartition("_")
-    return f"{_WAYS[kind]}, {slots}" if kind else _WAYS[slots]
+    return f"{_WAYS[kind].format(pieces)}, {slots}" if kind else _WAYS[slots]
+
+
+TABLES = {
+    "documents": documents,
+    "documents_paired": documents_paired,
+}

@@ -195,6 +195,28 @@ def test_what_a_matched_memory_is_worth_to_a_second_model():
     assert f"there {smollm2[0]:.3f} and {smollm2[1]:.3f}" in text
 
 
+def test_what_memories_are_worth_behind_a_lookup():
+    head, *found = records("rag_smollm2.jsonl")
+    better = {(r["way"], r["better_than"], r["of"]): r for r in found if "better_than" in r}
+    share = {r["way"]: r["share"]["mean"] for r in found if "share" in r}
+    text = text_of("docs/documents.md")
+    assert f"each of {head['questions']} of XQuAD's {head['paragraphs']} paragraphs" in text
+    assert f"for {head['found_first']['bm25']:.3f} of the questions" in text
+    assert f"MiniLM's is for {head['found_first']['minilm']:.3f}" in text
+    for slots in (48, 96):
+        for way in ("memory", "memory+bm25", "memory+minilm"):
+            assert all(better[f"{way}_{slots}", rival, "nats"]["low"] > 0 for rival in ("bm25", "minilm", "expected"))
+        assert better[f"memory_{slots}", "attended", "nats"]["low"] > 0
+        kvzip = better[f"memory_{slots}", "kvzip", "nats"]
+        assert kvzip["low"] < 0 < kvzip["high"]
+        assert share[f"memories_{slots}"] < share[f"memory_{slots}"] and share[f"foreign_{slots}"] < 0
+    for way in ("memory", "memory+bm25", "memory+minilm"):
+        sentence = better[f"{way}_48", "bm25+", "nats"]
+        assert sentence["low"] < 0 < sentence["high"]
+    assert better["memory_48", "bm25+", "f1"]["high"] < 0
+    assert better["memory+minilm_96", "minilm+", "nats"]["low"] > 0 > better["memory+minilm_96", "bm25+", "nats"]["low"]
+
+
 def test_what_a_matched_memory_is_worth():
     head, *found = records("matched_novels_smollm2.jsonl")
     closed = {(r["closed_by"], r["of"]): r for r in found if "closed_by" in r}
