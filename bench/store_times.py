@@ -34,11 +34,13 @@ from transformers.cache_utils import DynamicCache
 from r3mem_fast import MemoryStore, R3MemPipeline, load_model
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.store.conversations import DEFAULT_CONFIG
+from r3mem_fast.store.defaults import RAW_TOKENS
 
 from .agent import Talk, read_talks
 from .places import interval
 from .records import add_output_option, add_records
 
+_PASSAGES, _RAW_TOKENS = 4, RAW_TOKENS
 _WAYS = ("memory", "passages", "opened", "prefill")
 
 
@@ -111,7 +113,7 @@ class Timer:
         """Seconds of each turn by way, of each first token by way, and sizes in bytes and tokens."""
         found: dict[str, list[float]] = {name: [] for name in ("add", "read", "words", *_WAYS)}
         with tempfile.TemporaryDirectory() as folder:
-            with MemoryStore(folder, self._pipeline) as store:
+            with MemoryStore(folder, self._pipeline, raw_tokens=_RAW_TOKENS) as store:
                 ids = self._add(store, talk, found)
                 self._ask(store, talk, ids, found)
                 memory = store.memory(talk.user)
@@ -158,7 +160,7 @@ class Timer:
             row = torch.tensor([self._cut(ids) + turns.reply([("user", question)], "assistant")])
             ways = {
                 "memory": lambda question=question: _ask(store, question, talk.user),
-                "passages": lambda question=question: _ask(store, question, talk.user, passages=4),
+                "passages": lambda question=question: _ask(store, question, talk.user, passages=_PASSAGES),
                 "opened": lambda question=question: self._opened(store, question, talk.user),
                 "prefill": lambda row=row: self._plain.generate(
                     row, attention_mask=torch.ones_like(row), max_new_tokens=1, do_sample=False

@@ -214,7 +214,9 @@ def test_what_memories_are_worth_behind_a_lookup():
         sentence = better[f"{way}_48", "bm25+", "nats"]
         assert sentence["low"] < 0 < sentence["high"]
     assert better["memory_48", "bm25+", "f1"]["high"] < 0
-    assert better["memory+minilm_96", "minilm+", "nats"]["low"] > 0 > better["memory+minilm_96", "bm25+", "nats"]["low"]
+    assert (
+        better["memory+minilm_96", "minilm+", "nats"]["low"] > 0 > better["memory+minilm_96", "bm25+", "nats"]["low"]
+    )
 
 
 def test_what_a_matched_memory_is_worth():

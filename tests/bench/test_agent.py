@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from bench import agent, asking, rag
+from bench import agent, asking, rag, store_times
 from bench.asking import Asked, grades, rouge_l
+from r3mem_fast import R3MemConfig
 from r3mem_fast.store.beside import pinned_memory
 
 TURNS = {"2023-04-27": [["I have a dog called Rex.", "What a fine name."], ["He likes the park.", "Parks are good."]]}
@@ -138,3 +139,35 @@ def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
         whole = turns.reply([("user", "Who?")], "assistant")
         place = len(turns.ids([("user", "Who?")], "assistant")) - len("Who?") - 1  # a space before the words
         assert ids == [*whole[:place], 1, 2, *whole[place:]]
+
+
+@pytest.mark.slow
+def test_times_of_a_store(folder, tmp_path, monkeypatch, capsys):
+    """Every turn is added and read, every question asked in each way; sizes are those of the files."""
+    references = write_talks(tmp_path)
+    histories = tmp_path / "memorybank" / "memory_bank_en.json"
+    turns = [{"query": "A dog: Rex.", "response": "Fine."}, {"query": "He eats.", "response": "Good."}]
+    histories.write_text(json.dumps({name: {"history": {"2023-04-27": turns}} for name in ("Ann", "Bo")}))
+    asked = {"Ann": ["Which dog?", "Which cat?"], "Bo": ["Which dog?"]}
+    (tmp_path / "memorybank" / "probing_questions_en.jsonl").write_text(json.dumps(asked) + "\n")
+    monkeypatch.setattr(agent, "REFERENCES", tmp_path / "references.jsonl")
+    lines = [*references, references[0] | {"user": "Bo"}]
+    agent.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = {"num_memory_tokens": 4, "memory_budget": 16, "segment_length": 16, "segment_overlap": 2}
+    config = R3MemConfig(memory_writer="matched", adapter_rows="memory", cycle_weight=0.0, **sizes)
+    monkeypatch.setattr(store_times, "DEFAULT_CONFIG", config)
+    monkeypatch.setattr(store_times, "_RAW_TOKENS", 4)
+    monkeypatch.setattr(store_times, "_PASSAGES", 1)
+    output = tmp_path / "times.jsonl"
+    options = ["--model", str(folder), "--dtype", "float32", "--data", str(tmp_path), "--users", "2", "--json"]
+    assert store_times.main([*options, "--output", str(output)]) == 0
+    head, *found = [json.loads(line) for line in output.read_text().splitlines()][1:]
+    assert head["users"] == 2 and head["turns"] == 4
+    turn = next(record for record in found if "turn" in record)
+    assert turn["milliseconds"] > 0 and turn["over_read"]["low"] <= turn["over_read"]["mean"]
+    assert [r["first_token"] for r in found if "first_token" in r] == ["memory", "passages", "opened", "prefill"]
+    sizes = {record["of"]: record["mean"] for record in found if "of" in record}
+    assert sizes["text_bytes"] == len("A dog: Rex.Fine.He eats.Good.") and sizes["memory_bytes"] > 0
+    with pytest.raises(SystemExit):
+        store_times.main([*options[:-2], "1"])
+    capsys.readouterr()
