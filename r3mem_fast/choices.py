@@ -4,8 +4,11 @@
 FORMS = ("reversed", "inverse")
 # What a memory consists of: keys and values in every layer, or embeddings before the first layer.
 PLACEMENTS = ("every_layer", "input")
-# How a memory is written: by learned memory tokens, or by kept keys with values that match the attention to all keys.
-WRITERS = ("tokens", "matched")
+# How a memory is written: by learned memory tokens, by kept keys with values that match the attention to all keys, or
+# by the latter with a learned change.
+WRITERS = ("tokens", "matched", "anchored")
+# What a memory is: what memory tokens have become, or slots of keys and values with an age each.
+MEMORY_KINDS = WRITERS[:2]
 # What happens to a matched memory beyond its budget: it is matched again, its oldest slots go, or it is an error.
 BEYOND_BUDGET = ("rematch", "forget", "error")
 # Whose queries a matched memory is matched to: those of the pass that read the text, of another pass behind the first,

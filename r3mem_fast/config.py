@@ -89,7 +89,8 @@ class R3MemConfig:
     memory_writer: str = setting(
         "tokens",
         "How a memory is written. `tokens`: by learned memory tokens behind a segment; `matched`: with no training, "
-        "by the keys of a segment that are attended most, with values that match the attention to all of them.",
+        "by the keys of a segment that are attended most, with values that match the attention to all of them; "
+        "`anchored`: matched, with a change of keys and values that is learned.",
         group=MEMORY,
         option="memory-writer",
         choices=WRITERS,
@@ -230,17 +231,22 @@ class R3MemConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for models with memory tokens (num_memory_tokens)"
                 )
-        if self.memory_writer == "matched":
+        if self.memory_writer != "tokens":
             self._check_matched()
         for name in ("core", "target_modules", "bits"):  # JSON gives lists
             if isinstance(getattr(self, name), (list, set, frozenset)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _check_matched(self):
-        wrong = [name for name in ("memory_dropout", "distillation_weight", "bptt_segments") if getattr(self, name)]
+        learns = self.memory_writer == "anchored"
+        names = ("memory_dropout",) if learns else ("memory_dropout", "distillation_weight", "bptt_segments")
+        wrong = [name for name in names if getattr(self, name)]
         wrong += ["memory_placement"] if self.memory_placement != "every_layer" else []
         if wrong:
-            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} is for memory tokens, not for matched memories")
+            given = f"{wrong[0]}={getattr(self, wrong[0])!r}"
+            raise ValueError(f"{given} is for memory tokens, not for {self.memory_writer} memories")
+        if learns and self.adapter_rows != "memory":
+            raise ValueError('memory_writer="anchored" adapts anchors alone: it needs adapter_rows="memory"')
         if self.max_memory_segments is None and self.memory_budget is None:
             raise ValueError("max_memory_segments=None is for memory tokens; give a memory_budget, in slots")
 
@@ -273,7 +279,7 @@ class R3MemConfig:
         check_core(reach, sources)
         first = self.first_adapted_layer
         if first is None:
-            first = 0 if self.num_memory_tokens and self.memory_writer == "tokens" else reach.start
+            first = 0 if self.num_memory_tokens and self.memory_writer != "matched" else reach.start
         if not 0 <= first < num_layers:
             raise ValueError(f"first_adapted_layer must lie in 0..{num_layers - 1}, got {first!r}")
         return dataclasses.replace(self, core=(reach.start, reach.stop), first_adapted_layer=first)
@@ -289,7 +295,7 @@ class R3MemConfig:
         written, segments = self.num_memory_tokens, self.max_memory_segments
         if not written:
             return None
-        if self.memory_writer == "matched":
+        if self.memory_writer != "tokens":
             return self._matched_layout(max_tokens)
         rest = self.segment_overlap + self.segment_length + written
         if segments is None:
@@ -341,7 +347,7 @@ class R3MemConfig:
             keeps_all=False,
             placement=self.memory_placement,
             segment_overlap=self.segment_overlap,
-            writer=self.memory_writer,
+            writer="matched",
             budget=budget,
             beyond_budget=self.beyond_budget,
             reach=reach,

@@ -101,7 +101,7 @@ def is_prefix(network: Network, memory: Memory) -> bool:
         return False
     if memory.ages is None or memory.carried is not None or network.reader.has_gaps():
         return False
-    return network.memories_are_of_base and not any(network.reader.windows())
+    return network.reads_as_base and not any(network.reader.windows())
 
 
 def _read_as_prefix(network, memory, ids, mask, config, kind, others):

@@ -310,15 +310,15 @@ class R3MemModel(TrainerInterface, Network):
         ):
             return compress_rows(self, rows, memory, finish=finish, on_tokens=bar.update)
 
-    def empty_memory(self, rows: int = 1, *, pinned: int = 0) -> Memory:
-        """The memory of nothing, of so many rows; `pinned` as in `compress`. Raises ValueError as that does."""
+    def empty_memory(self, rows: int = 1, *, pinned: int = 0, memory_tokens: int | None = None) -> Memory:
+        """The memory of nothing; `pinned` as in `compress`, `memory_tokens` as in `new_memory`. Raises as these do."""
         self.check_memories()
-        return self.new_memory(rows, self.origin(), pinned)
+        return self.new_memory(rows, self.origin(), pinned, memory_tokens)
 
     def cache_of(self, memory: Memory) -> PrefixCache:
         """A memory as the key-value cache of the base model, or of its `generate`; see `Memory.to_cache`."""
         self.check_memory(memory)
-        if self.memories_are_of_base and not self.is_plain:
+        if self.reads_as_base and not self.is_plain:
             raise ValueError(
                 "this memory is the base model's, and the adapters would read its cache: make and use it within "
                 "`with model.disable_adapters():`, or call generate of this model"

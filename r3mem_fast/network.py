@@ -16,21 +16,18 @@ from transformers.utils import ModelOutput
 
 from .config import R3MemConfig, default_matched
 from .fingerprints import FingerprintCache, layout_fingerprint
-from .integrations import graphs
 from .integrations.compat import decoder_output, inputs_of_composite, key_sources
-from .integrations.fsdp import units_of
 from .integrations.peft import MergedAdapters, adapters_are_off, adapters_off
 from .integrations.scoped import compacted, returning, temporarily
 from .lora import check_adapters, check_tokens_can_be_chosen, let_adapters_choose_tokens, lora_config
 from .memory.cache import PrefixCache
-from .memory.layout import MemoryLayout, Origin
+from .memory.layout import Origin
 from .memory.memory import Memory
 from .memory.reader import MemoryReader
 from .memory.recurrent import refuse_states_at_input
-from .memory.writers import Writer
-from .memory.writers.graphed import GraphedWriter
-from .memory.writers.matched import MatchedWriter, QuestionsOf
-from .memory.writers.tokens import TokenWriter, new_memory_embeddings
+from .memory.writers.anchored import new_anchor_embedding
+from .memory.writers.matched import QuestionsOf
+from .memory.writers.tokens import new_memory_embeddings
 from .positions import first_id, original_positions_of, positions_for_memories, positions_of, special_id
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers, text_config, unconverted
@@ -51,13 +48,14 @@ class Network(nn.Module):
         r3mem_config: The settings, with a core that fits the depth.
         layout: Sizes and settings that its memories share; None if it has too few positions for any.
         learns_memories: Whether its config has memory tokens. If not, its memories are matched ones of its base model.
-        memory_embeddings: Learned embeddings of memory tokens, `[num_memory_tokens, width]`; None without any.
+        memory_embeddings: Learned embeddings of memory tokens, or the one of anchors, `[n, width]`; None without any.
         stack: The stack of the reversible layers.
         layers: The reversible layers, in order.
         slices_logits: Whether the base model can compute the logits of the last tokens alone (`logits_to_keep`).
         start_token_id: Token before and after a prompt of the backward direction.
         end_token_id: Token that ends every text that is written.
         questions_of: Gives what will be asked of the token ids of a text, for `memory_queries` of "pairs".
+        drawn_sizes: Slots of a segment, of which each pass in training draws one; (): those of the layout.
 
     Raises:
         TypeError: The base is no model that can be made reversible. It is then as it was.
@@ -94,13 +92,16 @@ class Network(nn.Module):
         self._reader: MemoryReader | None = None
         self.memory_embeddings: nn.Parameter | None = None
         if self.layout is not None:
-            if self.layout.writer == "tokens":
-                vocabulary = plain.get_input_embeddings().weight
-                self.memory_embeddings = new_memory_embeddings(vocabulary, self.layout.num_memory_tokens)
+            if self.is_anchored:
+                self.memory_embeddings = new_anchor_embedding(plain.get_input_embeddings().weight)
+            elif self.layout.writer == "tokens":
+                known = plain.get_input_embeddings().weight
+                self.memory_embeddings = new_memory_embeddings(known, self.layout.num_memory_tokens)
             self._reader = MemoryReader(self.peft_model, self.stack, self.decoder, self.layout)
         if self.r3mem_config.adapter_rows == "memory" and self.memory_embeddings is not None:
             let_adapters_choose_tokens(self.layers)
         self.questions_of: QuestionsOf | None = None
+        self.drawn_sizes: tuple[int, ...] = ()
         self._fingerprints = FingerprintCache()
         # While adapters are merged: they, and the fingerprints that memories carry, which are those of before.
         self._merged: tuple[MergedAdapters, Origin] | None = None
@@ -144,8 +145,18 @@ class Network(nn.Module):
     @property
     def memories_are_of_base(self) -> bool:
         """Whether memories are written and read by the base model, whatever the adapters have learned."""
-        matched = self.layout is not None and self.layout.writer == "matched"
+        matched = self.layout is not None and self.layout.writer == "matched" and not self.is_anchored
         return matched and not (self.learns_memories and self.adapts_tokens)
+
+    @property
+    def reads_as_base(self) -> bool:
+        """Whether the base model reads behind memories, whoever has written them."""
+        return self.memories_are_of_base or self.is_anchored
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether its memories are matched ones with a learned change."""
+        return self.learns_memories and self.r3mem_config.memory_writer == "anchored"
 
     @property
     def adapts_tokens(self) -> bool:
@@ -166,8 +177,8 @@ class Network(nn.Module):
     def reading_backward(self) -> contextlib.AbstractContextManager[None]:
         """Run the layers of the core from last to first in the block: a context manager.
 
-        That is the direction in which a query is continued with its context, and has nothing to do with gradients. The
-        core and the form are those of the config; when the block ends, or fails, the layers are in order again.
+        That is how a query is continued with its context, and has nothing to do with gradients. Core and form are the
+        config's; when the block ends, or fails, the layers are in order again.
         """
         config = self.r3mem_config
         return reading_backward(
@@ -175,35 +186,17 @@ class Network(nn.Module):
         )
 
     def without_memory(self) -> contextlib.AbstractContextManager[None]:
-        """Read the model forward without a memory in the block: a context manager.
-
-        It disables adapters that act on memory tokens alone.
-        """
+        """Read the model forward without a memory, and adapters of memory tokens, in the block: a context manager."""
         return contextlib.nullcontext() if self.adapts_tokens else self.disable_adapters()
 
     def behind_memory(self) -> contextlib.AbstractContextManager[None]:
         """Read the model forward, behind memories or to write them, in the block: a context manager."""
-        return self.disable_adapters() if self.memories_are_of_base else contextlib.nullcontext()
-
-    def writer(self, layout: MemoryLayout, *, dropout: float = 0.0) -> Writer:
-        """Writer of memories.
-
-        Args:
-            layout: Their layout: the network's, or for memories of the base model any with the same reach.
-            dropout: Probability with which a row does not see its memory, for memory tokens that learn.
-        """
-        if self.memory_embeddings is None:
-            writer = MatchedWriter(self.reader, layout, self.questions_of)
-            # Processes that gather a sharded model's layers together must run alike, whatever their rows are.
-            by_graphs = graphs.are_wanted(self.device) and not units_of(self)
-            return GraphedWriter(writer, self.device) if by_graphs else writer
-        return TokenWriter(self.reader, self.memory_embeddings, adapts_tokens=self.adapts_tokens, dropout=dropout)
+        of_base = self.memories_are_of_base or (self.is_anchored and not self.training)
+        return self.disable_adapters() if of_base else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def disable_adapters(self) -> Iterator[None]:
-        """Let the model act as its base model in the block, bit for bit: a context manager.
-
-        There are no adapters, no coupling and no quantisation then.
+        """Let the model act as its base model in the block, without adapters and coupling: a context manager.
 
         Yields:
             Nothing.
@@ -219,12 +212,11 @@ class Network(nn.Module):
     def merged_adapters(self) -> Iterator[None]:
         """Add the adapters to the weights in the block, for faster inference: a context manager.
 
-        What is computed is the same but for the rounding of the sums, so that memories fit from inside to outside; it
-        takes the memory of the adapted weights once more. Afterwards the weights are what they were, bit for bit.
+        What is computed is the same but for the rounding of sums, so that memories fit from inside to outside; it
+        takes the bytes of the adapted weights once more. Afterwards the weights are what they were, bit for bit.
 
         Raises:
-            RuntimeError: The model is being trained, or is in such a block already. In the block: something would
-                train, move or change weights or adapters.
+            RuntimeError: It is trained, or in such a block; in it: something would train, move or change weights.
             ValueError: With `adapter_rows="memory"` adapters act on some tokens alone; or see `MergedAdapters`.
         """
         if not self.adapts_tokens:
@@ -237,11 +229,7 @@ class Network(nn.Module):
 
     @contextlib.contextmanager
     def unconverted(self) -> Iterator[None]:
-        """Let the model be the base model as transformers made it in the block, without adapters: a context manager.
-
-        Yields:
-            Nothing.
-        """
+        """Let it be the base model as transformers made it, without adapters, in the block: a context manager."""
         with self.disable_adapters(), unconverted(self.stack, self.layers):
             yield
 
@@ -314,9 +302,10 @@ class Network(nn.Module):
         if rows not in (None, len(memory)):
             raise ValueError(f"{rows} rows of tokens and {len(memory)} of memory: one of each a row")
         mine, its = self.origin(), memory.origin
-        # The base model reads whatever was matched with it, of whatever size, if slots stand where it looks for them.
-        of_base = self.memories_are_of_base and memory.layout.writer == "matched"
-        if of_base and memory.layout.reach == self.reader.layout.reach:
+        # The base model reads memories of whatever size, if slots stand where it looks for them.
+        matched = self.reads_as_base and memory.layout.writer == "matched"
+        any_size = matched and memory.layout.reach == self.reader.layout.reach
+        if any_size and self.memories_are_of_base:
             mine = dataclasses.replace(mine, adapter=layout_fingerprint(memory.layout))
         if its.base != mine.base:
             raise ValueError(
@@ -325,22 +314,31 @@ class Network(nn.Module):
         # While its adapters are off, it may still read what it wrote with them.
         if its.adapter != mine.adapter and its.adapter != self._origin(adapters_off=False).adapter:
             raise ValueError("the memory was made with other adapters or settings than the model has; compress again")
-        if memory.layout != self.layout and not of_base:
+        if memory.layout != self.layout and not any_size:
             raise ValueError(f"the memory's layout is {memory.layout}, the model's {self.layout}")
         self.reader.check_states(memory)
 
-    def new_memory(self, rows: int, origin: Origin | None, pinned: int = 0) -> Memory:
+    def new_memory(
+        self, rows: int, origin: Origin | None, pinned: int = 0, memory_tokens: int | None = None
+    ) -> Memory:
         """Make a memory of nothing.
 
         Args:
             rows: Number of rows.
             origin: Fingerprints that it carries; None: it is used within one pass, and nobody asks for them.
             pinned: Tokens at the beginning of each row whose slots stay as they are.
+            memory_tokens: Slots of a segment, for matched and anchored memories; None: the model's.
 
         Raises:
-            ValueError: There are pinned tokens and no matched memories, or too many.
+            ValueError: There are pinned tokens and no matched memories, or too many; or so many slots cannot be.
         """
-        return self.reader.empty_memory(rows, cast(Origin, origin), pinned)
+        memory = self.reader.empty_memory(rows, cast(Origin, origin), pinned)
+        if memory_tokens is not None:
+            memory = dataclasses.replace(memory, layout=memory.layout.with_memory_tokens(memory_tokens))
+            if self.memories_are_of_base and origin is not None:
+                origin = dataclasses.replace(origin, adapter=layout_fingerprint(memory.layout))
+                memory = dataclasses.replace(memory, origin=origin)
+        return memory
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:
         """A cache that holds a memory, to read tokens behind it.
@@ -359,18 +357,17 @@ class Network(nn.Module):
     def origin(self) -> Origin:
         """Fingerprints of base model and adapters that memories made now carry.
 
-        They are computed again when weights or settings of the adapters have changed. While the adapters are off they
-        are different ones.
+        While the adapters are off they are different ones.
 
         Raises:
             RuntimeError: The model is being read backward.
             ValueError: It has adapters that `adapter_rows="memory"` cannot hold to memory tokens.
         """
-        return self._origin(self._adapters_are_off)
+        return self._origin(self.adapters_are_off)
 
     def origin_of_adapters(self) -> Origin:
         """Fingerprints of base model and adapters, also where memories depend on the base model alone."""
-        return self._origin_of_adapters(self._adapters_are_off)
+        return self._origin_of_adapters(self.adapters_are_off)
 
     def _origin_of_adapters(self, adapters_off):
         if self._merged is not None and not adapters_off:
@@ -378,7 +375,8 @@ class Network(nn.Module):
         return self._fingerprints.origin(self, adapters_off)
 
     @property
-    def _adapters_are_off(self):
+    def adapters_are_off(self) -> bool:
+        """Whether its adapters do not act for now."""
         return self.is_plain or (self._merged is None and adapters_are_off(self.peft_model))
 
     def _origin(self, adapters_off):

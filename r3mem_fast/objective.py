@@ -88,6 +88,7 @@ def history_loss(
     Raises:
         ValueError: No row has a token, or a segment does not fit into the model's positions.
     """
+    memory = _of_drawn_size(network, memory)
     segments = _some_segments(network, memory, rows, in_one=False)
     if num_items is None:
         num_items = max(1, sum(int((segment.targets != IGNORED).sum()) for segment in segments))
@@ -96,6 +97,8 @@ def history_loss(
     teacher = _Teacher(network, memory, rows) if training and network.r3mem_config.distillation_weight else None
 
     def outcome(segment, hidden):
+        if training and bool((segment.targets == IGNORED).all()):
+            return {"loss": hidden.new_zeros((), dtype=torch.float32)}
         targets = segment.targets.to(network.device)
         output = network.head(hidden, labels=targets, shift_labels=targets, num_items_in_batch=num_items)
         loss = output.loss if teacher is None else teacher.blended(output, segment, targets, num_items)
@@ -163,6 +166,14 @@ def refuse_raw_tail(layout: MemoryLayout) -> None:
             f"matched memories with a segment_overlap leave out the last {layout.segment_overlap} tokens of a text, "
             "which cannot be given back then; use segment_overlap=0"
         )
+
+
+def _of_drawn_size(network, memory):
+    """A memory of nothing of a size that is drawn, if the network is being trained for several."""
+    if not (network.drawn_sizes and network.training and torch.is_grad_enabled()):
+        return memory
+    size = network.drawn_sizes[int(torch.randint(len(network.drawn_sizes), ()))]
+    return dataclasses.replace(memory, layout=memory.layout.with_memory_tokens(size))
 
 
 def _some_segments(network, memory, rows, in_one):

@@ -91,7 +91,7 @@ class R3MemPipeline:
 
     def __repr__(self):
         model, base = self.model, self.model.peft_model.get_base_model()
-        memories = f", {len(model.memory_embeddings)} memory tokens" if model.memory_embeddings is not None else ""
+        memories = f", {model.reader.layout.num_memory_tokens} memory tokens" if model.learns_memories else ""
         folder = "" if self.folder is None else f", folder={str(self.folder)!r}"
         return (
             f"R3MemPipeline({base.name_or_path or type(base).__name__!r}, {str(model.peft_model.dtype)[6:]} on "

@@ -28,7 +28,7 @@ def positions_for_memories(config: R3MemConfig, model: Any) -> int | None:
         config: Settings of the memory network.
         model: The base model.
     """
-    return original_positions_of(model) if config.memory_writer == "matched" else positions_of(model)
+    return positions_of(model) if config.memory_writer == "tokens" else original_positions_of(model)
 
 
 def special_id(model: Any, name: str) -> Any:

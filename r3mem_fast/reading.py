@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +20,7 @@ from .memory.writers.graphed import GraphedWriter
 from .memory.writers.matched import MatchedWriter
 from .network import Network
 from .reversible.replay import replay
+from .writing import writer_of
 
 
 def is_one_pass(network: Network, rows: Rows) -> bool:
@@ -54,9 +55,9 @@ def segments_of(network: Network, memory: Memory, rows: Rows, *, in_one: bool = 
         # Another process has more segments. Tokens are added here to have as many; they do not count in the loss.
         more = torch.zeros(longest - lengths[-1], dtype=torch.int64)
         ids[-1], labels[-1] = torch.cat([ids[-1], more]), torch.cat([labels[-1], more + IGNORED])
-    segments = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length)
+    segments, layout = cut_segments(memory, ids, labels, finish=True, writes_all=False, length=length), memory.layout
     for segment in segments:
-        written = 0 if network.memory_embeddings is None or not segment.writes else len(network.memory_embeddings)
+        written = layout.num_memory_tokens if segment.writes and layout.writer == "tokens" else 0
         network.check_length(segment.ids.shape[1] + written, behind_memory=True)
     return segments
 
@@ -100,7 +101,7 @@ def read_segments(
     if memory.carried is not None:
         _check_lengths_of_ranks(network, segments)
     training = trains_through(network, segments)
-    writer = network.writer(memory.layout, dropout=config.memory_dropout if training else 0.0)
+    writer = writer_of(network, memory.layout, dropout=config.memory_dropout if training else 0.0)
 
     def step(segment, state):
         before = _with_state(memory, state, num_segments=segment.num_segments)
@@ -141,14 +142,15 @@ def _check_lengths_of_ranks(network, segments):
 
 
 def _state_of(memory):
-    """The tensors of a memory through which gradients pass from segment to segment."""
-    return memory.states, memory.carried or {}
+    """The tensors of a memory that a segment changes, of which gradients pass through those with states."""
+    beside = {} if memory.ages is None else {"ages": memory.ages, "slots": memory.slots}
+    return memory.states, memory.carried or {}, beside
 
 
 def _with_state(memory, state, **others):
     """A memory with other tensors, as `_state_of` gives them, and other fields."""
-    states, carried = state
-    return dataclasses.replace(memory, states=states, carried=carried or None, **others)
+    states, carried, beside = state
+    return dataclasses.replace(memory, states=states, carried=carried or None, **beside, **others)
 
 
 def compress_rows(
@@ -253,8 +255,8 @@ def read_but_last(network: Network, ids: torch.Tensor, mask: torch.Tensor, cache
 def _read_by_diagonals(network, segments, memory, on_tokens):
     """Read segments behind a memory: those that are alike by diagonals, the others one after the other."""
     memory = memory.to(network.device, network.dtype)
-    writer = network.writer(memory.layout)
-    matched = writer.matched if isinstance(writer, GraphedWriter) else writer
+    writer = writer_of(network, memory.layout)
+    matched = writer.matched if isinstance(writer, GraphedWriter) else cast(MatchedWriter, writer)
     reader = DiagonalReader(matched, network.reader, network.layers)
     # The kind of the last segment, and up to where segments have been looked at that are too few for diagonals.
     index, last, looked = 0, None, 0

@@ -81,8 +81,8 @@ def option_of(name: str, kind: type = R3MemConfig) -> str:
 
 
 def _type_of(name, field, about):
-    if name == "core":
-        return core
+    if name in ("core", "drawn_memory_tokens"):
+        return core if name == "core" else sizes
     if about.choices is not None:
         return str
     return int if is_whole(field) else float
@@ -227,6 +227,11 @@ def core(text: str) -> str | tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be FIRST,END or all, got {text!r}") from None
     return first, end
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Read positive numbers N,N,...: the `type` of an argument."""
+    return tuple(positive(part) for part in text.split(","))
 
 
 def fraction_bits(text: str) -> str | int:

@@ -113,11 +113,26 @@ def adapters_off(peft_model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disabled(modules: Sequence[Any]) -> Iterator[None]:
+def adapters_on(peft_model: PeftModel) -> Iterator[None]:
+    """Turn a model's adapters on in the block, which is within one of `adapters_off`.
+
+    Args:
+        peft_model: A PeftModel.
+
+    Yields:
+        Nothing.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    with _disabled([module for module in peft_model.modules() if isinstance(module, kinds)], are_off=False):
+        yield
+
+
+@contextlib.contextmanager
+def _disabled(modules: Sequence[Any], are_off: bool = True) -> Iterator[None]:
     before = [module._disable_adapters for module in modules]
     try:
         for module in modules:
-            module._disable_adapters = True
+            module._disable_adapters = are_off
         yield
     finally:
         for module, was_off in zip(modules, before, strict=True):

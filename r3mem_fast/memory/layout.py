@@ -59,6 +59,25 @@ class MemoryLayout:
         # The largest age may be any beyond it.
         return min(segments * self.segment_length, self.reach - 1)
 
+    def with_memory_tokens(self, count: int) -> "MemoryLayout":
+        """The layout of matched memories of so many slots for a segment, and of as many segments.
+
+        Args:
+            count: Slots of a segment, from 1 to its tokens.
+
+        Raises:
+            ValueError: There are too few or too many, or these are no matched memories.
+        """
+        if self.writer != "matched" or not 1 <= count <= self.segment_length:
+            raise ValueError(
+                f"memory_tokens={count!r} must lie in 1..{self.segment_length}, the tokens of a segment, and is for "
+                "matched and anchored memories"
+            )
+        budget = max(count, self.budget * count // self.num_memory_tokens)
+        return dataclasses.replace(
+            self, num_memory_tokens=count, budget=budget, readable_segments=max(1, budget // count)
+        )
+
     def to_dict(self) -> dict:
         """Its fields as values for JSON; format 1 of memory files has those alone that memory tokens need."""
         fields = dataclasses.asdict(self)

@@ -182,7 +182,7 @@ def prefix_of(model: Any, memory: Any, first_position: int | None = None) -> Pre
             learned, and the first position is another one than the memory was made for.
     """
     model.check_memory(memory)
-    if memory.ages is None or not model.memories_are_of_base:
+    if memory.ages is None or not model.reads_as_base:
         raise ValueError(
             "only a matched memory of a base model is keys and values alone; what memory tokens have learned needs "
             "its adapters: use model.generate, or memory.to_cache(model)"

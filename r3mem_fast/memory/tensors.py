@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..choices import BEYOND_BUDGET, PLACEMENTS, QUERIES, WRITERS
+from ..choices import BEYOND_BUDGET, MEMORY_KINDS, PLACEMENTS, QUERIES
 from .file import CARRIED
 from .layout import MemoryLayout, Origin
 from .states import BATCH, SLOTS
@@ -31,7 +31,7 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
     layout, origin = MemoryLayout(**metadata["layout"]), Origin(**metadata["origin"])
     numbers = (layout.num_memory_tokens, layout.segment_length, layout.readable_segments, layout.segment_overlap + 1)
     if (
-        layout.writer not in WRITERS
+        layout.writer not in MEMORY_KINDS
         or layout.queries not in QUERIES
         or layout.beyond_budget not in BEYOND_BUDGET
         or layout.placement not in PLACEMENTS

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -19,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files import replacing
 from ..integrations.masters import MasterAdamW, keep_master_weights
-from ..integrations.scoped import unchanged_on_failure
+from ..integrations.scoped import temporarily, unchanged_on_failure
 from ..manifest import TRAIN_CHECKPOINTS
 from ..model import R3MemModel
 from ..reversible import check_integrity
@@ -84,19 +85,23 @@ class Windows(Dataset):
         return {"input_ids": self._windows[index]}
 
 
-def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate_windows(windows: Sequence[dict[str, torch.Tensor]], unlearned: int = 0) -> dict[str, torch.Tensor]:
     """Make a batch of windows, padded on the right.
 
     Args:
         windows: Items of `Windows`.
+        unlearned: First tokens of each window that do not count in the loss.
 
     Returns:
-        `input_ids`, `attention_mask` (0 for padding) and `labels` (-100 for padding), int64 `[B, T]` each.
+        `input_ids`, `attention_mask` (0 for padding) and `labels` (-100 for padding and those first tokens), int64
+        `[B, T]` each.
     """
     ids = torch.nn.utils.rnn.pad_sequence([window["input_ids"] for window in windows], batch_first=True)
     lengths = torch.tensor([len(window["input_ids"]) for window in windows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64)
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :unlearned] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def train(
@@ -149,6 +154,11 @@ def train(
             "matched memories need no training, and have nothing that could learn: compress with the model as "
             'it is, or let memory tokens learn (memory_writer="tokens")'
         )
+    sizes = settings.drawn_memory_tokens or ()
+    if sizes and not model.is_anchored:
+        raise ValueError('drawn_memory_tokens is for anchored memories (memory_writer="anchored")')
+    for size in sizes:
+        model.reader.layout.with_memory_tokens(size)  # raises an error for one that cannot be
     kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]
     windows = Windows(kept, model.r3mem_config.segment_length, settings.segments)
     checkpoints = Path(folder) / TRAIN_CHECKPOINTS
@@ -189,10 +199,12 @@ def train(
         model.eval()
         return _report(TrainerState.load_from_json(last / TRAINER_STATE_NAME), windows, 0.0)
     _, of_optimizer = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    # The base model reads the first segment, behind no memory: there is nothing to learn.
+    unlearned = model.reader.layout.segment_length if model.is_anchored else 0
     trainer = Trainer(
         model,
         arguments,
-        collate_windows,
+        functools.partial(collate_windows, unlearned=unlearned),
         train_dataset=windows,
         callbacks=[_CheckIntegrity(model)],
         optimizer_cls_and_kwargs=(MasterAdamW, of_optimizer) if rounded else None,
@@ -201,7 +213,7 @@ def train(
     started = time.monotonic()
     try:
         # What was learned is in the checkpoints.
-        with unchanged_on_failure(model), contextlib.ExitStack() as afterwards:
+        with unchanged_on_failure(model), temporarily(model, drawn_sizes=sizes), contextlib.ExitStack() as afterwards:
             afterwards.callback(keep_master_weights, model)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
@@ -267,6 +279,8 @@ def _identity(model, rows, settings):
     described = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     if settings.adapter_precision == "float32":  # a later setting: checkpoints from before it are of such runs
         del described["adapter_precision"]
+    if settings.drawn_memory_tokens is None:
+        del described["drawn_memory_tokens"]
     origin = model.origin_of_adapters()
     return {
         "settings": described,

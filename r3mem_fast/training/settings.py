@@ -126,7 +126,17 @@ class TrainSettings:
         0.0, "Share of each text, at its end, that is not trained on.", group=RUN, option="hold-out", least=0, below=1
     )
     checkpoint_steps: int = setting(50, "Steps between checkpoints.", group=RUN, option="checkpoint-steps", least=1)
+    drawn_memory_tokens: tuple[int, ...] | None = setting(
+        None,
+        "Slots of a segment N,N,..., of which each pass draws one, for anchored memories: one adapter for all sizes.",
+        group=RUN,
+        option="drawn-memory-tokens",
+        unset="the model's, always",
+    )
     seed: int = setting(0, "Seed of the order.", group=RUN, option="seed", least=0)
 
     def __post_init__(self):
         check(self)
+        sizes = self.drawn_memory_tokens
+        if sizes is not None and not (sizes and all(type(size) is int and size > 0 for size in sizes)):
+            raise ValueError(f"drawn_memory_tokens must be positive integers, or None, got {sizes!r}")

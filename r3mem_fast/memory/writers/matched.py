@@ -61,14 +61,23 @@ class MatchedWriter:
         reader: Reads memories with the model's decoder.
         layout: Layout of the memories; its reach is that of the reader's.
         questions_of: Gives what will be asked of a segment, for a layout with queries of "pairs".
+        adapted_tokens: Number of trailing tokens of a pass that adapters act on; None: all.
 
     Attributes:
         query_kinds: Which queries memories are matched to, of "own", "reread", "pairs".
         unmatched: Whether something could not be matched since the last `finish`, on the device.
     """
 
-    def __init__(self, reader: MemoryReader, layout: MemoryLayout, questions_of: QuestionsOf | None = None):
+    def __init__(
+        self,
+        reader: MemoryReader,
+        layout: MemoryLayout,
+        questions_of: QuestionsOf | None = None,
+        *,
+        adapted_tokens: int | None = None,
+    ):
         self._reader, self._layout, self._questions_of = reader, layout, questions_of
+        self._adapted_tokens = adapted_tokens
         self.query_kinds = layout.queries.split("+")
         self.unmatched: list[torch.Tensor] = []
 
@@ -114,18 +123,21 @@ class MatchedWriter:
         Raises:
             ValueError: No memory can be matched to the model's attention.
         """
+        return self._passed_over(segment, memory)
+
+    def _passed_over(self, segment, memory):
+        """Read a segment as `pass_over` does; differentiable."""
         if segment.writes and "pairs" in self.query_kinds and self._questions_of is None:
             raise ValueError(
                 f"memory_queries={self._layout.queries!r} asks a memory what will be asked of its text, and nothing "
                 "says what that is: an R3MemPipeline does, or set questions_of of the R3MemModel"
             )
-        rows = list(segment.rows)
+        rows, reader, mask = list(segment.rows), self._reader, segment.mask
         before = memory.rows(rows) if len(rows) < len(memory) else memory
-        reader = self._reader
         embeddings = reader.embeddings_of(segment.ids)
-        mask = segment.mask
         in_parts = segment.writes and before.carried is not None
-        cache = reader.new_cache(keep=in_parts, capture=mask.shape[1] if segment.writes else 0)
+        settings = {"capture": mask.shape[1] if segment.writes else 0, "adapted_tokens": self._adapted_tokens}
+        cache = reader.new_cache(keep=in_parts, **settings)
         reader.read(cache, before)
         if not segment.writes:
             return Pass(segment, memory, before, cache, {}, reader.decode(embeddings, mask, cache, ids=segment.ids))
@@ -181,14 +193,16 @@ class MatchedWriter:
         Raises:
             ValueError: The memory is beyond its budget, and that is to be an error.
         """
-        segment = found.segment
-        old, new = self._candidates(found)
+        return _replaced(found, self._matched(found, *self._candidates(found)))
+
+    def _matched(self, found, old, new):
+        """Match slots as `written` does: places of rows, and their slots, a list."""
         self._check_budget(old, new)
-        own = Queries(found.calls, self._positions(segment.mask, found.hidden.device))
+        own = Queries(found.calls, self._positions(found.segment.mask, found.hidden.device))
         match = Match(self._queries(found, (old, new), own), found.cache, self._layout.first_position)
-        after = _replaced(found, list(self._parts(old, new, match)))
+        parts = list(self._parts(old, new, match))
         self.unmatched += match.unmatched
-        return after
+        return parts
 
     @torch.no_grad()
     def extended(self, segment: Segment, memory: Memory) -> Memory:
@@ -267,29 +281,30 @@ class MatchedWriter:
 
     def _queries(self, passed, slots, own):
         """The queries that the memory is matched to; `own` are those of the pass that has read the segment."""
-        segment, before = passed.segment, passed.before
-        found = [own] if "own" in self.query_kinds else []
+        segment, found = passed.segment, [own] if "own" in self.query_kinds else []
         if self.query_kinds != ["own"]:
-            old, new = slots
-            together = old.followed_by(new)
-            together = together.within(int(together.counts.max()))
-            whole = replaced(before, range(len(before)), [(range(len(before)), together)])
-            whole = dataclasses.replace(whole, carried=passed.carried)
+            whole = self._whole(passed, *slots)
             if "reread" in self.query_kinds:
-                everyone = torch.ones(len(before), dtype=torch.bool)
+                everyone = torch.ones(len(whole), dtype=torch.bool)
                 found.append(self._asked([(segment.ids, segment.mask, everyone)], whole))
             if "pairs" in self.query_kinds:
                 found += self._asked_questions(segment, whole, own)
         return joined(found)
+
+    def _whole(self, passed, old, new):
+        """The memory of the rows that were read, with a slot for every token of the segment."""
+        before, together = passed.before, old.followed_by(new)
+        together = together.within(int(together.counts.max()))
+        whole = replaced(before, range(len(before)), [(range(len(before)), together)])
+        return dataclasses.replace(whole, carried=passed.carried)
 
     def _asked(self, texts, whole):
         """Queries of texts that are read, each alone, behind all that there is to be held.
 
         texts: (ids, mask, exists) each: int64 `[A, T]` twice, and which rows the text is of, bool `[A]`.
         """
-        reader = self._reader
-        cache = reader.read(reader.new_cache(keep=False), whole)
-        found = []
+        reader, found = self._reader, []
+        cache = reader.read(reader.new_cache(keep=False, adapted_tokens=self._adapted_tokens), whole)
         for ids, mask, exists in texts:
             embeddings = reader.embeddings_of(ids)
             _, calls = self._decoded(embeddings, mask, cache, ids)
@@ -364,12 +379,11 @@ class MatchedWriter:
     def _matched_again(self, slots: Slots, match: Match, rows: list[int]) -> Slots:
         """Match old and new slots together. What is too old goes first, and the first slot stays as it is.
 
-        A key that is matched again and again takes over ever more, until it is worth less than nothing: after eight
-        times all is well, after sixty, without an end, a text is read worse than behind no memory.
+        A key that is matched ever again takes over ever more: after eight times all is well, after sixty a text is
+        read worse than behind no memory.
         """
         layout, pinned = self._layout, slots.pinned
-        # Attention rests on a text's first token, so that an error in it would spread everywhere.
-        held = pinned.clamp_min(1)
+        held = pinned.clamp_min(1)  # attention rests on a text's first token: an error in it would spread
         # Pinned slots have the largest ages to themselves, so that those of others end before these (`slots_of`).
         age = min(layout.lifetime, layout.reach - 1 - int(pinned[0]))
         slots = slots.up_to(age, layout.budget + int(pinned[0]))

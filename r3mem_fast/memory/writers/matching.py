@@ -115,6 +115,7 @@ class Match:
         self._queries, self._cache, self._first = queries, cache, first
         self.unmatched: list[torch.Tensor] = []
 
+    @torch.no_grad()
     def __call__(self, slots: Slots, limit: int, rows: Sequence[int]) -> Slots:
         """Keep `limit` slots at most of each row, beside the pinned ones, by layer and head, with new values.
 

@@ -1,0 +1,36 @@
+"""Chooses the writer of a network's memories."""
+
+import contextlib
+import functools
+
+from .integrations import graphs
+from .integrations.fsdp import units_of
+from .integrations.peft import adapters_on
+from .memory.layout import MemoryLayout
+from .memory.writers import Writer
+from .memory.writers.anchored import AnchoredWriter
+from .memory.writers.graphed import GraphedWriter
+from .memory.writers.matched import MatchedWriter
+from .memory.writers.tokens import TokenWriter
+from .network import Network
+
+
+def writer_of(network: Network, layout: MemoryLayout, *, dropout: float = 0.0) -> Writer:
+    """Make the writer of a network's memories.
+
+    Args:
+        network: The network.
+        layout: Their layout: the network's, or for matched memories any with the same reach.
+        dropout: Probability with which a row does not see its memory, for memory tokens that learn.
+    """
+    reader, embeddings = network.reader, network.memory_embeddings
+    if embeddings is None or (network.is_anchored and network.adapters_are_off):
+        writer = MatchedWriter(reader, layout, network.questions_of)
+        # Processes that gather a sharded model's layers together must run alike, whatever their rows are.
+        by_graphs = graphs.are_wanted(network.device) and not units_of(network)
+        return GraphedWriter(writer, network.device) if by_graphs else writer
+    if network.is_anchored:
+        # In training they always act, and reading leaves them out token by token: layers may run again.
+        on = contextlib.nullcontext if network.training else functools.partial(adapters_on, network.peft_model)
+        return AnchoredWriter(reader, layout, embeddings, on, network.questions_of)
+    return TokenWriter(reader, embeddings, adapts_tokens=network.adapts_tokens, dropout=dropout)

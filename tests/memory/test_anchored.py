@@ -1,0 +1,260 @@
+"""Anchored memories: matched ones with a change that adapters learn, at copies of the tokens that most heads keep."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from r3mem_fast import Memory, R3MemConfig, R3MemModel
+from r3mem_fast.batching import Rows
+from r3mem_fast.integrations.peft import adapters_off
+from r3mem_fast.objective import history_loss
+from r3mem_fast.reversible.stack import Mode
+from r3mem_fast.training.history import train
+from r3mem_fast.training.settings import TrainSettings
+from tests.reversible.tiny import assert_same_gradients, build, gradients
+
+SLOTS, LENGTH, OVERLAP = 4, 16, 4
+ABSOLUTE = ("gpt2", "opt")
+FAMILIES = ("llama", "qwen3", "gpt_neox", "olmo2", "gpt2", "opt", "mistral", "gemma2")
+
+
+def network(writer="anchored", family="llama", learned=0.3, **changes):
+    """A model whose adapters have learned something at random, but for the matched one."""
+    given = {"num_memory_tokens": SLOTS, "memory_budget": 2 * SLOTS, "segment_length": LENGTH}
+    given |= {"segment_overlap": OVERLAP, "adapter_rows": "memory", "core": (1, 3), **changes}
+    torch.manual_seed(0)
+    model = R3MemModel(build(family, scale=2.0), R3MemConfig(memory_writer=writer, **given)).eval()
+    if writer == "anchored" and learned:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            model.memory_embeddings.normal_(std=learned, generator=generator)
+            for name, parameter in sorted(model.named_parameters()):
+                if "lora_B" in name:
+                    parameter.normal_(std=learned, generator=generator)
+    return model
+
+
+def ids_of(tokens, rows=1, seed=0):
+    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_training_it_is_the_matched_memory_to_the_bit(family):
+    ids = ids_of(70, rows=2)
+    anchored, matched = network(family=family, learned=0), network("matched", family)
+    mine, its = anchored.compress(ids), matched.compress(ids)
+    assert torch.equal(mine.states, its.states) and torch.equal(mine.ages, its.ages)
+    text = ids_of(5, rows=2, seed=1)
+    pairs = ((anchored, mine), (matched, its))
+    written = [model.generate(text, memory=memory, max_new_tokens=6, do_sample=False) for model, memory in pairs]
+    assert torch.equal(*written)
+    learned, its = (model.compress(ids[:, :LENGTH]) for model in (network(family=family), matched))
+    assert torch.equal(learned.ages, its.ages) and (learned.states - its.states).abs().max() > 1e-2
+
+
+def places_of(memory, fresh):
+    """Places of the tokens that slots are of, `[layers, rows, kv_heads, slots]`, after a single segment."""
+    return fresh - memory.ages
+
+
+def most_kept(places, count):
+    """The tokens that most heads keep, the first of equals, in order: counted in Python."""
+    votes = {}
+    for place in places.flatten().tolist():
+        votes[place] = votes.get(place, 0) + 1
+    return sorted(sorted(votes, key=lambda place: (-votes[place], place))[:count])
+
+
+def changes_by_hand(model, ids, anchors):
+    """What adapters change in the keys and values of anchors behind a text, with transformers' own cache."""
+    first, fresh = model.layout.first_position, ids.shape[1]
+    token_ids = ids[:, anchors]
+    positions = torch.tensor([[first + place - fresh for place in anchors]])
+
+    def read(adapted):
+        with model.disable_adapters():
+            cache = DynamicCache(config=model.config)
+            before = torch.arange(first, first + fresh)[None] - (0 if model.config.model_type in ABSOLUTE else fresh)
+            model.plain_model(ids, past_key_values=cache, position_ids=before, use_cache=True)
+        embeddings = model.plain_model.get_input_embeddings()(token_ids)
+        off = contextlib.nullcontext() if adapted else adapters_off(model.peft_model)
+        with model.stack.in_mode(Mode.PLAIN), off:
+            embeddings = embeddings + model.memory_embeddings if adapted else embeddings
+            model.plain_model(inputs_embeds=embeddings, past_key_values=cache, position_ids=positions, use_cache=True)
+        return torch.stack([torch.stack([layer.keys, layer.values])[..., fresh:, :] for layer in cache.layers])
+
+    return read(adapted=True) - read(adapted=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", *ABSOLUTE])
+@torch.no_grad()
+def test_changes_are_those_of_anchors_by_hand(family):
+    """One segment; keys only where nothing rotates them, because they are kept without positions."""
+    model, ids = network(family=family), ids_of(LENGTH)
+    mine, its = model.compress(ids), network("matched", family).compress(ids)
+    fresh = LENGTH - OVERLAP
+    places = places_of(mine, fresh)
+    anchors = most_kept(places, SLOTS)
+    expected = changes_by_hand(model, ids[:, :fresh], anchors)
+    nearest = (places[..., None] - torch.tensor(anchors)).abs().argmin(-1)
+    parts = (0, 1) if family in ABSOLUTE else (1,)
+    for part in parts:
+        change = mine.states[:, part] - its.states[:, part]
+        index = nearest[..., None].expand_as(change)
+        assert (change - expected[:, part].gather(3, index)).abs().max() < 1e-4 * expected.abs().max()
+    assert expected[:, 1].abs().max() > 0.1
+
+
+@given(st.integers(1, 40), st.integers(17, 40), st.integers(0, 3), st.sampled_from(["forget", "rematch"]))
+@settings(max_examples=12, deadline=None)
+def test_rows_of_several_lengths_are_as_each_alone(short, long, pinned, beyond):
+    model = network(beyond_budget=beyond)
+    width = max(short, long)
+    ids, mask = ids_of(width, rows=2), torch.ones(2, width, dtype=torch.int64)
+    mask[0, : width - short], mask[1, : width - long] = 0, 0
+    both = model.compress(ids, mask, finish=True, pinned=pinned)
+    for row, length in enumerate((short, long)):
+        alone = model.compress(ids[row : row + 1, width - length :], finish=True, pinned=pinned)
+        here = both.rows([row])
+        count = int(alone.slots[0])
+        assert int(here.slots[0]) == count
+        if count:
+            mine, its = here.states[..., -count:, :], alone.states[..., -count:, :]
+            assert (mine - its).abs().max() <= 1e-3 * its.abs().max().clamp_min(1)
+
+
+def test_slots_of_earlier_segments_and_pinned_ones_stay():
+    model, matched = network(memory_budget=4 * SLOTS), network("matched", memory_budget=4 * SLOTS)
+    ids = ids_of(2 * LENGTH)
+    first = model.compress(ids[:, :LENGTH], pinned=3)
+    both = model.compress(ids[:, LENGTH:], memory=first)
+    count = int(first.slots[0])
+    assert torch.equal(both.states[..., :count, :], first.states) and int(both.slots[0]) > count
+    held = matched.compress(ids[:, :LENGTH], pinned=3).states
+    assert torch.equal(first.states[..., :3, :], held[..., :3, :])
+    assert not torch.equal(first.states[..., 3:, :], held[..., 3:, :])
+
+
+def loss_of(model, ids):
+    labels = ids.clone()
+    labels[:, :LENGTH] = -100
+    return history_loss(model, model.new_memory(len(ids), None), Rows(ids, None, labels), None)[0]
+
+
+def test_gradients_are_finite_differences():
+    """As the base model reads, along a random direction; behind one segment alone, as what is kept of a second one is
+    a choice, which no gradient knows of."""
+    model, ids = network(), ids_of(2 * LENGTH, rows=2)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(2)
+    along = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in learned]
+    loss_of(model, ids).backward()
+    slope = sum((p.grad * a).sum().item() for p, a in zip(learned, along, strict=True) if p.grad is not None)
+    assert model.memory_embeddings.grad.abs().sum() > 0
+    values, step = [], 1e-3
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, direction in zip(learned, along, strict=True):
+                parameter += sign * step * direction
+            values.append(loss_of(model, ids).item())
+            for parameter, direction in zip(learned, along, strict=True):
+                parameter -= sign * step * direction
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-2)
+
+
+@pytest.mark.parametrize("kept", ["none", "device"])
+def test_reversible_training_has_the_gradients_of_stored_activations(kept):
+    """Whatever is kept of segments; a memory that is no part of the graph gives others: the control."""
+    model, ids = network(kept_segments=kept, fraction_bits=20).train(), ids_of(3 * LENGTH, rows=2)
+    loss_of(model, ids).backward()
+    found = gradients(model)
+    model.zero_grad(set_to_none=True)
+    stored = network(kept_segments="device", fraction_bits=20).train()
+    with stored.stack.in_mode(Mode.STORED):
+        loss_of(stored, ids).backward()
+    assert_same_gradients(found, gradients(stored), 1e-4)
+    assert max(gradient.abs().max() for gradient in found.values()) > 1e-4
+
+
+def test_the_base_model_reads_and_writes_without_adapters():
+    model, base, ids, text = network(), network("matched"), ids_of(40), ids_of(6, seed=1)
+    assert torch.equal(model(text).logits, base(text).logits)
+    memory = model.compress(ids)
+    with model.disable_adapters():
+        assert torch.equal(model.compress(ids).states, base.compress(ids).states)
+        cache = memory.to_cache(model)
+        assert cache.prefix_length == int(memory.slots[0])
+    with pytest.raises(ValueError, match="the adapters would read its cache"):
+        memory.to_cache(model)
+    prefix = memory.to_prefix(model)
+    assert len(prefix) == int(memory.slots[0])
+
+
+def test_one_adapter_for_memories_of_any_size(tmp_path):
+    model, ids, text = network(), ids_of(70), ids_of(6, seed=1)
+    small = model.compress(ids, memory=model.empty_memory(memory_tokens=2))
+    assert small.slots.tolist() == [4] and model.compress(ids).slots.tolist() == [8]
+    small.save(tmp_path / "small.safetensors")
+    loaded = Memory.load(tmp_path / "small.safetensors", model)
+    assert torch.equal(model(text, memory=loaded).logits, model(text, memory=small).logits)
+    with pytest.raises(ValueError, match=r"memory_tokens=17 must lie in 1..16"):
+        model.empty_memory(memory_tokens=17)
+    other = network(learned=0.2)
+    with pytest.raises(ValueError, match="made with other adapters or settings"):
+        other(text, memory=loaded)
+    matched = network("matched")
+    few = matched.compress(ids, memory=matched.empty_memory(memory_tokens=2))
+    assert few.slots.tolist() == [4] and matched(text, memory=few).logits.shape == (1, 6, 96)
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    model, ids = network(), ids_of(40)
+    model.save_pretrained(tmp_path)
+    base = build("llama", scale=2.0)
+    again = R3MemModel.from_pretrained(tmp_path, base).eval()
+    assert again.is_anchored and torch.equal(again.compress(ids).states, model.compress(ids).states)
+
+
+def test_training_improves_on_the_match(tmp_path):
+    """On a text that it sees again and again; and a run that was interrupted would go on (`tests/training`)."""
+    model = network(learned=0, distillation_weight=1.0, num_memory_tokens=2, memory_budget=2, segment_overlap=0)
+    ids = ids_of(2 * LENGTH)
+
+    def divergence():
+        model.train()
+        with torch.no_grad():
+            return loss_of(model.eval(), ids).item()
+
+    before = divergence()
+    report = train(
+        model,
+        [ids[0].tolist()],
+        TrainSettings(steps=40, segments=2, learning_rate=1e-2, warmup_steps=2, drawn_memory_tokens=(2, 3)),
+        folder=tmp_path,
+        progress=False,
+    )
+    assert report.losses[-1][1] < 0.7 * report.losses[0][1]
+    assert divergence() < before and not model.drawn_sizes
+    with pytest.raises(ValueError, match="drawn_memory_tokens is for anchored memories"):
+        train(
+            network("tokens", adapter_rows="all", memory_budget=None),
+            [ids[0].tolist()],
+            TrainSettings(steps=1, segments=2, drawn_memory_tokens=(2,)),
+            folder=tmp_path / "other",
+            progress=False,
+        )
+
+
+def test_what_it_cannot_go_with():
+    with pytest.raises(ValueError, match='it needs adapter_rows="memory"'):
+        network(adapter_rows="all")
+    with pytest.raises(ValueError, match=r"memory_dropout=0\.5 is for memory tokens, not for anchored memories"):
+        network(memory_dropout=0.5)
+    with pytest.raises(ValueError, match="is for memory tokens, not for anchored memories"):
+        network(memory_placement="input")
+    with pytest.raises(ValueError, match="drawn_memory_tokens must be positive integers"):
+        TrainSettings(drawn_memory_tokens=())
