@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, check_integrity, load_model
-from r3mem_fast.choices import PLACEMENTS, WRITERS
+from r3mem_fast.choices import MEMORY_KINDS, PLACEMENTS
 from r3mem_fast.data.text import pages_of, read_text, token_windows
 from r3mem_fast.devices import default_dtype
 from r3mem_fast.training.collate import collate_ids
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", nargs="+", default=[None], help="UTF-8 texts to learn from (Python's help topics)")
     parser.add_argument("--held-out", help="a UTF-8 text for unseen windows (the last tenth of the last text)")
     parser.add_argument("--memory-tokens", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--memory-writer", choices=WRITERS, default="tokens", help="(%(default)s)")
+    parser.add_argument("--memory-writer", choices=MEMORY_KINDS, default="tokens", help="(%(default)s)")
     parser.add_argument("--documents", type=int, default=20, help="of the suite seen (%(default)s)")
     parser.add_argument("--tokens", type=int, default=100, help="of such a document, about (%(default)s)")
     parser.add_argument("--max-steps", type=int, default=600, help="of the same (%(default)s)")

@@ -14,6 +14,8 @@ the segment before and
     matched_N by Q   the same, matched to other queries (`memory_queries`)
     snapkv_N …  N slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
     learned_N   the memory of a trained adapter of N memory tokens, and its `learned_tail` (with --adapter)
+    anchored_N  N slots: the matched memory with the change that an adapter of anchors has learned (with --adapter);
+                `foreign_anchored_N` of a segment of another text
     foreign_N   the matched memory of a segment of another text
     foreign     the whole segment of another text
 
@@ -171,6 +173,9 @@ def _compared(options: argparse.Namespace, losses: Losses) -> Iterator[dict[str,
         for queries in options.queries:
             name = f"matched by {queries}"
             yield _better(losses[f"matched_{slots} by {queries}"], mine, name, slots=slots)
+        if f"anchored_{slots}" in losses:
+            better = _better(mine, losses[f"anchored_{slots}"], "matched", slots=slots)
+            yield {"arm": f"anchored_{slots}", **better}
         if f"learned_{slots}" in losses:
             yield _better(losses[f"learned_{slots}"], mine, "learned", slots=slots)
 
@@ -219,7 +224,14 @@ def _losses(
         memory = _matched(options, model, other, slots, slots, len(opening))
         memory = dataclasses.replace(memory, recent=tuple(tail))
         arms[f"foreign_{slots}"] = _loss_behind(options, model, memory, segment)
-    if learned is not None:
+    if learned is not None and learned.is_anchored:
+        for slots in options.slots:
+            for arm, rows in ((f"anchored_{slots}", before), (f"foreign_anchored_{slots}", other)):
+                memory = learned.empty_memory(len(rows), pinned=len(opening), memory_tokens=slots)
+                memory = learned.compress(rows, memory=memory, finish=True)
+                memory = dataclasses.replace(memory, recent=tuple(tail))
+                arms[arm] = _mean_loss(learned(segment, memory=memory).logits, segment)
+    elif learned is not None:
         # Compute as in training, where adapters ran in bfloat16, too.
         with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):
             memory = dataclasses.replace(learned.compress(context[:, -2], finish=True), recent=tuple(tail))
