@@ -97,6 +97,9 @@ def _name(way: str, pieces: str) -> str:
 
 
 TABLES = {
+    "conversations": conversations,
+    "conversations_paired": conversations_paired,
+    "store_times": store_times,
     "documents": documents,
     "documents_paired": documents_paired,
 }

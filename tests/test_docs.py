@@ -195,6 +195,29 @@ def test_what_a_matched_memory_is_worth_to_a_second_model():
     assert f"there {smollm2[0]:.3f} and {smollm2[1]:.3f}" in text
 
 
+def test_what_memories_of_conversations_are_worth():
+    head, *found = records("agent_smollm2.jsonl")
+    better = {(r["way"], r["better_than"]): r for r in found if r.get("of") == "nats"}
+    nats = {r["way"]: r["nats"] for r in found if "nats" in r}
+    text = text_of("docs/conversations.md")
+    assert f"MemoryBank's {head['users']} users" in text and f"{head['questions']} questions" in text
+    for slots in (64, 16):
+        assert all(better[f"memory_{slots}", rival]["low"] > 0 for rival in ("last", "attended", "expected"))
+        assert all(better[f"memory_{slots}", rival]["high"] < 0 for rival in ("bm25", "minilm"))
+        assert all(nats[f"{way}_{slots}"] < nats["full"] for way in ("bm25", "minilm"))
+    for way in ("bm25", "minilm"):
+        same = better[f"memory+{way}_64", way]
+        assert same["low"] < 0 < same["mean"] and better[f"memory+{way}_16", way]["high"] < 0
+        assert abs(nats[f"{way}_64"] - nats[f"{way}_16"]) < 0.03
+    assert better["memory+minilm_64", "bm25"]["low"] > 0
+    times = records("store_times_smollm2.jsonl")
+    add = next(r for r in times if "turn" in r)
+    sizes = {r["of"]: r["mean"] for r in times if "of" in r}
+    assert 0.5 < add["most_milliseconds"] / 1e3 < 1 and sizes["words"] < 1e-3
+    assert f"a file of {sizes['memory_bytes'] / 1e6:.0f} MB" in text
+    assert f"would be {sizes['cache_bytes'] / 1e6:.0f} MB, and its text {sizes['text_bytes'] / 1e3:.0f} kB" in text
+
+
 def test_what_memories_are_worth_behind_a_lookup():
     head, *found = records("rag_smollm2.jsonl")
     better = {(r["way"], r["better_than"], r["of"]): r for r in found if "better_than" in r}
