@@ -213,6 +213,10 @@ def test_what_memories_of_conversations_are_worth():
     times = records("store_times_smollm2.jsonl")
     add = next(r for r in times if "turn" in r)
     sizes = {r["of"]: r["mean"] for r in times if "of" in r}
+    first = next(r for r in times if r.get("first_token") == "memory")["over_prefill"]["mean"]
+    kept = next(r for r in found if r.get("way") == "memory_64" and "share" in r)["share"]["mean"]
+    short = text_of("README.md")
+    assert f"the first token comes in {first:.3f} of" in short and f"of their slots keeps {kept:.3f} of" in short
     assert 0.5 < add["most_milliseconds"] / 1e3 < 1 and sizes["words"] < 1e-3
     assert f"a file of {sizes['memory_bytes'] / 1e6:.0f} MB" in text
     assert f"would be {sizes['cache_bytes'] / 1e6:.0f} MB, and its text {sizes['text_bytes'] / 1e3:.0f} kB" in text
