@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel
 from r3mem_fast.batching import Rows
+from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.integrations.peft import adapters_off
 from r3mem_fast.objective import history_loss
 from r3mem_fast.reversible.stack import Mode
@@ -79,12 +80,13 @@ def changes_by_hand(model, ids, anchors):
         with model.disable_adapters():
             cache = DynamicCache(config=model.config)
             before = torch.arange(first, first + fresh)[None] - (0 if model.config.model_type in ABSOLUTE else fresh)
-            model.plain_model(ids, past_key_values=cache, position_ids=before, use_cache=True)
+            found = cache_argument(model.plain_model, cache)
+            model.plain_model(ids, position_ids=before, use_cache=True, **found)
         embeddings = model.plain_model.get_input_embeddings()(token_ids)
         off = contextlib.nullcontext() if adapted else adapters_off(model.peft_model)
         with model.stack.in_mode(Mode.PLAIN), off:
             embeddings = embeddings + model.memory_embeddings if adapted else embeddings
-            model.plain_model(inputs_embeds=embeddings, past_key_values=cache, position_ids=positions, use_cache=True)
+            model.plain_model(inputs_embeds=embeddings, position_ids=positions, use_cache=True, **found)
         return torch.stack([torch.stack([layer.keys, layer.values])[..., fresh:, :] for layer in cache.layers])
 
     return read(adapted=True) - read(adapted=False)
