@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from .batching import Rows, nothing_before, prompt_of
 from .integrations.compat import cache_argument
+from .integrations.fsdp import units_of
 from .integrations.scoped import evaluating
 from .memory.layout import MemoryLayout
 from .memory.memory import Memory
@@ -96,8 +97,11 @@ def history_loss(
     refuse_to_learn(network)
     teacher = _Teacher(network, memory, rows) if training and network.r3mem_config.distillation_weight else None
 
+    # Anchors learn nothing from a first segment. Processes of FSDP2 must run alike, whatever counts.
+    may_skip = training and network.is_anchored and not units_of(network)
+
     def outcome(segment, hidden):
-        if training and bool((segment.targets == IGNORED).all()):
+        if may_skip and bool((segment.targets == IGNORED).all()):
             return {"loss": hidden.new_zeros((), dtype=torch.float32)}
         targets = segment.targets.to(network.device)
         output = network.head(hidden, labels=targets, shift_labels=targets, num_items_in_batch=num_items)
