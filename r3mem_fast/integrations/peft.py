@@ -107,8 +107,7 @@ def adapters_off(peft_model: PeftModel) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    with _disabled([module for module in peft_model.modules() if isinstance(module, kinds)]):
+    with _disabled(_switched(peft_model)):
         yield
 
 
@@ -122,9 +121,14 @@ def adapters_on(peft_model: PeftModel) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    with _disabled([module for module in peft_model.modules() if isinstance(module, kinds)], are_off=False):
+    with _disabled(_switched(peft_model), are_off=False):
         yield
+
+
+def _switched(peft_model):
+    """Modules of a model that turn their adapters on and off."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [module for module in peft_model.modules() if isinstance(module, kinds)]
 
 
 @contextlib.contextmanager

@@ -98,8 +98,7 @@ class AnchoredWriter(MatchedWriter):
             ValueError: The memory is beyond its budget, and that is to be an error.
         """
         old, new = self._candidates(found)
-        with torch.no_grad():
-            fresh = uploaded(self._fresh(found.segment), found.hidden.device)
+        fresh = uploaded(self._fresh(found.segment), found.hidden.device)
         parts = self._matched(found, old, new)
         places = [_places(slots, fresh[rows]) for rows, slots in parts]
         anchors = self._anchors(found, parts, places)
