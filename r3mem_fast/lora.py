@@ -177,6 +177,8 @@ class _ChosenTokens:
         if self._link.adapted_tokens is None:
             return output
         count, tokens = self._link.adapted_tokens
+        if count == tokens:
+            return output
         keep = torch.arange(tokens, device=output.device) >= tokens - count
         # Some layers flatten rows and tokens into one dimension.
         rows = output.view(-1, tokens, output.shape[-1])

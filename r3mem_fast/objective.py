@@ -104,7 +104,8 @@ def history_loss(
         if may_skip and bool((segment.targets == IGNORED).all()):
             return {"loss": hidden.new_zeros((), dtype=torch.float32)}
         targets = segment.targets.to(network.device)
-        output = network.head(hidden, labels=targets, shift_labels=targets, num_items_in_batch=num_items)
+        wanted = {"labels": targets, "shift_labels": targets, "num_items_in_batch": num_items}
+        output = network.head(hidden, **(wanted if teacher is None or teacher.weight < 1 else {}))
         loss = output.loss if teacher is None else teacher.blended(output, segment, targets, num_items)
         return {"loss": loss} if training else {"loss": loss, "logits": output.logits}
 
@@ -315,12 +316,15 @@ class _Teacher:
         memory: The memory before the rows; it must be empty.
         rows: Tokens.
 
+    Attributes:
+        weight: Weight of the divergence from it, the `distillation_weight`.
+
     Raises:
         ValueError: The base model cannot read the whole rows.
     """
 
     def __init__(self, network: Network, memory: Memory, rows: Rows):
-        self._network = network
+        self._network, self.weight = network, network.r3mem_config.distillation_weight
         self._hidden = self._hidden_states(memory, rows)
 
     def blended(
@@ -329,7 +333,8 @@ class _Teacher:
         """Loss of a segment, `(1 - w) * cross-entropy + w * divergence`, where w is the `distillation_weight`.
 
         Args:
-            output: The base model's output for the segment, with logits, and with the cross-entropy as loss.
+            output: The base model's output for the segment, with logits, and with the cross-entropy as loss unless
+                w is 1.
             segment: The segment.
             targets: Targets of the segment, int64 `[A, n]`, on the device of the logits.
             num_items: Number that sums over tokens are divided by.
@@ -348,8 +353,9 @@ class _Teacher:
         wanted = self._hidden[rows, places.to(targets.device)]
         wanted = self._logits(wanted[counted]).float().log_softmax(-1)
         divergence = kl_div(output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True)
-        weight = self._network.r3mem_config.distillation_weight
-        return (1 - weight) * output.loss + weight * divergence / num_items
+        if self.weight == 1:
+            return divergence / num_items
+        return (1 - self.weight) * output.loss + self.weight * divergence / num_items
 
     @torch.no_grad()
     def _hidden_states(self, memory, rows):

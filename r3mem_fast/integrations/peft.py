@@ -94,20 +94,31 @@ def renamed_targets(model: Any, config: LoraConfig) -> str | set[str]:
     return config.target_modules
 
 
+def adapter_parameters(model: torch.nn.Module) -> set[int]:
+    """Identities (`id`) of the parameters of a model's, or a layer's, adapters.
+
+    Args:
+        model: A model with adapters, or one of its layers.
+    """
+    adapters = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    parts = (getattr(adapter, name, None) for adapter in adapters for name in adapter.adapter_layer_names)
+    return {id(p) for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()}
+
+
 @contextlib.contextmanager
-def adapters_off(peft_model: PeftModel) -> Iterator[None]:
-    """Turn a model's adapters off in the block.
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """Turn the adapters of a model, or of one of its layers, off in the block.
 
     PEFT's `disable_adapter` computes the same, and looks at every module several times (tens of milliseconds for each
     token that is asked for alone); it also lets all adapters require gradients afterwards.
 
     Args:
-        peft_model: A PeftModel whose adapters are in its layers (see `lora.check_adapters`).
+        model: A PeftModel whose adapters are in its layers (see `lora.check_adapters`), or such a layer.
 
     Yields:
         Nothing.
     """
-    with _disabled(_switched(peft_model)):
+    with _disabled(_switched(model)):
         yield
 
 
@@ -125,10 +136,10 @@ def adapters_on(peft_model: PeftModel) -> Iterator[None]:
         yield
 
 
-def _switched(peft_model):
+def _switched(model):
     """Modules of a model that turn their adapters on and off."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in peft_model.modules() if isinstance(module, kinds)]
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 @contextlib.contextmanager

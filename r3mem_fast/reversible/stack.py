@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..integrations.capture import implementation_of
 from ..integrations.compat import cache_name, without_new_cache
+from ..integrations.peft import adapters_off
 from . import stored
 from .adapter import ADAPTER
 from .branches import hidden_of
@@ -27,7 +27,6 @@ from .past import (
     goes_without_cache,
     layer_index,
     memory_cache,
-    past_of,
     viewed,
 )
 from .refusals import refuse_captured_outputs, refuse_evaluated_bdia, refuse_surroundings
@@ -35,6 +34,7 @@ from .relay import Relay
 from .route import Route
 from .step import Step
 from .streams import Streams
+from .trainable import idle_parameters, is_differentiated
 from .untraced import untraced
 
 
@@ -257,14 +257,15 @@ class ReversibleStack:
 
     def _run_reversible(self, layer, index, hidden, kwargs, streams):
         update, branch_of = self._update(layer, index, hidden), self._branch(index, kwargs)
-        differentiated = torch.is_grad_enabled() and (hidden.requires_grad or _any_requires_grad(layer, kwargs))
+        idle = idle_parameters(layer, kwargs)
+        differentiated = is_differentiated(layer, hidden, kwargs, idle)
         if not differentiated and self.recording is None:
             return _run_inference(layer, branch_of, update, hidden, kwargs, streams)
         if differentiated:
             refuse_captured_outputs(kwargs)
             refuse_evaluated_bdia(layer, update)
         forgets = self.mode is Mode.FORGETTING
-        step = Step(layer, branch_of, kwargs, hidden.device, evaluated_once=forgets)
+        step = Step(layer, branch_of, kwargs, hidden.device, idle=idle, evaluated_once=forgets)
         if differentiated and not forgets:
             hidden, *new_states = LayerNode.apply(self.integrity, streams, step, update, hidden, *step.inputs())
         else:
@@ -302,6 +303,9 @@ class ReversibleStack:
             return branch_of
 
         def branch_with_some_tokens_adapted(layer, hidden, kwargs):
+            if not adapted:  # and nothing is computed to be left out
+                with adapters_off(layer):
+                    return branch_of(layer, hidden, kwargs)
             layer.reversible.adapted_tokens = (adapted, hidden.shape[-2])
             try:
                 return branch_of(layer, hidden, kwargs)
@@ -383,12 +387,3 @@ def _with_memory_in_mask(layer, hidden, kwargs):
     implementation = implementation_of(layer.reversible.decoder.config)
     mask = cache.widened(kwargs.get("attention_mask"), hidden, layer_index(layer), implementation)
     return {**kwargs, "attention_mask": mask}
-
-
-def _any_requires_grad(layer, kwargs):
-    if any(p.requires_grad for p in layer.parameters()):
-        return True
-    memory, cached = memory_cache(kwargs), kwargs.get(cache_name(kwargs))
-    past = tree_leaves([list(vars(layer).values()) for layer in getattr(cached, "layers", ())])
-    past += [] if memory is None else past_of(memory, layer_index(layer)).values()
-    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in [*tree_leaves(kwargs), *past])

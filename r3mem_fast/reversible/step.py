@@ -1,6 +1,6 @@
 """Evaluates a layer's branch in a forward pass, and again, with the same arguments, in its backward pass."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Step:
         branch: Its branch function, `(layer, hidden, kwargs) -> tensor`.
         kwargs: Arguments that the model's loop gives the layer beside the hidden state.
         device: Device that the layer runs on.
+        idle: Identities of parameters that have no part in the branch, and get no gradient.
         evaluated_once: Whether there is no backward pass, and so no second evaluation.
 
     Attributes:
@@ -40,6 +41,7 @@ class Step:
         kwargs: dict[str, Any],
         device: torch.device,
         *,
+        idle: Collection[int] = (),
         evaluated_once: bool = False,
     ):
         if fsdp.is_sharded_inside(layer):
@@ -75,7 +77,7 @@ class Step:
             return
         # Watched, not copied: after a change in place, the backward pass would reconstruct something else.
         self._parameters, self._modes, self._hooks = _watched_parts(layer)
-        self._trainable = [p for p in self._parameters if p.requires_grad]
+        self._trainable = [p for p in self._parameters if p.requires_grad and id(p) not in idle]
         unknown = parametrised(layer)
         self._watched = [
             (tensor, tensor._version)
