@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, load_model
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
 from r3mem_fast.choices import BEYOND_BUDGET, QUERIES
 from r3mem_fast.codec import TextCodec
 from r3mem_fast.data.text import opening_ids, read_text
@@ -48,6 +48,7 @@ from r3mem_fast.memory.segments import advance, cut_segments
 from r3mem_fast.memory.writers.matched import MatchedWriter, Pass
 from r3mem_fast.questions import SegmentQuestions
 
+from .anchored import anchored_memory, load_adapter
 from .places import CHAIN, LONG, Place, begun, foreign_of, interval, places_of
 from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
 from .records import add_output_option, add_records
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--long", type=int, default=0, help="others, read behind 64 others (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64], help="of a segment (%(default)s)")
     parser.add_argument("--budget", type=int, default=152, help="slots of seven segments (%(default)s)")
+    parser.add_argument("--chain-slots", type=int, help="of each of seven segments (the most of --slots)")
     parser.add_argument("--beyond", choices=BEYOND_BUDGET, default="forget", help="the budget (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a segment (%(default)s)")
     parser.add_argument(
@@ -112,7 +114,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {
         "kind": options.kind, "model": Path(options.model).name, "dtype": options.dtype,
         "segment_length": options.length, "tail": options.tail,
-        "segments": len(found), "chains": len(chains), "long_chains": len(long),
+        "segments": len(found), "chains": len(chains), "long_chains": len(long), "chain_slots": options.chain_slots,
         "texts": len({place.text for place in found}), "presses": options.presses,
         "beyond_budget": options.beyond,
     }  # fmt: skip
@@ -130,17 +132,20 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         losses = unfinished.losses(
             "chains",
             len(chains),
-            lambda some: _chain_losses(options, model, tokenizer, chains[some], [CHAIN]),
+            lambda some: _chain_losses(options, model, learned, tokenizer, chains[some], [CHAIN]),
         )
         yield from _means(losses, places="chains")
         yield from _closed(losses, "full_of_7")
-        rival, mine = (losses[f"{arm}_{options.budget}_of_7"] for arm in ("raw", "matched"))
-        yield _better(rival, mine, "raw", slots=options.budget, of=CHAIN)
+        arms = {arm: losses.get(f"{arm}_{options.budget}_of_7") for arm in ("raw", "matched", "anchored")}
+        yield _better(arms["raw"], arms["matched"], "raw", slots=options.budget, of=CHAIN)
+        if arms["anchored"] is not None:
+            better = _better(arms["matched"], arms["anchored"], "matched", slots=options.budget, of=CHAIN)
+            yield {"arm": f"anchored_{options.budget}_of_7", **better}
     if long:
         losses = unfinished.losses(
             "long chains",
             len(long),
-            lambda some: _chain_losses(options, model, tokenizer, long[some], [CHAIN, LONG]),
+            lambda some: _chain_losses(options, model, learned, tokenizer, long[some], [CHAIN, LONG]),
         )
         yield from _means(losses, places="long chains")
         shorter, mine = (losses[f"matched_{options.budget}_of_{count}"] for count in (CHAIN, LONG))
@@ -150,15 +155,13 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _learned(options: argparse.Namespace, model: R3MemModel) -> R3MemModel:
     """Load the adapter that is a rival; raise ValueError if it would read other tokens, or with another model."""
-    learned = R3MemPipeline(options.adapter, dtype=options.dtype).model
+    learned = load_adapter(options.adapter, model)
     config = learned.r3mem_config
     if (config.segment_length, config.segment_overlap) != (options.length, options.tail):
         raise ValueError(
             f"{options.adapter} reads segments of {config.segment_length} tokens and the last {config.segment_overlap}"
             " again: give --length and --tail these"
         )
-    if learned.origin().base != model.origin().base:
-        raise ValueError(f"{options.adapter} was made of another model than {options.model}")
     return learned
 
 
@@ -227,10 +230,9 @@ def _losses(
     if learned is not None and learned.is_anchored:
         for slots in options.slots:
             for arm, rows in ((f"anchored_{slots}", before), (f"foreign_anchored_{slots}", other)):
-                memory = learned.empty_memory(len(rows), pinned=len(opening), memory_tokens=slots)
-                memory = learned.compress(rows, memory=memory, finish=True)
+                memory = _anchored(options, learned, rows, slots, slots, len(opening))
                 memory = dataclasses.replace(memory, recent=tuple(tail))
-                arms[arm] = _mean_loss(learned(segment, memory=memory).logits, segment)
+                arms[arm] = _loss_behind(options, model, memory, segment)
     elif learned is not None:
         # Compute as in training, where adapters ran in bfloat16, too.
         with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):
@@ -277,7 +279,12 @@ def _memories(
 
 @torch.no_grad()
 def _chain_losses(
-    options: argparse.Namespace, model: R3MemModel, tokenizer: Any, places: list[Place], lengths: Sequence[int]
+    options: argparse.Namespace,
+    model: R3MemModel,
+    learned: R3MemModel | None,
+    tokenizer: Any,
+    places: list[Place],
+    lengths: Sequence[int],
 ) -> Losses:
     """Read segments behind so many segments: nats a token by arm, `[segments]` each."""
     budget, opening = options.budget, opening_ids(tokenizer)
@@ -292,8 +299,12 @@ def _chain_losses(
     arms = {arm: _raw_loss(model, ids, segment) for arm, ids in raw.items()}
     for count in lengths:
         before = begun(opening, context[:, -1 - count : -1].flatten(1), replace=True)
-        memory = _matched(options, model, before, max(options.slots), budget, len(opening))
+        slots, pinned = options.chain_slots or max(options.slots), len(opening)
+        memory = _matched(options, model, before, slots, budget, pinned)
         arms[f"matched_{budget}_of_{count}"] = _loss_behind(options, model, memory, segment)
+        if learned is not None and learned.is_anchored:
+            memory = _anchored(options, learned, before, slots, budget, pinned)
+            arms[f"anchored_{budget}_of_{count}"] = _loss_behind(options, model, memory, segment)
     return arms
 
 
@@ -323,6 +334,14 @@ def _matched(
     """Matched memories of what is before segments, int64 `[B, T]`, with so many slots a segment, and in all."""
     with laid_out(model, _layout(options, model, slots, budget)):
         return model.compress(before, finish=True, pinned=pinned)
+
+
+def _anchored(
+    options: argparse.Namespace, learned: R3MemModel, before: torch.Tensor, slots: int, budget: int, pinned: int
+) -> Memory:
+    """Memories as `_matched` makes them, with what an adapter of anchors has learned."""
+    nothing = learned.empty_memory(len(before), pinned=pinned)
+    return anchored_memory(learned, before, nothing, _layout(options, learned, slots, budget))
 
 
 def _loss_behind(

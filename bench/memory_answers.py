@@ -12,6 +12,7 @@ it. All arms have the template's tokens and the question as they are. Of n token
     attended_R  n/R slots: the keys that are attended most, with their values
     matched_R   n/R slots: the same keys, with values that match the attention to all of them
     snapkv_R …  n/R slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
+    anchored_R  n/R slots: the matched memory with the change that an adapter of anchors has learned (with --adapter)
 
 Answers are written greedily. `f1` and `contains` grade them by the references, `nats_per_answer_token` is how
 surprising the first reference is. `gained` is the share of the difference between `nothing` and `full` that an arm
@@ -37,6 +38,7 @@ from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.memory import MemoryLayout
 
+from .anchored import anchored_memory, load_adapter
 from .answers_data import (
     Question,
     chosen_groups,
@@ -127,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16], help="of a text of pairs (%(default)s)")
     parser.add_argument("--characters", type=int, default=8, help="of a key or a value, of 36 (%(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a meeting, at most (%(default)s)")
+    parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a rival")
     parser.add_argument("--instruction", help="before each question (one that fits the kind)")
     parser.add_argument("--opener", help="of each answer (one that fits the kind)")
     add_presses_option(parser)
@@ -147,15 +150,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base, tokenizer = load_model(options.model, dtype=options.dtype)
     model = R3MemModel(base).eval()
+    learned = load_adapter(options.adapter, model, anchored=True) if options.adapter else None
     yield {
         "kind": options.kind, "model": options.model, "dtype": options.dtype, "ratios": options.ratios,
         "instruction": options.instruction, "opener": options.opener, "new_tokens": options.new_tokens,
-        "presses": options.presses,
+        "presses": options.presses, "adapter": options.adapter and Path(options.adapter).name,
     }  # fmt: skip
     if options.kind == "pairs":
         for pairs in options.pairs:
             for record in _records_of(
-                options, model, tokenizer, read_pairs(options.data, pairs, options.seed, options.characters)
+                options, model, learned, tokenizer, read_pairs(options.data, pairs, options.seed, options.characters)
             ):
                 yield {"pairs": pairs, **record}
         return
@@ -163,14 +167,17 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         questions = read_xquad(options.data)
     else:
         questions = read_qmsum(options.data, lambda text: len(_ids(tokenizer, text)), options.context)
-    yield from _records_of(options, model, tokenizer, questions)
+    yield from _records_of(options, model, learned, tokenizer, questions)
 
 
-def _records_of(options, model, tokenizer, questions: list[Question]) -> Iterator[dict[str, Any]]:
+def _records_of(options, model, learned, tokenizer, questions: list[Question]) -> Iterator[dict[str, Any]]:
     """Ask some of the questions, and say how each arm answered."""
     groups = chosen_groups(questions, options.questions, options.seed)
     prompts = [_prompt(options, tokenizer, group) for group in groups]
-    found = [_ask(options, model, tokenizer, prompt) for prompt in tqdm(prompts, disable=options.json, desc="Asking")]
+    found = [
+        _ask(options, model, learned, tokenizer, prompt)
+        for prompt in tqdm(prompts, disable=options.json, desc="Asking")
+    ]
     # By arm and measure: sums over the questions of each text, [texts].
     sums = {
         (arm, name): torch.tensor([float(sum(grades[arm][name])) for grades in found])
@@ -237,9 +244,11 @@ def _prompt(options: argparse.Namespace, tokenizer: Any, questions: list[Questio
 
 
 @torch.no_grad()
-def _ask(options: argparse.Namespace, model: R3MemModel, tokenizer: Any, prompt: Prompt) -> dict[str, dict]:
+def _ask(
+    options: argparse.Namespace, model: R3MemModel, learned: R3MemModel | None, tokenizer: Any, prompt: Prompt
+) -> dict[str, dict]:
     """Answer the questions about one text: by arm and measure, the grades of each."""
-    memories = _memories(options, model, prompt)
+    memories = _memories(options, model, learned, prompt)
     count = len(prompt.questions)
     arms = sorted(memories, key=lambda arm: memories[arm].states.shape[4])  # rows of one batch are about as wide
     size = max(1, options.batch // count)
@@ -316,7 +325,9 @@ def _padded(rows: list[list[int]], *, left: bool = False) -> tuple[torch.Tensor,
     return ids, mask
 
 
-def _memories(options: argparse.Namespace, model: R3MemModel, prompt: Prompt) -> dict[str, Memory]:
+def _memories(
+    options: argparse.Namespace, model: R3MemModel, learned: R3MemModel | None, prompt: Prompt
+) -> dict[str, Memory]:
     """Memories of a text by arm, of one row each and in one layout: that of a memory of the whole text."""
     prefix, tokens = prompt.before.shape[1], prompt.context.shape[1]
     with laid_out(model, _layout(model, prefix + tokens, prefix + tokens)):
@@ -337,6 +348,9 @@ def _memories(options: argparse.Namespace, model: R3MemModel, prompt: Prompt) ->
                 start = dataclasses.replace(nothing, layout=layout, origin=model.origin())
                 memory = model.compress(prompt.context, memory=start, finish=True)
             found[f"{kind}_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
+        if learned is not None:
+            memory = anchored_memory(learned, prompt.context, nothing, layout)
+            found[f"anchored_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
     ids, repeat = torch.cat([prompt.before, prompt.context], 1), torch.tensor(prompt.repeat)
     scores: dict[str, torch.Tensor] = {}  # by the settings of a press: most are the same for all numbers of slots
     for ratio in options.ratios:

@@ -1,6 +1,6 @@
 """Writes texts of several kinds to one file, each text a line, for `r3mem train`.
 
-    python -m bench.mixed_texts novels wikipedia code help --data FOLDER -o mixed.jsonl
+python -m bench.mixed_texts novels wikipedia code help --data FOLDER -o mixed.jsonl
 """
 
 import argparse

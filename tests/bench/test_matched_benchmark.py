@@ -1,5 +1,6 @@
 """`bench.matched`: its arms and shares, on a tiny model."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bench import compress_speed, matched, perplexity, texts
+from r3mem_fast import R3MemConfig, R3MemPipeline
 from tests.test_codec import begins_texts
 
 
@@ -57,6 +59,31 @@ def test_arms_and_shares(folder, tmp_path, monkeypatch, begins):
     singles = {(rival, slots) for rival in rivals for slots in (3, most)}
     assert better == {*singles, ("raw", 16), ("matched, of 7 segments", 16)}
     assert head["long_chains"] == 2 and "matched_16_of_9" in {r.get("arm") for r in found}
+
+
+def test_anchors_that_have_learned_nothing_are_the_matched_memory(folder, tmp_path):
+    """Behind one segment and behind seven; a foreign one, too."""
+    config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
+    config = dataclasses.replace(config, segment_overlap=4, memory_budget=4)
+    R3MemPipeline(folder, config=config, dtype="float32").save(tmp_path / "anchors")
+    text, output = tmp_path / "text.txt", tmp_path / "out.jsonl"
+    text.write_text("".join(chr(40 + i * i % 50) for i in range(900)))
+    numbers = {"segments": 6, "chains": 2, "batch": 4, "budget": 16, "length": 16, "tail": 4, "chain-slots": 2}
+    arguments = [
+        "--slots",
+        "3",
+        "8",
+        *(part for name, number in numbers.items() for part in (f"--{name}", f"{number}")),
+    ]
+    arguments += ["--dtype", "float32", "--model", str(folder), "--adapter", str(tmp_path / "anchors"), "--presses"]
+    assert matched.main([*arguments, "--text", str(text), "--output", str(output)]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    arms = {record["arm"]: record["nats_per_token"] for record in found if "nats_per_token" in record}
+    for arm in ("{}_3", "{}_8", "{}_16_of_7"):
+        assert arms[arm.format("anchored")] == arms[arm.format("matched")]
+    assert arms["foreign_anchored_3"] == arms["foreign_3"] != arms["anchored_3"]
+    better = {(r["arm"], r["nats_better_than"]): r["mean"] for r in found if "nats_better_than" in r and "arm" in r}
+    assert better == {(f"anchored_{arm}", "matched"): 0 for arm in ("3", "8", "16_of_7")}
 
 
 def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from bench import answers_data, memory_answers
 from bench.answers_data import Question
 from bench.presses import PRESSES, is_installed
 from bench.rivals import laid_out
-from r3mem_fast import R3MemModel, load_model
+from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, load_model
 
 WORDS = "abcdefghij klmno pqrst uvwxyz"
 
@@ -116,7 +116,7 @@ def test_arms_of_all_slots_are_the_text_itself(folder, monkeypatch):
     plain, model = load_model(folder)[0].eval(), R3MemModel(base).eval()
     monkeypatch.setattr(memory_answers, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
     prompt = memory_answers._prompt(options, tokenizer, group)
-    memories = memory_answers._memories(options, model, prompt)
+    memories = memory_answers._memories(options, model, None, prompt)
     with laid_out(model, memories["full"].layout):
         for arm in memories:
             texts, nats = memory_answers._answered(options, model, tokenizer, prompt, memories[arm].rows([0, 0]), 1)
@@ -140,7 +140,7 @@ def test_arms_of_a_ratio_have_the_same_number_of_slots(folder, monkeypatch):
     model = R3MemModel(base).eval()
     monkeypatch.setattr(memory_answers, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
     prompt = memory_answers._prompt(options, tokenizer, [Question("x" + text_of(5, 40) + "x", "why", ("ab",))])
-    memories = memory_answers._memories(options, model, prompt)
+    memories = memory_answers._memories(options, model, None, prompt)
     slots = -(-prompt.context.shape[1] // 4)
     expected = {"full": prompt.context.shape[1], "nothing": 0}
     assert {arm: int(memory.slots[0]) - 7 for arm, memory in memories.items()} == {
@@ -148,6 +148,21 @@ def test_arms_of_a_ratio_have_the_same_number_of_slots(folder, monkeypatch):
     }
     for memory in memories.values():  # the prefix is in front of all of them, as it is
         torch.testing.assert_close(memory.states[..., :7, :], memories["nothing"].states)
+
+
+def test_anchors_that_have_learned_nothing_are_the_matched_memory(data, folder, tmp_path):
+    config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
+    R3MemPipeline(folder, config=config, dtype="float32").save(tmp_path / "anchors")
+    R3MemPipeline(folder, dtype="float32").save(tmp_path / "others")
+    output = tmp_path / "out.jsonl"
+    arguments = ["--questions", "3", "--new-tokens", "3", "--ratios", "4", "--instruction", "", "--model", str(folder)]
+    arguments += ["--dtype", "float32", "--data", str(data), "--output", str(output), "--adapter"]
+    assert memory_answers.main([*arguments, str(tmp_path / "anchors")]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    arms = {record.pop("arm"): record for record in found if "arm" in record}
+    assert arms["anchored_4"] == arms["matched_4"] != arms["attended_4"]
+    with pytest.raises(ValueError, match="no adapter of anchors"):
+        memory_answers.main([*arguments, str(tmp_path / "others")])
 
 
 @pytest.mark.parametrize("kind", memory_answers.KINDS)
