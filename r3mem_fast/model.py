@@ -266,14 +266,10 @@ class R3MemModel(TrainerInterface, Network):
     @torch.no_grad()
     def compress(
         self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None = None,
-        memory: Memory | None = None,
-        *,
-        finish: bool = False,
-        progress: bool = False,
-        pinned: int = 0,
-    ) -> Memory:
+        input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None, memory: Memory | None = None, *,
+        finish: bool = False, progress: bool = False, pinned: int = 0,
+        memory_tokens: int | None = None, memory_budget: int | None = None,
+    ) -> Memory:  # fmt: skip
         """Read a history segment by segment, and keep the memory of it alone (R3Mem, section 3).
 
         What does not fill a segment waits in the memory, so that a history in pieces leaves the same memory as in one.
@@ -286,6 +282,8 @@ class R3MemModel(TrainerInterface, Network):
             finish: Compress what does not fill a segment, too, as a shorter one; what follows then starts a new one.
             progress: Show a bar, in tokens.
             pinned: First tokens of each row that a matched memory keeps as they are, beside its budget.
+            memory_tokens: Slots of a segment, of matched and anchored memories; None: the model's.
+            memory_budget: Slots of a row's memory; None: for as many segments as the model's has.
 
         Raises:
             ValueError: The model makes no memories, or none with so many pinned tokens, the memory is another model's
@@ -299,9 +297,9 @@ class R3MemModel(TrainerInterface, Network):
         else:
             rows = Rows(input_ids, attention_mask).lists()
         if memory is None:
-            memory = self.empty_memory(len(rows), pinned=pinned)
-        elif pinned:
-            raise ValueError("pinned tokens (chat) begin a row: leave them out where a memory goes on")
+            memory = self.new_memory(len(rows), self.origin(), pinned, memory_tokens, memory_budget)
+        elif pinned or (memory_tokens, memory_budget) != (None, None):
+            raise ValueError("pinned tokens (chat) begin a row, in a size: leave them out where a memory goes on")
         self.check_memory(memory, len(rows))
         total = sum(map(len, (*rows, *memory.unfinished)))
         with (
@@ -310,10 +308,12 @@ class R3MemModel(TrainerInterface, Network):
         ):
             return compress_rows(self, rows, memory, finish=finish, on_tokens=bar.update)
 
-    def empty_memory(self, rows: int = 1, *, pinned: int = 0, memory_tokens: int | None = None) -> Memory:
-        """The memory of nothing; `pinned` as in `compress`, `memory_tokens` as in `new_memory`. Raises as these do."""
+    def empty_memory(
+        self, rows: int = 1, *, pinned: int = 0, memory_tokens: int | None = None, memory_budget: int | None = None
+    ) -> Memory:
+        """The memory of nothing, of a size as in `compress`. Raises as that does."""
         self.check_memories()
-        return self.new_memory(rows, self.origin(), pinned, memory_tokens)
+        return self.new_memory(rows, self.origin(), pinned, memory_tokens, memory_budget)
 
     def cache_of(self, memory: Memory) -> PrefixCache:
         """A memory as the key-value cache of the base model, or of its `generate`; see `Memory.to_cache`."""

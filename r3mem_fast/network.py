@@ -191,8 +191,8 @@ class Network(nn.Module):
 
     def behind_memory(self) -> contextlib.AbstractContextManager[None]:
         """Read the model forward, behind memories or to write them, in the block: a context manager."""
-        of_base = self.memories_are_of_base or (self.is_anchored and not self.training)
-        return self.disable_adapters() if of_base else contextlib.nullcontext()
+        # Anchors are trained so, too: in the coupled network they would learn to make up for the coupling.
+        return self.disable_adapters() if self.reads_as_base else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -319,8 +319,9 @@ class Network(nn.Module):
         self.reader.check_states(memory)
 
     def new_memory(
-        self, rows: int, origin: Origin | None, pinned: int = 0, memory_tokens: int | None = None
-    ) -> Memory:
+        self, rows: int, origin: Origin | None, pinned: int = 0, memory_tokens: int | None = None,
+        memory_budget: int | None = None,
+    ) -> Memory:  # fmt: skip
         """Make a memory of nothing.
 
         Args:
@@ -328,13 +329,14 @@ class Network(nn.Module):
             origin: Fingerprints that it carries; None: it is used within one pass, and nobody asks for them.
             pinned: Tokens at the beginning of each row whose slots stay as they are.
             memory_tokens: Slots of a segment, for matched and anchored memories; None: the model's.
+            memory_budget: Slots of a row's memory; None: for as many segments as the model's has.
 
         Raises:
             ValueError: There are pinned tokens and no matched memories, or too many; or so many slots cannot be.
         """
         memory = self.reader.empty_memory(rows, cast(Origin, origin), pinned)
-        if memory_tokens is not None:
-            memory = dataclasses.replace(memory, layout=memory.layout.with_memory_tokens(memory_tokens))
+        if (memory_tokens, memory_budget) != (None, None):
+            memory = dataclasses.replace(memory, layout=memory.layout.with_memory_tokens(memory_tokens, memory_budget))
             if self.memories_are_of_base and origin is not None:
                 origin = dataclasses.replace(origin, adapter=layout_fingerprint(memory.layout))
                 memory = dataclasses.replace(memory, origin=origin)

@@ -232,13 +232,9 @@ class R3MemPipeline:
     def compress(
         self,
         documents: Documents,
-        *,
-        memory: Memory | str | Path | None = None,
-        levels: Sequence[str] = ("document",),
-        finish: bool = False,
-        chat: bool = False,
-        progress: bool = True,
-    ) -> Memory:
+        *, memory: Memory | str | Path | None = None, levels: Sequence[str] = ("document",), finish: bool = False,
+        chat: bool = False, memory_tokens: int | None = None, memory_budget: int | None = None, progress: bool = True,
+    ) -> Memory:  # fmt: skip
         """Compress texts of any length into a memory, a row each, labelled with level and name.
 
         Texts are compressed as they stand, white space included (`remember` leaves out what stands around a text).
@@ -252,6 +248,8 @@ class R3MemPipeline:
             finish: See `R3MemModel.compress`.
             chat: Whether a text stands in a user's turn: what the chat template puts before it is kept as it is, and
                 `generate` asks its prompt in the same turn. For matched memories; a memory before says it itself.
+            memory_tokens: Slots of a segment, for matched and anchored memories; None: the model's.
+            memory_budget: Slots of a row's memory; None: for as many segments as the model's has.
             progress: Show a bar.
 
         Raises:
@@ -264,11 +262,12 @@ class R3MemPipeline:
         texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
         begins = memory is None and self.model.reader.most_pinned > 0  # room for what begins a text
         rows, pinned = self.codec.histories(texts, chat=chat, begins=begins)
+        settings = {"pinned": pinned, "memory_tokens": memory_tokens, "memory_budget": memory_budget}
         parts = []
         for start in range(0, len(rows), _BATCH):
             some = None if memory is None else memory[start : start + _BATCH]
             ids, mask = padded(rows[start : start + _BATCH])
-            parts.append(self.model.compress(ids, mask, some, finish=finish, progress=progress, pinned=pinned))
+            parts.append(self.model.compress(ids, mask, some, finish=finish, progress=progress, **settings))
         joined = Memory.cat(parts)
         origin = dataclasses.replace(joined.origin, tokenizer=self.codec.fingerprint)
         return dataclasses.replace(joined, origin=origin).labelled(labels)

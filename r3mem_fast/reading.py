@@ -105,8 +105,9 @@ def read_segments(
 
     def step(segment, state):
         before = _with_state(memory, state, num_segments=segment.num_segments)
-        hidden, after = writer.read(segment, before)
-        return outcome(segment, hidden), _state_of(after)
+        with network.behind_memory():  # also where a segment runs again
+            hidden, after = writer.read(segment, before)
+            return outcome(segment, hidden), _state_of(after)
 
     if training and config.kept_segments == "none":
         outcomes, state = replay(network, step, segments, _state_of(memory), bptt_segments=config.bptt_segments)

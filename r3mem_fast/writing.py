@@ -1,6 +1,5 @@
 """Chooses the writer of a network's memories."""
 
-import contextlib
 import functools
 
 from .integrations import graphs
@@ -30,7 +29,6 @@ def writer_of(network: Network, layout: MemoryLayout, *, dropout: float = 0.0) -
         by_graphs = graphs.are_wanted(network.device) and not units_of(network)
         return GraphedWriter(writer, network.device) if by_graphs else writer
     if network.is_anchored:
-        # In training they always act, and reading leaves them out token by token: layers may run again.
-        on = contextlib.nullcontext if network.training else functools.partial(adapters_on, network.peft_model)
+        on = functools.partial(adapters_on, network.peft_model)
         return AnchoredWriter(reader, layout, embeddings, on, network.questions_of)
     return TokenWriter(reader, embeddings, adapts_tokens=network.adapts_tokens, dropout=dropout)

@@ -310,11 +310,28 @@ def test_the_commands_of_memories(folder, tmp_path, capsys):
         (["compress", target, str(text), "-o", str(tmp_path / "no" / "m")], "there is no folder"),
         (["compress", target, str(text), str(more), "--memory", memory, "-o", memory], "2 documents and 1 rows"),
         (["compress", str(folder), str(text), "-o", memory], "no adapter was saved there"),
+        (["compress", target, str(text), "-o", memory, "--memory-tokens", "2"], "leave out --memory-tokens"),
         (["remember", str(tmp_path / "x"), str(text), "--segment-length", "8"], "for adapters with --memory-tokens"),
     ):
         assert main(arguments) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r3mem ")]
         assert len(errors) == 1 and message in errors[0]
+
+
+def test_memories_of_anchors_have_the_size_that_is_asked_for(folder, tmp_path, capsys):
+    text, target, memory = tmp_path / "ship.txt", str(tmp_path / "adapter"), str(tmp_path / "m.safetensors")
+    text.write_text("Ahab of the Pequod was mad. " * 4)
+    config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=8, segment_length=16)
+    config = dataclasses.replace(config, memory_budget=64)
+    R3MemPipeline(folder, config=config, device="cpu").save(target)
+    compress = ["compress", target, str(text), "-o", memory, "--device", "cpu"]
+    for sizes, slots in (([], 7 * 8), (["--memory-tokens", "2"], 7 * 2), (["--memory-budget", "11"], 11)):
+        assert main([*compress, *sizes, "--finish"]) == 0
+        assert Memory.load(memory).slots.tolist() == [slots]
+    assert main(["generate", target, "He", "--memory", memory, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main([*compress, "--segment-length", "8"]) == 2
+    assert "leave out --segment-length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from .options import (
     add_sampling,
     add_settings,
     given_settings,
+    option_of,
     positive,
 )
 
@@ -92,6 +93,7 @@ def _compress_to(options: argparse.Namespace) -> int:
     if options.memory is not None:
         named = {path: f"\n{text}" for path, text in named.items()}
     texts: dict[str, str] | list[str] = named
+    sizes = {} if options.folder is None else _sizes_for_anchors(options)
     memory = None if options.memory is None else Memory.load(options.memory)
     if memory is not None and {label and label[1] for label in memory.labels} != named.keys():
         texts = list(named.values())  # the names are other ones: go by the order of the rows
@@ -104,6 +106,7 @@ def _compress_to(options: argparse.Namespace) -> int:
         finish=options.finish,
         chat=options.chat,
         progress=not options.json,
+        **sizes,
     )
     seconds = time.perf_counter() - started
     memory.save(options.output)
@@ -166,10 +169,27 @@ def _config(options: argparse.Namespace) -> R3MemConfig | None:
     if given.get("num_memory_tokens") == 0:
         raise ValueError("--memory-tokens must be at least 1 here")
     if options.folder is not None:
-        raise ValueError(f"{options.folder} was made for memories of its own size: leave out the options of sizes")
+        return None  # see _sizes_for_anchors
     slots = given.get("num_memory_tokens", _MATCHED["num_memory_tokens"])
     defaults = {**_MATCHED, "memory_budget": max(slots, _MATCHED["memory_budget"])}
     return R3MemConfig(memory_writer="matched", adapter_rows="memory", **{**defaults, **given})
+
+
+def _sizes_for_anchors(options: argparse.Namespace) -> dict[str, int]:
+    """Sizes that are asked of an adapter's memories: those of anchors have the one that is asked for."""
+    given = given_settings(options, R3MemConfig, OF_MATCHED)
+    if not given:
+        return {}
+    sizes = {"num_memory_tokens": "memory_tokens", "memory_budget": "memory_budget"}
+    wrong = next((name for name in given if name not in sizes), None)
+    if adapter_of(options)["r3mem_config"].get("memory_writer") != "anchored":
+        wrong = next(iter(given))
+    if wrong is not None:
+        raise ValueError(
+            f"{options.folder} was made for memories of its own: leave out {option_of(wrong)}. Adapters of anchors "
+            "take --memory-tokens and --memory-budget, others neither"
+        )
+    return {sizes[name]: value for name, value in given.items()}
 
 
 def _begin(options: argparse.Namespace) -> None:

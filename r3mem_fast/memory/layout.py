@@ -59,21 +59,30 @@ class MemoryLayout:
         # The largest age may be any beyond it.
         return min(segments * self.segment_length, self.reach - 1)
 
-    def with_memory_tokens(self, count: int) -> "MemoryLayout":
-        """The layout of matched memories of so many slots for a segment, and of as many segments.
+    def with_memory_tokens(self, count: int | None = None, budget: int | None = None) -> "MemoryLayout":
+        """The layout of matched memories of another size.
 
         Args:
-            count: Slots of a segment, from 1 to its tokens.
+            count: Slots of a segment, from 1 to its tokens; None: as many as here.
+            budget: Slots of a row's memory, beside pinned ones; None: for as many segments as here.
 
         Raises:
             ValueError: There are too few or too many, or these are no matched memories.
         """
+        from r3mem_fast.kernels.matching import MAX_KEPT
+
+        count = self.num_memory_tokens if count is None else count
         if self.writer != "matched" or not 1 <= count <= self.segment_length:
             raise ValueError(
                 f"memory_tokens={count!r} must lie in 1..{self.segment_length}, the tokens of a segment, and is for "
                 "matched and anchored memories"
             )
-        budget = max(count, self.budget * count // self.num_memory_tokens)
+        budget = max(count, self.budget * count // self.num_memory_tokens) if budget is None else budget
+        most = MAX_KEPT if self.beyond_budget == "rematch" else self.reach
+        if not count <= budget <= most:
+            raise ValueError(
+                f"memory_budget={budget!r} must lie in {count}..{most}, the slots of a segment and of all"
+            )
         return dataclasses.replace(
             self, num_memory_tokens=count, budget=budget, readable_segments=max(1, budget // count)
         )
