@@ -262,7 +262,7 @@ class R3MemPipeline:
         texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
         begins = memory is None and self.model.reader.most_pinned > 0  # room for what begins a text
         rows, pinned = self.codec.histories(texts, chat=chat, begins=begins)
-        settings = {"pinned": pinned, "memory_tokens": memory_tokens, "memory_budget": memory_budget}
+        settings: dict[str, Any] = {"pinned": pinned, "memory_tokens": memory_tokens, "memory_budget": memory_budget}
         parts = []
         for start in range(0, len(rows), _BATCH):
             some = None if memory is None else memory[start : start + _BATCH]
