@@ -228,11 +228,12 @@ def _losses(
         memory = dataclasses.replace(memory, recent=tuple(tail))
         arms[f"foreign_{slots}"] = _loss_behind(options, model, memory, segment)
     if learned is not None and learned.is_anchored:
-        for slots in options.slots:
-            for arm, rows in ((f"anchored_{slots}", before), (f"foreign_anchored_{slots}", other)):
-                memory = _anchored(options, learned, rows, slots, slots, len(opening))
-                memory = dataclasses.replace(memory, recent=tuple(tail))
-                arms[arm] = _loss_behind(options, model, memory, segment)
+        wanted = [(f"anchored_{slots}", before, slots) for slots in options.slots]
+        wanted += [(f"foreign_anchored_{slots}", other, slots) for slots in options.foreign]
+        for arm, rows, slots in wanted:
+            memory = _anchored(options, learned, rows, slots, slots, len(opening))
+            memory = dataclasses.replace(memory, recent=tuple(tail))
+            arms[arm] = _loss_behind(options, model, memory, segment)
     elif learned is not None:
         # Compute as in training, where adapters ran in bfloat16, too.
         with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):

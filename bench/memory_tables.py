@@ -123,6 +123,46 @@ def memory_questions() -> str:
     return table(names, rows)
 
 
+# Kinds of text that anchored memories were measured on; in the last two they were not trained.
+ANCHORED_KINDS = ("novels", "wikipedia", "code", "help", "dialogue", "meetings")
+
+
+def anchored_memories() -> str:
+    """Return the table of what training from the match adds to memories of as many slots, by kind of text."""
+    rows = []
+    for kind in ANCHORED_KINDS:
+        name = f"anchored_{kind}_smollm2"
+        head, *found = records(name)
+        closed = closed_by(name)
+        better = {r["arm"]: r for r in found if r.get("nats_better_than") == "matched"}
+        arms = [(f"{{}}_{slots}", "full", str(slots)) for slots in (64, 16, 8)]
+        if head["chains"]:
+            arms.append(("{}_152_of_7", "full_of_7", "152, of 7 segments"))
+        for arm, of, what in arms:
+            cells = [interval(closed[arm.format(writer), of]) for writer in ("matched", "anchored")]
+            foreign = _cell(closed, f"foreign_{arm.format('anchored')}")
+            count = head["chains"] if of == "full_of_7" else head["segments"]
+            rows.append((f"{kind}, {count}", what, *cells, interval(better[arm.format("anchored")]), foreign))
+    names = ("kind of text, segments", "slots", "matched", "**anchored**", "anchored is better by, nats a token",
+             "anchored, of another text")  # fmt: skip
+    return table(names, rows)
+
+
+def anchored_answers() -> str:
+    """Return the table of what questions about paragraphs gain from anchored memories, and from matched ones."""
+    gained = {(r["gained_by"], r["of"]): r for r in records("answers_anchored_xquad_smollm2") if "gained_by" in r}
+    measures = ("nats", "f1", "contains")
+    rows = [
+        (
+            f"{'**anchored**' if arm == 'anchored' else arm}, 1/{ratio}",
+            *(interval(gained[f"{arm}_{ratio}", of]) for of in measures),
+        )
+        for ratio in (4, 8)
+        for arm in ("anchored", "matched", "attended", "raw")
+    ]
+    return table(("kept", "nats", "F1", "containment"), rows)
+
+
 def second_model() -> str:
     """Return the table of how the second model reads, beside the embedded one."""
     columns = ("nats_per_token", "nats_per_token_without_opening", "nats_per_byte")
@@ -148,4 +188,6 @@ TABLES = {
     "matched_memories": matched_memories,
     "matched_rivals": matched_rivals,
     "memory_answers": memory_answers,
+    "anchored_memories": anchored_memories,
+    "anchored_answers": anchored_answers,
 }

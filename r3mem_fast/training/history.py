@@ -283,7 +283,7 @@ def _identity(model, rows, settings):
         del described["drawn_memory_tokens"]
     origin = model.origin_of_adapters()
     return {
-        "settings": described,
+        "settings": json.loads(json.dumps(described)),  # where a tuple is a list
         "model": [origin.base, origin.adapter, str(model.peft_model.dtype)],
         "config": json.loads(json.dumps(model.r3mem_config.to_dict())),
         "texts": hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest(),

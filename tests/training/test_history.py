@@ -22,6 +22,7 @@ from r3mem_fast.training.history import Windows, collate_windows, train
 
 SETTINGS = TrainSettings(steps=6, segments=3, checkpoint_steps=2, learning_rate=1e-2, warmup_steps=1)
 CONFIG = R3MemConfig(core=(1, 3), num_memory_tokens=2, segment_length=8, segment_overlap=2)
+ANCHORED = {"memory_writer": "anchored", "adapter_rows": "memory", "num_memory_tokens": 4, "memory_budget": 4}
 TEXT = "The ship left Nantucket. Ahab of the Pequod was mad about the whale, said Starbuck. " * 4
 
 
@@ -70,10 +71,14 @@ def storage_fingerprint(model):
     return fingerprints.fingerprint(model.peft_model)
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monkeypatch):
-    expected, tokenizer = fresh(folder)
-    whole = train(expected, rows(tokenizer), SETTINGS, folder=tmp_path / "whole", progress=False)
-    model, _ = fresh(folder)
+@pytest.mark.parametrize("drawn", [None, (2, 4)])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monkeypatch, drawn):
+    """Also one that draws the sizes of anchored memories."""
+    config = CONFIG if drawn is None else dataclasses.replace(CONFIG, **ANCHORED)
+    settings = dataclasses.replace(SETTINGS, drawn_memory_tokens=drawn)
+    expected, tokenizer = fresh(folder, config)
+    whole = train(expected, rows(tokenizer), settings, folder=tmp_path / "whole", progress=False)
+    model, _ = fresh(folder, config)
     before = weights(model)
 
     def interrupted(self, args, state, control, **kwargs):
@@ -82,23 +87,23 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(folder, tmp_path, monke
 
     monkeypatch.setattr(module._CheckIntegrity, "on_pre_optimizer_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(model, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
+        train(model, rows(tokenizer), settings, folder=tmp_path, progress=False)
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
     monkeypatch.undo()
     half = tmp_path / TRAIN_CHECKPOINTS / "checkpoint-4"  # as a process that was killed while it wrote leaves one
     half.mkdir()
     (half / "trainer_state.json").write_text('{"global_step": 4, "log_hi')
-    report = train(model, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
+    report = train(model, rows(tokenizer), settings, folder=tmp_path, progress=False)
     assert (report.steps, report.tokens) == (whole.steps, whole.tokens)
     assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(model).items())
     # Killed on the way to saving, it has nothing left to do.
-    again, _ = fresh(folder)
-    assert train(again, rows(tokenizer), SETTINGS, folder=tmp_path, progress=False).steps == whole.steps
+    again, _ = fresh(folder, config)
+    assert train(again, rows(tokenizer), settings, folder=tmp_path, progress=False).steps == whole.steps
     assert all(torch.equal(p, weights(expected)[name]) for name, p in weights(again).items())
     # Another run's checkpoints are refused, and left alone.
-    for other in (dataclasses.replace(SETTINGS, seed=1), dataclasses.replace(SETTINGS, steps=9)):
+    for other in (dataclasses.replace(settings, seed=1), dataclasses.replace(settings, steps=9)):
         with pytest.raises(ValueError, match="belongs to an unfinished run with other texts"):
-            train(fresh(folder)[0], rows(tokenizer), other, folder=tmp_path, progress=False)
+            train(fresh(folder, config)[0], rows(tokenizer), other, folder=tmp_path, progress=False)
 
 
 def test_a_run_that_failed_at_once_is_in_nobodys_way(folder, tmp_path):
