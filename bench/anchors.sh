@@ -22,14 +22,16 @@ python=${PYTHON:-python3}
     --memory-writer anchored --adapter-rows memory --memory-tokens 64 --memory-budget 64 --segment-overlap 32 \
     --drawn-memory-tokens 64,32,16,8 --distillation 1 --kept-segments device --segments 2 --hold-out 0.5 \
     --batch-size 2 --steps 280 --learning-rate 5e-4 --checkpoint-steps 20
-for kind in novels wikipedia code help dialogue meetings; do
-    output=$folder/anchored_${kind}_smollm2.jsonl
-    chains=0 segments=100
-    [[ $kind != novels ]] || chains=48 segments=200
-    [[ -e $output && ! -e $output.unfinished ]] || "$python" -m bench.matched --adapter "$folder/anchors" \
-        --kind "$kind" --data "$data" --segments $segments --chains $chains --chain-slots 21 --slots 64 16 8 \
-        --foreign 16 --rivals --presses --output "$output"
+measure() { # NAME MODULE ARGUMENTS...
+    local output=$folder/$1_smollm2.jsonl
+    [[ -e $output ]] && return
+    "$python" -m "bench.$2" --adapter "$folder/anchors" --data "$data" --output "$output.part" "${@:3}"
+    mv "$output.part" "$output"
+}
+sizes=(--slots 64 16 8 --foreign 16 --rivals --presses)
+measure anchored_novels matched --kind novels --segments 200 --chains 0 "${sizes[@]}"
+measure anchored_chains matched --kind novels --segments 0 --chains 48 --chain-slots 21 "${sizes[@]}"
+for kind in wikipedia code help dialogue meetings; do
+    measure anchored_$kind matched --kind $kind --segments 100 --chains 0 "${sizes[@]}"
 done
-output=$folder/answers_anchored_xquad_smollm2.jsonl
-[[ -e $output ]] || "$python" -m bench.memory_answers --adapter "$folder/anchors" --kind xquad --data "$data" \
-    --ratios 4 8 --output "$output"
+measure answers_anchored_xquad memory_answers --kind xquad --ratios 4 8 --presses

@@ -123,26 +123,22 @@ def memory_questions() -> str:
     return table(names, rows)
 
 
-# Kinds of text that anchored memories were measured on; in the last two they were not trained.
-ANCHORED_KINDS = ("novels", "wikipedia", "code", "help", "dialogue", "meetings")
+# Kinds of text that anchored memories were measured on.
+ANCHORED_KINDS = ("novels",)
 
 
 def anchored_memories() -> str:
     """Return the table of what training from the match adds to memories of as many slots, by kind of text."""
     rows = []
     for kind in ANCHORED_KINDS:
-        name = f"anchored_{kind}_smollm2"
-        head, *found = records(name)
-        closed = closed_by(name)
+        head, *found = records(f"anchored_{kind}_smollm2")
+        closed = closed_by(f"anchored_{kind}_smollm2")
         better = {r["arm"]: r for r in found if r.get("nats_better_than") == "matched"}
-        arms = [(f"{{}}_{slots}", "full", str(slots)) for slots in (64, 16, 8)]
-        if head["chains"]:
-            arms.append(("{}_152_of_7", "full_of_7", "152, of 7 segments"))
-        for arm, of, what in arms:
-            cells = [interval(closed[arm.format(writer), of]) for writer in ("matched", "anchored")]
-            foreign = _cell(closed, f"foreign_{arm.format('anchored')}")
-            count = head["chains"] if of == "full_of_7" else head["segments"]
-            rows.append((f"{kind}, {count}", what, *cells, interval(better[arm.format("anchored")]), foreign))
+        for slots in (64, 16, 8):
+            arm = f"anchored_{slots}"
+            cells = [interval(closed[f"{writer}_{slots}", "full"]) for writer in ("matched", "anchored")]
+            cells += [interval(better[arm]), _cell(closed, f"foreign_{arm}")]
+            rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
     names = ("kind of text, segments", "slots", "matched", "**anchored**", "anchored is better by, nats a token",
              "anchored, of another text")  # fmt: skip
     return table(names, rows)

@@ -7,8 +7,9 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from bench import compress_speed, matched, perplexity, texts
+from bench import compress_speed, matched, mixed_texts, perplexity, texts
 from r3mem_fast import R3MemConfig, R3MemPipeline
+from r3mem_fast.data.corpus import read_texts
 from tests.test_codec import begins_texts
 
 
@@ -142,6 +143,11 @@ def test_texts_that_are_not_there(tmp_path):
         texts.texts_of("poems")
     with pytest.raises(FileNotFoundError):
         texts.texts_of("dialogue", tmp_path)
+
+
+def test_texts_of_several_kinds_in_one_file(tmp_path):
+    assert mixed_texts.main(["code", "help", "-o", str(tmp_path / "mixed.jsonl")]) == 0
+    assert read_texts(tmp_path / "mixed.jsonl") == [*texts.texts_of("code"), *texts.texts_of("help")]
 
 
 def test_perplexity_by_chosen_settings(folder, tmp_path):
