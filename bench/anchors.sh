@@ -34,4 +34,4 @@ measure anchored_chains matched --kind novels --segments 0 --chains 48 --chain-s
 for kind in wikipedia code help dialogue meetings; do
     measure anchored_$kind matched --kind $kind --segments 100 --chains 0 "${sizes[@]}"
 done
-measure answers_anchored_xquad memory_answers --kind xquad --ratios 4 8 --presses
+measure answers_anchored_xquad memory_answers --kind xquad --ratios 4 --questions 160 --presses

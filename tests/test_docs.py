@@ -284,6 +284,22 @@ def test_what_a_matched_memory_is_worth():
     assert interval(next(r for r in found if r.get("nats_better_than") == "raw")) in text
 
 
+def test_what_training_from_the_match_adds():
+    """Beside the matched memories of the same places, which are those of the other tables: the control."""
+    head, *found = records("anchored_novels_smollm2.jsonl")
+    closed, others = (
+        {(r["closed_by"], r["of"]): r for r in some if "closed_by" in r}
+        for some in (found, records("matched_novels_smollm2.jsonl"))
+    )
+    for slots in (64, 16):
+        arm = (f"matched_{slots}", "full")
+        assert closed[arm]["mean"] == pytest.approx(others[arm]["mean"], abs=1e-3)
+    short, text = text_of("README.md"), text_of("docs/memory.md")
+    few, trained = (closed[f"{arm}_16", "full"]["mean"] for arm in ("matched", "anchored"))
+    assert f"In 16 slots they close {few:.3f}, and {trained:.3f} once" in short
+    assert f"the same {head['segments']} segments" in text
+
+
 def test_memories_trained_otherwise():
     """None reads these books as well as an adapter without memory: the page on memory says so too."""
     text = text_of("docs/histories.md")
