@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import R3MemConfig
-from .integrations.peft import renamed_targets
+from .integrations.peft import adapters_in, renamed_targets
 from .reversible.convert import find_decoder_layers
 
 # Models whose kernels take the weight of a state-space mixer's last projection, `out_proj`, past an adapter on it.
@@ -192,6 +192,7 @@ def let_adapters_choose_tokens(layers: Iterable[Any]) -> None:
         layers: Reversible layers with adapters.
     """
     for layer in layers:
+        layer.reversible.adapters = adapters_in(layer)
         for name, module in layer.named_modules():
             if name.rpartition(".")[0].endswith("lora_B"):
                 module.register_forward_hook(_ChosenTokens(layer.reversible))

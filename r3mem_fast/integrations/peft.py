@@ -94,31 +94,39 @@ def renamed_targets(model: Any, config: LoraConfig) -> str | set[str]:
     return config.target_modules
 
 
-def adapter_parameters(model: torch.nn.Module) -> set[int]:
-    """Identities (`id`) of the parameters of a model's, or a layer's, adapters.
+def adapters_in(module: torch.nn.Module) -> list[Any]:
+    """Find the modules of PEFT's adapters in a module; finding them takes longer than switching them.
 
     Args:
-        model: A model with adapters, or one of its layers.
+        module: A model with adapters, or one of its layers.
     """
-    adapters = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+
+
+def adapter_parameters(adapters: Sequence[Any]) -> set[int]:
+    """Identities (`id`) of the parameters of adapters.
+
+    Args:
+        adapters: Modules as `adapters_in` finds them.
+    """
     parts = (getattr(adapter, name, None) for adapter in adapters for name in adapter.adapter_layer_names)
     return {id(p) for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()}
 
 
 @contextlib.contextmanager
-def adapters_off(model: torch.nn.Module) -> Iterator[None]:
-    """Turn the adapters of a model, or of one of its layers, off in the block.
+def adapters_off(peft_model: PeftModel) -> Iterator[None]:
+    """Turn a model's adapters off in the block.
 
     PEFT's `disable_adapter` computes the same, and looks at every module several times (tens of milliseconds for each
     token that is asked for alone); it also lets all adapters require gradients afterwards.
 
     Args:
-        model: A PeftModel whose adapters are in its layers (see `lora.check_adapters`), or such a layer.
+        peft_model: A PeftModel whose adapters are in its layers (see `lora.check_adapters`).
 
     Yields:
         Nothing.
     """
-    with _disabled(_switched(model)):
+    with disabled(_switched(peft_model)):
         yield
 
 
@@ -132,26 +140,35 @@ def adapters_on(peft_model: PeftModel) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with _disabled(_switched(peft_model), are_off=False):
+    with disabled(_switched(peft_model), are_off=False):
         yield
 
 
-def _switched(model):
+def _switched(peft_model):
     """Modules of a model that turn their adapters on and off."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in peft_model.modules() if isinstance(module, kinds)]
 
 
 @contextlib.contextmanager
-def _disabled(modules: Sequence[Any], are_off: bool = True) -> Iterator[None]:
-    before = [module._disable_adapters for module in modules]
+def disabled(modules: Sequence[Any], are_off: bool = True) -> Iterator[None]:
+    """Turn adapters off, or on, in the block.
+
+    Args:
+        modules: Their modules, see `adapters_in`.
+        are_off: Whether they are off.
+
+    Yields:
+        Nothing.
+    """
+    others = [module for module in modules if module._disable_adapters != are_off]  # setting takes longer than asking
     try:
-        for module in modules:
+        for module in others:
             module._disable_adapters = are_off
         yield
     finally:
-        for module, was_off in zip(modules, before, strict=True):
-            module._disable_adapters = was_off
+        for module in others:
+            module._disable_adapters = not are_off
 
 
 class MergedAdapters:
@@ -215,7 +232,7 @@ class MergedAdapters:
         device or dtype) is a RuntimeError.
         """
         refused = dict.fromkeys(_CHANGING, _refuse)
-        with _disabled(self._layers), temporarily(self._peft_model, **refused, train=self._train):
+        with disabled(self._layers), temporarily(self._peft_model, **refused, train=self._train):
             self._swap(merged=True)
             try:
                 yield

@@ -337,12 +337,14 @@ class LayerLink:
         others: What that loop expects beside a layer's hidden state, in a tuple; None: no tuple.
         adapted_tokens: `(n, tokens)` while a branch is evaluated in which adapters change only the last n of so many
             tokens; None: they change all.
+        adapters: The layer's adapters, where these may act on some tokens alone.
     """
 
     def __init__(self, stack: ReversibleStack, index: int, decoder: nn.Module):
         self.stack, self.index, self.decoder = stack, index, decoder
         self.others: tuple[Any, ...] | None = None
         self.adapted_tokens: tuple[int, int] | None = None
+        self.adapters: list[Any] = []
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..integrations.capture import implementation_of
 from ..integrations.compat import cache_name, without_new_cache
-from ..integrations.peft import adapters_off
+from ..integrations.peft import disabled
 from . import stored
 from .adapter import ADAPTER
 from .branches import hidden_of
@@ -304,7 +304,7 @@ class ReversibleStack:
 
         def branch_with_some_tokens_adapted(layer, hidden, kwargs):
             if not adapted:  # and nothing is computed to be left out
-                with adapters_off(layer):
+                with disabled(layer.reversible.adapters):
                     return branch_of(layer, hidden, kwargs)
             layer.reversible.adapted_tokens = (adapted, hidden.shape[-2])
             try:

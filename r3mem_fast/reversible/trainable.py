@@ -10,7 +10,7 @@ from ..integrations.peft import adapter_parameters
 from .past import layer_index, memory_cache, past_of
 
 
-def idle_parameters(layer: torch.nn.Module, kwargs: dict[str, Any]) -> set[int]:
+def idle_parameters(layer: Any, kwargs: dict[str, Any]) -> set[int]:
     """Find the parameters of a layer that have no part in a pass: its adapters', if they act on no token.
 
     Args:
@@ -21,7 +21,8 @@ def idle_parameters(layer: torch.nn.Module, kwargs: dict[str, Any]) -> set[int]:
         Their identities (`id`).
     """
     cache = memory_cache(kwargs)
-    return adapter_parameters(layer) if cache is not None and cache.adapted_tokens == 0 else set()
+    acts_on_none = cache is not None and cache.adapted_tokens == 0
+    return adapter_parameters(layer.reversible.adapters) if acts_on_none else set()
 
 
 def is_differentiated(layer: torch.nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], idle: set[int]) -> bool:
