@@ -68,6 +68,11 @@ def book(path: Path) -> str:
     return text[start.end() if start else 0 : end.start() if end else len(text)].strip()
 
 
+def first_part(ids: list[int], held_out: float) -> list[int]:
+    """Return the token ids of a text that may be learned: all but this share of them, at its end."""
+    return ids[: len(ids) - int(len(ids) * held_out)]
+
+
 def _turn(turn: dict[str, str]) -> str:
     return f"{turn['speaker']}: {turn['content']}"
 
