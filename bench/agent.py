@@ -14,6 +14,7 @@ of our own (`bench/data`). Each question is asked in a user's turn behind the co
     bm25, minilm    turns that fit the question best, by BM25 (SQLite's FTS5, and then the newest) or by embeddings of
                     all-MiniLM-L6-v2, in the order in which they were said; the worst of them is cut to fit
     memory+bm25     a memory with half as many slots, and turns in the place of the others; also memory+minilm
+    anchored        as memory, and as memory+minilm, with what an adapter of anchors has learned (--adapter)
     foreign         another user's memory: what one is worth that knows nothing of it
     full            the whole conversation; its beginning is cut (`full_cut_tokens`) where positions do not suffice
 
@@ -44,6 +45,7 @@ from r3mem_fast.store.beside import pinned_memory, with_layout
 from r3mem_fast.store.memories import History
 from r3mem_fast.store.turns import TurnCodec
 
+from .anchored import anchored_memory, load_adapter
 from .asking import Asked, answers, grades, nats
 from .places import interval
 from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
@@ -109,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=15, help="whose conversations are read (%(default)s)")
     parser.add_argument("--kept", type=int, nargs="+", default=[64, 16], help="slots of 256 tokens (%(default)s)")
     parser.add_argument("--raw-tokens", type=int, default=64, help="newest tokens as they are (%(default)s)")
+    parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a way, too")
     add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer, at most; 0: none (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -126,6 +129,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {
         "model": options.model, "dtype": options.dtype, "kept": options.kept, "raw_tokens": options.raw_tokens,
         "presses": options.presses, "new_tokens": options.new_tokens,
+        "adapter": options.adapter and Path(options.adapter).name,
         "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),
     }  # fmt: skip
     asker = Asker(options, pipeline)
@@ -137,19 +141,19 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "history_tokens": round(statistics.mean(asker.tokens), 1),
         "full_cut_tokens": [max(0, count - _positions(pipeline)) for count in asker.tokens],
     }  # fmt: skip
-    yield from summary(graded, counts, rivals=("last", "bm25", "minilm", "attended", *options.presses))
+    rivals = ("last", "bm25", "minilm", "attended", "memory", "memory+minilm", *options.presses)
+    yield from summary(graded, counts, rivals=rivals)
 
 
 def summary(
-    graded: Sequence[dict[str, dict[str, float]]], counts: torch.Tensor, *, rivals: Sequence[str], ours: str = "memory"
+    graded: Sequence[dict[str, dict[str, float]]], counts: torch.Tensor, *, rivals: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Records of what was graded: means by way, shares of what all of a text gains, and paired differences.
 
     Args:
         graded: For each group of questions, by way and measure, the sum over its questions.
         counts: Questions of each group, `[groups]`.
-        rivals: Ways that ours are compared with at equal slots, named `RIVAL_SLOTS`.
-        ours: What the names of our ways begin with.
+        rivals: Ways that ours (memories) are compared with at equal slots, named `RIVAL_SLOTS`.
     """
     ways = list(graded[0])
     measures = [name for name in _MEASURES if name in graded[0][ways[0]]]
@@ -165,9 +169,9 @@ def summary(
         yield record
     for way in ways:
         kind, _, slots = way.rpartition("_")
-        if kind.startswith(ours):
+        if kind.startswith(("memory", "anchored")):
             for rival in rivals:
-                if f"{rival}_{slots}" in ways:
+                if rival != kind and f"{rival}_{slots}" in ways:
                     for name in measures:
                         better = sums[way, name] - sums[f"{rival}_{slots}", name]
                         better = -better if name == "nats" else better
@@ -187,6 +191,7 @@ class Asker:
 
     def __init__(self, options: argparse.Namespace, pipeline: R3MemPipeline):
         self._options, self._pipeline = options, pipeline
+        self._learned = load_adapter(options.adapter, pipeline.model, anchored=True) if options.adapter else None
         self._held: dict[tuple[str, int, str], History] = {}
         self.tokens: list[int] = []
 
@@ -221,6 +226,10 @@ class Asker:
                     f"foreign_{kept}": self._memory(other, kept, "matched"),
                     f"last_{kept}": (held_as_it_is(pipeline, head, history[-_size(whole) :]), [], last),
                 }
+                if self._learned is not None:
+                    read = torch.tensor([turns.opening + history])
+                    ways[f"anchored_{kept}"] = self._anchored(whole, read, kept, len(turns.opening))
+                    ways[f"half_anchored_{kept}"] = self._anchored(half, read, kept // 2, len(turns.opening))
                 for name, of_keys in scores.items():
                     ways[f"{name}_{kept}"] = keep_best(full, of_keys, len(turns.opening) + _size(whole)), [], last
             totals: dict[str, dict[str, float]] = {}
@@ -234,10 +243,12 @@ class Asker:
                     for way, by in (("bm25", "bm25"), ("minilm", "embedding")):
                         found = self._turns(store, talk.user, question, by, room[kept][0])
                         asked[f"{way}_{kept}"] = Asked(head, _behind(turns, found, question, None))
-                        memory, tail, role = ways[f"half_{kept}"]
                         found = self._turns(store, talk.user, question, by, room[kept][1])
-                        ids = tail + _behind(turns, found, question, role)
-                        asked[f"memory+{way}_{kept}"] = Asked(memory, ids)
+                        for ours, half in (("memory", f"half_{kept}"), ("anchored", f"half_anchored_{kept}")):
+                            if half in ways:
+                                memory, tail, role = ways[half]
+                                ids = tail + _behind(turns, found, question, role)
+                                asked[f"{ours}+{way}_{kept}"] = Asked(memory, ids)
                 self._grade(asked, answer, len(alone), totals)
         return totals
 
@@ -259,6 +270,22 @@ class Asker:
                 self._held[key] = store.answering().histories.history(talk.user)
         return self._held[key]
 
+    def _anchored(self, matched: History, ids: torch.Tensor, kept: int, pinned: int) -> History:
+        """A history whose memory an adapter of anchors makes of what a matched one was made of.
+
+        Args:
+            matched: The history with the matched memory.
+            ids: Token ids of the whole conversation, int64 `[1, T]`.
+            kept: Slots of each segment.
+            pinned: First tokens, which stay as they are.
+        """
+        assert self._learned is not None and matched.memory is not None, "there are an adapter and a memory"
+        layout = _config(kept, 64 * kept).memory_layout(self._pipeline.model.max_tokens)
+        assert layout is not None, "there are memory tokens"
+        start = self._pipeline.model.empty_memory(pinned=pinned)
+        seen = int(matched.memory.tokens_seen[0])
+        return matched._replace(memory=anchored_memory(self._learned, ids[:, :seen], start, layout))
+
     def _scores(self, opening: list[int], ids: list[int]) -> dict[str, torch.Tensor]:
         """What each press thinks of the keys of a conversation; those before it are always kept."""
         model, found = self._pipeline.model, {}
@@ -272,7 +299,6 @@ class Asker:
                     prefix=len(opening),
                     repeat_ids=repeat,
                 )
-            found[name][..., : len(opening)] = torch.inf
         return found
 
     def _turns(self, store: MemoryStore, user: str, question: str, by: str, tokens: int) -> list[int]:

@@ -29,7 +29,7 @@ learn() { # NAME STEPS ARGUMENTS...
 # First what follows a text, then also questions about it, which are a quarter of the windows.
 learn begun 280 "$folder/mixed.jsonl" --memory-writer anchored --adapter-rows memory --memory-tokens 64 \
     --memory-budget 64 --segment-overlap 32
-learn anchors 1000 "$folder"/{mixed,asked,asked,asked}.jsonl --model "$folder/begun"
+learn anchors 800 "$folder"/{mixed,asked,asked,asked}.jsonl --model "$folder/begun"
 measure() { # NAME MODULE ARGUMENTS...
     local output=$folder/$1_smollm2.jsonl
     [[ -e $output ]] && return

@@ -271,8 +271,8 @@ def _memories(
     repeat = torch.tensor(tokenizer(f"{REPEAT}\n", add_special_tokens=False).input_ids)
     for name in options.presses:
         with model.disable_adapters():
-            scores = press_scores(model.plain_model, PRESSES[name](2 * options.tail), before, repeat_ids=repeat)
-        scores[..., :pinned] = torch.inf
+            press = PRESSES[name](2 * options.tail)
+            scores = press_scores(model.plain_model, press, before, prefix=pinned, repeat_ids=repeat)
         for slots in options.slots:
             memory = keep_best(whole, scores[..., : -options.tail], pinned + slots)
             yield f"{name}_{slots}", dataclasses.replace(memory, **carried)

@@ -11,6 +11,7 @@ it. All arms have the template's tokens and the question as they are. Of n token
     even_R      n/R slots: evenly spaced keys, with their values
     attended_R  n/R slots: the keys that are attended most, with their values
     matched_R   n/R slots: the same keys, with values that match the attention to all of them
+    matched_R by Q   the same, matched to other queries (`memory_queries`), which choose the keys, too
     snapkv_R …  n/R slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
     anchored_R  n/R slots: the matched memory with the change that an adapter of anchors has learned (with --adapter)
 
@@ -26,7 +27,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,86 +36,21 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
+from r3mem_fast.choices import QUERIES
+from r3mem_fast.codec import TextCodec
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.memory import MemoryLayout
+from r3mem_fast.questions import SegmentQuestions
 
 from .anchored import anchored_memory, load_adapter
-from .answers_data import (
-    Question,
-    chosen_groups,
-    contains,
-    f1,
-    read_pairs,
-    read_qmsum,
-    read_xquad,
-    template_parts,
-)
+from .answers_data import Question, chosen_groups, contains, f1, read_pairs, read_qmsum, read_xquad
 from .places import interval
-from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
+from .presses import PRESSES, add_presses_option, keep_best, press_scores
+from .prompts import KINDS, Prompt, ids_of, prompt_of
 from .records import add_output_option, add_records
 from .rivals import evenly_spaced, laid_out, values_kept
 
-EXAMPLE = (
-    "The bridge over the Lune was opened in 1849 by Joseph Locke. It cost 12,000 pounds and carried two tracks until "
-    "a storm destroyed it.\n\n"
-)
 _MEASURES = ("f1", "contains", "nats")
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """Words around the questions of a data set.
-
-    Attributes:
-        instruction: What is said before each question.
-        opener: How each answer begins, which a small model would not do of itself; it ends with the quotation mark.
-        new_tokens: Tokens of an answer, at most.
-        segment: Tokens of a text that are read, and compressed, at once; None: all.
-        examples: Questions about an example's text, and answers, that come before as turns of the conversation.
-    """
-
-    instruction: str
-    opener: str
-    new_tokens: int
-    segment: int | None = None
-    examples: tuple[tuple[str, str], ...] = ()
-
-
-KINDS = {
-    # Chosen among eight wordings: with it smollm2-135m answers best when it reads the whole text.
-    "xquad": Kind(
-        "Answer with a short phrase from the text.\n",
-        'The answer is "',
-        24,
-        examples=(
-            ("Who opened the bridge?", "Joseph Locke"),
-            ("How much did the bridge cost?", "12,000 pounds"),
-        ),
-    ),
-    "qmsum": Kind("Answer the question in two sentences, using the meeting above.\n", "", 64, segment=256),
-    "pairs": Kind("Answer with the value from the JSON object above, and nothing else.\n", 'The value is "', 48),
-}
-
-
-@dataclasses.dataclass
-class Prompt:
-    """Tokens of the questions about one text.
-
-    Attributes:
-        questions: The questions.
-        before: Tokens before the text, int64 `[1, P]`.
-        context: The text, int64 `[1, n]`.
-        asked: Tokens of each question and what follows it, up to the answer.
-        answers: Tokens of the first reference of each.
-        repeat: Tokens that ask for a repetition of the text.
-    """
-
-    questions: list[Question]
-    before: torch.Tensor
-    context: torch.Tensor
-    asked: list[list[int]]
-    answers: list[list[int]]
-    repeat: list[int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16], help="of a text of pairs (%(default)s)")
     parser.add_argument("--characters", type=int, default=8, help="of a key or a value, of 36 (%(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a meeting, at most (%(default)s)")
+    parser.add_argument("--queries", nargs="*", choices=QUERIES, default=[], help="to match to, beside own")
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a rival")
     parser.add_argument("--instruction", help="before each question (one that fits the kind)")
     parser.add_argument("--opener", help="of each answer (one that fits the kind)")
@@ -150,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base, tokenizer = load_model(options.model, dtype=options.dtype)
     model = R3MemModel(base).eval()
+    model.questions_of = SegmentQuestions(TextCodec(tokenizer))
     learned = load_adapter(options.adapter, model, anchored=True) if options.adapter else None
     yield {
         "kind": options.kind, "model": options.model, "dtype": options.dtype, "ratios": options.ratios,
@@ -166,27 +104,50 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.kind == "xquad":
         questions = read_xquad(options.data)
     else:
-        questions = read_qmsum(options.data, lambda text: len(_ids(tokenizer, text)), options.context)
+        questions = read_qmsum(options.data, lambda text: len(ids_of(tokenizer, text)), options.context)
     yield from _records_of(options, model, learned, tokenizer, questions)
 
 
 def _records_of(options, model, learned, tokenizer, questions: list[Question]) -> Iterator[dict[str, Any]]:
     """Ask some of the questions, and say how each arm answered."""
     groups = chosen_groups(questions, options.questions, options.seed)
-    prompts = [_prompt(options, tokenizer, group) for group in groups]
+    prompts = [prompt_of(options, tokenizer, group) for group in groups]
     found = [
-        _ask(options, model, learned, tokenizer, prompt)
+        graded(options, model, tokenizer, prompt, memories_of(options, model, learned, prompt))
         for prompt in tqdm(prompts, disable=options.json, desc="Asking")
     ]
-    # By arm and measure: sums over the questions of each text, [texts].
+    sums, counts = yield from gains(prompts, found)
+    for ratio in options.ratios:
+        for rival in ("raw", "even", "attended", *options.presses):
+            for name in _MEASURES:
+                better = sums[f"matched_{ratio}", name] - sums[f"{rival}_{ratio}", name]
+                better = -better if name == "nats" else better
+                yield {f"{name}_better_than": rival, "ratio": ratio, **_interval(better, counts)}
+
+
+def gains(
+    prompts: list[Prompt], found: list[dict[str, dict]]
+) -> Generator[dict[str, Any], None, tuple[dict[tuple[str, str], torch.Tensor], torch.Tensor]]:
+    """Say how well each arm answered, and what share that is of what the whole texts gain over nothing.
+
+    Args:
+        prompts: Questions about each text.
+        found: What `graded` found of each text.
+
+    Yields:
+        Records.
+
+    Returns:
+        Sums over the questions of each text, by arm and measure, and the number of these questions, `[texts]`.
+    """
     sums = {
         (arm, name): torch.tensor([float(sum(grades[arm][name])) for grades in found])
         for arm in found[0]
         for name in _MEASURES
     }
-    counts = torch.tensor([float(len(group)) for group in groups])
+    counts = torch.tensor([float(len(prompt.questions)) for prompt in prompts])
     lengths = [prompt.context.shape[1] for prompt in prompts]
-    yield {"questions": int(counts.sum()), "contexts": len(groups), "context_tokens": sum(lengths) / len(lengths)}
+    yield {"questions": int(counts.sum()), "contexts": len(prompts), "context_tokens": sum(lengths) / len(lengths)}
     means = {key: (values.sum() / counts.sum()).item() for key, values in sums.items()}
     for arm in found[0]:
         yield {
@@ -200,12 +161,7 @@ def _records_of(options, model, learned, tokenizer, questions: list[Question]) -
             if arm not in ("full", "nothing"):
                 gained = sums[arm, name] - sums["nothing", name]
                 yield {"gained_by": arm, "of": name, **_interval(gained, wanted)}
-    for ratio in options.ratios:
-        for rival in ("raw", "even", "attended", *options.presses):
-            for name in _MEASURES:
-                better = sums[f"matched_{ratio}", name] - sums[f"{rival}_{ratio}", name]
-                better = -better if name == "nats" else better
-                yield {f"{name}_better_than": rival, "ratio": ratio, **_interval(better, counts)}
+    return sums, counts
 
 
 def _interval(won: torch.Tensor, wanted: torch.Tensor) -> dict[str, float | None]:
@@ -214,41 +170,19 @@ def _interval(won: torch.Tensor, wanted: torch.Tensor) -> dict[str, float | None
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def _prompt(options: argparse.Namespace, tokenizer: Any, questions: list[Question]) -> Prompt:
-    closing = '"' if options.opener.endswith('"') else ""
-    turns = [
-        (f"{EXAMPLE}{options.instruction}Question: {question}", f"{options.opener}{answer}{closing}")
-        for question, answer in KINDS[options.kind].examples
-    ]
-    before, after = template_parts(tokenizer, turns)
-    context, segment = _ids(tokenizer, questions[0].context), KINDS[options.kind].segment
-    if segment is not None and len(context) > segment:
-        # Whole segments, of which each gets its share of the slots: otherwise the last, short one would be matched
-        # together with all others.
-        context = context[: len(context) // segment * segment]
-    asked = [
-        f"\n\n{options.instruction}Question: {question.question}{after}{options.opener}" for question in questions
-    ]
-    return Prompt(
-        questions,
-        torch.tensor([_ids(tokenizer, before)], dtype=torch.int64),
-        torch.tensor([context]),
-        [_ids(tokenizer, text) for text in asked],
-        [_ids(tokenizer, question.answers[0]) for question in questions],
-        _ids(tokenizer, REPEAT + after),
-    )
-
-
 @torch.no_grad()
-def _ask(
-    options: argparse.Namespace, model: R3MemModel, learned: R3MemModel | None, tokenizer: Any, prompt: Prompt
+def graded(
+    options: argparse.Namespace, model: R3MemModel, tokenizer: Any, prompt: Prompt, memories: dict[str, Memory]
 ) -> dict[str, dict]:
-    """Answer the questions about one text: by arm and measure, the grades of each."""
-    memories = _memories(options, model, learned, prompt)
+    """Answer the questions about one text: by arm and measure, the grades of each.
+
+    Args:
+        options: The command's arguments.
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompt: The questions.
+        memories: Memories of the text by arm, `full` among them, in its layout.
+    """
     count = len(prompt.questions)
     arms = sorted(memories, key=lambda arm: memories[arm].states.shape[4])  # rows of one batch are about as wide
     size = max(1, options.batch // count)
@@ -325,10 +259,10 @@ def _padded(rows: list[list[int]], *, left: bool = False) -> tuple[torch.Tensor,
     return ids, mask
 
 
-def _memories(
+def memories_of(
     options: argparse.Namespace, model: R3MemModel, learned: R3MemModel | None, prompt: Prompt
 ) -> dict[str, Memory]:
-    """Memories of a text by arm, of one row each and in one layout: that of a memory of the whole text."""
+    """Make memories of a text by arm, of one row each and in one layout: that of a memory of the whole text."""
     prefix, tokens = prompt.before.shape[1], prompt.context.shape[1]
     with laid_out(model, _layout(model, prefix + tokens, prefix + tokens)):
         whole, origin = model.layout, model.origin()
@@ -348,6 +282,12 @@ def _memories(
                 start = dataclasses.replace(nothing, layout=layout, origin=model.origin())
                 memory = model.compress(prompt.context, memory=start, finish=True)
             found[f"{kind}_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
+        for queries in options.queries:
+            asking = dataclasses.replace(layout, queries=queries)
+            with laid_out(model, asking):
+                start = dataclasses.replace(nothing, layout=asking, origin=model.origin())
+                memory = model.compress(prompt.context, memory=start, finish=True)
+            found[f"matched_{ratio} by {queries}"] = dataclasses.replace(memory, layout=whole, origin=origin)
         if learned is not None:
             memory = anchored_memory(learned, prompt.context, nothing, layout)
             found[f"anchored_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
@@ -361,7 +301,6 @@ def _memories(
             if settings not in scores:
                 with model.disable_adapters():
                     scores[settings] = press_scores(model.plain_model, press, ids, prefix=prefix, repeat_ids=repeat)
-                scores[settings][..., :prefix] = torch.inf
             found[f"{name}_{ratio}"] = keep_best(found["full"], scores[settings], prefix + slots)
     return found
 

@@ -153,6 +153,33 @@ def anchored_answers() -> str:
     return table(("kept, 1/4", "nats", "F1", "containment"), rows)
 
 
+def refined_answers() -> str:
+    """Return the table of what questions about paragraphs gain from memories that were tuned to their own text."""
+    gained = {(r["gained_by"], r["of"]): r for r in records("refine_xquad_smollm2") if "gained_by" in r}
+    rows = [
+        (_refined(arm), *(interval(gained[arm, of]) for of in ("nats", "f1")))
+        for arm in dict.fromkeys(arm for arm, _ in gained)
+        if arm.startswith(("matched", "anchored"))
+    ]
+    return table(("kept, 1/4", "nats", "F1"), rows)
+
+
+def refined_memories() -> str:
+    """Return the table of how a text is read on behind memories that were tuned to their own text."""
+    rows = [(_refined(r["closed_by"]), interval(r)) for r in records("refine_novels_smollm2") if "closed_by" in r]
+    return table(("novels", "closed"), rows)
+
+
+def _refined(arm: str) -> str:
+    """Name an arm of `bench.refine` in words."""
+    memory, plus, how = arm.partition("+")
+    steps, _, asked = how.partition(" ")
+    writer, _, slots = memory.partition("_")
+    name = f"{writer}, {slots} slots" if slots and slots != "4" else writer
+    by = {"": "", "text": ", asked for the text alone", "other": ", asked for another text"}[asked]
+    return f"{name}, refined in {steps} steps{by}" if plus else name
+
+
 def second_model() -> str:
     """Return the table of how the second model reads, beside the embedded one."""
     columns = ("nats_per_token", "nats_per_token_without_opening", "nats_per_byte")
@@ -180,4 +207,6 @@ TABLES = {
     "memory_answers": memory_answers,
     "anchored_memories": anchored_memories,
     "anchored_answers": anchored_answers,
+    "refined_answers": refined_answers,
+    "refined_memories": refined_memories,
 }

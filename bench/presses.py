@@ -87,7 +87,8 @@ def press_scores(
             `disable_adapters()` is one.
         press: A press with a `score`, or a KVzipPress.
         input_ids: The text, int64 `[B, T]`, without padding.
-        prefix: First tokens that KVzip does not repeat, such as a system prompt; their scores are zero then.
+        prefix: First tokens that are always kept, such as a system prompt, and that KVzip does not repeat; their
+            scores are infinite.
         repeat_ids: Tokens between the text and its repetition, which ask for it, int64 `[R]`; KVzip needs them.
 
     Returns:
@@ -113,9 +114,11 @@ def press_scores(
         _score_by_repeating(model, press, input_ids, prefix, repeat_ids, cache)
         found = press.score_val.float()
         found[..., : press.n_sink] = found.amax() + 1  # which it always keeps
-        return found
-    assert all(found.shape[-1] == tokens for found in scores.values())
-    return torch.stack([scores[index] for index in range(len(scores))])
+    else:
+        assert all(found.shape[-1] == tokens for found in scores.values())
+        found = torch.stack([scores[index] for index in range(len(scores))])
+    found[..., :prefix] = torch.inf
+    return found
 
 
 def _score_by_repeating(model, press, input_ids, prefix, repeat_ids, cache):

@@ -13,6 +13,7 @@ SQLite's FTS5, function words left out) or by embeddings (all-MiniLM-L6-v2), and
     kvzip ...               the keys of that paragraph that a press of kvpress chooses, with their own values
     memory+bm25             the sentence that fits best, and the memory of its paragraph in the other slots; also
                             memory+minilm
+    anchored                as memory, and as memory+minilm, with what an adapter of anchors has learned (--adapter)
     memories                the memories of the two paragraphs that fit best, side by side
     foreign                 the memory of a paragraph that has nothing to do with it
     first                   the whole paragraph that fits best: more slots than the others have
@@ -38,10 +39,11 @@ from r3mem_fast.store.beside import pinned_memory, side_by_side, with_layout
 from r3mem_fast.store.lookup import WordIndex, minilm_embedder
 
 from .agent import summary
+from .anchored import anchored_memory, load_adapter
 from .answers_data import Question, read_xquad, template_parts
 from .asking import Asked, answers, grades, nats
-from .memory_answers import EXAMPLE, KINDS
 from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
+from .prompts import EXAMPLE, KINDS
 from .records import add_output_option, add_records
 from .rivals import values_kept
 
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, see bench/answers_data.py")
     parser.add_argument("--questions", type=int, default=240, help="of as many paragraphs (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[48, 96], help="before a question (%(default)s)")
+    parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a way, too")
     add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=24, help="of an answer, at most; 0: none (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of questions (%(default)s)")
@@ -76,12 +79,12 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     asker = _Asker(options, pipeline, list(by_paragraph))
     yield {
         "model": options.model, "dtype": options.dtype, "slots": options.slots, "new_tokens": options.new_tokens,
-        "presses": options.presses,
+        "presses": options.presses, "adapter": options.adapter and Path(options.adapter).name,
         "questions": len(questions), "paragraphs": len(by_paragraph), "paragraph_tokens": asker.mean_tokens,
         "found_first": {"bm25": asker.found(questions, "bm25"), "minilm": asker.found(questions, "minilm")},
     }  # fmt: skip
     graded = [asker.ask(question) for question in tqdm(questions, disable=options.json, desc="Asking")]
-    rivals = ("bm25", "minilm", "bm25+", "minilm+", "attended", *options.presses)
+    rivals = ("bm25", "minilm", "bm25+", "minilm+", "attended", "memory", "memory+minilm", *options.presses)
     yield from summary(graded, torch.ones(len(graded)), rivals=rivals)
 
 
@@ -96,6 +99,8 @@ class _Asker:
 
     def __init__(self, options: argparse.Namespace, pipeline: R3MemPipeline, paragraphs: list[str]):
         self._options, self._pipeline, self._paragraphs = options, pipeline, paragraphs
+        learned = load_adapter(options.adapter, pipeline.model, anchored=True) if options.adapter else None
+        self._learned = learned
         self._ids = [pipeline.codec.ids(text) for text in paragraphs]
         self.mean_tokens = round(sum(map(len, self._ids)) / len(paragraphs), 1)
         segmenter = pysbd.Segmenter(language="en", clean=False)
@@ -148,6 +153,10 @@ class _Asker:
                 f"memory+bm25_{slots}": self._sentence_and_memory(ranked["bm25+"][0], slots, asked),
                 f"memory+minilm_{slots}": self._sentence_and_memory(ranked["minilm+"][0], slots, asked),
             }
+            if self._learned is not None:
+                mixed = self._sentence_and_memory(ranked["minilm+"][0], slots, asked, "anchored")
+                ways[f"anchored_{slots}"] = Asked(self._memory(first, slots, "anchored"), asked)
+                ways[f"anchored+minilm_{slots}"] = mixed
             for name in options.presses:
                 ways[f"{name}_{slots}"] = Asked(self._pressed(first, slots, name), asked)
         answer = codec.ids(question.answers[0])
@@ -177,10 +186,10 @@ class _Asker:
         places = sorted(chosen) if way.endswith("+") else chosen
         return [token for place in places for token in chosen[place]]
 
-    def _sentence_and_memory(self, place: int, slots: int, asked: list[int]) -> Asked:
+    def _sentence_and_memory(self, place: int, slots: int, asked: list[int], keeping: str = "matched") -> Asked:
         sentence = self._sentences[place][: slots - len(self._line)] + self._line
         left = slots - len(sentence)
-        memory = self._memory(self._places[place], left) if left else self._head
+        memory = self._memory(self._places[place], left, keeping) if left else self._head
         return Asked(memory, sentence + asked)
 
     def _memory(self, place: int, slots: int, keeping: str = "matched") -> Memory:
@@ -194,11 +203,13 @@ class _Asker:
             )
             layout = config.memory_layout(self._pipeline.model.max_tokens)
             assert layout is not None, "there are memory tokens"
-            values = values_kept() if keeping == "attended" else contextlib.nullcontext()
-            with values:
-                self._memories[key] = self._pipeline.model.compress(
-                    torch.tensor([ids]), memory=with_layout(self._head, layout), finish=True
-                )
+            start, text = with_layout(self._head, layout), torch.tensor([ids])
+            if keeping == "anchored":
+                assert self._learned is not None, "there is an adapter"
+                self._memories[key] = anchored_memory(self._learned, text, start, layout)
+            else:
+                with values_kept() if keeping == "attended" else contextlib.nullcontext():
+                    self._memories[key] = self._pipeline.model.compress(text, memory=start, finish=True)
         return self._memories[key]
 
     def _pressed(self, place: int, slots: int, name: str) -> Memory:
@@ -210,7 +221,6 @@ class _Asker:
             with model.disable_adapters():
                 repeat = torch.tensor(self._repeat)
                 scores = press_scores(model.plain_model, press, whole, prefix=prefix, repeat_ids=repeat)
-            scores[..., :prefix] = torch.inf
             self._scores[key] = scores
         return keep_best(self._memory(place, len(ids)), self._scores[key], prefix + slots)
 

@@ -120,11 +120,19 @@ def _questions(model: Any, tokenizer: Any, passages: list[list[int]]) -> list[li
     texts = tokenizer.batch_decode(written[:, read.shape[1] :], skip_special_tokens=True)
     found: list[list[Asked]] = [[] for _ in passages]
     for index, text in enumerate(texts):
-        match = re.match(r"\s*([^\n]+\?)\s*\nAnswer: *([^\n]+)\n", text)
         known = found[index // len(openers)]
-        if match and len(match[2].split()) <= _ANSWER_WORDS and match[1] not in dict(known):
-            known.append((match[1], match[2].strip()))
+        asked = asked_in(text)
+        if asked is not None and asked[0] not in dict(known):
+            known.append(asked)
     return found
+
+
+def asked_in(text: str) -> Asked | None:
+    """Read a question and its answer from what a model wrote; None if that is not of the examples' form."""
+    match = re.match(r"\s*([^\n]+\?)\s*\nAnswer: *([^\n]+)\n", text)
+    if match is None or len(match[2].split()) > _ANSWER_WORDS:
+        return None
+    return match[1], match[2].strip()
 
 
 def _sentences(passage: str, draw: random.Random) -> list[Asked]:

@@ -14,7 +14,7 @@ from typing import Any
 from r3mem_fast.cli import parser
 from r3mem_fast.config import R3MemConfig
 from r3mem_fast.settings import default_text, settings_of
-from r3mem_fast.training.settings import RememberSettings, TrainSettings
+from r3mem_fast.training.settings import RefineSettings, RememberSettings, TrainSettings
 
 from . import coupling_tables, inference_tables, kernel_tables, memory_tables, store_tables
 from .markdown import ROOT, interval, records, table
@@ -309,6 +309,7 @@ TABLES = {
     "r3mem_config": lambda: _settings(R3MemConfig),
     "remember_settings": lambda: _settings(RememberSettings),
     "train_settings": lambda: _settings(TrainSettings),
+    "refine_settings": lambda: _settings(RefineSettings),
     "training": training,
     "training_bytes": training_bytes,
     "recall_arms": recall_arms,

@@ -25,6 +25,8 @@ _EXPORTS = {
     "R3MemConfig": "config",
     "R3MemModel": "model",
     "R3MemPipeline": "pipeline",
+    "RefineReport": "training.refine",
+    "RefineSettings": "training.settings",
     "RememberReport": "training.remember",
     "RememberSettings": "training.settings",
     "ScaledCoupling": "reversible",
@@ -82,8 +84,9 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
     from .store import DocumentStore, MemoryStore
     from .training.collate import PairCollator
     from .training.history import TrainReport
+    from .training.refine import RefineReport
     from .training.remember import RememberReport
-    from .training.settings import RememberSettings, TrainSettings
+    from .training.settings import RefineSettings, RememberSettings, TrainSettings
 
 __all__ = [
     "AdaptedCoupling",
@@ -104,6 +107,8 @@ __all__ = [
     "R3MemConfig",
     "R3MemModel",
     "R3MemPipeline",
+    "RefineReport",
+    "RefineSettings",
     "RememberReport",
     "RememberSettings",
     "ScaledCoupling",

@@ -110,6 +110,20 @@ class TextCodec:
             return [self.begun(text) for text in texts], len(self.opening)
         return [self.ids(text) for text in texts], 0
 
+    def read_again(self, texts: Sequence[str], pinned: Sequence[int]) -> list[torch.Tensor]:
+        """Token ids of texts that were compressed, int64 `[T]` each, as `histories` gave them.
+
+        Args:
+            texts: The texts.
+            pinned: Pinned tokens of the memory of each.
+        """
+        chats = getattr(self.tokenizer, "chat_template", None) is not None
+        rows = []
+        for text, count in zip(texts, pinned, strict=True):
+            chat = chats and count > 0 and count == len(self.turn[0])
+            rows += self.histories([text], chat=chat, begins=count > 0)[0]
+        return [torch.tensor(row, dtype=torch.int64) for row in rows]
+
     def prompts(self, prompts: Sequence[str], *, chat: bool | None, pinned: Sequence[int] | None) -> list[list[int]]:
         """Token ids of prompts that are to be continued.
 

@@ -13,19 +13,20 @@ from . import remembered
 from .adapter_folder import OwnFolder
 from .codec import TextCodec
 from .config import R3MemConfig
-from .documents import Documents, by_name, texts_and_labels
+from .documents import Documents, by_name, in_order, texts_and_labels
 from .files import locked
 from .hierarchy import LEVELS, EntityFinder, QueryBuilder
 from .loading import load
 from .manifest import REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS
 from .memory.memory import Memory
 from .model import R3MemModel
-from .questions import SegmentQuestions
+from .questions import AskingTexts, SegmentQuestions
 from .remembering import remember_documents
 from .training.collate import padded
 from .training.history import TrainReport, discard_checkpoints, train
+from .training.refine import RefineReport, refine
 from .training.remember import RememberReport, discard_checkpoint
-from .training.settings import RememberSettings, TrainSettings
+from .training.settings import RefineSettings, RememberSettings, TrainSettings
 
 _BATCH, _NEW_TOKENS = 16, 64  # rows at one time; tokens where no length is asked for
 
@@ -66,18 +67,11 @@ class R3MemPipeline:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        base: str | Path | R3MemModel | None = None,
-        config: R3MemConfig | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        attn_implementation: str | None = None,
-        seed: int = 0,
-        **settings,
-    ):
+        self, model: Any, tokenizer: Any = None,
+        *, base: str | Path | R3MemModel | None = None, config: R3MemConfig | None = None,
+        device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None, seed: int = 0, **settings,
+    ):  # fmt: skip
         loaded = load(
             model, tokenizer, base=base, config=config, device=device, dtype=dtype,
             attn_implementation=attn_implementation, seed=seed, **settings,
@@ -153,32 +147,19 @@ class R3MemPipeline:
                 folder = Path(folder)
                 self._own.refuse_foreign(folder, REMEMBER_CHECKPOINT)
             report, self.remembered = remember_documents(
-                self.model,
-                self.codec,
-                documents,
-                self.remembered,
-                lambda queries: list(self.recall(queries)),
-                folder=folder,
-                settings=settings,
-                progress=progress,
-                builder=builder,
-                entity_finder=entity_finder,
+                self.model, self.codec, documents, self.remembered, lambda queries: list(self.recall(queries)),
+                folder=folder, settings=settings, progress=progress, builder=builder, entity_finder=entity_finder,
                 levels=levels,
-            )
+            )  # fmt: skip
             if folder is not None:
                 self.save(folder)
                 discard_checkpoint(folder)
         return report
 
     def train(
-        self,
-        texts: Documents,
-        *,
-        folder: str | Path,
-        settings: TrainSettings | None = None,
-        adapter_dtype: torch.dtype | None = None,
-        progress: bool = True,
-    ) -> TrainReport:
+        self, texts: Documents, *, folder: str | Path, settings: TrainSettings | None = None,
+        adapter_dtype: torch.dtype | None = None, progress: bool = True,
+    ) -> TrainReport:  # fmt: skip
         """Train the adapter to write memories of texts, and to read on behind them.
 
         How segments are read, and what is learned from them, is the model's `R3MemConfig`. What was remembered before
@@ -272,6 +253,28 @@ class R3MemPipeline:
         origin = dataclasses.replace(joined.origin, tokenizer=self.codec.fingerprint)
         return dataclasses.replace(joined, origin=origin).labelled(labels)
 
+    def refine(
+        self, memory: Memory | str | Path, documents: Documents, settings: RefineSettings | None = None,
+        *, checkpoint: str | Path | None = None, progress: bool = True,
+    ) -> RefineReport:  # fmt: skip
+        """Tune the values of memories to their own texts: `report.memory` answers more as the texts themselves do.
+
+        Args:
+            memory: A matched or anchored memory, or its file.
+            documents: The texts that it was made of, one for each row; of texts that came in pieces the whole.
+            settings: How it is tuned, in steps of seconds; None: the defaults.
+            checkpoint: A file in which the state is kept, from which an interrupted run goes on; delete it at the end.
+            progress: Show a bar.
+
+        Raises:
+            ValueError: The memory is another model's, cannot be refined, or was made of other texts.
+        """
+        memory = self._memory(memory)
+        texts = in_order(documents, memory.labels)
+        rows = self.codec.read_again(texts, memory.pinned_slots().tolist())
+        path, asked_of = None if checkpoint is None else Path(checkpoint), AskingTexts(self.codec)
+        return refine(self.model, memory, rows, asked_of, settings, checkpoint=path, progress=progress)
+
     def expand(
         self,
         memory: Memory | str | Path,
@@ -312,13 +315,9 @@ class R3MemPipeline:
         return texts[0] if len(memory) == 1 else texts
 
     def generate(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        memory: Memory | str | Path | None = None,
-        chat: bool | None = None,
-        **settings,
-    ) -> str | list[str]:
+        self, prompt: str | Sequence[str],
+        *, memory: Memory | str | Path | None = None, chat: bool | None = None, **settings,
+    ) -> str | list[str]:  # fmt: skip
         """What the model writes behind a memory and a prompt, read forward.
 
         Args:

@@ -1,4 +1,4 @@
-"""`SegmentQuestions`: what a memory will be asked of a segment, by the hierarchy of its text."""
+"""What a memory will be asked of a piece of its text, by the hierarchy of that."""
 
 import torch
 
@@ -24,3 +24,28 @@ class SegmentQuestions:
         """
         queries = queries_of(self._codec.text(ids), self._codec.tokenizer)
         return [torch.tensor(self._codec.ids(query)) for query in queries]
+
+
+class AskingTexts:
+    """Writes texts that ask for a piece of a text, to refine its memory by: the piece itself, and its queries.
+
+    Args:
+        codec: Codec of the model's tokenizer.
+    """
+
+    def __init__(self, codec: TextCodec):
+        self._codec = codec
+        self._known: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def __call__(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Token ids of the texts, int64 `[n]` each.
+
+        Args:
+            ids: Token ids of the piece, int64 `[T]`.
+        """
+        piece = tuple(ids.tolist())
+        if piece not in self._known:  # the queries take longer to find than a step takes
+            text = self._codec.text(ids)
+            asked = [text, "\n".join(queries_of(text, self._codec.tokenizer))]
+            self._known[piece] = [torch.tensor(self._codec.ids(f"\n\n{text}")) for text in asked if text]
+        return self._known[piece]

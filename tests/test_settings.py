@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from r3mem_fast import R3MemConfig, RememberSettings, TrainSettings
+from r3mem_fast import R3MemConfig, RefineSettings, RememberSettings, TrainSettings
 from r3mem_fast.cli import parser
 from r3mem_fast.cli.options import NEW_ADAPTER, OF_MEMORIES, OF_TRAINING
 from r3mem_fast.config import TRAINING_SETTINGS
 from r3mem_fast.settings import check_value, default_text, settings_of
 
-KINDS = (R3MemConfig, RememberSettings, TrainSettings)
+KINDS = (R3MemConfig, RememberSettings, TrainSettings, RefineSettings)
 FIELDS = [(kind, name) for kind in KINDS for name in settings_of(kind)]
 
 
@@ -52,6 +52,7 @@ def test_options_are_made_of_fields():
             "train",
             {R3MemConfig: (*NEW_ADAPTER[:2], *OF_MEMORIES, *OF_TRAINING), TrainSettings: settings_of(TrainSettings)},
         ),
+        ("refine", {RefineSettings: settings_of(RefineSettings)}),
     ):
         options = {action.dest: action for action in commands[command]._actions}
         for kind, names in kinds.items():

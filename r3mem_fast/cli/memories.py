@@ -1,12 +1,14 @@
-"""`r3mem compress`, `expand` and `generate`: make memories, read them backward, and write on behind them."""
+"""`r3mem compress`, `refine`, `expand`, `generate`: make memories, better ones, read them backward, and write on."""
 
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from ..choices import LEVELS
 from ..config import R3MemConfig
+from ..training.settings import RefineSettings
 from .common import adapter_of, begin, pipeline_of, sampling_of, say, texts_of
 from .options import (
     OF_MATCHED,
@@ -26,7 +28,7 @@ _MODEL = "a folder or hub id; of an adapter: its base model (smollm2-135m; where
 
 
 def add_commands(commands: Any) -> None:
-    """Add the commands `compress`, `expand` and `generate`."""
+    """Add the commands `compress`, `refine`, `expand` and `generate`."""
     compress = commands.add_parser("compress", help="compress texts of any length into a memory file")
     compress.set_defaults(run=_compress)
     what = (
@@ -45,6 +47,18 @@ def add_commands(commands: Any) -> None:
     compress.add_argument("--chat", action="store_true", help=chat)
     compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
     add_run_options(compress)
+
+    refine = commands.add_parser("refine", help="tune a memory to its own text, so that it answers more as that does")
+    refine.set_defaults(run=_refine)
+    what = "the texts that the memory was made of, rows by name, or in order; before them the FOLDER of its adapter"
+    refine.add_argument("words", metavar="TEXT", nargs="+", help=what)
+    refine.add_argument("--memory", required=True, metavar="FILE", help="the memory")
+    refine.add_argument("--model", help=_MODEL)
+    refine.add_argument(
+        "--output", "-o", required=True, metavar="FILE", help="the refined memory; FILE.part, if interrupted"
+    )
+    add_settings(refine, RefineSettings)
+    add_run_options(refine)
 
     expand = commands.add_parser("expand", help="read a memory backward: the text that it was made of")
     expand.set_defaults(run=_expand)
@@ -74,12 +88,16 @@ def add_commands(commands: Any) -> None:
 def _compress(options: argparse.Namespace) -> int:
     from ..files import locked_file
 
-    # A word before the texts that is no file names an adapter.
+    _name_folder(options)
+    with locked_file(options.output):
+        return _compress_to(options)
+
+
+def _name_folder(options: argparse.Namespace) -> None:
+    """Tell texts from the adapter that may be named before them: a word that is no file."""
     _refuse_adapter_alone(options.words, "the texts")
     first, *others = options.words
     options.folder, options.texts = (first, others) if others and not os.path.isfile(first) else (None, options.words)
-    with locked_file(options.output):
-        return _compress_to(options)
 
 
 def _compress_to(options: argparse.Namespace) -> int:
@@ -116,6 +134,32 @@ def _compress_to(options: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         print(f"{options.output}: {sum(report['tokens'])} tokens in {len(memory)} rows, {memory.nbytes} bytes")
+    return 0
+
+
+def _refine(options: argparse.Namespace) -> int:
+    from ..files import locked_file
+
+    _name_folder(options)
+    with locked_file(options.output):
+        return _refine_to(options)
+
+
+def _refine_to(options: argparse.Namespace) -> int:
+    settings = RefineSettings(**given_settings(options, RefineSettings))
+    options.level = options.name = None
+    named = {path: text.removesuffix("\n") for path, text in texts_of(options).items()}
+    pipeline, memory = _with_memory(options)
+    labels = {label and label[1] for label in memory.labels}
+    texts: dict[str, str] | list[str] = named if labels == named.keys() else list(named.values())
+    unfinished = Path(f"{options.output}.part")
+    report = pipeline.refine(memory, texts, settings, checkpoint=unfinished, progress=not options.json)
+    report.memory.save(options.output)
+    unfinished.unlink(missing_ok=True)
+    if options.json:
+        print(json.dumps({"rows": len(memory), "steps": report.steps, "losses": report.losses}))
+    else:
+        print(f"{options.output}: {report}")
     return 0
 
 

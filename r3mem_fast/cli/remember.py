@@ -199,6 +199,7 @@ def _inspect_memory(options: argparse.Namespace) -> int:
     for row in rows:
         label = f"{row['level']:9}  {row['name']}" if row["level"] else "(no label)"
         if matched:
-            label = f"{row['slots']:4} slots, {row['pinned']} pinned  {label}"
+            refined = f", refined in {row['refined']} steps" if row["refined"] else ""
+            label = f"{row['slots']:4} slots, {row['pinned']} pinned{refined}  {label}"
         print(f"{row['tokens']:8} tokens  {row['segments']:5} segments  {row['unfinished']:4} unfinished  {label}")
     return 0

@@ -53,7 +53,8 @@ class Header:
         labels = self.metadata["labels"]
         if "slots" in self.integers:
             none = [0] * len(labels)
-            columns |= {"slots": self.integers["slots"], "pinned": self.integers.get("pinned", none)}
+            columns |= {"slots": self.integers["slots"]}
+            columns |= {name: self.integers.get(name, none) for name in ("pinned", "refined")}
         return [
             {
                 "level": label and label[0],

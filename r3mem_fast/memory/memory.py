@@ -44,6 +44,7 @@ class Memory:
         carried: States of recurrent and convolutional layers, by layer and name ("3.conv.0", "3.recurrent.0"),
             `[B, ...]` each, on the states' device, in the dtypes in which the layers keep them; None: no layer is one.
             `states` and `ages` are then those of the layers that have keys and values, in order.
+        refined: Steps by which each row's values were tuned to its own text, int64 `[B]`, on the CPU; None: by none.
     """
 
     states: torch.Tensor
@@ -58,6 +59,7 @@ class Memory:
     slots: torch.Tensor | None = None
     pinned: torch.Tensor | None = None
     carried: Carried | None = None
+    refined: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.num_segments)
@@ -85,8 +87,8 @@ class Memory:
         Returns:
             `states`, `num_segments`, `tokens_seen`, `unfinished` (the ids of all rows, joined) and
             `unfinished_lengths` (their number in each row, int64 `[B]`); with a segment overlap also `recent` and
-            `recent_lengths`; of a matched memory also `ages` and `slots`, `pinned` if any is, and what it carries, as
-            `carried.3.conv.0`.
+            `recent_lengths`; of a matched memory also `ages` and `slots`, `pinned` and `refined` if any is, and what
+            it carries, as `carried.3.conv.0`.
         """
         ragged = {"unfinished": self.unfinished}
         if self.layout.segment_overlap:
@@ -99,6 +101,8 @@ class Memory:
             found |= {"ages": self.ages, "slots": self.slots}
         if self.pinned is not None:
             found["pinned"] = self.pinned
+        if self.refined is not None:
+            found["refined"] = self.refined
         return found | {f"{memory_file.CARRIED}{name}": state for name, state in (self.carried or {}).items()}
 
     def pinned_slots(self) -> torch.Tensor:
@@ -208,6 +212,7 @@ class Memory:
             slots=None if self.slots is None else self.slots[chosen],
             pinned=None if self.pinned is None else self.pinned[chosen],
             carried=rows_of(self.carried, index),
+            refined=None if self.refined is None else self.refined[chosen],
         )
 
     def __getitem__(self, row: int | slice | tuple[str | None, str | None]) -> "Memory":
@@ -256,10 +261,9 @@ class Memory:
             labels=sum((m.labels for m in memories), ()),
             ages=joined_ages([m.ages for m in memories], slots),
             slots=None if first.slots is None else torch.cat([m.slots for m in memories if m.slots is not None]),
-            pinned=torch.cat([m.pinned_slots() for m in memories])
-            if any(m.pinned is not None for m in memories)
-            else None,
+            pinned=_counts(memories, "pinned"),
             carried=joined_states([m.carried for m in memories]),
+            refined=_counts(memories, "refined"),
         )
 
     def save(self, path: str | Path) -> None:
@@ -312,6 +316,15 @@ class Memory:
         if model is not None:
             model.check_memory(memory)
         return memory
+
+
+def _counts(memories, name):
+    """Join counts of the rows of several memories, int64 `[B]`, where None stands for zeros; None if all are None."""
+    found = [getattr(memory, name) for memory in memories]
+    if all(counts is None for counts in found):
+        return None
+    rows = zip(memories, found, strict=True)
+    return torch.cat([torch.zeros(len(m), dtype=torch.int64) if counts is None else counts for m, counts in rows])
 
 
 def empty_memory(

@@ -53,14 +53,15 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
         recent = _ragged(tensors, "recent", rows, longest=layout.segment_overlap)
     matched = layout.writer == "matched"
     ages, slots = (tensors["ages"], tensors["slots"].cpu()) if matched else (None, None)
-    pinned = tensors["pinned"].cpu() if matched and "pinned" in tensors else None
+    pinned, refined = (tensors[name].cpu() if matched and name in tensors else None for name in ("pinned", "refined"))
     kept = segments.clamp_max(layout.readable_segments) * layout.num_memory_tokens if slots is None else slots
     fits = states.is_floating_point() and states.dim() == (3 if layout.placement == "input" else 6)
     fits = fits and states.shape[BATCH[layout.placement]] == rows
     fits = fits and kept.shape == (rows,) and kept.dtype == torch.int64 and bool((kept >= 0).all())
     fits = fits and states.shape[SLOTS[layout.placement]] >= (int(kept.max()) if rows else 0)
-    if fits and pinned is not None:
-        fits = pinned.shape == (rows,) and pinned.dtype == torch.int64 and bool((pinned >= 0).all())
+    for counts in (pinned, refined):
+        if fits and counts is not None:
+            fits = counts.shape == (rows,) and counts.dtype == torch.int64 and bool((counts >= 0).all())
     if fits:
         beside = torch.zeros_like(kept) if pinned is None else pinned
         fits = bool((kept <= layout.most_slots + beside).all())
@@ -86,6 +87,7 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
         slots,
         pinned,
         carried or None,
+        refined,
     )
 
 

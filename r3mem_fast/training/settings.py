@@ -84,6 +84,47 @@ class RememberSettings:
 
 @described
 @dataclasses.dataclass(frozen=True)
+class RefineSettings:
+    """How the values of memories are tuned to their own texts.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    steps: int = setting(
+        40,
+        "Steps of each row. The environment variable R3MEM_MAX_STEPS may ask for fewer.",
+        group=RUN,
+        option="steps",
+        least=1,
+    )
+    learning_rate: float = setting(
+        0.02,
+        "Learning rate of Adam, in units of the size of a layer's values. It goes down to 0 as a cosine.",
+        group=RUN,
+        option="learning-rate",
+        above=0,
+    )
+    asked_tokens: int = setting(
+        96,
+        "Tokens, at most, that are read in a step behind the memory, and behind its text.",
+        group=OBJECTIVE,
+        least=2,
+    )
+    context_tokens: int = setting(
+        1024, "Tokens of the text, at most, that the model reads in a step to compare with.", group=OBJECTIVE, least=2
+    )
+    checkpoint_seconds: float = setting(
+        30.0, "Seconds between checkpoints.", group=RUN, option="checkpoint-seconds", metavar="SECONDS", least=0
+    )
+    seed: int = setting(0, "Seed of what is drawn.", group=RUN, option="seed", least=0)
+
+    def __post_init__(self):
+        check(self)
+
+
+@described
+@dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """How a memory network is trained on texts.
 

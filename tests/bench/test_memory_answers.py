@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from bench import answers_data, memory_answers
+from bench import answers_data, memory_answers, prompts
 from bench.answers_data import Question
 from bench.presses import PRESSES, is_installed
 from bench.rivals import laid_out
@@ -114,9 +114,9 @@ def test_arms_of_all_slots_are_the_text_itself(folder, monkeypatch):
         Question(text_of(3, 40), f"what{index}" * (1 + index), (text_of(index, 2 + index),)) for index in range(2)
     ]
     plain, model = load_model(folder)[0].eval(), R3MemModel(base).eval()
-    monkeypatch.setattr(memory_answers, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
-    prompt = memory_answers._prompt(options, tokenizer, group)
-    memories = memory_answers._memories(options, model, None, prompt)
+    monkeypatch.setattr(prompts, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
+    prompt = prompts.prompt_of(options, tokenizer, group)
+    memories = memory_answers.memories_of(options, model, None, prompt)
     with laid_out(model, memories["full"].layout):
         for arm in memories:
             texts, nats = memory_answers._answered(options, model, tokenizer, prompt, memories[arm].rows([0, 0]), 1)
@@ -138,9 +138,9 @@ def test_arms_of_a_ratio_have_the_same_number_of_slots(folder, monkeypatch):
     options = options_of(monkeypatch, "--ratios", "4", "--instruction", "", "--opener", "")
     base, tokenizer = load_model(folder)
     model = R3MemModel(base).eval()
-    monkeypatch.setattr(memory_answers, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
-    prompt = memory_answers._prompt(options, tokenizer, [Question("x" + text_of(5, 40) + "x", "why", ("ab",))])
-    memories = memory_answers._memories(options, model, None, prompt)
+    monkeypatch.setattr(prompts, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
+    prompt = prompts.prompt_of(options, tokenizer, [Question("x" + text_of(5, 40) + "x", "why", ("ab",))])
+    memories = memory_answers.memories_of(options, model, None, prompt)
     slots = -(-prompt.context.shape[1] // 4)
     expected = {"full": prompt.context.shape[1], "nothing": 0}
     assert {arm: int(memory.slots[0]) - 7 for arm, memory in memories.items()} == {
