@@ -12,6 +12,8 @@ the segment before and
     attended_N  N slots: the keys that are attended most, with their values
     matched_N   N slots: the same keys, with values that match the attention to all of them (`memory_writer="matched"`)
     matched_N by Q   the same, matched to other queries (`memory_queries`)
+    adaptive_N  N slots of a head on average, which heads share (`memory_allocation="adaptive"`), with values that
+                match; `attended_adaptive_N` with their own values (with --adaptive)
     snapkv_N …  N slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
     learned_N   the memory of a trained adapter of N memory tokens, and its `learned_tail` (with --adapter)
     anchored_N  N slots: the matched memory with the change that an adapter of anchors has learned (with --adapter);
@@ -80,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tail", type=int, default=32, help="tokens before it that are read as they are (%(default)s)"
     )
+    parser.add_argument("--adaptive", action="store_true", help="also memories whose heads share their slots")
     parser.add_argument("--queries", nargs="*", choices=QUERIES, default=[], help="to match to, beside own")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS), help="(all)")
     parser.add_argument(
@@ -116,7 +119,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "segment_length": options.length, "tail": options.tail,
         "segments": len(found), "chains": len(chains), "long_chains": len(long), "chain_slots": options.chain_slots,
         "texts": len({place.text for place in found}), "presses": options.presses,
-        "beyond_budget": options.beyond,
+        "beyond_budget": options.beyond, "adaptive": options.adaptive,
     }  # fmt: skip
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "output", "batch")}
     unfinished = Unfinished(options.output, settings, batch=options.batch, progress=not options.json)
@@ -176,6 +179,10 @@ def _compared(options: argparse.Namespace, losses: Losses) -> Iterator[dict[str,
         for queries in options.queries:
             name = f"matched by {queries}"
             yield _better(losses[f"matched_{slots} by {queries}"], mine, name, slots=slots)
+        if options.adaptive:
+            for rival in ("matched", "attended_adaptive"):
+                better = _better(losses[f"{rival}_{slots}"], losses[f"adaptive_{slots}"], rival, slots=slots)
+                yield {"arm": f"adaptive_{slots}", **better}
         if f"anchored_{slots}" in losses:
             better = _better(mine, losses[f"anchored_{slots}"], "matched", slots=slots)
             yield {"arm": f"anchored_{slots}", **better}
@@ -263,6 +270,12 @@ def _memories(
         for kind, choice in kinds.items():
             with model.disable_adapters(), choice(), laid_out(model, layout):
                 yield f"{kind}_{slots}", dataclasses.replace(_written(model, found), **carried)
+        if options.adaptive:
+            sharing = dataclasses.replace(layout, allocation="adaptive")
+            for kind, choice in (("adaptive", contextlib.nullcontext), ("attended_adaptive", values_kept)):
+                with model.disable_adapters(), choice(), laid_out(model, sharing):
+                    memory = dataclasses.replace(_written(model, found), layout=sharing, **carried)
+                yield f"{kind}_{slots}", memory
         for queries in options.queries:
             asking = dataclasses.replace(layout, queries=queries)
             with model.disable_adapters(), laid_out(model, asking):
@@ -350,7 +363,8 @@ def _loss_behind(
 ) -> torch.Tensor:
     """Nats a token of segments behind memories, and the last tokens before them, by row."""
     # Layouts differ in numbers of slots, which only matter while a memory is made.
-    with laid_out(model, _layout(options, model, options.length, options.length)):
+    layout = _layout(options, model, options.length, options.length)
+    with laid_out(model, dataclasses.replace(layout, allocation=memory.layout.allocation)):
         memory = dataclasses.replace(memory, layout=model.layout, origin=model.origin())
         return _mean_loss(model(segment, memory=memory).logits, segment)
 

@@ -11,6 +11,8 @@ WRITERS = ("tokens", "matched", "anchored")
 MEMORY_KINDS = WRITERS[:2]
 # What happens to a matched memory beyond its budget: it is matched again, its oldest slots go, or it is an error.
 BEYOND_BUDGET = ("rematch", "forget", "error")
+# How the slots of a matched memory are shared: as many for each head of each layer, or by what is asked of them.
+ALLOCATIONS = ("uniform", "adaptive")
 # Whose queries a matched memory is matched to: those of the pass that read the text, of another pass behind the first,
 # and of the questions that its hierarchy asks; or of several.
 QUERIES = ("own", "reread", "pairs", "own+reread", "own+pairs", "reread+pairs", "own+reread+pairs")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .choices import ADAPTER_ROWS, BEYOND_BUDGET, FORMS, KEPT_SEGMENTS, PLACEMENTS, QUERIES, WRITERS
+from .choices import ADAPTER_ROWS, ALLOCATIONS, BEYOND_BUDGET, FORMS, KEPT_SEGMENTS, PLACEMENTS, QUERIES, WRITERS
 from .settings import check, described, names_of_group, setting
 
 if TYPE_CHECKING:
@@ -112,6 +112,14 @@ class R3MemConfig:
         group=MEMORY,
         option="beyond-budget",
         choices=BEYOND_BUDGET,
+    )
+    memory_allocation: str = setting(
+        "uniform",
+        "How many slots each head of each layer has of a matched memory. `uniform`: as many; `adaptive`: as many on "
+        "average, more where more is asked for, and half as many at least.",
+        group=MEMORY,
+        option="memory-allocation",
+        choices=ALLOCATIONS,
     )
     memory_queries: str = setting(
         "own",
@@ -308,14 +316,8 @@ class R3MemConfig:
                 f"{self.segment_overlap} from before it and {written} to write do not fit into the model's "
                 f"{max_tokens} positions"
             )
-        return MemoryLayout(
-            written,
-            self.segment_length,
-            segments,
-            self.max_memory_segments is None,
-            self.memory_placement,
-            self.segment_overlap,
-        )
+        keeps_all, overlap = self.max_memory_segments is None, self.segment_overlap
+        return MemoryLayout(written, self.segment_length, segments, keeps_all, self.memory_placement, overlap)
 
     def _matched_layout(self, max_tokens):
         from r3mem_fast.kernels.matching import MAX_KEPT
@@ -352,6 +354,7 @@ class R3MemConfig:
             beyond_budget=self.beyond_budget,
             reach=reach,
             queries=self.memory_queries,
+            allocation=self.memory_allocation,
         )
 
     def to_dict(self) -> dict:
@@ -376,7 +379,7 @@ class R3MemConfig:
 
 
 # Settings of later versions.
-_LATER = ("memory_writer", "memory_budget", "beyond_budget", "memory_queries")
+_LATER = ("memory_writer", "memory_budget", "beyond_budget", "memory_queries", "memory_allocation")
 # Positions before a pass at most; what is older than that has this age.
 _REACH = 4096
 
@@ -388,12 +391,9 @@ def default_matched(max_tokens: int | None) -> "MemoryLayout | None":
     if length < 16:
         return None
     return R3MemConfig(
-        memory_writer="matched",
-        num_memory_tokens=length // 4,
-        memory_budget=length,
-        segment_length=length,
+        memory_writer="matched", num_memory_tokens=length // 4, memory_budget=length, segment_length=length,
         segment_overlap=length // 8,
-    ).memory_layout(max_tokens)
+    ).memory_layout(max_tokens)  # fmt: skip
 
 
 # How a model is trained, and nothing about what it computes.

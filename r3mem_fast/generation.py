@@ -99,7 +99,7 @@ def is_prefix(network: Network, memory: Memory) -> bool:
     """
     if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
         return False
-    if memory.ages is None or memory.carried is not None or network.reader.has_gaps():
+    if memory.ages is None or memory.carried is not None or network.reader.has_gaps() or memory.layout.is_adaptive:
         return False
     return network.reads_as_base and not any(network.reader.windows())
 
@@ -126,9 +126,9 @@ def _read_with_hooks(network, memory, ids, mask, config, kind, others):
     """Let the network generate behind a cache that its reversible layers know how to read."""
     if kind == "static":
         raise ValueError(
-            'cache_implementation="static" is for matched memories of a base model without sliding windows, with '
-            'attn_implementation "sdpa" or "eager", and not for drafts or prompts in pieces: all else is read by '
-            "reversible layers, which no static cache knows"
+            'cache_implementation="static" is for matched memories (memory_allocation="uniform") of a base model '
+            'without sliding windows, with attn_implementation "sdpa" or "eager", and not for drafts or prompts in '
+            "pieces: all else is read by reversible layers, which no static cache knows"
         )
     copies = _copies(config)
     memory = _repeated(memory, copies)

@@ -16,7 +16,8 @@ OF_MEMORIES = names_of_group(R3MemConfig, MEMORY)[1:]
 OF_TRAINING = names_of_group(R3MemConfig, TRAINING)
 # Settings of matched memories that can be chosen.
 OF_MATCHED = (
-    "num_memory_tokens", "memory_budget", "beyond_budget", "memory_queries", "segment_length", "segment_overlap",
+    "num_memory_tokens", "memory_budget", "beyond_budget", "memory_allocation", "memory_queries", "segment_length",
+    "segment_overlap",
 )  # fmt: skip
 
 

@@ -185,7 +185,8 @@ def _inspect_memory(options: argparse.Namespace) -> int:
     if matched:
         print(
             f"matched to queries: {layout.get('queries', 'own')}; {layout['num_memory_tokens']} slots {segment}, "
-            f"{layout['budget']} at most, beyond which: {layout['beyond_budget']}"
+            f"{layout['budget']} at most, beyond which: {layout['beyond_budget']}; "
+            f"{layout.get('allocation', 'uniform')} allocation"
         )
     else:
         print(

@@ -11,7 +11,7 @@ from ..integrations import attention
 from ..integrations.capture import implementation_of
 from ..integrations.compat import arguments_by_name, key_sources, setting_of, signature_of
 from ..reversible.past import MemoryNotReadError, States
-from .masks import with_memory, within
+from .masks import seen, with_memory
 from .recurrent import CarryingCache, refuse_layers_without_memory
 from .room import Room
 from .rotary import Rotation
@@ -46,17 +46,10 @@ class PrefixCache(CarryingCache):
     """
 
     def __init__(
-        self,
-        config: Any,
-        *,
-        first_position: int,
-        keep: bool = True,
-        capture: int = 0,
-        adapted_tokens: int | None = None,
-        decoder: Any = None,
-        still: Collection[int] = (),
-        sizes: Sequence[LayerSizes] = (),
-    ):
+        self, config: Any,
+        *, first_position: int, keep: bool = True, capture: int = 0, adapted_tokens: int | None = None,
+        decoder: Any = None, still: Collection[int] = (), sizes: Sequence[LayerSizes] = (),
+    ):  # fmt: skip
         super().__init__(config=config)
         self.first_position, self.keep, self.capture = first_position, keep, capture
         self._decoder, self._still, self._sizes = decoder, still, sizes
@@ -67,6 +60,7 @@ class PrefixCache(CarryingCache):
         self._all_visible = True
         self._ages: torch.Tensor | None = None
         self._windows: Sequence[int | None] = ()
+        self._uneven = False
         self._config: Any = None
         self._placed: dict[int, States] = {}  # the memory by layer, at its positions
         self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
@@ -96,6 +90,7 @@ class PrefixCache(CarryingCache):
         windows: Sequence[int | None] = (),
         carried: Mapping[str, torch.Tensor] | None = None,
         sizes: Sequence[LayerSizes] = (),
+        uneven: bool = False,
     ) -> "PrefixCache":
         """Set the memory; returns the cache.
 
@@ -109,7 +104,9 @@ class PrefixCache(CarryingCache):
             windows: Number of keys that a query of each layer sees, its own included; None: all; (): all, everywhere.
             carried: States from which recurrent layers go on; None: no layer is one.
             sizes: Sizes of each layer's keys and values in `prefix`; (): those that the cache was made with.
+            uneven: Whether heads have other numbers of keys; where one has none, its age is 0.
         """
+        self._uneven = uneven
         self.go_on_from(carried)
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
@@ -174,10 +171,10 @@ class PrefixCache(CarryingCache):
             self.rotation = Rotation(decoder, layers, order, config, self._still)
             self._order = list(order)
         self._positions, self._lengths = positions[:, -self.capture :] if self.capture else None, None
-        if self._apart and self._visible is not None and any(self._windows):
+        if self._apart and self._visible is not None and (self._uneven or any(self._windows)):
             raise ValueError(
-                f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding window '
-                '(each head sees other slots); use "sdpa" or "eager"'
+                f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding '
+                'window, nor one of adaptive allocation (each head sees other slots); use "sdpa" or "eager"'
             )
         if self._apart and self._visible is not None and not self._all_visible:
             self._lengths = self._visible.to(tokens.device).sum(1, dtype=torch.int32)
@@ -351,22 +348,24 @@ class PrefixCache(CarryingCache):
             return mask._replace(memory_key=key, memory_value=value, memory_lengths=self._lengths, read=read)
         tokens, place = hidden.shape[-2], self.keyed.index(source)
         window = self._windows[place] if self._windows else None
-        if self._visible is None or (mask is None and tokens == 1 and self._all_visible and window is None):
+        own_columns = self._uneven or window is not None  # each layer has its own
+        if self._visible is None or (mask is None and tokens == 1 and self._all_visible and not own_columns):
             return mask
         if source == layer_idx:  # before it writes its own
             self._counts[source] = self.layers[source].get_mask_sizes(tokens)[0] if self.keep else tokens
         length = self._counts[source]
         known, widened = self._widened.get((id(mask), length), (None, None))
-        if widened is not None and known is mask and window is None:  # the same for all layers of a kind
+        if widened is not None and known is mask and not own_columns:  # the same for all layers of a kind
             return widened
         visible = self._visible.to(hidden.device)[:, None, None].expand(-1, 1, tokens, -1)
-        if window is not None:
+        if own_columns:
             assert self._ages is not None
-            ages = self._ages[place][:, : self.sizes[place].heads]
-            heads = setting_of(self._config, "num_attention_heads")
-            visible = visible & within(window, ages, self._of_pass - self.first_position, heads)
+            ages, later = self._ages[place][:, : self.sizes[place].heads], self._of_pass - self.first_position
+            visible = visible & seen(
+                ages, later, setting_of(self._config, "num_attention_heads"), window, self._uneven
+            )
         widened = with_memory(mask, visible, tokens, length, hidden, implementation)
-        if window is None:
+        if not own_columns:
             self._widened[id(mask), length] = (mask, widened)
         return widened
 

@@ -16,10 +16,11 @@ from typing import Any
 FORMAT_VERSION = 1
 MATCHED_VERSION = 2  # of a matched memory, which earlier versions cannot read
 CARRIED_VERSION = 3  # of a memory that carries states of recurrent layers
+ADAPTIVE_VERSION = 4  # of a memory whose heads have other numbers of slots
 CARRIED = "carried."  # before the names of these states
 KIND = "r3mem_fast memory"
 METADATA = "r3mem"
-_VERSIONS = (FORMAT_VERSION, MATCHED_VERSION, CARRIED_VERSION)
+_VERSIONS = (FORMAT_VERSION, MATCHED_VERSION, CARRIED_VERSION, ADAPTIVE_VERSION)
 NO_DIGEST = "0" * 64  # stands in the checksum's place while it is computed
 _DIGEST = re.compile(rb'digest\\": ?\\"([0-9a-f]{64})\\"')
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -53,7 +54,7 @@ class Header:
         labels = self.metadata["labels"]
         if "slots" in self.integers:
             none = [0] * len(labels)
-            columns |= {"slots": self.integers["slots"]}
+            columns |= {"slots": self._slots(len(labels))}
             columns |= {name: self.integers.get(name, none) for name in ("pinned", "refined")}
         return [
             {
@@ -63,6 +64,14 @@ class Header:
             }
             for row, label in enumerate(labels)
         ]
+
+    def _slots(self, rows: int) -> list[int]:
+        """Slots of each row: of a head on average, rounded up, where heads have other numbers of them."""
+        counts = self.integers.get("head_slots")
+        if not counts:
+            return self.integers["slots"]
+        heads = len(counts) // rows
+        return [-(-sum(counts[row * heads : (row + 1) * heads]) // heads) for row in range(rows)]
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

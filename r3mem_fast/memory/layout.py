@@ -23,6 +23,8 @@ class MemoryLayout:
         beyond_budget: "rematch", "forget" or "error", see `R3MemConfig.beyond_budget`.
         reach: Largest age of a slot, in tokens; what is older keeps this age.
         queries: Whose queries they are matched to, see `R3MemConfig.memory_queries`.
+        allocation: How slots are shared among heads, see `R3MemConfig.memory_allocation`. All numbers of slots are
+            those of a head on average.
     """
 
     num_memory_tokens: int
@@ -36,6 +38,12 @@ class MemoryLayout:
     beyond_budget: str = "rematch"
     reach: int = 0
     queries: str = "own"
+    allocation: str = "uniform"
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether heads have other numbers of slots."""
+        return self.allocation == "adaptive"
 
     @property
     def first_position(self) -> int:
@@ -90,8 +98,9 @@ class MemoryLayout:
     def to_dict(self) -> dict:
         """Its fields as values for JSON; format 1 of memory files has those alone that memory tokens need."""
         fields = dataclasses.asdict(self)
-        if self.queries == "own":  # so that fingerprints of earlier memories stay what they were
-            del fields["queries"]
+        for name, default in (("queries", "own"), ("allocation", "uniform")):
+            if fields[name] == default:  # so that fingerprints of earlier memories stay what they were
+                del fields[name]
         if self.writer == "tokens":
             fields = {name: fields[name] for name in list(fields)[:6]}
         return fields

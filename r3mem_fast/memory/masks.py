@@ -32,17 +32,20 @@ def with_memory(
     return torch.cat([visible, known.expand(*visible.shape[:2], *known.shape[2:])], -1)
 
 
-def within(window: int, ages: torch.Tensor, later: torch.Tensor, heads: int) -> torch.Tensor:
-    """Whether each query of a pass has each slot of a memory in its window: bool `[B, heads, T, N]`.
+def seen(ages: torch.Tensor, later: torch.Tensor, heads: int, window: int | None, uneven: bool) -> torch.Tensor:
+    """Whether each query of a pass sees each slot of a memory: bool `[B, heads, T, N]`.
 
     Args:
-        window: Number of keys that a query sees, its own included.
         ages: Tokens from each slot to the first one behind the memory, `[B, kv_heads, N]`.
         later: Tokens from that one to each query, `[1 or B, T]`.
         heads: Number of query heads.
+        window: Number of keys that a query sees, its own included; None: all.
+        uneven: Whether heads have other numbers of slots; where one has none, its age is 0.
     """
-    seen = ages[:, :, None] + later.to(ages.device)[:, None, :, None] < window
-    return seen.repeat_interleave(heads // ages.shape[1], 1)
+    found = ages[:, :, None] > 0 if uneven else torch.ones_like(ages[:, :, None], dtype=torch.bool)
+    if window is not None:
+        found = found & (ages[:, :, None] + later.to(ages.device)[:, None, :, None] < window)
+    return found.expand(-1, -1, later.shape[1], -1).repeat_interleave(heads // ages.shape[1], 1)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

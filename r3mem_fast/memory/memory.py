@@ -15,7 +15,7 @@ from . import file as memory_file
 from .layout import MemoryLayout, Origin
 from .prefix import Prefix, prefix_of
 from .recurrent import Carried, joined_states, rows_of
-from .states import BATCH, SLOTS, empty_states, joined_ages, uploaded, widened
+from .states import BATCH, SLOTS, empty_states, joined_ages, uploaded, widened, without_gaps
 from .tensors import is_label, memory_from
 
 
@@ -37,8 +37,10 @@ class Memory:
         layout: Sizes and settings that it was made with.
         origin: Fingerprints of what it was made with.
         ages: Tokens from each slot of a matched memory to the first token behind it, int32
-            `[layers, B, kv_heads, N]`, on the states' device; None: the slots stand right before it, in order.
-        slots: Slots that each row of a matched memory has, int64 `[B]`, on the CPU; None: its segments say it.
+            `[layers, B, kv_heads, N]`, on the states' device, 0 where a head has none; None: the slots stand right
+            before it, in order.
+        slots: Slots that each row of a matched memory has, int64 `[B]`, on the CPU; None: its segments say it. Where
+            heads have other numbers of them (`memory_allocation`), those of the head that has most.
         pinned: Tokens at the beginning of each row whose slots a matched memory keeps as they are, beside its budget,
             int64 `[B]`, on the CPU; None: none.
         carried: States of recurrent and convolutional layers, by layer and name ("3.conv.0", "3.recurrent.0"),
@@ -88,7 +90,8 @@ class Memory:
             `states`, `num_segments`, `tokens_seen`, `unfinished` (the ids of all rows, joined) and
             `unfinished_lengths` (their number in each row, int64 `[B]`); with a segment overlap also `recent` and
             `recent_lengths`; of a matched memory also `ages` and `slots`, `pinned` and `refined` if any is, and what
-            it carries, as `carried.3.conv.0`.
+            it carries, as `carried.3.conv.0`. Where heads have other numbers of slots, `states`, `ages` and
+            `head_slots` are those of `states.without_gaps`, so that nothing is kept where there is no slot.
         """
         ragged = {"unfinished": self.unfinished}
         if self.layout.segment_overlap:
@@ -99,6 +102,8 @@ class Memory:
             found[f"{name}_lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         if self.ages is not None and self.slots is not None:
             found |= {"ages": self.ages, "slots": self.slots}
+            if self.layout.is_adaptive:
+                found |= without_gaps(self.states, self.ages)
         if self.pinned is not None:
             found["pinned"] = self.pinned
         if self.refined is not None:
@@ -290,6 +295,8 @@ class Memory:
             unfinished.write_bytes(content)
 
     def _format_version(self):
+        if self.layout.is_adaptive:
+            return memory_file.ADAPTIVE_VERSION
         if self.carried is not None:
             return memory_file.CARRIED_VERSION
         return memory_file.FORMAT_VERSION if self.slots is None else memory_file.MATCHED_VERSION

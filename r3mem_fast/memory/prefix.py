@@ -213,6 +213,11 @@ def placed_prefix(
             f"a {type(model.plain_model).__name__} has recurrent layers, whose states a memory carries beside keys "
             "and values, as no other engine knows: use model.generate, or memory.to_cache(model)"
         )
+    if layout.is_adaptive:
+        raise ValueError(
+            "heads of a memory of adaptive allocation have other numbers of slots, as no other engine knows: use "
+            'model.generate, memory.to_cache(model), or memories of memory_allocation="uniform"'
+        )
     if any(reader.windows()):
         raise ValueError(
             f"a {type(model.plain_model).__name__} has layers with a sliding window, which hides slots by their age, "

@@ -87,7 +87,8 @@ class MemoryReader:
             carried = {name: state.to(device, self._carried[name].dtype) for name, state in carried.items()}
         if memory.ages is None:
             return cache.read(states, visible, all_visible, carried=carried, sizes=sizes)
-        return cache.read(states, visible, all_visible, memory.ages.to(device), self.windows(), carried)
+        ages, uneven = memory.ages.to(device), memory.layout.is_adaptive
+        return cache.read(states, visible, all_visible, ages, self.windows(), carried, uneven=uneven)
 
     def decode(
         self,

@@ -15,8 +15,8 @@ class Slots(NamedTuple):
 
     Attributes:
         states: Keys without positions, and values, `[layers, 2, A, kv_heads, N, head_dim]`.
-        ages: Tokens to the first token behind them, int64 `[layers, A, kv_heads, N]`; -1 where there is no slot.
-        exists: Which of them each row has, bool `[A, N]`, on the CPU. A head may have fewer (`up_to`).
+        ages: Tokens to the first token behind them, int64 `[layers, A, kv_heads, N]`; -1 where a head has no slot.
+        exists: Which of them each row has, bool `[A, N]`, on the CPU. A head may have fewer (`up_to`, `packed`).
         pinned: How many of them, the first ones, stay what they are, int64 `[A]`, on the CPU.
     """
 
@@ -89,6 +89,59 @@ class Slots(NamedTuple):
         width = max(map(len, rows))
         return self.kept(torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]))
 
+    def filled(self) -> torch.Tensor:
+        """Slots that a head of each row has on average, without pinned ones, rounded up: int64 `[A]`, on the CPU."""
+        others = self._others()
+        heads = (self.ages >= 0).any(-1).sum((0, 2)).clamp_min(1)
+        return (-(-others.sum((0, 2, 3)) // heads)).cpu()
+
+    def _others(self):
+        """Where a head has a slot that is not pinned, bool, the shape of the ages."""
+        exists = self.ages >= 0
+        pinned = uploaded(self.pinned, exists.device)[None, :, None, None]
+        return exists & (exists.cumsum(-1) > pinned)
+
+    def packed(self) -> "Slots":
+        """The same slots of heads that have other numbers of them: the pinned ones first, and the others at the end.
+
+        Nothing stands where a head has fewer than another one, and no column is left that no head needs.
+        """
+        others = self._others()
+        # A slot's order: pinned ones, nothing, the others.
+        order = torch.where(others, 2, torch.where(self.ages >= 0, 0, 1)).sort(dim=-1, stable=True).indices
+        ages = self.ages.gather(3, order)
+        states = self.states.gather(4, order[:, None, ..., None].expand(-1, 2, -1, -1, -1, self.states.shape[-1]))
+        width, most = ages.shape[-1], others.sum(-1).amax((0, 2)).tolist()
+        rows = [
+            torch.cat([torch.arange(pinned), torch.arange(width - count, width)])
+            for pinned, count in zip(self.pinned.tolist(), most, strict=True)
+        ]
+        widest = max(map(len, rows))
+        places = [torch.nn.functional.pad(row, (widest - len(row), 0), value=-1) for row in rows]
+        everywhere = torch.ones(len(rows), width, dtype=torch.bool)
+        found = Slots(states, ages, everywhere, self.pinned).kept(torch.stack(places))
+        return found._replace(states=found.states.masked_fill((found.ages < 0)[:, None, ..., None], 0))
+
+    def youngest(self, budget: int) -> "Slots":
+        """The slots that stay within a budget where heads have other numbers of them, packed.
+
+        Pinned slots stay, and the first one of each head; of the others the youngest, whatever head they are of.
+
+        Args:
+            budget: Slots of a head on average, at most, beside the pinned ones.
+        """
+        others, exists = self._others(), self.ages >= 0
+        first = exists & (exists.cumsum(-1) == 1)
+        heads = exists.any(-1).sum((0, 2)).tolist()
+        oldest = []
+        for row, count in enumerate(heads):
+            ages = self.ages[:, row][others[:, row] & ~first[:, row]]
+            room = budget * count - int((others & first)[:, row].sum())
+            # As many as there is room for are younger than this one.
+            oldest.append(int(ages.sort().values[room]) if len(ages) > room else torch.iinfo(torch.int64).max)
+        younger = self.ages < torch.tensor(oldest, device=self.ages.device)[None, :, None, None]
+        return self._replace(ages=self.ages.masked_fill(others & ~first & ~younger, -1)).packed()
+
 
 def slots_of(memory: Memory, moved: torch.Tensor) -> Slots:
     """A memory's slots, seen from some tokens later.
@@ -105,6 +158,8 @@ def slots_of(memory: Memory, moved: torch.Tensor) -> Slots:
     # In one tensor, so that one copy goes to the device: where there is no slot, there is no oldest age.
     oldest = uploaded(torch.where(visible, oldest, -1), memory.device)[None, :, None]
     ages = torch.minimum(memory.ages.long() + uploaded(moved, memory.device)[None, :, None, None], oldest)
+    if memory.layout.is_adaptive:
+        ages = ages.masked_fill(memory.ages == 0, -1)
     return Slots(memory.states, ages, visible, pinned)
 
 

@@ -168,3 +168,50 @@ def joined_ages(ages: Sequence[torch.Tensor | None], slots: int) -> torch.Tensor
     if not found:
         return None
     return torch.cat([torch.nn.functional.pad(given, (slots - given.shape[-1], 0)) for given in found], 1)
+
+
+def without_gaps(states: torch.Tensor, ages: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Put the slots of heads that have other numbers of them one behind the other, by row, layer and head.
+
+    Args:
+        states: States as in `Memory`, of placement "every_layer".
+        ages: Their ages, 0 where a head has no slot.
+
+    Returns:
+        `states` `[2, n, head_dim]`, `ages` int32 `[n]`, and `head_slots`, the number of each head, int64
+        `[B, layers, kv_heads]`.
+    """
+    states, ages = states.permute(1, 2, 0, 3, 4, 5), ages.transpose(0, 1)
+    exists = ages > 0
+    return {"states": states[:, exists], "ages": ages[exists], "head_slots": exists.sum(-1)}
+
+
+def with_gaps(
+    states: torch.Tensor, ages: torch.Tensor, head_slots: torch.Tensor, slots: torch.Tensor, pinned: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put slots back to where `without_gaps` took them from: pinned ones first, and the others at the end of a row.
+
+    Args:
+        states: See `without_gaps`.
+        ages: See there.
+        head_slots: See there.
+        slots: Slots of the head of each row that has most, int64 `[B]`.
+        pinned: How many of them are pinned, int64 `[B]`.
+
+    Returns:
+        States and ages as in `Memory`.
+
+    Raises:
+        ValueError: The numbers do not fit together.
+    """
+    width = int(slots.max()) if len(slots) else 0
+    counts = head_slots.to(states.device)[..., None]
+    slots, pinned = (some.to(states.device)[:, None, None, None] for some in (slots, pinned))
+    if not (int(head_slots.sum()) == len(ages) == states.shape[1] and ((pinned <= counts) & (counts <= slots)).all()):
+        raise ValueError("its heads have other numbers of slots than it says")
+    place = torch.arange(width, device=states.device) - (width - slots)
+    exists = (place >= 0) & ((place < pinned) | (place >= slots - (counts - pinned)))
+    shape = (2, *exists.shape, states.shape[2])
+    found, found_ages = states.new_zeros(shape), ages.new_zeros(exists.shape)
+    found[:, exists], found_ages[exists] = states, ages
+    return found.permute(2, 0, 1, 3, 4, 5).contiguous(), found_ages.transpose(0, 1).contiguous()

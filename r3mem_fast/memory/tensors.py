@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from ..choices import BEYOND_BUDGET, MEMORY_KINDS, PLACEMENTS, QUERIES
+from ..choices import ALLOCATIONS, BEYOND_BUDGET, MEMORY_KINDS, PLACEMENTS, QUERIES
 from .file import CARRIED
 from .layout import MemoryLayout, Origin
-from .states import BATCH, SLOTS
+from .states import BATCH, SLOTS, with_gaps
 
 
 def is_label(label: Any) -> bool:
@@ -33,6 +33,7 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
     if (
         layout.writer not in MEMORY_KINDS
         or layout.queries not in QUERIES
+        or layout.allocation not in ALLOCATIONS
         or layout.beyond_budget not in BEYOND_BUDGET
         or layout.placement not in PLACEMENTS
         or not all(type(number) is int and number > 0 for number in numbers)
@@ -40,9 +41,11 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
         raise ValueError(f"its layout is {layout}")
     if not all(isinstance(part, str) for part in (origin.base, origin.adapter, origin.tokenizer or "")):
         raise ValueError(f"its origin is {origin}")
-    states, segments, seen = tensors["states"], tensors["num_segments"].cpu(), tensors["tokens_seen"].cpu()
-    labels = metadata["labels"]
+    segments, seen, labels = tensors["num_segments"].cpu(), tensors["tokens_seen"].cpu(), metadata["labels"]
     rows = len(labels)
+    if layout.is_adaptive:
+        tensors = {**tensors, **_with_gaps(tensors, rows)}
+    states = tensors["states"]
     if not all(c.shape == (rows,) and c.dtype == torch.int64 and (c >= 0).all() for c in (segments, seen)):
         raise ValueError("its tensors are of different numbers of rows")
     if not all(map(is_label, labels)):
@@ -64,8 +67,9 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
             fits = counts.shape == (rows,) and counts.dtype == torch.int64 and bool((counts >= 0).all())
     if fits:
         beside = torch.zeros_like(kept) if pinned is None else pinned
-        fits = bool((kept <= layout.most_slots + beside).all())
-        fits = fits and states.shape[SLOTS[layout.placement]] <= layout.most_slots + (int(beside.max()) if rows else 0)
+        most = layout.reach if layout.is_adaptive else layout.most_slots
+        fits = bool((kept <= most + beside).all())
+        fits = fits and states.shape[SLOTS[layout.placement]] <= most + (int(beside.max()) if rows else 0)
     if fits and ages is not None:
         fits = ages.dtype == torch.int32 and ages.shape == (states.shape[0], *states.shape[2:5])
         fits = fits and bool((ages >= 0).all() and (ages <= layout.reach).all())
@@ -89,6 +93,17 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
         carried or None,
         refined,
     )
+
+
+def _with_gaps(tensors, rows):
+    """States and ages of a memory whose heads have other numbers of slots, as it has them."""
+    states, ages, counts, slots = (tensors[name] for name in ("states", "ages", "head_slots", "slots"))
+    pinned = tensors.get("pinned", torch.zeros_like(slots)).cpu()
+    shapes = states.dim() == 3 and ages.dim() == 1 and counts.dim() == 3 and slots.shape == pinned.shape == (rows,)
+    if not (shapes and len(states) == 2 and len(counts) == rows and (counts >= 0).all() and (ages > 0).all()):
+        raise ValueError("its heads' slots are not what it says")
+    pinned = torch.minimum(slots.cpu(), pinned)
+    return dict(zip(("states", "ages"), with_gaps(states, ages, counts, slots.cpu(), pinned), strict=True))
 
 
 def _ragged(tensors, name, rows, longest=None):

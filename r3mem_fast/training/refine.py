@@ -183,9 +183,9 @@ class _Run:
         # Slots that are there, but pinned ones, which are tokens of the text as they are.
         slots, pinned = values.shape[3], int(self._one.pinned_slots()[0])
         places = torch.arange(slots, device=values.device)
-        own = (places >= slots - int(self._one.visible_on_host().sum()) + pinned).float()[:, None]
-        self._may_change = own.expand(values.shape[1:])[None]
-        count = self._may_change.sum((1, 2, 3, 4)).clamp_min(1)
+        own = (places >= slots - int(self._one.visible_on_host().sum()) + pinned) & (self._one.ages > 0)
+        own = self._may_change = own[..., None].expand(values.shape).float()
+        count = own.sum((1, 2, 3, 4), keepdim=True).clamp_min(1)
         # The unit of a change is the size of a layer's values.
         self._unit = ((values.square() * own).sum((1, 2, 3, 4), keepdim=True) / count).sqrt()
         self._change = torch.zeros_like(values, requires_grad=True)

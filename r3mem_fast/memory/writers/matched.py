@@ -69,13 +69,9 @@ class MatchedWriter:
     """
 
     def __init__(
-        self,
-        reader: MemoryReader,
-        layout: MemoryLayout,
-        questions_of: QuestionsOf | None = None,
-        *,
-        adapted_tokens: int | None = None,
-    ):
+        self, reader: MemoryReader, layout: MemoryLayout, questions_of: QuestionsOf | None = None,
+        *, adapted_tokens: int | None = None,
+    ):  # fmt: skip
         self._reader, self._layout, self._questions_of = reader, layout, questions_of
         self._adapted_tokens = adapted_tokens
         self.query_kinds = layout.queries.split("+")
@@ -199,7 +195,8 @@ class MatchedWriter:
         """Match slots as `written` does: places of rows, and their slots, a list."""
         self._check_budget(old, new)
         own = Queries(found.calls, self._positions(found.segment.mask, found.hidden.device))
-        match = Match(self._queries(found, (old, new), own), found.cache, self._layout.first_position)
+        first, adaptive = self._layout.first_position, self._layout.is_adaptive
+        match = Match(self._queries(found, (old, new), own), found.cache, first, adaptive=adaptive)
         parts = list(self._parts(old, new, match))
         self.unmatched += match.unmatched
         return parts
@@ -236,8 +233,8 @@ class MatchedWriter:
         every = tuple(range(len(memory)))
         if not segment.writes or segment.rows != every or "pairs" in self.query_kinds or not segment.mask.all():
             return None
-        # The host asks for the largest position, or a pass is read in parts.
-        if depends_on_pass(self._reader.decoder) or memory.carried is not None:
+        # The host asks for the largest position, a pass is read in parts, or attention says how many slots heads have.
+        if depends_on_pass(self._reader.decoder) or memory.carried is not None or self._layout.is_adaptive:
             return None
         assert memory.slots is not None, "see MemoryLayout.writer"
         fresh = self._fresh(segment)
@@ -348,12 +345,15 @@ class MatchedWriter:
     def _check_budget(self, old, new):
         layout = self._layout
         if layout.beyond_budget == "error":
-            found = int((old.counts - old.pinned + self._gained(new)).max())
+            found = int((self._filled(old) + self._gained(new)).max())
             if found > layout.budget:
                 raise ValueError(
                     f"a memory has {found} slots, and its budget is {layout.budget}: raise the budget "
                     '(memory_budget), or choose beyond_budget="rematch" or "forget"'
                 )
+
+    def _filled(self, old):
+        return old.filled() if self._layout.is_adaptive else old.counts - old.pinned
 
     def _gained(self, new):
         return (new.counts - new.pinned).clamp_max(self._layout.num_memory_tokens)
@@ -361,11 +361,11 @@ class MatchedWriter:
     def _parts(self, old: Slots, new: Slots, match: Match) -> Iterator[tuple[list[int], Slots]]:
         """Match slots as the budget says: places of rows, and their slots."""
         layout = self._layout
-        beyond = old.counts - old.pinned + self._gained(new) > layout.budget
+        beyond = self._filled(old) + self._gained(new) > layout.budget
         alike: dict[tuple[bool, int], list[int]] = {}
-        together = (beyond & (layout.beyond_budget == "rematch")).tolist()
+        joint = (beyond & (layout.beyond_budget == "rematch")).tolist()
         for row, (is_joint, earlier, later) in enumerate(
-            zip(together, old.pinned.tolist(), new.pinned.tolist(), strict=True)
+            zip(joint, old.pinned.tolist(), new.pinned.tolist(), strict=True)
         ):
             alike.setdefault((is_joint, later + (earlier if is_joint else 0)), []).append(row)
         for (is_joint, _), rows in alike.items():
@@ -373,8 +373,8 @@ class MatchedWriter:
             if is_joint:
                 yield rows, self._matched_again(some_old.followed_by(some_new), match, rows)
             else:
-                found = match(some_new, layout.num_memory_tokens, rows)
-                yield rows, some_old.followed_by(found).within(layout.budget)
+                together = some_old.followed_by(match(some_new, layout.num_memory_tokens, rows))
+                yield rows, (together.youngest if layout.is_adaptive else together.within)(layout.budget)
 
     def _matched_again(self, slots: Slots, match: Match, rows: list[int]) -> Slots:
         """Match old and new slots together. What is too old goes first, and the first slot stays as it is.

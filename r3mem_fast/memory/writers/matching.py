@@ -24,6 +24,7 @@ what queries have in common, and the bias fades.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,7 @@ from ..cache import PrefixCache
 from ..sizes import padded
 from ..slots import Slots
 from ..states import uploaded
+from .allocation import best_places, shared_places
 
 # Lambda and epsilon. Text behind a memory is read as well, within 0.002 nats a token, with 0.1 to 1 and 0 to 0.1; the
 # largest changes of values are four times smaller with an epsilon of 0.1 than with none.
@@ -106,13 +108,14 @@ class Match:
         queries: The queries, of A rows.
         cache: A cache of the pass that read the slots' tokens, which knows how keys are rotated.
         first: Position of the first token behind the slots.
+        adaptive: Whether heads share the slots of all layers; otherwise each has as many.
 
     Attributes:
         unmatched: For each group of equations whether some could not be solved: bool, on the device.
     """
 
-    def __init__(self, queries: Queries, cache: PrefixCache, first: int):
-        self._queries, self._cache, self._first = queries, cache, first
+    def __init__(self, queries: Queries, cache: PrefixCache, first: int, *, adaptive: bool = False):
+        self._queries, self._cache, self._first, self._adaptive = queries, cache, first, adaptive
         self.unmatched: list[torch.Tensor] = []
 
     @torch.no_grad()
@@ -121,15 +124,17 @@ class Match:
 
         Args:
             slots: Slots of some rows, all of which have as many pinned ones.
-            limit: How many of them stay.
+            limit: How many of them stay; of a head on average, with adaptive allocation.
             rows: These rows, of the A.
         """
         layers, _, _, heads, count, _ = slots.states.shape
         pinned = int(slots.pinned[0])
         if int(slots.counts.max()) <= limit + pinned:  # nothing is left out
-            return slots.within(limit)
+            return slots.packed() if self._adaptive else slots.within(limit)
         limit = min(limit + pinned, count)
         chosen = uploaded(torch.as_tensor(rows, dtype=torch.int64), slots.ages.device)
+        if self._adaptive:
+            return self._shared(slots, limit, chosen)
         found: dict[int, tuple[torch.Tensor, ...]] = {}
         for group in self._groups(layers, len(rows) * heads * 4 * limit**2):
             parts = (part.chunk(len(group)) for part in self._of_layers(group, slots, limit, chosen))
@@ -139,17 +144,59 @@ class Match:
         exists = torch.arange(limit) >= (limit - slots.counts)[:, None]
         return Slots(states, ages, exists, slots.pinned)
 
+    def _shared(self, slots, limit, chosen):
+        """Keep slots wherever most is asked of them, in all layers and heads; see `_of_layers` for the arguments."""
+        if self._cache.carrier:
+            raise ValueError(
+                'heads of this model share latents, and so as many slots: use memory_allocation="uniform"'
+            )
+        layers, _, rows, heads, count, _ = slots.states.shape
+        groups = self._groups(layers, rows * heads * 4 * limit**2)
+        asked = {layer: (group, at) for group in groups for at, layer in enumerate(group)}
+        scored = {group[0]: self._scored(group, slots, chosen) for group in groups}
+        weights = slots.states.new_full((layers, rows, heads, count), -1, dtype=torch.float32)
+        for layer, (group, at) in asked.items():
+            some = scored[group[0]]
+            weight = some.scores * some.value.float().square().sum(-1)
+            weight = weight.masked_fill(some.positions < 0, -1).masked_fill(some.pinned, torch.inf)
+            weights[layer, :, : weight.shape[1]] = weight.chunk(len(group))[at]
+        stays = shared_places(weights, limit - int(slots.pinned[0]))
+        found: dict[int, list[torch.Tensor]] = {}
+        for group in groups:
+            some = scored.pop(group[0])
+            of_group = torch.cat([stays[layer, :, : some.scores.shape[1]] for layer in group])
+            width = int(of_group.sum(-1).max())
+            # Those that stay come last, in their order.
+            places = of_group.to(torch.int8).sort(dim=-1, stable=True).indices[..., count - width :]
+            kept = self._kept(group, some, places, of_group.gather(2, places), slots)
+            found |= {
+                layer: list(parts) for layer, *parts in zip(group, *(p.chunk(len(group)) for p in kept), strict=True)
+            }
+        width = max(parts[2].shape[-1] for parts in found.values())
+        for parts in found.values():
+            missing = width - parts[2].shape[-1]
+            parts[:2] = (torch.nn.functional.pad(part, (0, 0, missing, 0)) for part in parts[:2])
+            parts[2] = torch.nn.functional.pad(parts[2], (missing, 0), value=-1)
+        states = torch.stack([found[layer][part] for layer in range(layers) for part in (0, 1)]).unflatten(0, (-1, 2))
+        ages = torch.stack([found[layer][2] for layer in range(layers)])
+        return Slots(states, ages, torch.ones(rows, width, dtype=torch.bool), slots.pinned).packed()
+
     def _of_layers(self, group, slots, limit, chosen):
         """Keys, values and ages of the slots that stay in some layers, whose rows follow one another, layer by layer.
 
         limit counts pinned slots, too; chosen are the places of the rows among the queries', int64 `[A]`.
         """
-        calls = self._queries.calls
         if self._cache.carrier:
             return self._kept_latents(group[0], slots, limit, chosen)
+        some = self._scored(group, slots, chosen)
+        places = best_places(some.scores.masked_fill(some.pinned, torch.inf), some.positions, limit)
+        return self._kept(group, some, places, some.positions.gather(2, places) >= 0, slots)
+
+    def _scored(self, group, slots, chosen):
+        """The keys of some layers, and what is asked of them; see `_of_layers` for the arguments."""
+        calls = self._queries.calls
         settings = calls[group[0]].settings
         size = self._cache.sizes[group[0]]
-        heads, width = slots.states.shape[3::2]
         ages = torch.cat([slots.ages[layer, :, : size.heads] for layer in group])
         positions = torch.where(ages >= 0, (self._first - ages).clamp_min(0), -1).to(torch.int32)
         raw, value = (
@@ -164,23 +211,41 @@ class Match:
         scores, lse, target = attention_scores(query, key, value, **where, **settings)
         exists = ages >= 0
         pinned = exists & (exists.cumsum(-1) <= int(slots.pinned[0]))
-        places = best_places(scores.masked_fill(pinned, torch.inf), positions, limit)
+        return _Asked(query, asked_from, key, raw, value, ages, positions, pinned, scores, lse, target)
 
-        wide = places[..., None].expand(-1, -1, -1, key.shape[-1])
-        kept, held, value = positions.gather(2, places), pinned.gather(2, places), value.gather(2, wide)
-        where["key_positions"] = kept
-        gram, residual, kept_lse = value_system(query, key.gather(2, wide), value, target, **where, **settings)
+    def _kept(self, group, asked, places, stays, slots):
+        """Keys, values and ages of slots that are kept, with new values; of some layers.
+
+        Args:
+            group: The layers.
+            asked: Their keys, and what is asked of them, from `_scored`.
+            places: Places of the slots, int64 `[layers * A, kv_heads, n]`.
+            stays: Which of them stay; the others are none, bool, of the same shape.
+            slots: The slots.
+        """
+        settings = self._queries.calls[group[0]].settings
+        heads, width = slots.states.shape[3::2]
+        wide = places[..., None].expand(-1, -1, -1, asked.key.shape[-1])
+        kept = asked.positions.gather(2, places).masked_fill(~stays, -1)
+        held, value = asked.pinned.gather(2, places) & stays, asked.value.gather(2, wide)
+        where = {"query_positions": asked.query_positions, "key_positions": kept}
+        gram, residual, kept_lse = value_system(
+            asked.query, asked.key.gather(2, wide), value, asked.target, **where, **settings
+        )
         gram, residual = _without(gram, residual, held)
         # Where nothing is left out there is nothing to match.
-        fixed = (held | (exists.sum(2, keepdim=True) <= limit))[..., None]
+        left_out = (asked.ages >= 0).sum(2, keepdim=True) > (kept >= 0).sum(2, keepdim=True)
+        fixed = (held | ~left_out)[..., None]
         change, right = solved(gram, residual)
         self.unmatched.append(~right.all())
         value = value.float() + change.masked_fill(fixed, 0)
-        move = move_for_mass(query, lse - kept_lse, key.shape[1], settings["scale"])
+        move = move_for_mass(asked.query, asked.lse - kept_lse, asked.key.shape[1], settings["scale"])
         move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
-        raw = raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
-        ages = ages.gather(2, places)
-        ages = torch.cat([ages, ages[:, :1].expand(-1, heads - size.heads, -1)], 1)
+        raw = asked.raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
+        ages = asked.ages.gather(2, places).masked_fill(~stays, -1)
+        # Of heads that a layer lacks and others have.
+        more = ages[:, :1].expand(-1, heads - ages.shape[1], -1)
+        ages = torch.cat([ages, torch.full_like(more, -1) if self._adaptive else more], 1)
         return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
 
     def _kept_latents(self, layer, slots, limit, chosen):
@@ -230,6 +295,36 @@ class Match:
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
+class _Asked(NamedTuple):
+    """Keys of some layers, whose rows follow one another, and what is asked of them.
+
+    Attributes:
+        query: Queries, `[B, H, n, D]`.
+        query_positions: Their positions, int32 `[B, n]`.
+        key: Keys at their positions, `[B, kv_heads, N, D]`.
+        raw: Keys without positions.
+        value: Values.
+        ages: See `Slots`, `[B, kv_heads, N]`.
+        positions: Positions of the keys, int32; -1 where there is none.
+        pinned: Which of them are pinned, bool.
+        scores: Squared attention of each key.
+        lse: Logarithm of all mass of each query, `[B, H, n]`.
+        target: What attention to all keys gives, `[B, H, n, D]`.
+    """
+
+    query: torch.Tensor
+    query_positions: torch.Tensor
+    key: torch.Tensor
+    raw: torch.Tensor
+    value: torch.Tensor
+    ages: torch.Tensor
+    positions: torch.Tensor
+    pinned: torch.Tensor
+    scores: torch.Tensor
+    lse: torch.Tensor
+    target: torch.Tensor
+
+
 def _without(gram, residual, pinned):
     """The equations without the values of pinned slots, bool `[B, kv_heads, t]`, whose change comes out as 0."""
     gram = gram.masked_fill(pinned[..., None] | pinned[..., None, :], 0)
@@ -262,22 +357,6 @@ def move_for_mass(query: torch.Tensor, missing: torch.Tensor, key_heads: int, sc
         move = gain / scale * torch.cholesky_solve(asked.sum(2)[..., None], factor)[..., 0]
         right = (failed == 0)[..., None] & move.isfinite().all(-1, keepdim=True)
         return torch.where(right, move, 0.0)
-
-
-def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
-    """Places of the keys with the largest scores, in the order in which they stand; before them, keys that are none.
-
-    Args:
-        scores: Squared attention of each key, `[B, kv_heads, S]`.
-        positions: Positions of the keys, int32 `[B, kv_heads, S]`; -1 where there is none.
-        limit: Number of places.
-
-    Returns:
-        int64 `[B, kv_heads, limit]`.
-    """
-    places = scores.masked_fill(positions < 0, -1).topk(limit, -1).indices.sort(-1).values
-    order = (positions.gather(2, places) >= 0).to(torch.int8).sort(dim=-1, stable=True).indices
-    return places.gather(2, order)
 
 
 def solved(gram: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
