@@ -13,6 +13,8 @@ it. All arms have the template's tokens and the question as they are. Of n token
     matched_R   n/R slots: the same keys, with values that match the attention to all of them
     matched_R by Q   the same, matched to other queries (`memory_queries`), which choose the keys, too
     snapkv_R …  n/R slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
+    adaptive_R  n/R slots of a head on average, which heads share, with values that match (with --adaptive); also
+                attended_adaptive_R, and snapkv_adaptive_R …, with the keys' own values
     anchored_R  n/R slots: the matched memory with the change that an adapter of anchors has learned (with --adapter)
 
 Answers are written greedily. `f1` and `contains` grade them by the references, `nats_per_answer_token` is how
@@ -45,7 +47,7 @@ from r3mem_fast.questions import SegmentQuestions
 from .anchored import anchored_memory, load_adapter
 from .answers_data import Question, chosen_groups, contains, f1, read_pairs, read_qmsum, read_xquad
 from .places import interval
-from .presses import PRESSES, add_presses_option, keep_best, press_scores
+from .presses import PRESSES, add_presses_option, keep_best, keep_shared, press_scores
 from .prompts import KINDS, Prompt, ids_of, prompt_of
 from .records import add_output_option, add_records
 from .rivals import evenly_spaced, laid_out, values_kept
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16], help="of a text of pairs (%(default)s)")
     parser.add_argument("--characters", type=int, default=8, help="of a key or a value, of 36 (%(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a meeting, at most (%(default)s)")
+    parser.add_argument("--adaptive", action="store_true", help="also memories whose heads share their slots")
     parser.add_argument("--queries", nargs="*", choices=QUERIES, default=[], help="to match to, beside own")
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a rival")
     parser.add_argument("--instruction", help="before each question (one that fits the kind)")
@@ -93,6 +96,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "kind": options.kind, "model": options.model, "dtype": options.dtype, "ratios": options.ratios,
         "instruction": options.instruction, "opener": options.opener, "new_tokens": options.new_tokens,
         "presses": options.presses, "adapter": options.adapter and Path(options.adapter).name,
+        "adaptive": options.adaptive,
     }  # fmt: skip
     if options.kind == "pairs":
         for pairs in options.pairs:
@@ -123,6 +127,15 @@ def _records_of(options, model, learned, tokenizer, questions: list[Question]) -
                 better = sums[f"matched_{ratio}", name] - sums[f"{rival}_{ratio}", name]
                 better = -better if name == "nats" else better
                 yield {f"{name}_better_than": rival, "ratio": ratio, **_interval(better, counts)}
+        rivals = ("matched", "raw", "attended_adaptive", *(f"{press}_adaptive" for press in options.presses))
+        for rival in rivals if options.adaptive else ():
+            for name in _MEASURES:
+                better = sums[f"adaptive_{ratio}", name] - sums[f"{rival}_{ratio}", name]
+                better = -better if name == "nats" else better
+                yield {
+                    "arm": f"adaptive_{ratio}", f"{name}_better_than": rival, "ratio": ratio,
+                    **_interval(better, counts),
+                }  # fmt: skip
 
 
 def gains(
@@ -264,8 +277,11 @@ def memories_of(
 ) -> dict[str, Memory]:
     """Make memories of a text by arm, of one row each and in one layout: that of a memory of the whole text."""
     prefix, tokens = prompt.before.shape[1], prompt.context.shape[1]
-    with laid_out(model, _layout(model, prefix + tokens, prefix + tokens)):
-        whole, origin = model.layout, model.origin()
+    whole = _layout(model, prefix + tokens, prefix + tokens)
+    if options.adaptive:  # as memories of one batch must have one layout
+        whole = dataclasses.replace(whole, allocation="adaptive")
+    with laid_out(model, whole):
+        origin = model.origin()
         nothing = model.compress(prompt.before, pinned=prefix, finish=True) if prefix else model.empty_memory()
         found = {"full": model.compress(prompt.context, memory=nothing, finish=True), "nothing": nothing}
         for ratio in options.ratios:
@@ -282,12 +298,16 @@ def memories_of(
                 start = dataclasses.replace(nothing, layout=layout, origin=model.origin())
                 memory = model.compress(prompt.context, memory=start, finish=True)
             found[f"{kind}_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
-        for queries in options.queries:
-            asking = dataclasses.replace(layout, queries=queries)
-            with laid_out(model, asking):
-                start = dataclasses.replace(nothing, layout=asking, origin=model.origin())
+        others = {f"matched_{ratio} by {queries}": {"queries": queries} for queries in options.queries}
+        if options.adaptive:
+            others |= {f"{kind}adaptive_{ratio}": {"allocation": "adaptive"} for kind in ("", "attended_")}
+        for arm, change in others.items():
+            changed = dataclasses.replace(layout, **change)
+            choice = values_kept if arm.startswith("attended") else contextlib.nullcontext
+            with choice(), laid_out(model, changed):
+                start = dataclasses.replace(nothing, layout=changed, origin=model.origin())
                 memory = model.compress(prompt.context, memory=start, finish=True)
-            found[f"matched_{ratio} by {queries}"] = dataclasses.replace(memory, layout=whole, origin=origin)
+            found[arm] = dataclasses.replace(memory, layout=whole, origin=origin)
         if learned is not None:
             memory = anchored_memory(learned, prompt.context, nothing, layout)
             found[f"anchored_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
@@ -302,6 +322,8 @@ def memories_of(
                 with model.disable_adapters():
                     scores[settings] = press_scores(model.plain_model, press, ids, prefix=prefix, repeat_ids=repeat)
             found[f"{name}_{ratio}"] = keep_best(found["full"], scores[settings], prefix + slots)
+            if options.adaptive:
+                found[f"{name}_adaptive_{ratio}"] = keep_shared(found["full"], scores[settings], slots)
     return found
 
 

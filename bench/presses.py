@@ -21,6 +21,8 @@ from transformers.cache_utils import DynamicCache
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.memory.memory import Memory
+from r3mem_fast.memory.slots import replaced, slots_of
+from r3mem_fast.memory.writers.allocation import shared_places
 from r3mem_fast.reversible.convert import find_decoder_layers
 
 # What KVzip puts between a text and its repetition.
@@ -174,6 +176,24 @@ def keep_best(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:
         ages=memory.ages.gather(3, places),
         slots=torch.full_like(memory.slots, places.shape[-1]),
     )
+
+
+def keep_shared(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:
+    """Keep the slots with the largest scores of all layers and heads, with their values: others in each head.
+
+    Args:
+        memory: See `keep_best`; of adaptive allocation.
+        scores: See there; infinite for pinned slots.
+        limit: Number of slots of a head that stay on average, at most, beside the pinned ones.
+    """
+    assert memory.ages is not None and memory.slots is not None and memory.layout.is_adaptive
+    # Scores of some presses are negative, which says that there is no key where heads share slots.
+    finite = scores.masked_fill(scores.isinf(), scores[scores.isfinite()].min())
+    weights = torch.where(scores.isinf(), scores, finite - finite.min())
+    stays = shared_places(weights, limit)
+    slots = slots_of(memory, torch.zeros(len(memory), dtype=torch.int64))
+    kept = slots._replace(ages=slots.ages.masked_fill(~stays, -1)).packed()
+    return replaced(memory, range(len(memory)), [(range(len(memory)), kept)])
 
 
 def _kvpress() -> Any:

@@ -145,6 +145,7 @@ def _on_answers(options, model, learned, tokenizer, timed):
     kind = KINDS["xquad"]
     options.instruction, options.opener, options.new_tokens = kind.instruction, kind.opener, kind.new_tokens
     options.ratios, options.presses, options.queries, options.batch = [_RATIO], [], [], 32
+    options.adaptive = False
     groups = chosen_groups(read_xquad(options.data), options.questions, options.seed)
     prompts = [prompt_of(options, tokenizer, group) for group in groups]
     found = []

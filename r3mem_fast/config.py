@@ -116,7 +116,7 @@ class R3MemConfig:
     memory_allocation: str = setting(
         "uniform",
         "How many slots each head of each layer has of a matched memory. `uniform`: as many; `adaptive`: as many on "
-        "average, more where more is asked for, and half as many at least.",
+        "average, and more where more is asked for.",
         group=MEMORY,
         option="memory-allocation",
         choices=ALLOCATIONS,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RefineSettings
@@ -20,6 +20,12 @@ from tests.reversible.tiny import build
 
 SLOTS, LENGTH = 4, 16
 FAMILIES = ("llama", "qwen3", "gpt_neox", "gpt2", "mistral", "gemma2")
+
+
+@pytest.fixture(autouse=True)
+def small_heads(monkeypatch):
+    """Heads may have one slot, as here they have few on average."""
+    monkeypatch.setattr(allocation, "_LEAST_SLOTS", 1)
 
 
 def network(family="llama", **changes):
@@ -44,8 +50,15 @@ def with_noise(memory):
     return dataclasses.replace(memory, states=memory.states + 9 * noise)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 30), st.integers(1, 30), st.integers(0))
 def test_keys_that_stay_are_the_best_of_all_heads(layers, rows, heads, keys, limit, seed):
+    least = min(limit, max(1 + seed % 9, limit // 4))
+    with temporarily(allocation, _LEAST_SLOTS=1 + seed % 9):
+        check_that_the_best_stay(layers, rows, heads, keys, limit, seed, least)
+
+
+def check_that_the_best_stay(layers, rows, heads, keys, limit, seed, least):
     draw = torch.Generator().manual_seed(seed % 2**31)
     weights = torch.rand(layers, rows, heads, keys, generator=draw)
     none = torch.rand(rows, keys, generator=draw) < 0.2  # padding, the same in all heads
@@ -57,7 +70,7 @@ def test_keys_that_stay_are_the_best_of_all_heads(layers, rows, heads, keys, lim
     others = stays & (weights != torch.inf)
     exist = ((weights >= 0) & (weights != torch.inf)).sum(-1)
     counts = others.sum(-1)
-    assert (counts >= torch.minimum(exist, torch.tensor(max(1, limit // 2)))).all()
+    assert (counts >= torch.minimum(exist, torch.tensor(least))).all()
     assert (counts <= 4 * limit).all()
     for row in range(rows):
         room = limit * layers * heads * bool((exist[:, row] > 0).any() | (weights[:, row] == torch.inf).any())
@@ -76,7 +89,7 @@ def test_heads_have_other_numbers_of_slots_and_as_many_on_average(family):
     model = network(family)
     memory = model.compress(ids_of(LENGTH, rows=2), finish=True)
     counts = of_heads(memory)
-    assert counts.unique().numel() > 1 and counts.min() >= SLOTS // 2 and counts.max() <= 4 * SLOTS
+    assert counts.unique().numel() > 1 and counts.min() >= SLOTS // 4 and counts.max() <= 4 * SLOTS
     assert (counts.sum((0, 2)) == SLOTS * counts.shape[0] * counts.shape[2]).all()
     assert memory.slots.tolist() == counts.amax((0, 2)).tolist()
     uniform = network(family, memory_allocation="uniform").compress(ids_of(LENGTH, rows=2), finish=True)
@@ -120,7 +133,7 @@ def test_a_key_that_has_gone_is_as_if_it_had_never_been():
     assert not torch.equal(model(text, memory=memory).logits, model(text, memory=even).logits)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 120), st.integers(0, 5), st.sampled_from(["forget", "rematch"]), st.booleans(), st.integers(1, 3)
 )

@@ -8,16 +8,17 @@ the largest
 
 which says how much a head's output would miss without them, whichever head they are of. Few heads look things up in
 the text, and need nearly all of their keys; many look at what is near, or at the first token, and need few. Each keeps
-half as many as it would have of equal shares, and four times as many at most: while a memory is read, it is as wide as
-its widest head.
+at least a quarter of what it would have of equal shares, and eight, without which text is read worse; and four times
+as many at most: while a memory is read, it is as wide as its widest head.
 """
 
 import torch
 
 from r3mem_fast.kernels.matching import MAX_KEPT
 
-# Slots of a head with adaptive allocation, at least and at most, as shares of an equal one.
-_LEAST, _MOST = 0.5, 4
+# Slots of a head with adaptive allocation, at least and at most, as shares of an equal one; and a number at least, up
+# to the equal share.
+_LEAST, _MOST, _LEAST_SLOTS = 0.25, 4, 8
 
 
 def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
@@ -42,8 +43,8 @@ def shared_places(weights: torch.Tensor, limit: int) -> torch.Tensor:
     Args:
         weights: What each key is worth, `[layers, B, kv_heads, S]`; infinite for one that stays beside the others, and
             negative where there is none.
-        limit: Number of slots of a head on average, beside those. Each has half as many at least, if it has so many
-            keys, and four times as many at most, or as many as can be matched.
+        limit: Number of slots of a head on average, beside those. Each has as many at least, if it has so many keys,
+            and at most, as is said above; and no more than can be matched.
 
     Returns:
         bool, of the same shape.
@@ -52,7 +53,7 @@ def shared_places(weights: torch.Tensor, limit: int) -> torch.Tensor:
     weights = weights.masked_fill(beside, -1)
     rank = weights.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     exists = weights >= 0
-    stays = exists & (rank < max(1, int(_LEAST * limit)))
+    stays = exists & (rank < min(limit, max(_LEAST_SLOTS, int(_LEAST * limit))))
     most = min(int(_MOST * limit), MAX_KEPT - int(beside.sum(-1).max()))
     heads = (exists | beside).any(-1).sum((0, 2)).tolist()
     for row, count in enumerate(heads):

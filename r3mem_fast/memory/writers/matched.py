@@ -388,7 +388,8 @@ class MatchedWriter:
         age = min(layout.lifetime, layout.reach - 1 - int(pinned[0]))
         slots = slots.up_to(age, layout.budget + int(pinned[0]))
         found = match(slots._replace(pinned=held), layout.budget - int((held - pinned)[0]), rows)
-        return found._replace(pinned=pinned)
+        found = found._replace(pinned=pinned)
+        return found.packed() if layout.is_adaptive else found
 
 
 def _replaced(found, parts):
