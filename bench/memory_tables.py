@@ -153,6 +153,41 @@ def anchored_answers() -> str:
     return table(("kept, 1/4", "nats", "F1", "containment"), rows)
 
 
+# Kinds of text that memories of adaptive allocation were measured on.
+ADAPTIVE_KINDS = ("novels", "wikipedia", "code", "help", "dialogue")
+
+
+def adaptive_answers() -> str:
+    """Return the table of what questions about paragraphs gain where heads share slots, and where they do not."""
+    gained = {(r["gained_by"], r["of"]): r for r in records("answers_adaptive_xquad_smollm2") if "gained_by" in r}
+    arms = {
+        "adaptive": "**matched, adaptive**", "attended_adaptive": "most attended, own values, adaptive",
+        "kvzip_adaptive": "KVzip, adaptive (reads the text twice)", "matched": "matched, uniform",
+        "attended": "most attended, own values, uniform", "kvzip": "KVzip, uniform", "raw": _RIVALS["raw"],
+    }  # fmt: skip
+    rows = []
+    for arm, what in arms.items():
+        nats = [interval(gained[f"{arm}_{ratio}", "nats"]) for ratio in (4, 8, 16)]
+        rows.append((what, *nats, interval(gained[f"{arm}_4", "f1"]), interval(gained[f"{arm}_8", "f1"])))
+    return table(("kept", "1/4, nats", "1/8, nats", "1/16, nats", "1/4, F1", "1/8, F1"), rows)
+
+
+def adaptive_memories() -> str:
+    """Return the table of how a text is read on where heads share their slots, and where they do not."""
+    rows = []
+    for kind in ADAPTIVE_KINDS:
+        head, *found = records(f"adaptive_{kind}_smollm2")
+        closed = closed_by(f"adaptive_{kind}_smollm2")
+        better = {r["arm"]: r for r in found if r.get("nats_better_than") == "matched" and "arm" in r}
+        for slots in sorted({r["slots"] for r in better.values()}, reverse=True):
+            arms = ("matched", "attended_adaptive", "adaptive")
+            cells = [interval(closed[f"{arm}_{slots}", "full"]) for arm in arms]
+            rows.append((f"{kind}, {head['segments']}", str(slots), *cells, interval(better[f"adaptive_{slots}"])))
+    names = ("kind of text, segments", "slots", "matched, uniform", "most attended, own values, adaptive",
+             "**matched, adaptive**", "adaptive is better than uniform by, nats a token")  # fmt: skip
+    return table(names, rows)
+
+
 def refined_answers() -> str:
     """Return the table of what questions about paragraphs gain from memories that were tuned to their own text."""
     gained = {(r["gained_by"], r["of"]): r for r in records("refine_xquad_smollm2") if "gained_by" in r}
@@ -207,6 +242,8 @@ TABLES = {
     "memory_answers": memory_answers,
     "anchored_memories": anchored_memories,
     "anchored_answers": anchored_answers,
+    "adaptive_answers": adaptive_answers,
+    "adaptive_memories": adaptive_memories,
     "refined_answers": refined_answers,
     "refined_memories": refined_memories,
 }

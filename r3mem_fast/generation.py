@@ -1,5 +1,6 @@
 """Writes text: forward behind a memory by transformers' `generate`, and backward from queries and memories."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -9,19 +10,21 @@ from transformers.cache_utils import DynamicCache
 
 from .batching import Rows, prompt_of, unfinished_of
 from .integrations import attention, graphs
-from .integrations.capture import implementation_of
+from .integrations.capture import implementation_of, narrowed_attention
 from .integrations.compat import cache_argument, cache_name, has_recurrent_layers, key_sources
 from .integrations.fsdp import units_of
+from .integrations.own_attention import calls_pytorch
 from .integrations.scoped import compact_head, evaluating, temporarily
 from .memory.fixed import fixed_cache
 from .memory.memory import Memory
-from .memory.prefix import placed_prefix
+from .memory.prefix import placed_prefix, slots_of_heads
 from .memory.reader import positions_of_mask
 from .memory.rotary import depends_on_pass
 from .memory.states import uploaded
 from .network import Network
 from .reading import held, read_but_last
 from .reversible.convert import text_config
+from .reversible.past import MemoryNotReadError
 
 # Number of new tokens that transformers writes where no length is asked for.
 _DEFAULT_NEW_TOKENS = 20
@@ -99,7 +102,9 @@ def is_prefix(network: Network, memory: Memory) -> bool:
     """
     if implementation_of(network.decoder.config) == attention.NAME:  # whose kernels read a memory apart
         return False
-    if memory.ages is None or memory.carried is not None or network.reader.has_gaps() or memory.layout.is_adaptive:
+    if memory.ages is None or memory.carried is not None or network.reader.has_gaps():
+        return False
+    if memory.layout.is_adaptive and calls_pytorch(network.decoder):  # where no head can be shown its own slots
         return False
     return network.reads_as_base and not any(network.reader.windows())
 
@@ -108,27 +113,35 @@ def _read_as_prefix(network, memory, ids, mask, config, kind, others):
     """Let the base model, as transformers made it, generate behind a cache of transformers that holds the memory."""
     base, first = network.plain_model, network.reader.layout.first_position
     positions = first + positions_of_mask(mask)
-    copies = _copies(config)
-    prefix = placed_prefix(network, _repeated(memory, copies), first, read_with=positions)
+    copies, uneven = _copies(config), memory.layout.is_adaptive
+    repeated = _repeated(memory, copies)
+    prefix = placed_prefix(network, repeated, first, read_with=positions, uneven=uneven)
+    if uneven and kind == "static":
+        raise ValueError('cache_implementation="static" is for memories of memory_allocation="uniform"')
     room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
     others |= cache_argument(base, prefix.to_cache(network.config, room))
-    with network.unconverted():
-        return base.generate(
+    own = slots_of_heads(network, repeated, prefix) if uneven and len(prefix) else {}
+    narrowed = narrowed_attention(network.decoder, own) if own else contextlib.nullcontext(own.keys())
+    with network.unconverted(), narrowed as done:
+        found = base.generate(
             input_ids=ids,
             attention_mask=torch.cat([prefix.mask[::copies], mask], 1),
             position_ids=positions,
             generation_config=config,
             **others,
         )
+    if missing := sorted(own.keys() - done):
+        raise MemoryNotReadError(f"layers {missing} did not look at their own slots; this is a bug: please report it")
+    return found
 
 
 def _read_with_hooks(network, memory, ids, mask, config, kind, others):
     """Let the network generate behind a cache that its reversible layers know how to read."""
     if kind == "static":
         raise ValueError(
-            'cache_implementation="static" is for matched memories (memory_allocation="uniform") of a base model '
-            'without sliding windows, with attn_implementation "sdpa" or "eager", and not for drafts or prompts in '
-            "pieces: all else is read by reversible layers, which no static cache knows"
+            'cache_implementation="static" is for matched memories of a base model without sliding windows, with '
+            'attn_implementation "sdpa" or "eager", and not for drafts or prompts in pieces: all else is read by '
+            "reversible layers, which no static cache knows"
         )
     copies = _copies(config)
     memory = _repeated(memory, copies)

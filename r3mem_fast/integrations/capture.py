@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +86,42 @@ def captured_attention(decoder: Any) -> Iterator[dict[int, AttentionCall]]:
         other = replaced_attention(config, attention, ALL_MASK_ATTENTION_FUNCTIONS[name])
         with contextlib.nullcontext() if calls_pytorch(decoder) else other:
             yield calls
+
+
+@contextlib.contextmanager
+def narrowed_attention(decoder: Any, present: Mapping[int, torch.Tensor]) -> Iterator[set[int]]:
+    """Let the heads of each layer see other ones of the first keys of a cache in the block: a context manager.
+
+    Args:
+        decoder: The decoder, whose attention is "sdpa" or "eager".
+        present: Which of the first N keys the query heads of a layer see, bool `[B, heads, 1, N]`, by the layer's
+            index in the cache.
+
+    Yields:
+        Layers whose heads have done so.
+    """
+    config = decoder.config
+    name, done = config._attn_implementation, set()
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any
+    ):
+        own = present[module.layer_idx]
+        seen = own.new_ones(*own.shape[:3], key.shape[2])
+        seen[..., : own.shape[3]] = own
+        if mask is None and query.shape[2] > 1:
+            raise RuntimeError("a pass over several tokens behind a memory came without a mask")
+        if mask is None:
+            mask = seen
+        elif mask.dtype == torch.bool:
+            mask = mask & seen
+        else:
+            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+        done.add(module.layer_idx)
+        return _attention_of(module, name)(module, query, key, value, mask, **settings)
+
+    with replaced_attention(config, attention, ALL_MASK_ATTENTION_FUNCTIONS[name]):
+        yield done
 
 
 @contextlib.contextmanager

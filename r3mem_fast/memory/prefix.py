@@ -192,7 +192,12 @@ def prefix_of(model: Any, memory: Any, first_position: int | None = None) -> Pre
 
 @torch.no_grad()
 def placed_prefix(
-    model: Any, memory: Any, first_position: int | None = None, *, read_with: torch.Tensor | None = None
+    model: Any,
+    memory: Any,
+    first_position: int | None = None,
+    *,
+    read_with: torch.Tensor | None = None,
+    uneven: bool = False,
 ) -> Prefix:
     """Do what `prefix_of` does, with a memory that was checked.
 
@@ -202,10 +207,12 @@ def placed_prefix(
         first_position: See `prefix_of`.
         read_with: Positions of the tokens that are read first, int64 `[B, T]`; None: the first position alone. Some
             models choose their frequencies by the largest position of a pass.
+        uneven: Whether who reads it lets each head see its own slots (`slots_of_heads`).
 
     Raises:
-        ValueError: A layer has a sliding window or is recurrent, layers without keys stand between those that have
-            some, or positions are learned, as of `prefix_of`.
+        ValueError: Heads have other numbers of slots and uneven is false, a layer has a sliding window or is
+            recurrent, layers without keys stand between those that have some, or positions are learned, as of
+            `prefix_of`.
     """
     reader, layout = model.reader, memory.layout
     if memory.carried is not None:
@@ -213,7 +220,7 @@ def placed_prefix(
             f"a {type(model.plain_model).__name__} has recurrent layers, whose states a memory carries beside keys "
             "and values, as no other engine knows: use model.generate, or memory.to_cache(model)"
         )
-    if layout.is_adaptive:
+    if layout.is_adaptive and not uneven:
         raise ValueError(
             "heads of a memory of adaptive allocation have other numbers of slots, as no other engine knows: use "
             'model.generate, memory.to_cache(model), or memories of memory_allocation="uniform"'
@@ -254,3 +261,23 @@ def placed_prefix(
     tail = tuple(torch.cat(pair) for pair in zip(memory.recent, memory.unfinished, strict=True))
     mask, vocabulary = visible[:, start:].to(device, torch.int64), config.vocab_size
     return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)
+
+
+def slots_of_heads(model: Any, memory: Any, prefix: Prefix) -> dict[int, torch.Tensor]:
+    """Which slots of a prefix each query head has, by the layer's index in a cache, bool `[B, heads, 1, N]`.
+
+    Args:
+        model: The `R3MemModel`.
+        memory: A memory of adaptive allocation.
+        prefix: The prefix of it.
+    """
+    reader, count = model.reader, len(prefix)
+    exists = memory.ages[..., memory.ages.shape[-1] - count :].to(model.device) > 0
+    keyed, sizes = reader.keyed_layers(), reader.layer_sizes()
+    heads = text_config(model.config).num_attention_heads
+    own = {}
+    for index, source in enumerate(reader.key_sources()):
+        place = keyed.index(source)
+        of_layer = exists[place, :, : sizes[place].heads, None]
+        own[index] = of_layer.repeat_interleave(heads // sizes[place].heads, 1)
+    return own

@@ -82,9 +82,9 @@ def side_by_side(memories: Sequence[Memory], *, in_a_row: bool = True) -> Memory
             some = some.kept(places[None])._replace(pinned=torch.zeros_like(some.pinned))
             together = together.followed_by(some)
     assert together is not None, "see above"
-    count = int(together.counts[0])
-    joined = replaced(first, [0], [([0], together.within(count))])
-    budget = max(1, count - pinned)
+    adaptive, count = first.layout.is_adaptive, int(together.counts[0])
+    joined = replaced(first, [0], [([0], together.packed() if adaptive else together.within(count))])
+    budget = max(1, int(together.filled()[0]) if adaptive else count - pinned)
     layout = dataclasses.replace(
         first.layout, budget=budget, readable_segments=max(1, budget // first.layout.num_memory_tokens)
     )

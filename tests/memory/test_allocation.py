@@ -116,6 +116,21 @@ def test_what_a_head_does_not_have_it_does_not_read(family, attention):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_the_base_model_writes_what_the_network_writes(family, settings):
+    """Behind a cache of transformers, with masks of each head, and behind a `PrefixCache` of reversible layers."""
+    model = network(family)
+    rows = [model.compress(ids_of(count, seed=count)) for count in (70, 20, 3)]
+    memory = Memory.cat(rows)
+    text, mask = ids_of(6, rows=3, seed=1), torch.ones(3, 6, dtype=torch.int64)
+    mask[1, :4] = 0
+    given = {"memory": memory, "max_new_tokens": 6, "do_sample": False, **settings}
+    written = model.generate(text, mask, **given)
+    assert torch.equal(model.generate(text, mask, prefill_chunk_size=64, **given), written)
+
+
+@torch.no_grad()
 def test_a_key_that_has_gone_is_as_if_it_had_never_been():
     """Of one layer, by hand: the attention of each head to its own slots and the text alone."""
     model = network(segment_overlap=0)
