@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_nats_behind_a_memory_are_those_of_the_text(pipeline):
 def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
     monkeypatch.setattr(rag, "minilm_embedder", lambda: lambda texts: torch.eye(3)[: len(texts)])
     monkeypatch.setattr(rag, "template_parts", lambda tokenizer, turns: ("U:", ".A:"))
-    options = type("Options", (), {"slots": [12], "new_tokens": 0})
+    options = type("Options", (), {"slots": [12], "new_tokens": 0, "adapter": None})
     asker = rag._Asker(options, pipeline, ["Rex is here. He eats.", "A cat.", "No."])
     assert [pipeline.codec.text(torch.tensor(ids)) for ids in asker._sentences][:2] == ["Rex is here.", "He eats."]
     text = pipeline.codec.text(torch.tensor(asker._passages("bm25", [1, 0], 12)))
@@ -127,7 +128,9 @@ def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
 
     sizes = {"num_memory_tokens": 4, "memory_budget": 16, "segment_length": 16, "segment_overlap": 2}
     config = R3MemConfig(memory_writer="matched", adapter_rows="memory", **sizes)
-    asker = agent.Asker(None, R3MemPipeline(pipeline.model.plain_model.name_or_path, config=config))
+    asker = agent.Asker(
+        SimpleNamespace(adapter=None), R3MemPipeline(pipeline.model.plain_model.name_or_path, config=config)
+    )
     with MemoryStore(tmp_path, asker._pipeline) as store:
         agent.add_all(store, agent.Talk("Ann", TURNS, []))
         turns = TurnCodec(asker._pipeline.codec)

@@ -87,6 +87,22 @@ def test_anchors_that_have_learned_nothing_are_the_matched_memory(folder, tmp_pa
     assert better == {(f"anchored_{arm}", "matched"): 0 for arm in ("3", "8", "16_of_7")}
 
 
+def test_heads_that_share_slots_are_a_rival(folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    numbers = {"segments": 3, "chains": 0, "length": 16, "tail": 4, "batch": 2}
+    arguments = [part for name, number in numbers.items() for part in (f"--{name}", f"{number}")]
+    arguments += ["--slots", "3", "12", "--dtype", "float32", "--model", str(folder), "--presses", "--adaptive"]
+    assert matched.main([*arguments, "--rivals", "--foreign", "--output", str(output)]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    arms = {record["arm"]: record["nats_per_token"] for record in found if "nats_per_token" in record}
+    kinds = ("matched", "adaptive", "attended_adaptive")
+    assert arms.keys() - {"foreign"} == {"tail", "full", *(f"{kind}_{slots}" for kind in kinds for slots in (3, 12))}
+    for kind in kinds:  # a slot for each token that is not read again
+        assert abs(arms[f"{kind}_12"] - arms["full"]) < 2e-3
+    better = {(r["arm"], r["nats_better_than"]) for r in found if "nats_better_than" in r}
+    assert better == {(f"adaptive_{slots}", rival) for slots in (3, 12) for rival in ("matched", "attended_adaptive")}
+
+
 def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
     """The same command measures what is missing, and writes what a run without an interruption does."""
     text, whole, output = (tmp_path / name for name in ("text", "whole.jsonl", "out.jsonl"))

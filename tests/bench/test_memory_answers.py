@@ -9,7 +9,7 @@ import torch
 
 from bench import answers_data, memory_answers, prompts
 from bench.answers_data import Question
-from bench.presses import PRESSES, is_installed
+from bench.presses import PRESSES, is_installed, keep_shared
 from bench.rivals import laid_out
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, load_model
 
@@ -148,6 +148,24 @@ def test_arms_of_a_ratio_have_the_same_number_of_slots(folder, monkeypatch):
     }
     for memory in memories.values():  # the prefix is in front of all of them, as it is
         torch.testing.assert_close(memory.states[..., :7, :], memories["nothing"].states)
+
+
+def test_heads_that_share_slots_have_as_many(folder, monkeypatch):
+    options = options_of(monkeypatch, "--ratios", "4", "--adaptive", "--presses")
+    base, tokenizer = load_model(folder)
+    model = R3MemModel(base).eval()
+    monkeypatch.setattr(prompts, "template_parts", lambda tokenizer, turns=(): ("<<sys>>", "\n"))
+    prompt = prompts.prompt_of(options, tokenizer, [Question("x" + text_of(5, 40) + "x", "why", ("ab",))])
+    memories = memory_answers.memories_of(options, model, None, prompt)
+    stored = {arm: int((memory.ages > 0).sum()) for arm, memory in memories.items()}
+    assert stored["adaptive_4"] == stored["attended_adaptive_4"] == stored["matched_4"] == stored["attended_4"]
+    shared = memories["adaptive_4"]
+    assert torch.equal(shared.ages, memories["attended_adaptive_4"].ages)
+    whole = memories["full"]
+    scores = torch.rand(whole.ages.shape).masked_fill(torch.arange(whole.ages.shape[-1]) < 7, torch.inf)
+    pressed = keep_shared(whole, scores - 2, int(memories["matched_4"].slots[0]) - 7)
+    assert int((pressed.ages > 0).sum()) == stored["matched_4"]
+    assert pressed.ages.shape != shared.ages.shape or not torch.equal(pressed.ages, shared.ages)
 
 
 def test_anchors_that_have_learned_nothing_are_the_matched_memory(data, folder, tmp_path):

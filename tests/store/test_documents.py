@@ -158,3 +158,21 @@ def test_the_turn_of_a_folder_stays(pipeline, tmp_path, monkeypatch):
     again = store_of(pipeline, tmp_path)
     again.answer("Who?", TEXTS, **SETTINGS)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 and again._turn == store._turn
+
+
+def test_memories_whose_heads_share_slots_stand_side_by_side(folder, tmp_path):
+    sizes = {"num_memory_tokens": 4, "memory_budget": 16, "segment_length": 32, "memory_allocation": "adaptive"}
+    config = R3MemConfig(memory_writer="matched", adapter_rows="memory", beyond_budget="error", **sizes)
+    found = R3MemPipeline(str(folder), config=config)
+    texts = [found.codec.ids(text) for text in TEXTS.values()]
+    memories = [found.model.compress(torch.tensor([ids]), finish=True) for ids in texts]
+    both = side_by_side(memories)
+    assert both.layout.is_adaptive and (both.ages > 0).sum() == sum(int((m.ages > 0).sum()) for m in memories)
+    first, second = (memory.ages[0, 0] for memory in memories)
+    for head in range(first.shape[0]):
+        moved = (first[head][first[head] > 0] + len(texts[1])).clamp_max(both.layout.reach).tolist()
+        own = both.ages[0, 0, head]
+        assert own[own > 0].tolist() == moved + second[head][second[head] > 0].tolist()
+    store = DocumentStore(tmp_path, found, ratio=2, part_tokens=40, slots=80)
+    found.tokenizer.chat_template = TEMPLATE
+    assert store.answer("Who?", TEXTS["mill"], **SETTINGS).sources == ("document 1",)
