@@ -4,8 +4,8 @@
 #   bench/anchors.sh FOLDER DATA
 #
 # DATA is the folder of the data sets (bench/texts.py). Leaves the adapter and JSON lines in FOLDER; the second half of
-# each text is held out, and dialogue, meetings and all sets of questions are wholly. What is there already is kept, and
-# an interrupted training or measurement goes on when the same command is given again. PYTHON names another interpreter.
+# each text is held out, and dialogue and meetings are wholly. What is there already is kept, and an interrupted training
+# or measurement goes on when the same command is given again. PYTHON names another interpreter.
 set -euo pipefail
 if (($# != 2)); then
     echo "usage: bench/anchors.sh FOLDER DATA" >&2
@@ -17,19 +17,11 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
 [[ -e $folder/mixed.jsonl ]] ||
-    "$python" -m bench.mixed_texts novels wikipedia code help --hold-out 0.5 --data "$data" -o "$folder/mixed.jsonl"
-[[ -e $folder/asked.jsonl ]] ||
-    "$python" -m bench.self_study wikipedia novels help --hold-out 0.5 --data "$data" -o "$folder/asked.jsonl"
-learn() { # NAME STEPS ARGUMENTS...
-    [[ -e $folder/$1/r3mem.json ]] ||
-        "$python" -m r3mem_fast.cli train -o "$folder/$1" --steps "$2" --drawn-memory-tokens 64,32,16,8 \
-            --distillation 1 --kept-segments device --segments 2 --batch-size 2 --learning-rate 5e-4 \
-            --checkpoint-steps 20 "${@:3}"
-}
-# First what follows a text, then also questions about it, which are a quarter of the windows.
-learn begun 280 "$folder/mixed.jsonl" --memory-writer anchored --adapter-rows memory --memory-tokens 64 \
-    --memory-budget 64 --segment-overlap 32
-learn anchors 800 "$folder"/{mixed,asked,asked,asked}.jsonl --model "$folder/begun"
+    "$python" -m bench.mixed_texts novels wikipedia code help --data "$data" -o "$folder/mixed.jsonl"
+[[ -e $folder/anchors/r3mem.json ]] || "$python" -m r3mem_fast.cli train "$folder/mixed.jsonl" -o "$folder/anchors" \
+    --memory-writer anchored --adapter-rows memory --memory-tokens 64 --memory-budget 64 --segment-overlap 32 \
+    --drawn-memory-tokens 64,32,16,8 --distillation 1 --kept-segments device --segments 2 --hold-out 0.5 \
+    --batch-size 2 --steps 280 --learning-rate 5e-4 --checkpoint-steps 20
 measure() { # NAME MODULE ARGUMENTS...
     local output=$folder/$1_smollm2.jsonl
     [[ -e $output ]] && return

@@ -154,7 +154,7 @@ def anchored_answers() -> str:
 
 
 # Kinds of text that memories of adaptive allocation were measured on.
-ADAPTIVE_KINDS = ("novels", "wikipedia", "code", "help", "dialogue")
+ADAPTIVE_KINDS = ("novels", "wikipedia")
 
 
 def adaptive_answers() -> str:
@@ -172,6 +172,21 @@ def adaptive_answers() -> str:
     return table(("kept", "1/4, nats", "1/8, nats", "1/16, nats", "1/4, F1", "1/8, F1"), rows)
 
 
+def adaptive_pairs() -> str:
+    """Return the table of values of keys that are told behind memories of a quarter of JSON objects."""
+    arms = ("nothing", "raw_4", "matched_4", "attended_adaptive_4", "adaptive_4", "full")
+    rows = []
+    for name, characters in (("keys", 8), ("pairs", 36)):
+        _, *found = records(f"answers_adaptive_{name}_smollm2")
+        for pairs in dict.fromkeys(r["pairs"] for r in found):
+            told = {r["arm"]: r for r in found if r["pairs"] == pairs and "nats_per_answer_token" in r}
+            cells = (f"{told[arm]['nats_per_answer_token']:.3f}, {told[arm]['contains']:.3f}" for arm in arms)
+            rows.append((f"{pairs} of {characters} characters", *cells))
+    names = ("pairs", "behind nothing", "the last quarter", "matched, uniform", "most attended, adaptive",
+             "**matched, adaptive**", "the whole text")  # fmt: skip
+    return table(names, rows)
+
+
 def adaptive_memories() -> str:
     """Return the table of how a text is read on where heads share their slots, and where they do not."""
     rows = []
@@ -186,33 +201,6 @@ def adaptive_memories() -> str:
     names = ("kind of text, segments", "slots", "matched, uniform", "most attended, own values, adaptive",
              "**matched, adaptive**", "adaptive is better than uniform by, nats a token")  # fmt: skip
     return table(names, rows)
-
-
-def refined_answers() -> str:
-    """Return the table of what questions about paragraphs gain from memories that were tuned to their own text."""
-    gained = {(r["gained_by"], r["of"]): r for r in records("refine_xquad_smollm2") if "gained_by" in r}
-    rows = [
-        (_refined(arm), *(interval(gained[arm, of]) for of in ("nats", "f1")))
-        for arm in dict.fromkeys(arm for arm, _ in gained)
-        if arm.startswith(("matched", "anchored"))
-    ]
-    return table(("kept, 1/4", "nats", "F1"), rows)
-
-
-def refined_memories() -> str:
-    """Return the table of how a text is read on behind memories that were tuned to their own text."""
-    rows = [(_refined(r["closed_by"]), interval(r)) for r in records("refine_novels_smollm2") if "closed_by" in r]
-    return table(("novels", "closed"), rows)
-
-
-def _refined(arm: str) -> str:
-    """Name an arm of `bench.refine` in words."""
-    memory, plus, how = arm.partition("+")
-    steps, _, asked = how.partition(" ")
-    writer, _, slots = memory.partition("_")
-    name = f"{writer}, {slots} slots" if slots and slots != "4" else writer
-    by = {"": "", "text": ", asked for the text alone", "other": ", asked for another text"}[asked]
-    return f"{name}, refined in {steps} steps{by}" if plus else name
 
 
 def second_model() -> str:
@@ -243,7 +231,6 @@ TABLES = {
     "anchored_memories": anchored_memories,
     "anchored_answers": anchored_answers,
     "adaptive_answers": adaptive_answers,
+    "adaptive_pairs": adaptive_pairs,
     "adaptive_memories": adaptive_memories,
-    "refined_answers": refined_answers,
-    "refined_memories": refined_memories,
 }

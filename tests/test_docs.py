@@ -195,6 +195,27 @@ def test_what_a_matched_memory_is_worth_to_a_second_model():
     assert f"there {smollm2[0]:.3f} and {smollm2[1]:.3f}" in text
 
 
+def test_what_shared_slots_are_worth():
+    """At a quarter all of a paragraph, as far as can be told; the match counts where slots are few."""
+    found = records("answers_adaptive_xquad_smollm2.jsonl")
+    gained = {(r["gained_by"], r["of"]): r for r in found if "gained_by" in r}
+    better = {(r["ratio"], k, r[k]): r for r in found if "arm" in r for k in r if k.endswith("_better_than")}
+    memory, short = text_of("docs/memory.md"), text_of("README.md")
+    quarter, eighth = (gained[f"adaptive_{ratio}", "nats"] for ratio in (4, 8))
+    assert f'(`memory_allocation="adaptive"`) {quarter["mean"]:.3f}, an eighth' in short
+    assert f"an eighth {eighth['mean']:.3f}." in short
+    assert f"in place of {interval(gained['matched_4', 'nats'])} of it with" in memory
+    assert better[4, "nats_better_than", "attended_adaptive"]["low"] < 0
+    assert f"({interval(better[4, 'nats_better_than', 'attended_adaptive'])} nats a token of the answer)" in memory
+    kvzip = better[4, "f1_better_than", "kvzip_adaptive"]
+    assert f"better in F1, by {-kvzip['mean']:.3f} ({-kvzip['high']:.3f} to {-kvzip['low']:.3f})" in memory
+    assert f"at a sixteenth {interval(better[16, 'nats_better_than', 'attended_adaptive'])} nats over" in memory
+    assert f"and {interval(better[16, 'nats_better_than', 'kvzip_adaptive'])} over KVzip" in memory
+    novels = records("adaptive_novels_smollm2.jsonl")
+    eight = next(r for r in novels if r.get("arm") == "adaptive_8" and r.get("nats_better_than") == "matched")
+    assert f"what is better by {interval(eight)} nats a token" in memory
+
+
 def test_what_memories_of_conversations_are_worth():
     head, *found = records("agent_smollm2.jsonl")
     better = {(r["way"], r["better_than"]): r for r in found if r.get("of") == "nats"}
