@@ -124,6 +124,12 @@ def _refuse(model, memory, texts):
                 f"the text of row {row} has {len(text)} tokens, and the memory was made of {seen}: give the very text "
                 "that was compressed, from its beginning"
             )
+    own = memory.slots - memory.pinned_slots()
+    if (own <= 0).any():
+        raise ValueError(
+            f"row {int((own <= 0).nonzero()[0, 0])} has no slots that could be refined, as its text fills no segment: "
+            "compress it with finish=True (--finish)"
+        )
 
 
 class _Run:

@@ -133,6 +133,10 @@ def test_what_cannot_be_refined_is_refused():
         refine(model, memory, [text[:39]], itself, QUICK, progress=False)
     with pytest.raises(ValueError, match="2 rows of tokens and 1 of memory"):
         refine(model, memory, [text, text], itself, QUICK, progress=False)
+    short = ids_of(LENGTH - 1)
+    for pinned in (0, 2):
+        with pytest.raises(ValueError, match="row 0 has no slots that could be refined"):
+            refine(model, model.compress(short[None], pinned=pinned), [short], itself, QUICK, progress=False)
     learned = network("tokens", memory_budget=None)
     with pytest.raises(ValueError, match="not learned ones"):
         refine(learned, learned.compress(text[None]), [text], itself, QUICK, progress=False)
