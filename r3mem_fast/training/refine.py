@@ -127,8 +127,8 @@ def _refuse(model, memory, texts):
     own = memory.slots - memory.pinned_slots()
     if (own <= 0).any():
         raise ValueError(
-            f"row {int((own <= 0).nonzero()[0, 0])} has no slots that could be refined, as all of its text is kept as it "
-            "is: compress it with finish=True (--finish), and if it is short with a smaller segment_overlap"
+            f"row {int((own <= 0).nonzero()[0, 0])} has no slots that could be refined, as all of its text is kept as "
+            "it is: compress it with finish=True (--finish), and if it is short with a smaller segment_overlap"
         )
 
 
