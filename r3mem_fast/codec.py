@@ -117,11 +117,9 @@ class TextCodec:
             texts: The texts.
             pinned: Pinned tokens of the memory of each.
         """
-        chats = getattr(self.tokenizer, "chat_template", None) is not None
         rows = []
         for text, count in zip(texts, pinned, strict=True):
-            chat = chats and count > 0 and count == len(self.turn[0])
-            rows += self.histories([text], chat=chat, begins=count > 0)[0]
+            rows += self.histories([text], chat=self._is_of_turn(count), begins=count > 0)[0]
         return [torch.tensor(row, dtype=torch.int64) for row in rows]
 
     def prompts(self, prompts: Sequence[str], *, chat: bool | None, pinned: Sequence[int] | None) -> list[list[int]]:
@@ -140,11 +138,7 @@ class TextCodec:
         if not prompts or not all(prompts):
             raise ValueError("the prompt is empty")
         if chat is None:
-            chats = getattr(self.tokenizer, "chat_template", None) is not None
-            chat = chats and pinned is not None and any(pinned) and len(self.turn[0]) in pinned
-            # Where the template puts as many tokens before a user's words as stand before any text, nothing tells one
-            # from the other.
-            chat = chat and len(self.turn[0]) != len(self.opening)
+            chat = pinned is not None and any(map(self._is_of_turn, pinned))
         if not chat:
             return [self.begun(text) if pinned is None else self.ids(text) for text in prompts]
         before, after = self.turn
@@ -156,6 +150,14 @@ class TextCodec:
                 "(--chat), or ask with chat=False"
             )
         return [self.ids(f"\n\n{text}") + after for text in prompts]
+
+    def _is_of_turn(self, pinned: int) -> bool:
+        """Whether a memory with so many pinned tokens is of a text in a user's turn, as far as that can be known."""
+        if not pinned or getattr(self.tokenizer, "chat_template", None) is None:
+            return False
+        # Where the template puts as many tokens before a user's words as stand before any text, nothing tells one from
+        # the other.
+        return pinned == len(self.turn[0]) != len(self.opening)
 
     def queries(self, queries: str | Sequence[str]) -> list[list[int]]:
         """Token ids of each query. A run of white space counts as a single space.

@@ -115,9 +115,9 @@ def _read_as_prefix(network, memory, ids, mask, config, kind, others):
     positions = first + positions_of_mask(mask)
     copies, uneven = _copies(config), memory.layout.is_adaptive
     repeated = _repeated(memory, copies)
-    prefix = placed_prefix(network, repeated, first, read_with=positions, uneven=uneven)
     if uneven and kind == "static":
         raise ValueError('cache_implementation="static" is for memories of memory_allocation="uniform"')
+    prefix = placed_prefix(network, repeated, first, read_with=positions, uneven=uneven)
     room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
     others |= cache_argument(base, prefix.to_cache(network.config, room))
     own = slots_of_heads(network, repeated, prefix) if uneven and len(prefix) else {}

@@ -110,11 +110,9 @@ def _compress_to(options: argparse.Namespace) -> int:
     named = {path: text.removesuffix("\n") for path, text in texts_of(options).items()}
     if options.memory is not None:
         named = {path: f"\n{text}" for path, text in named.items()}
-    texts: dict[str, str] | list[str] = named
     sizes = {} if options.folder is None else _sizes_for_anchors(options)
     memory = None if options.memory is None else Memory.load(options.memory)
-    if memory is not None and {label and label[1] for label in memory.labels} != named.keys():
-        texts = list(named.values())  # the names are other ones: go by the order of the rows
+    texts = named if memory is None else _for_rows(named, memory)
     pipeline = _pipeline(options, _config(options))
     started = time.perf_counter()
     memory = pipeline.compress(
@@ -150,9 +148,7 @@ def _refine_to(options: argparse.Namespace) -> int:
     options.level = options.name = None
     named = {path: text.removesuffix("\n") for path, text in texts_of(options).items()}
     pipeline, memory = _with_memory(options)
-    labels = {label and label[1] for label in memory.labels}
-    texts: dict[str, str] | list[str] = named if labels == named.keys() else list(named.values())
-    unfinished = Path(f"{options.output}.part")
+    texts, unfinished = _for_rows(named, memory), Path(f"{options.output}.part")
     report = pipeline.refine(memory, texts, settings, checkpoint=unfinished, progress=not options.json)
     report.memory.save(options.output)
     unfinished.unlink(missing_ok=True)
@@ -161,6 +157,11 @@ def _refine_to(options: argparse.Namespace) -> int:
     else:
         print(f"{options.output}: {report}")
     return 0
+
+
+def _for_rows(named: dict[str, str], memory: Any) -> dict[str, str] | list[str]:
+    """Texts for the rows of a memory: by name, or, where the rows have other names, in order."""
+    return named if {label and label[1] for label in memory.labels} == named.keys() else list(named.values())
 
 
 def _expand(options: argparse.Namespace) -> int:

@@ -132,7 +132,7 @@ def test_the_base_model_writes_what_the_network_writes(family, settings):
 
 @torch.no_grad()
 def test_a_key_that_has_gone_is_as_if_it_had_never_been():
-    """Of one layer, by hand: the attention of each head to its own slots and the text alone."""
+    """Where all heads have as many slots, a memory is read as a uniform one with these slots, to the bit."""
     model = network(segment_overlap=0)
     memory, text = model.compress(ids_of(LENGTH), finish=True), ids_of(3, seed=1)
     whole = model.empty_memory(memory_tokens=LENGTH, memory_budget=3 * LENGTH)

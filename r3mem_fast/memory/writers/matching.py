@@ -243,7 +243,7 @@ class Match:
         move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
         raw = asked.raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
         ages = asked.ages.gather(2, places).masked_fill(~stays, -1)
-        # Of heads that a layer lacks and others have.
+        # A layer with fewer heads than others is filled up: with the first head's ages, or with no slots.
         more = ages[:, :1].expand(-1, heads - ages.shape[1], -1)
         ages = torch.cat([ages, torch.full_like(more, -1) if self._adaptive else more], 1)
         return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
