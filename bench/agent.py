@@ -46,9 +46,9 @@ from r3mem_fast.store.memories import History
 from r3mem_fast.store.turns import TurnCodec
 
 from .anchored import anchored_memory, load_adapter
-from .asking import Asked, answers, grades, nats
+from .asking import Asked, answers, grades, nats, slots_in
 from .places import interval
-from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
+from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .records import add_output_option, add_records
 from .rivals import laid_out, values_kept
 
@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kept", type=int, nargs="+", default=[64, 16], help="slots of 256 tokens (%(default)s)")
     parser.add_argument("--raw-tokens", type=int, default=64, help="newest tokens as they are (%(default)s)")
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a way, too")
+    add_allocation_option(parser)
     add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer, at most; 0: none (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -122,13 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    pipeline = R3MemPipeline(options.model, dtype=options.dtype, config=_config(64, 256))
+    pipeline = R3MemPipeline(options.model, dtype=options.dtype, config=_config(64, 256, options.allocation))
     if options.users < 2:
         raise ValueError("--users must be at least 2: the memory of another user is the control")
     talks = read_talks(options.data)[: options.users]
     yield {
         "model": options.model, "dtype": options.dtype, "kept": options.kept, "raw_tokens": options.raw_tokens,
-        "presses": options.presses, "new_tokens": options.new_tokens,
+        "allocation": options.allocation, "presses": options.presses, "new_tokens": options.new_tokens,
         "adapter": options.adapter and Path(options.adapter).name,
         "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),
     }  # fmt: skip
@@ -231,7 +232,7 @@ class Asker:
                     ways[f"anchored_{kept}"] = self._anchored(whole, read, kept, len(turns.opening))
                     ways[f"half_anchored_{kept}"] = self._anchored(half, read, kept // 2, len(turns.opening))
                 for name, of_keys in scores.items():
-                    ways[f"{name}_{kept}"] = keep_best(full, of_keys, len(turns.opening) + _size(whole)), [], last
+                    ways[f"{name}_{kept}"] = keep(full, of_keys, _size(whole)), [], last
             totals: dict[str, dict[str, float]] = {}
             for question, answer in talk.questions:
                 alone = turns.reply([("user", question)], None)
@@ -257,7 +258,7 @@ class Asker:
         key = (talk.user, kept, keeping)
         if key not in self._held:
             model = self._pipeline.model
-            layout = _config(kept, 64 * kept).memory_layout(model.max_tokens)
+            layout = _config(kept, 64 * kept, self._options.allocation).memory_layout(model.max_tokens)
             assert layout is not None, "there are memory tokens"
             values = values_kept() if keeping == "attended" else contextlib.nullcontext()
             with (
@@ -280,7 +281,7 @@ class Asker:
             pinned: First tokens, which stay as they are.
         """
         assert self._learned is not None and matched.memory is not None, "there are an adapter and a memory"
-        layout = _config(kept, 64 * kept).memory_layout(self._pipeline.model.max_tokens)
+        layout = _config(kept, 64 * kept, self._options.allocation).memory_layout(self._pipeline.model.max_tokens)
         assert layout is not None, "there are memory tokens"
         start = self._pipeline.model.empty_memory(pinned=pinned)
         seen = int(matched.memory.tokens_seen[0])
@@ -351,7 +352,7 @@ def held_as_it_is(pipeline: R3MemPipeline, head: Memory, ids: Sequence[int]) -> 
     """
     length = min(256, len(ids))
     count = math.ceil(len(ids) / length) * length
-    config = _config(length, count, segment_length=length, overlap=0)
+    config = _config(length, count, head.layout.allocation, segment_length=length, overlap=0)
     layout = config.memory_layout(pipeline.model.max_tokens)
     assert layout is not None, "there are memory tokens"
     return pipeline.model.compress(torch.tensor([list(ids)]), memory=with_layout(head, layout), finish=True)
@@ -367,8 +368,8 @@ def _behind(turns: TurnCodec, found: list[int], question: str, role: str | None)
 def _size(history: History) -> int:
     """Slots and tokens of a conversation, without pinned slots, with the tokens that the memory carries."""
     memory = history.memory
-    assert memory is not None and memory.slots is not None, "a conversation of several segments"
-    return int(memory.slots[0] - memory.pinned_slots()[0]) + len(memory.recent[0]) + len(history.tail)
+    assert memory is not None, "a conversation of several segments"
+    return slots_in(memory) + len(memory.recent[0]) + len(history.tail)
 
 
 def _line(item: Item) -> str:
@@ -380,10 +381,10 @@ def _positions(pipeline: R3MemPipeline) -> int:
     return pipeline.model.reader.layout.reach - 64
 
 
-def _config(slots: int, budget: int, *, segment_length: int = 256, overlap: int = 32) -> R3MemConfig:
+def _config(slots: int, budget: int, allocation: str, *, segment_length: int = 256, overlap: int = 32) -> R3MemConfig:
     return R3MemConfig(
         memory_writer="matched", adapter_rows="memory", num_memory_tokens=slots, memory_budget=budget,
-        segment_length=segment_length, segment_overlap=overlap, beyond_budget="forget",
+        segment_length=segment_length, segment_overlap=overlap, beyond_budget="forget", memory_allocation=allocation,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from r3mem_fast import Memory, R3MemPipeline
 from r3mem_fast.integrations.compat import cache_argument
+from r3mem_fast.memory.slots import slots_of
 from r3mem_fast.store.documents import rows_of_one
 
 from .answers_data import contains, f1, normalised
@@ -33,9 +34,12 @@ class Asked:
     @property
     def slots(self) -> int:
         """Slots and tokens before the answer, without the memory's pinned ones."""
-        memory = self.memory
-        assert memory.slots is not None, "a matched memory"
-        return int(memory.slots[0] - memory.pinned_slots()[0]) + len(self.carried) + len(self.ids)
+        return slots_in(self.memory) + len(self.carried) + len(self.ids)
+
+
+def slots_in(memory: Memory) -> int:
+    """Slots that a head of a matched memory of one row has on average, without pinned ones, rounded up."""
+    return int(slots_of(memory, torch.zeros(1, dtype=torch.int64)).filled()[0])
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Presses of kvpress (github.com/NVIDIA/kvpress) as rivals: which keys of a context each of them would keep.
 
 A press scores the keys of each layer and head; those with the largest scores are kept, with their values. Only its
-score is used here, and read off one pass, because the hooks of kvpress 0.5 need a transformers older than 5.3. All
-presses keep the same number of keys for every head, so that their memories are as large as any other: KVzip would
-share its budget out among heads if it could.
+score is used here, and read off one pass, because the hooks of kvpress 0.5 need a transformers older than 5.3. Presses
+keep the same number of keys for every head where memories have as many slots in each (`keep_best`), and share them as
+memories do where these share theirs (`keep_shared`), so that both are as large.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from r3mem_fast.choices import ALLOCATIONS
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.memory.memory import Memory
@@ -76,6 +77,11 @@ def add_presses_option(parser: argparse.ArgumentParser) -> None:
     default = list(PRESSES) if is_installed() else []
     text = "presses of kvpress (all, if installed)"
     parser.add_argument("--presses", nargs="*", choices=list(PRESSES), default=default, help=text)
+
+
+def add_allocation_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how many slots each head has, of memories and of what presses keep."""
+    parser.add_argument("--allocation", choices=ALLOCATIONS, default="uniform", help="of slots to heads (%(default)s)")
 
 
 @torch.no_grad()
@@ -176,6 +182,19 @@ def keep_best(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:
         ages=memory.ages.gather(3, places),
         slots=torch.full_like(memory.slots, places.shape[-1]),
     )
+
+
+def keep(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:
+    """Keep slots as the memory's layout allocates them: `keep_shared`, or `keep_best` beside the pinned ones.
+
+    Args:
+        memory: A memory of one row, or of rows with as many pinned slots.
+        scores: See `keep_best`; infinite for pinned slots.
+        limit: Number of slots of a head that stay, on average, beside the pinned ones.
+    """
+    if memory.layout.is_adaptive:
+        return keep_shared(memory, scores, limit)
+    return keep_best(memory, scores, int(memory.pinned_slots()[0]) + limit)
 
 
 def keep_shared(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:

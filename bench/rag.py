@@ -42,7 +42,7 @@ from .agent import summary
 from .anchored import anchored_memory, load_adapter
 from .answers_data import Question, read_xquad, template_parts
 from .asking import Asked, answers, grades, nats
-from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_scores
+from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .prompts import EXAMPLE, KINDS
 from .records import add_output_option, add_records
 from .rivals import values_kept
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=240, help="of as many paragraphs (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[48, 96], help="before a question (%(default)s)")
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a way, too")
+    add_allocation_option(parser)
     add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=24, help="of an answer, at most; 0: none (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of questions (%(default)s)")
@@ -79,6 +80,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     asker = _Asker(options, pipeline, list(by_paragraph))
     yield {
         "model": options.model, "dtype": options.dtype, "slots": options.slots, "new_tokens": options.new_tokens,
+        "allocation": options.allocation,
         "presses": options.presses, "adapter": options.adapter and Path(options.adapter).name,
         "questions": len(questions), "paragraphs": len(by_paragraph), "paragraph_tokens": asker.mean_tokens,
         "found_first": {"bm25": asker.found(questions, "bm25"), "minilm": asker.found(questions, "minilm")},
@@ -199,8 +201,9 @@ class _Asker:
             ids = self._ids[place]
             slots = min(slots, len(ids))
             config = R3MemConfig(
-                memory_writer="matched", num_memory_tokens=slots, memory_budget=slots, segment_length=len(ids)
-            )
+                memory_writer="matched", num_memory_tokens=slots, memory_budget=slots, segment_length=len(ids),
+                memory_allocation=self._options.allocation,
+            )  # fmt: skip
             layout = config.memory_layout(self._pipeline.model.max_tokens)
             assert layout is not None, "there are memory tokens"
             start, text = with_layout(self._head, layout), torch.tensor([ids])
@@ -222,7 +225,7 @@ class _Asker:
                 repeat = torch.tensor(self._repeat)
                 scores = press_scores(model.plain_model, press, whole, prefix=prefix, repeat_ids=repeat)
             self._scores[key] = scores
-        return keep_best(self._memory(place, len(ids)), self._scores[key], prefix + slots)
+        return keep(self._memory(place, len(ids)), self._scores[key], slots)
 
 
 if __name__ == "__main__":

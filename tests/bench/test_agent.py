@@ -75,11 +75,12 @@ def test_a_summary_compares_at_equal_slots():
     assert paired["low"] == paired["high"] == 0.5
 
 
-@pytest.fixture
-def pipeline(folder):
+@pytest.fixture(params=["uniform", "adaptive"])
+def pipeline(folder, request):
     from r3mem_fast import R3MemPipeline
 
-    found = R3MemPipeline(str(folder), dtype="float32")
+    config = agent._config(4, 16, request.param, segment_length=16, overlap=0)
+    found = R3MemPipeline(str(folder), dtype="float32", config=config)
     found.tokenizer.chat_template = "{% for m in messages %}U:{{ m.content }}.{% endfor %}A:"
     return found
 
@@ -110,14 +111,15 @@ def test_nats_behind_a_memory_are_those_of_the_text(pipeline):
 def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
     monkeypatch.setattr(rag, "minilm_embedder", lambda: lambda texts: torch.eye(3)[: len(texts)])
     monkeypatch.setattr(rag, "template_parts", lambda tokenizer, turns: ("U:", ".A:"))
-    options = type("Options", (), {"slots": [12], "new_tokens": 0, "adapter": None})
+    allocation = pipeline.model.r3mem_config.memory_allocation
+    options = SimpleNamespace(slots=[12], new_tokens=0, adapter=None, allocation=allocation)
     asker = rag._Asker(options, pipeline, ["Rex is here. He eats.", "A cat.", "No."])
     assert [pipeline.codec.text(torch.tensor(ids)) for ids in asker._sentences][:2] == ["Rex is here.", "He eats."]
     text = pipeline.codec.text(torch.tensor(asker._passages("bm25", [1, 0], 12)))
     assert text == "A cat.\nRex \n" and len(text) == 12
     sentences = pipeline.codec.text(torch.tensor(asker._passages("bm25+", [1, 0], 12)))
     assert sentences == "Re\nHe eats.\n"  # in the order of the text
-    assert asker._memory(1, 4).slots.tolist() == [4 + int(asker._head.slots[0])]
+    assert asking.slots_in(asker._memory(1, 4)) == 4
     mixed = asker._sentence_and_memory(1, 12, [5])
     assert mixed.slots == 13
 

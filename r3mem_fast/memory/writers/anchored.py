@@ -26,8 +26,9 @@ from ..slots import Slots, replaced
 from ..states import uploaded
 from .matched import MatchedWriter, Pass, QuestionsOf
 
-# Anchors of a segment for each slot of a head: heads keep different tokens.
-_ANCHORS_A_SLOT = 1
+# Anchors of a segment for each slot, where heads share slots and some have several times as many as others; and how
+# many there are then, unless slots are more: they are read, which takes time.
+_ANCHORS_A_SHARED_SLOT, _ANCHORS_OF_SHARED_SLOTS = 4, 64
 
 
 def new_anchor_embedding(token_embeddings: torch.Tensor) -> nn.Parameter:
@@ -125,7 +126,10 @@ class AnchoredWriter(MatchedWriter):
         for (rows, _), place in zip(parts, places, strict=True):
             kept = place.permute(1, 0, 2, 3).flatten(1)
             votes[rows] = votes[rows].scatter_add(1, kept.clamp_min(0), (kept >= 0).to(votes.dtype))
-        count = min(_ANCHORS_A_SLOT * self._layout.num_memory_tokens, int((votes > 0).sum(1).max()))
+        wanted = self._layout.num_memory_tokens
+        if self._layout.is_adaptive:
+            wanted = max(wanted, min(_ANCHORS_A_SHARED_SLOT * wanted, _ANCHORS_OF_SHARED_SLOTS))
+        count = min(wanted, int((votes > 0).sum(1).max()))
         if not count:
             return None
         tokens = votes.shape[1]
