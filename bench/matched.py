@@ -16,9 +16,9 @@ the segment before and
                 match; `attended_adaptive_N` with their own values (with --adaptive)
     snapkv_N …  N slots: the keys that a press of kvpress chooses, with their values (where kvpress is installed)
     learned_N   the memory of a trained adapter of N memory tokens, and its `learned_tail` (with --adapter)
-    anchored_N  N slots: the matched memory with the change that an adapter of anchors has learned (with --adapter);
-                `foreign_anchored_N` of a segment of another text
-    foreign_N   the matched memory of a segment of another text
+    anchored_N  N slots: the matched memory, allocated as the adapter's are, with the change that an adapter of anchors
+                has learned (with --adapter); `foreign_anchored_N` of a segment of another text
+    foreign_N   the matched memory of a segment of another text; also `foreign_adaptive_N` (with --adaptive)
     foreign     the whole segment of another text
 
 What a tokenizer puts before a text stands before all of these, in place of the first tokens of a whole segment or of
@@ -139,11 +139,14 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
         yield from _means(losses, places="chains")
         yield from _closed(losses, "full_of_7")
-        arms = {arm: losses.get(f"{arm}_{options.budget}_of_7") for arm in ("raw", "matched", "anchored")}
+        arms = {
+            name: losses.get(f"{name}_{options.budget}_of_7") for name in ("raw", "matched", "adaptive", "anchored")
+        }
         yield _better(arms["raw"], arms["matched"], "raw", slots=options.budget, of=CHAIN)
-        if arms["anchored"] is not None:
-            better = _better(arms["matched"], arms["anchored"], "matched", slots=options.budget, of=CHAIN)
-            yield {"arm": f"anchored_{options.budget}_of_7", **better}
+        for mine, rival in (("adaptive", "matched"), ("anchored", "matched"), ("anchored", "adaptive")):
+            if arms[mine] is not None and arms[rival] is not None:
+                better = _better(arms[rival], arms[mine], rival, slots=options.budget, of=CHAIN)
+                yield {"arm": f"{mine}_{options.budget}_of_7", **better}
     if long:
         losses = unfinished.losses(
             "long chains",
@@ -183,9 +186,10 @@ def _compared(options: argparse.Namespace, losses: Losses) -> Iterator[dict[str,
             for rival in ("matched", "attended_adaptive"):
                 better = _better(losses[f"{rival}_{slots}"], losses[f"adaptive_{slots}"], rival, slots=slots)
                 yield {"arm": f"adaptive_{slots}", **better}
-        if f"anchored_{slots}" in losses:
-            better = _better(mine, losses[f"anchored_{slots}"], "matched", slots=slots)
-            yield {"arm": f"anchored_{slots}", **better}
+        for rival in ("matched", "adaptive"):
+            if f"anchored_{slots}" in losses and f"{rival}_{slots}" in losses:
+                better = _better(losses[f"{rival}_{slots}"], losses[f"anchored_{slots}"], rival, slots=slots)
+                yield {"arm": f"anchored_{slots}", **better}
         if f"learned_{slots}" in losses:
             yield _better(losses[f"learned_{slots}"], mine, "learned", slots=slots)
 
@@ -231,9 +235,10 @@ def _losses(
     for arm, memory in _memories(options, model, tokenizer, before):
         arms[arm] = _loss_behind(options, model, memory, segment)
     for slots in options.foreign:
-        memory = _matched(options, model, other, slots, slots, len(opening))
-        memory = dataclasses.replace(memory, recent=tuple(tail))
-        arms[f"foreign_{slots}"] = _loss_behind(options, model, memory, segment)
+        for kind in ("", "adaptive_") if options.adaptive else ("",):
+            layout = _layout(options, model, slots, slots, "adaptive" if kind else "uniform")
+            memory = dataclasses.replace(_matched(model, other, layout, len(opening)), recent=tuple(tail))
+            arms[f"foreign_{kind}{slots}"] = _loss_behind(options, model, memory, segment)
     if learned is not None and learned.is_anchored:
         wanted = [(f"anchored_{slots}", before, slots) for slots in options.slots]
         wanted += [(f"foreign_anchored_{slots}", other, slots) for slots in options.foreign]
@@ -271,7 +276,7 @@ def _memories(
             with model.disable_adapters(), choice(), laid_out(model, layout):
                 yield f"{kind}_{slots}", dataclasses.replace(_written(model, found), **carried)
         if options.adaptive:
-            sharing = dataclasses.replace(layout, allocation="adaptive")
+            sharing = _layout(options, model, slots, slots, "adaptive")
             for kind, choice in (("adaptive", contextlib.nullcontext), ("attended_adaptive", values_kept)):
                 with model.disable_adapters(), choice(), laid_out(model, sharing):
                     memory = dataclasses.replace(_written(model, found), layout=sharing, **carried)
@@ -314,8 +319,10 @@ def _chain_losses(
     for count in lengths:
         before = begun(opening, context[:, -1 - count : -1].flatten(1), replace=True)
         slots, pinned = options.chain_slots or max(options.slots), len(opening)
-        memory = _matched(options, model, before, slots, budget, pinned)
-        arms[f"matched_{budget}_of_{count}"] = _loss_behind(options, model, memory, segment)
+        for kind in ("matched", "adaptive") if options.adaptive else ("matched",):
+            layout = _layout(options, model, slots, budget, "adaptive" if kind == "adaptive" else "uniform")
+            memory = _matched(model, before, layout, pinned)
+            arms[f"{kind}_{budget}_of_{count}"] = _loss_behind(options, model, memory, segment)
         if learned is not None and learned.is_anchored:
             memory = _anchored(options, learned, before, slots, budget, pinned)
             arms[f"anchored_{budget}_of_{count}"] = _loss_behind(options, model, memory, segment)
@@ -342,11 +349,9 @@ def _written(model: R3MemModel, found: Pass) -> Memory:
     return memory
 
 
-def _matched(
-    options: argparse.Namespace, model: R3MemModel, before: torch.Tensor, slots: int, budget: int, pinned: int
-) -> Memory:
-    """Matched memories of what is before segments, int64 `[B, T]`, with so many slots a segment, and in all."""
-    with laid_out(model, _layout(options, model, slots, budget)):
+def _matched(model: R3MemModel, before: torch.Tensor, layout: MemoryLayout, pinned: int) -> Memory:
+    """Matched memories of what is before segments, int64 `[B, T]`."""
+    with laid_out(model, layout):
         return model.compress(before, finish=True, pinned=pinned)
 
 
@@ -355,7 +360,8 @@ def _anchored(
 ) -> Memory:
     """Memories as `_matched` makes them, with what an adapter of anchors has learned."""
     nothing = learned.empty_memory(len(before), pinned=pinned)
-    return anchored_memory(learned, before, nothing, _layout(options, learned, slots, budget))
+    layout = _layout(options, learned, slots, budget, learned.r3mem_config.memory_allocation)
+    return anchored_memory(learned, before, nothing, layout)
 
 
 def _loss_behind(
@@ -369,11 +375,13 @@ def _loss_behind(
         return _mean_loss(model(segment, memory=memory).logits, segment)
 
 
-def _layout(options: argparse.Namespace, model: R3MemModel, slots: int, budget: int) -> MemoryLayout:
+def _layout(
+    options: argparse.Namespace, model: R3MemModel, slots: int, budget: int, allocation: str = "uniform"
+) -> MemoryLayout:
     """Layout of matched memories with so many slots a segment, and in all."""
     config = R3MemConfig(
         memory_writer="matched", num_memory_tokens=slots, memory_budget=budget, segment_length=options.length,
-        segment_overlap=options.tail, beyond_budget=options.beyond,
+        segment_overlap=options.tail, beyond_budget=options.beyond, memory_allocation=allocation,
     )  # fmt: skip
     layout = config.memory_layout(model.max_tokens)
     assert layout is not None

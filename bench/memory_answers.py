@@ -121,21 +121,23 @@ def _records_of(options, model, learned, tokenizer, questions: list[Question]) -
         for prompt in tqdm(prompts, disable=options.json, desc="Asking")
     ]
     sums, counts = yield from gains(prompts, found)
+    presses = options.presses
+    rivals = {
+        "matched": ("raw", "even", "attended", *presses),
+        "adaptive": ("matched", "raw", "attended_adaptive", *(f"{press}_adaptive" for press in presses)),
+        "anchored": ("matched", "adaptive", "raw"),
+    }
     for ratio in options.ratios:
-        for rival in ("raw", "even", "attended", *options.presses):
-            for name in _MEASURES:
-                better = sums[f"matched_{ratio}", name] - sums[f"{rival}_{ratio}", name]
-                better = -better if name == "nats" else better
-                yield {f"{name}_better_than": rival, "ratio": ratio, **_interval(better, counts)}
-        rivals = ("matched", "raw", "attended_adaptive", *(f"{press}_adaptive" for press in options.presses))
-        for rival in rivals if options.adaptive else ():
-            for name in _MEASURES:
-                better = sums[f"adaptive_{ratio}", name] - sums[f"{rival}_{ratio}", name]
-                better = -better if name == "nats" else better
-                yield {
-                    "arm": f"adaptive_{ratio}", f"{name}_better_than": rival, "ratio": ratio,
-                    **_interval(better, counts),
-                }  # fmt: skip
+        arms = {arm for arm, _ in sums}
+        for mine, its in rivals.items():
+            about = {} if mine == "matched" else {"arm": f"{mine}_{ratio}"}
+            for rival in its:
+                if not {f"{mine}_{ratio}", f"{rival}_{ratio}"} <= arms:
+                    continue
+                for name in _MEASURES:
+                    better = sums[f"{mine}_{ratio}", name] - sums[f"{rival}_{ratio}", name]
+                    better = -better if name == "nats" else better
+                    yield {**about, f"{name}_better_than": rival, "ratio": ratio, **_interval(better, counts)}
 
 
 def gains(
@@ -278,7 +280,8 @@ def memories_of(
     """Make memories of a text by arm, of one row each and in one layout: that of a memory of the whole text."""
     prefix, tokens = prompt.before.shape[1], prompt.context.shape[1]
     whole = _layout(model, prefix + tokens, prefix + tokens)
-    if options.adaptive:  # as memories of one batch must have one layout
+    shared = learned is not None and learned.r3mem_config.memory_allocation == "adaptive"
+    if options.adaptive or shared:  # as memories of one batch must have one layout
         whole = dataclasses.replace(whole, allocation="adaptive")
     with laid_out(model, whole):
         origin = model.origin()
@@ -309,7 +312,8 @@ def memories_of(
                 memory = model.compress(prompt.context, memory=start, finish=True)
             found[arm] = dataclasses.replace(memory, layout=whole, origin=origin)
         if learned is not None:
-            memory = anchored_memory(learned, prompt.context, nothing, layout)
+            allocated = dataclasses.replace(layout, allocation=learned.r3mem_config.memory_allocation)
+            memory = anchored_memory(learned, prompt.context, nothing, allocated)
             found[f"anchored_{ratio}"] = dataclasses.replace(memory, layout=whole, origin=origin)
     ids, repeat = torch.cat([prompt.before, prompt.context], 1), torch.tensor(prompt.repeat)
     scores: dict[str, torch.Tensor] = {}  # by the settings of a press: most are the same for all numbers of slots

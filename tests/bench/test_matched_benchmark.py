@@ -62,10 +62,11 @@ def test_arms_and_shares(folder, tmp_path, monkeypatch, begins):
     assert head["long_chains"] == 2 and "matched_16_of_9" in {r.get("arm") for r in found}
 
 
-def test_anchors_that_have_learned_nothing_are_the_matched_memory(folder, tmp_path):
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_anchors_that_have_learned_nothing_are_the_closed_form(folder, tmp_path, allocation):
     """Behind one segment and behind seven; a foreign one, too."""
     config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
-    config = dataclasses.replace(config, segment_overlap=4, memory_budget=4)
+    config = dataclasses.replace(config, segment_overlap=4, memory_budget=4, memory_allocation=allocation)
     R3MemPipeline(folder, config=config, dtype="float32").save(tmp_path / "anchors")
     text, output = tmp_path / "text.txt", tmp_path / "out.jsonl"
     text.write_text("".join(chr(40 + i * i % 50) for i in range(900)))
@@ -77,14 +78,20 @@ def test_anchors_that_have_learned_nothing_are_the_matched_memory(folder, tmp_pa
         *(part for name, number in numbers.items() for part in (f"--{name}", f"{number}")),
     ]
     arguments += ["--dtype", "float32", "--model", str(folder), "--adapter", str(tmp_path / "anchors"), "--presses"]
+    arguments += ["--adaptive"] * (allocation == "adaptive")
     assert matched.main([*arguments, "--text", str(text), "--output", str(output)]) == 0
     found = [json.loads(line) for line in output.read_text().splitlines()]
     arms = {record["arm"]: record["nats_per_token"] for record in found if "nats_per_token" in record}
+    closed = "matched" if allocation == "uniform" else "adaptive"
     for arm in ("{}_3", "{}_8", "{}_16_of_7"):
-        assert arms[arm.format("anchored")] == arms[arm.format("matched")]
-    assert arms["foreign_anchored_3"] == arms["foreign_3"] != arms["anchored_3"]
+        assert arms[arm.format("anchored")] == arms[arm.format(closed)]
+    foreign = "foreign_3" if allocation == "uniform" else "foreign_adaptive_3"
+    assert arms["foreign_anchored_3"] == arms[foreign] != arms["anchored_3"]
     better = {(r["arm"], r["nats_better_than"]): r["mean"] for r in found if "nats_better_than" in r and "arm" in r}
-    assert better == {(f"anchored_{arm}", "matched"): 0 for arm in ("3", "8", "16_of_7")}
+    places = {f"anchored_{arm}" for arm in ("3", "8", "16_of_7")}
+    assert {arm: mean for (arm, rival), mean in better.items() if rival == closed and arm in places} == dict.fromkeys(
+        places, 0
+    )
 
 
 def test_heads_that_share_slots_are_a_rival(folder, tmp_path):

@@ -177,7 +177,7 @@ def test_anchors_that_have_learned_nothing_are_the_matched_memory(data, folder, 
     arguments += ["--dtype", "float32", "--data", str(data), "--output", str(output), "--adapter"]
     assert memory_answers.main([*arguments, str(tmp_path / "anchors")]) == 0
     found = [json.loads(line) for line in output.read_text().splitlines()]
-    arms = {record.pop("arm"): record for record in found if "arm" in record}
+    arms = {record.pop("arm"): record for record in found if "f1" in record}
     assert arms["anchored_4"] == arms["matched_4"] != arms["attended_4"]
     with pytest.raises(ValueError, match="no adapter of anchors"):
         memory_answers.main([*arguments, str(tmp_path / "others")])
