@@ -20,6 +20,7 @@ A record of ratios has the sum over a conversation over the sum of the other way
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -38,6 +39,7 @@ from r3mem_fast.store.defaults import RAW_TOKENS
 
 from .agent import Talk, read_talks
 from .places import interval
+from .presses import add_allocation_option
 from .records import add_output_option, add_records
 
 _PASSAGES, _RAW_TOKENS = 4, RAW_TOKENS
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, see bench/answers_data.py")
     parser.add_argument("--users", type=int, default=8, help="whose conversations are added (%(default)s)")
     parser.add_argument("--questions", type=int, default=3, help="of each, at most (%(default)s)")
+    add_allocation_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
@@ -63,11 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     talks = read_talks(options.data)[: options.users]
-    timer = Timer(options.model, options.dtype, options.questions)
+    timer = Timer(options.model, options.dtype, options.questions, options.allocation)
     yield {
         "model": options.model, "dtype": options.dtype, "users": len(talks),
         "turns": sum(len(turns) for talk in talks for turns in talk.days.values()),
         "config": {name: getattr(DEFAULT_CONFIG, name) for name in ("num_memory_tokens", "segment_length")},
+        "allocation": options.allocation,
     }  # fmt: skip
     timer.of(talks[0])  # what is run for the first time is slower
     found = [timer.of(talk) for talk in tqdm(talks, disable=options.json, desc="Users")]
@@ -101,10 +105,12 @@ class Timer:
         model: Name of the model.
         dtype: Of its weights.
         questions: Asked of each conversation, at most.
+        allocation: See `R3MemConfig.memory_allocation`.
     """
 
-    def __init__(self, model: str, dtype: str, questions: int):
-        self._pipeline = R3MemPipeline(model, dtype=dtype, config=DEFAULT_CONFIG)
+    def __init__(self, model: str, dtype: str, questions: int, allocation: str):
+        config = dataclasses.replace(DEFAULT_CONFIG, memory_allocation=allocation)
+        self._pipeline = R3MemPipeline(model, dtype=dtype, config=config)
         self._plain, _ = load_model(model, dtype=dtype)  # without the pipeline's adapters, which cost time
         self._questions = questions
 
