@@ -3,7 +3,7 @@
     python -m bench.refine --json --data FOLDER --kind xquad --steps 5 20 80
     python -m bench.refine --json --data FOLDER --kind novels --slots 64 16 --steps 5 20 80
 
-Matched memories, and with --adapter anchored ones, are refined to their own text: of paragraphs in a quarter of their
+Matched memories, and with --adapter anchored ones, are refined to their own text: of paragraphs in a share of their
 tokens (kind xquad, asked as in `bench.memory_answers`), or of segments of 256 tokens (other kinds, read on as in
 `bench.matched`):
 
@@ -37,6 +37,7 @@ from .anchored import anchored_memory, load_adapter
 from .answers_data import chosen_groups, read_xquad
 from .memory_answers import gains, graded, memories_of
 from .places import begun, interval, places_of
+from .presses import add_allocation_option
 from .prompts import KINDS, prompt_of
 from .records import add_output_option, add_records
 from .rivals import laid_out
@@ -44,7 +45,7 @@ from .texts import KINDS as TEXTS
 from .texts import texts_of
 
 ASKED = ("both", "text", "other")
-_RATIO, _LENGTH, _TAIL = 4, 256, 32
+_LENGTH, _TAIL = 256, 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=80, help="about paragraphs, at most (%(default)s)")
     parser.add_argument("--segments", type=int, default=32, help="of texts, at most (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[64, 16], help="of a segment (%(default)s)")
+    parser.add_argument("--ratio", type=int, default=4, help="tokens of a paragraph's slot (%(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 80], help="(%(default)s)")
     parser.add_argument("--asked", choices=ASKED, nargs="+", default=["both"], help="see above (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=RefineSettings().learning_rate, help="(%(default)s)")
+    add_allocation_option(parser)
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are refined, too")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of texts (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -71,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base, tokenizer = load_model(options.model, dtype=options.dtype)
-    model = R3MemModel(base, _config(max(options.slots))).eval()
+    model = R3MemModel(base, _config(max(options.slots), options.allocation)).eval()
     learned = load_adapter(options.adapter, model, anchored=True) if options.adapter else None
     yield {
         "kind": options.kind, "model": Path(options.model).name, "dtype": options.dtype, "steps": options.steps,
+        "allocation": options.allocation, "ratio": options.ratio,
         "learning_rate": options.learning_rate, "asked_tokens": RefineSettings().asked_tokens,
         "threads": torch.get_num_threads(), "adapter": options.adapter and Path(options.adapter).name,
     }  # fmt: skip
@@ -85,10 +89,10 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"seconds_of": what, "mean": round(sum(seconds) / len(seconds), 3), "count": len(seconds)}
 
 
-def _config(slots: int) -> R3MemConfig:
+def _config(slots: int, allocation: str) -> R3MemConfig:
     return R3MemConfig(
         memory_writer="matched", adapter_rows="memory", num_memory_tokens=slots, memory_budget=slots,
-        segment_length=_LENGTH, segment_overlap=_TAIL,
+        segment_length=_LENGTH, segment_overlap=_TAIL, memory_allocation=allocation,
     )  # fmt: skip
 
 
@@ -144,8 +148,9 @@ def _on_answers(options, model, learned, tokenizer, timed):
     """Ask about paragraphs behind refined memories of them."""
     kind = KINDS["xquad"]
     options.instruction, options.opener, options.new_tokens = kind.instruction, kind.opener, kind.new_tokens
-    options.ratios, options.presses, options.queries, options.batch = [_RATIO], [], [], 32
-    options.adaptive = False
+    options.ratios, options.presses, options.queries, options.batch = [options.ratio], [], [], 32
+    options.adaptive = options.allocation == "adaptive"
+    closed = "adaptive" if options.adaptive else "matched"
     groups = chosen_groups(read_xquad(options.data), options.questions, options.seed)
     prompts = [prompt_of(options, tokenizer, group) for group in groups]
     found = []
@@ -154,8 +159,8 @@ def _on_answers(options, model, learned, tokenizer, timed):
         other = prompts[(index + len(prompts) // 2) % len(prompts)].context[0]
         ids = torch.cat([prompt.before, prompt.context], 1)[0]
         with laid_out(model, memories["full"].layout):
-            for arm in ("matched", "anchored")[: 1 if learned is None else 2]:
-                refined = timed.refined(model, arm, memories[f"{arm}_{_RATIO}"], ids, other)
+            for arm in (closed, "anchored")[: 1 if learned is None else 2]:
+                refined = timed.refined(model, arm, memories[f"{arm}_{options.ratio}"], ids, other)
                 memories |= {name: dataclasses.replace(memory, refined=None) for name, memory in refined}
         found.append(graded(options, model, tokenizer, prompt, memories))
     yield from gains(prompts, found)
@@ -188,11 +193,11 @@ def _memories(options, model, learned, tokenizer, timed, before, other):
     """Memories of a segment, by arm, and refined ones."""
     pinned = len(opening_ids(tokenizer))
     for slots in options.slots:
-        layout = _config(slots).memory_layout(model.max_tokens)
+        layout = _config(slots, options.allocation).memory_layout(model.max_tokens)
         with laid_out(model, layout):
             with timed.timed("compressing"):
                 memory = model.compress(before, pinned=pinned)
-            kinds = {f"matched_{slots}": memory}
+            kinds = {f"{'adaptive' if layout.is_adaptive else 'matched'}_{slots}": memory}
             if learned is not None:
                 kinds[f"anchored_{slots}"] = anchored_memory(
                     learned, before, model.empty_memory(pinned=pinned), layout

@@ -46,37 +46,26 @@ def measured(folder, data, *arguments):
     return [json.loads(line) for line in output.read_text().splitlines()][1:]
 
 
-def test_answers_behind_refined_memories(folder, data, small):
-    asked = [
-        "--kind",
-        "xquad",
-        "--questions",
-        "6",
-        "--slots",
-        "4",
-        "--steps",
-        "1",
-        "2",
-        "--asked",
-        "both",
-        "text",
-        "other",
-    ]
-    found = measured(folder, data, *asked)
-    refined = {f"matched+{steps}{by}" for steps in (1, 2) for by in ("", " text", " other")}
-    kept = {"full", "nothing", "raw_4", "even_4", "attended_4", "matched_4"}
+@pytest.mark.parametrize(("allocation", "closed"), [("uniform", "matched"), ("adaptive", "adaptive")])
+def test_answers_behind_refined_memories(folder, data, small, allocation, closed):
+    chosen = "--kind xquad --questions 6 --slots 4 --ratio 3 --steps 1 2 --asked both text other --allocation"
+    found = measured(folder, data, *chosen.split(), allocation)
+    refined = {f"{closed}+{steps}{by}" for steps in (1, 2) for by in ("", " text", " other")}
+    kept = {"full", "nothing", "raw_3", "even_3", "attended_3", "matched_3"}
+    kept |= {"adaptive_3", "attended_adaptive_3"} if allocation == "adaptive" else set()
     assert {record["arm"] for record in found if "arm" in record} == kept | refined
     assert refined <= {record["gained_by"] for record in found if "gained_by" in record}
     assert {"seconds_of": "step", "mean": pytest.approx(0.1, abs=10), "count": 18} in found
 
 
-def test_what_follows_behind_refined_memories(folder, data, small):
-    chosen = ["--kind", "help", "--segments", "3", "--slots", "8", "4", "--steps", "1", "--learning-rate", "1e-9"]
-    found = measured(folder, data, *chosen)
+@pytest.mark.parametrize(("allocation", "closed"), [("uniform", "matched"), ("adaptive", "adaptive")])
+def test_what_follows_behind_refined_memories(folder, data, small, allocation, closed):
+    chosen = "--kind help --segments 3 --slots 8 4 --steps 1 --learning-rate 1e-9 --allocation"
+    found = measured(folder, data, *chosen.split(), allocation)
     nats = {record["arm"]: record["nats_per_token"] for record in found if "arm" in record}
-    assert nats.keys() == {"full", "tail", "matched_8", "matched_8+1", "matched_4", "matched_4+1"}
+    assert nats.keys() == {"full", "tail", *(f"{closed}_{arm}" for arm in ("8", "8+1", "4", "4+1"))}
     # With no learning to speak of, the memory is what it was.
-    assert nats["matched_8+1"] == nats["matched_8"] != nats["matched_4"] == nats["matched_4+1"]
+    assert nats[f"{closed}_8+1"] == nats[f"{closed}_8"] != nats[f"{closed}_4"] == nats[f"{closed}_4+1"]
 
 
 @pytest.mark.parametrize("talks", [False, True])
