@@ -10,14 +10,14 @@ from transformers.cache_utils import DynamicCache
 
 from .batching import Rows, prompt_of, unfinished_of
 from .integrations import attention, graphs
-from .integrations.capture import implementation_of, narrowed_attention
+from .integrations.capture import SlotsOfHeads, implementation_of, narrowed_attention
 from .integrations.compat import cache_argument, cache_name, has_recurrent_layers, key_sources
 from .integrations.fsdp import units_of
 from .integrations.own_attention import calls_pytorch
 from .integrations.scoped import compact_head, evaluating, temporarily
 from .memory.fixed import fixed_cache
 from .memory.memory import Memory
-from .memory.prefix import placed_prefix, slots_of_heads
+from .memory.prefix import placed_prefix, with_own_slots
 from .memory.reader import positions_of_mask
 from .memory.rotary import depends_on_pass
 from .memory.states import uploaded
@@ -119,8 +119,10 @@ def _read_as_prefix(network, memory, ids, mask, config, kind, others):
         raise ValueError('cache_implementation="static" is for memories of memory_allocation="uniform"')
     prefix = placed_prefix(network, repeated, first, read_with=positions, uneven=uneven)
     room = len(prefix) + ids.shape[1] + config.max_new_tokens if kind == "static" else None
+    own: dict[int, SlotsOfHeads] = {}
+    if uneven and len(prefix):
+        prefix, own = with_own_slots(network, repeated, prefix)
     others |= cache_argument(base, prefix.to_cache(network.config, room))
-    own = slots_of_heads(network, repeated, prefix) if uneven and len(prefix) else {}
     narrowed = narrowed_attention(network.decoder, own) if own else contextlib.nullcontext(own.keys())
     with network.unconverted(), narrowed as done:
         found = base.generate(
@@ -196,7 +198,8 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
             network.reader.read(cache, memory)
             if memory.carried is not None and not mask.all():
                 read_but_last(network, ids, mask, cache, memory)
-        if graphs.are_wanted(network.device) and _is_capturable(network):
+        uneven = memory is not None and memory.layout.is_adaptive  # heads see other slots, in no mask of a graph
+        if graphs.are_wanted(network.device) and not uneven and _is_capturable(network):
             found = _written_by_graphs(network, ids, mask, memory, cache, max_new_tokens)
         else:
             with network.must_read(None if memory is None else cache):

@@ -88,14 +88,27 @@ def captured_attention(decoder: Any) -> Iterator[dict[int, AttentionCall]]:
             yield calls
 
 
+class SlotsOfHeads(NamedTuple):
+    """The slots that a layer has at the beginning of a cache, and which of them each head sees.
+
+    Attributes:
+        present: Which of its n slots the query heads see, bool `[B, heads, 1, n]`.
+        columns: Their columns among those that a mask has for slots, int64 `[n]`.
+        width: Number of these.
+    """
+
+    present: torch.Tensor
+    columns: torch.Tensor
+    width: int
+
+
 @contextlib.contextmanager
-def narrowed_attention(decoder: Any, present: Mapping[int, torch.Tensor]) -> Iterator[set[int]]:
-    """Let the heads of each layer see other ones of the first keys of a cache in the block: a context manager.
+def narrowed_attention(decoder: Any, slots: Mapping[int, SlotsOfHeads]) -> Iterator[set[int]]:
+    """Let each layer have its own slots at the beginning of a cache in the block, and each head see its own of them.
 
     Args:
         decoder: The decoder, whose attention is "sdpa" or "eager".
-        present: Which of the first N keys the query heads of a layer see, bool `[B, heads, 1, N]`, by the layer's
-            index in the cache.
+        slots: The slots of each layer, by its index in the cache.
 
     Yields:
         Layers whose heads have done so.
@@ -106,11 +119,13 @@ def narrowed_attention(decoder: Any, present: Mapping[int, torch.Tensor]) -> Ite
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **settings: Any
     ):
-        own = present[module.layer_idx]
+        own, columns, width = slots[module.layer_idx]
         seen = own.new_ones(*own.shape[:3], key.shape[2])
         seen[..., : own.shape[3]] = own
         if mask is None and query.shape[2] > 1:
             raise RuntimeError("a pass over several tokens behind a memory came without a mask")
+        if mask is not None:
+            mask = torch.cat([mask.index_select(-1, columns), mask[..., width:]], -1)
         if mask is None:
             mask = seen
         elif mask.dtype == torch.bool:

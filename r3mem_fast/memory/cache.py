@@ -11,7 +11,7 @@ from ..integrations import attention
 from ..integrations.capture import implementation_of
 from ..integrations.compat import arguments_by_name, key_sources, setting_of, signature_of
 from ..reversible.past import MemoryNotReadError, States
-from .masks import seen, with_memory
+from .masks import columns_in_use, seen, with_memory
 from .recurrent import CarryingCache, refuse_layers_without_memory
 from .room import Room
 from .rotary import Rotation
@@ -60,7 +60,7 @@ class PrefixCache(CarryingCache):
         self._all_visible = True
         self._ages: torch.Tensor | None = None
         self._windows: Sequence[int | None] = ()
-        self._uneven = False
+        self._columns: dict[int, torch.Tensor] = {}  # of the memory, by layer, where heads have other numbers of keys
         self._config: Any = None
         self._placed: dict[int, States] = {}  # the memory by layer, at its positions
         self._written: dict[int, States] = {}  # the captured tokens of this pass, by layer
@@ -106,7 +106,7 @@ class PrefixCache(CarryingCache):
             sizes: Sizes of each layer's keys and values in `prefix`; (): those that the cache was made with.
             uneven: Whether heads have other numbers of keys; where one has none, its age is 0.
         """
-        self._uneven = uneven
+        self._columns = dict(enumerate(columns_in_use(ages))) if uneven and ages is not None else {}
         self.go_on_from(carried)
         if visible.shape[-1]:
             self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
@@ -171,7 +171,7 @@ class PrefixCache(CarryingCache):
             self.rotation = Rotation(decoder, layers, order, config, self._still)
             self._order = list(order)
         self._positions, self._lengths = positions[:, -self.capture :] if self.capture else None, None
-        if self._apart and self._visible is not None and (self._uneven or any(self._windows)):
+        if self._apart and self._visible is not None and (self._columns or any(self._windows)):
             raise ValueError(
                 f'attn_implementation="{attention.NAME}" cannot read a matched memory in layers with a sliding '
                 'window, nor one of adaptive allocation (each head sees other slots); use "sdpa" or "eager"'
@@ -195,8 +195,9 @@ class PrefixCache(CarryingCache):
             places = (first - self._ages.long()).clamp_min(0)
             turned = self.placed(prefix[:, self.carrier], range(len(prefix)), places)
         keys, values = (turned if part == self.carrier else prefix[:, part] for part in (0, 1))
+        here = [(..., self._columns.get(place, slice(None)), slice(None)) for place in range(len(keys))]
         self._placed = {
-            index: (size.key(keys[place]), size.value(values[place]))
+            index: (size.key(keys[place][here[place]]), size.value(values[place][here[place]]))
             for place, (index, size) in enumerate(zip(self.keyed, self.sizes, strict=True))
         }
 
@@ -348,7 +349,7 @@ class PrefixCache(CarryingCache):
             return mask._replace(memory_key=key, memory_value=value, memory_lengths=self._lengths, read=read)
         tokens, place = hidden.shape[-2], self.keyed.index(source)
         window = self._windows[place] if self._windows else None
-        own_columns = self._uneven or window is not None  # each layer has its own
+        own_columns = bool(self._columns) or window is not None  # each layer has its own
         if self._visible is None or (mask is None and tokens == 1 and self._all_visible and not own_columns):
             return mask
         if source == layer_idx:  # before it writes its own
@@ -361,9 +362,8 @@ class PrefixCache(CarryingCache):
         if own_columns:
             assert self._ages is not None
             ages, later = self._ages[place][:, : self.sizes[place].heads], self._of_pass - self.first_position
-            visible = visible & seen(
-                ages, later, setting_of(self._config, "num_attention_heads"), window, self._uneven
-            )
+            heads, columns = setting_of(self._config, "num_attention_heads"), self._columns.get(place)
+            visible = seen(visible, ages, later, heads, window, columns)
         widened = with_memory(mask, visible, tokens, length, hidden, implementation)
         if not own_columns:
             self._widened[id(mask), length] = (mask, widened)

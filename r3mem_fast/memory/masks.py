@@ -32,20 +32,43 @@ def with_memory(
     return torch.cat([visible, known.expand(*visible.shape[:2], *known.shape[2:])], -1)
 
 
-def seen(ages: torch.Tensor, later: torch.Tensor, heads: int, window: int | None, uneven: bool) -> torch.Tensor:
-    """Whether each query of a pass sees each slot of a memory: bool `[B, heads, T, N]`.
+def columns_in_use(ages: torch.Tensor) -> list[torch.Tensor]:
+    """Find where some head of a layer has a slot, as the others of a layer need not be read: int64 `[n]` by layer.
+
+    Heads of one layer may have few slots where those of another have many. Asks the device once.
 
     Args:
-        ages: Tokens from each slot to the first one behind the memory, `[B, kv_heads, N]`.
+        ages: Tokens from each slot to the first one behind the memory, `[layers, B, kv_heads, N]`; 0 for none.
+    """
+    used = (ages > 0).any(2).any(1)
+    return [torch.nonzero(row)[:, 0].to(ages.device) for row in used.cpu()]
+
+
+def seen(
+    visible: torch.Tensor,
+    ages: torch.Tensor,
+    later: torch.Tensor,
+    heads: int,
+    window: int | None,
+    columns: torch.Tensor | None,
+) -> torch.Tensor:
+    """Whether each query of a pass sees each slot of a memory: bool `[B, heads, T, n]`.
+
+    Args:
+        visible: Which of N slots each row has, bool `[B, 1, T, N]`.
+        ages: Tokens from each slot to the first one behind the memory, `[B, kv_heads, N]`; 0 where a head has none.
         later: Tokens from that one to each query, `[1 or B, T]`.
         heads: Number of query heads.
         window: Number of keys that a query sees, its own included; None: all.
-        uneven: Whether heads have other numbers of slots; where one has none, its age is 0.
+        columns: The n of the N slots that the layer has, where heads have other numbers of them; None: all N.
     """
-    found = ages[:, :, None] > 0 if uneven else torch.ones_like(ages[:, :, None], dtype=torch.bool)
+    found = visible.expand(-1, ages.shape[1], -1, -1)
+    if columns is not None:
+        ages = ages.index_select(-1, columns)
+        found = found.index_select(-1, columns) & (ages > 0)[:, :, None]
     if window is not None:
         found = found & (ages[:, :, None] + later.to(ages.device)[:, None, :, None] < window)
-    return found.expand(-1, -1, later.shape[1], -1).repeat_interleave(heads // ages.shape[1], 1)
+    return found.repeat_interleave(heads // ages.shape[1], 1)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

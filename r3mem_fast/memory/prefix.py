@@ -19,7 +19,9 @@ from safetensors.torch import save as to_safetensors
 from transformers.cache_utils import Cache, StaticCache
 
 from ..files import replacing
+from ..integrations.capture import SlotsOfHeads
 from ..reversible.convert import text_config
+from .masks import columns_in_use
 from .room import roomy_cache
 from .rotary import Rotation, is_rotary
 
@@ -207,7 +209,7 @@ def placed_prefix(
         first_position: See `prefix_of`.
         read_with: Positions of the tokens that are read first, int64 `[B, T]`; None: the first position alone. Some
             models choose their frequencies by the largest position of a pass.
-        uneven: Whether who reads it lets each head see its own slots (`slots_of_heads`).
+        uneven: Whether who reads it lets each head see its own slots (`with_own_slots`).
 
     Raises:
         ValueError: Heads have other numbers of slots and uneven is false, a layer has a sliding window or is
@@ -263,21 +265,33 @@ def placed_prefix(
     return Prefix(keys, values, mask, tail, first, memory.origin.base, vocabulary)
 
 
-def slots_of_heads(model: Any, memory: Any, prefix: Prefix) -> dict[int, torch.Tensor]:
-    """Which slots of a prefix each query head has, by the layer's index in a cache, bool `[B, heads, 1, N]`.
+def with_own_slots(model: Any, memory: Any, prefix: Prefix) -> tuple[Prefix, dict[int, SlotsOfHeads]]:
+    """Leave out what no head of a layer has, and say what each has of the rest.
+
+    The first layer keeps all N: transformers takes the length of a cache to be that of its first layer.
 
     Args:
         model: The `R3MemModel`.
         memory: A memory of adaptive allocation.
         prefix: The prefix of it.
+
+    Returns:
+        The prefix, with other numbers of keys in each layer, and what the query heads of each see, by its index in a
+        cache.
     """
     reader, count = model.reader, len(prefix)
-    exists = memory.ages[..., memory.ages.shape[-1] - count :].to(model.device) > 0
+    ages = memory.ages[..., memory.ages.shape[-1] - count :].to(model.device)
+    columns = columns_in_use(ages)
+    columns[0] = torch.arange(count, device=ages.device)
+    keys, values = (
+        tuple(some.index_select(2, chosen) for some, chosen in zip(states, columns, strict=True))
+        for states in (prefix.keys, prefix.values)
+    )
     keyed, sizes = reader.keyed_layers(), reader.layer_sizes()
     heads = text_config(model.config).num_attention_heads
     own = {}
     for index, source in enumerate(reader.key_sources()):
         place = keyed.index(source)
-        of_layer = exists[place, :, : sizes[place].heads, None]
-        own[index] = of_layer.repeat_interleave(heads // sizes[place].heads, 1)
-    return own
+        exists = ages[place, :, : sizes[place].heads].index_select(-1, columns[place])[:, :, None] > 0
+        own[index] = SlotsOfHeads(exists.repeat_interleave(heads // sizes[place].heads, 1), columns[place], count)
+    return dataclasses.replace(prefix, keys=keys, values=values), own

@@ -109,18 +109,18 @@ class Slots(NamedTuple):
         others = self._others()
         # A slot's order: pinned ones, nothing, the others.
         order = torch.where(others, 2, torch.where(self.ages >= 0, 0, 1)).sort(dim=-1, stable=True).indices
-        ages = self.ages.gather(3, order)
-        states = self.states.gather(4, order[:, None, ..., None].expand(-1, 2, -1, -1, -1, self.states.shape[-1]))
-        width, most = ages.shape[-1], others.sum(-1).amax((0, 2)).tolist()
+        width, most = order.shape[-1], others.sum(-1).amax((0, 2)).tolist()
         rows = [
             torch.cat([torch.arange(pinned), torch.arange(width - count, width)])
             for pinned, count in zip(self.pinned.tolist(), most, strict=True)
         ]
         widest = max(map(len, rows))
-        places = [torch.nn.functional.pad(row, (widest - len(row), 0), value=-1) for row in rows]
-        everywhere = torch.ones(len(rows), width, dtype=torch.bool)
-        found = Slots(states, ages, everywhere, self.pinned).kept(torch.stack(places))
-        return found._replace(states=found.states.masked_fill((found.ages < 0)[:, None, ..., None], 0))
+        columns = torch.stack([torch.nn.functional.pad(row, (widest - len(row), 0), value=-1) for row in rows])
+        index = uploaded(columns, order.device)[None, :, None].expand(*order.shape[:3], -1)
+        places = order.gather(3, index.clamp_min(0))
+        ages = self.ages.gather(3, places).masked_fill(index < 0, -1)
+        states = self.states.gather(4, places[:, None, ..., None].expand(-1, 2, -1, -1, -1, self.states.shape[-1]))
+        return Slots(states.masked_fill((ages < 0)[:, None, ..., None], 0), ages, columns >= 0, self.pinned)
 
     def youngest(self, budget: int) -> "Slots":
         """The slots that stay within a budget where heads have other numbers of them, packed.

@@ -11,6 +11,7 @@ from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RefineSet
 from r3mem_fast.cli.main import main
 from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.memory.file import read_header
+from r3mem_fast.memory.prefix import placed_prefix, with_own_slots
 from r3mem_fast.memory.slots import Slots, slots_of
 from r3mem_fast.memory.states import with_gaps, without_gaps
 from r3mem_fast.memory.writers import allocation
@@ -113,6 +114,25 @@ def test_what_a_head_does_not_have_it_does_not_read(family, attention):
     # What is written is what reading says.
     again = model(written[:, :-1], memory=memory).logits[:, text.shape[1] - 1 :].argmax(-1)
     assert torch.equal(again, written[:, text.shape[1] :])
+
+
+@torch.no_grad()
+def test_a_layer_reads_what_some_head_of_it_has_and_no_more():
+    """Of the columns of a memory, which is as wide as the widest head of all layers."""
+    model = network()
+    memory, text = model.compress(ids_of(70, rows=2), finish=True), ids_of(9, rows=2, seed=1)
+    used = (memory.ages > 0).any(2).any(1).sum(-1)
+    assert used.unique().numel() > 1 and used.max() <= memory.states.shape[4]
+    cache = model.reading_cache(memory, keep=False)
+    model.reader.decode(model.reader.embeddings_of(text), torch.ones_like(text), cache, ids=text)
+    assert [cache.past(layer)[0].shape[2] for layer in range(len(used))] == used.tolist()
+    prefix = placed_prefix(model, memory, uneven=True)
+    trimmed, own = with_own_slots(model, memory, prefix)
+    widths = [len(prefix), *used[1:].tolist()]  # a cache is as long as its first layer
+    assert [keys.shape[2] for keys in trimmed.keys] == [values.shape[2] for values in trimmed.values] == widths
+    assert [slots.present.sum().item() for slots in own.values()] == [
+        (memory.ages[layer] > 0).repeat_interleave(2, 1).sum().item() for layer in range(len(used))
+    ]
 
 
 @torch.no_grad()
