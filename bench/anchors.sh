@@ -16,22 +16,38 @@ folder=$(realpath "$1") data=$(realpath -e "$2")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
+kinds=(novels wikipedia code help)
 [[ -e $folder/mixed.jsonl ]] ||
-    "$python" -m bench.mixed_texts novels wikipedia code help --data "$data" -o "$folder/mixed.jsonl"
-[[ -e $folder/anchors/r3mem.json ]] || "$python" -m r3mem_fast.cli train "$folder/mixed.jsonl" -o "$folder/anchors" \
-    --memory-writer anchored --adapter-rows memory --memory-tokens 64 --memory-budget 64 --segment-overlap 32 \
-    --drawn-memory-tokens 64,32,16,8 --distillation 1 --kept-segments device --segments 2 --hold-out 0.5 \
-    --batch-size 2 --steps 280 --learning-rate 5e-4 --checkpoint-steps 20
-measure() { # NAME MODULE ARGUMENTS...
-    local output=$folder/$1_smollm2.jsonl
+    "$python" -m bench.mixed_texts "${kinds[@]}" --data "$data" --hold-out 0.5 -o "$folder/mixed.jsonl"
+[[ -e $folder/asked.jsonl ]] ||
+    "$python" -m bench.self_study novels wikipedia help --data "$data" --passages 240 -o "$folder/asked.jsonl"
+train() { # FOLDER STEPS ARGUMENTS...
+    local output=$folder/$1
+    [[ -e $output/r3mem.json ]] || "$python" -m r3mem_fast.cli train -o "$output" --steps "$2" --distillation 1 \
+        --kept-segments device --segments 2 --batch-size 2 --learning-rate 5e-4 --checkpoint-steps 20 "${@:3}"
+}
+# First where every head has as many slots, then where heads share them, and with what asks for a text.
+train uniform 280 "$folder/mixed.jsonl" --memory-writer anchored --adapter-rows memory --memory-tokens 64 \
+    --memory-budget 64 --segment-overlap 32 --drawn-memory-tokens 64,32,16,8
+[[ -e $folder/begun/r3mem.json ]] ||
+    "$python" -m bench.anchored "$folder/uniform" "$folder/begun" --memory-allocation adaptive
+asked=$folder/asked.jsonl
+train anchors 600 "$folder/mixed.jsonl" "$asked" "$asked" "$asked" --model "$folder/begun" \
+    --drawn-memory-tokens 64,32,16,16,8
+measure() { # ADAPTER NAME MODULE ARGUMENTS...
+    local output=$folder/$2_smollm2.jsonl
     [[ -e $output ]] && return
-    "$python" -m "bench.$2" --adapter "$folder/anchors" --data "$data" --output "$output.part" "${@:3}"
+    "$python" -m "bench.$3" --adapter "$folder/$1" --data "$data" --output "$output.part" "${@:4}"
     mv "$output.part" "$output"
 }
 sizes=(--slots 64 16 8 --foreign 16 --rivals --presses)
-measure anchored_novels matched --kind novels --segments 200 --chains 0 "${sizes[@]}"
-measure anchored_chains matched --kind novels --segments 0 --chains 48 --chain-slots 21 "${sizes[@]}"
+measure uniform anchored_novels matched --kind novels --segments 200 --chains 0 "${sizes[@]}"
+measure uniform answers_anchored_xquad memory_answers --kind xquad --ratios 4 --questions 160 --presses
+both=("${sizes[@]}" --adaptive)
+measure anchors anchored_adaptive_novels matched --kind novels --segments 200 --chains 0 "${both[@]}"
+measure anchors anchored_adaptive_chains matched --kind novels --segments 0 --chains 48 --chain-slots 21 "${both[@]}"
 for kind in wikipedia code help dialogue meetings; do
-    measure anchored_$kind matched --kind $kind --segments 100 --chains 0 "${sizes[@]}"
+    measure anchors anchored_adaptive_$kind matched --kind $kind --segments 48 --chains 0 "${both[@]}"
 done
-measure answers_anchored_xquad memory_answers --kind xquad --ratios 4 --questions 160 --presses
+measure anchors answers_anchored_adaptive_xquad memory_answers --kind xquad --ratios 4 8 16 --questions 80 \
+    --presses --adaptive

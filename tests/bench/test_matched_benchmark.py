@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from bench import compress_speed, matched, mixed_texts, perplexity, texts
+from bench import anchored, compress_speed, matched, mixed_texts, perplexity, texts
 from r3mem_fast import R3MemConfig, R3MemPipeline
+from r3mem_fast.adapter_folder import weights_of
 from r3mem_fast.data.corpus import read_texts
 from tests.test_codec import begins_texts
 
@@ -92,6 +94,22 @@ def test_anchors_that_have_learned_nothing_are_the_closed_form(folder, tmp_path,
     assert {arm: mean for (arm, rival), mean in better.items() if rival == closed and arm in places} == dict.fromkeys(
         places, 0
     )
+
+
+def test_an_adapter_of_anchors_goes_on_in_another_allocation(folder, tmp_path):
+    """With the same weights."""
+    config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
+    learned = R3MemPipeline(folder, config=config, dtype="float32")
+    with torch.no_grad():
+        for index, weight in enumerate(learned.model.parameters()):
+            weight += 0.01 * index * weight.requires_grad
+    learned.save(tmp_path / "uniform")
+    arguments = [str(tmp_path / "uniform"), str(tmp_path / "shared"), "--model", str(folder), "--dtype", "float32"]
+    assert anchored.main([*arguments, "--memory-allocation", "adaptive"]) == 0
+    found = R3MemPipeline(tmp_path / "shared", dtype="float32").model
+    assert found.r3mem_config == dataclasses.replace(learned.model.r3mem_config, memory_allocation="adaptive")
+    weights, others = weights_of(learned.model), weights_of(found)
+    assert weights.keys() == others.keys() and all(torch.equal(others[name], weights[name]) for name in weights)
 
 
 def test_heads_that_share_slots_are_a_rival(folder, tmp_path):
