@@ -133,6 +133,8 @@ class _Asker:
         """Ask a question in all ways; grades by way and measure."""
         codec, options = self._pipeline.codec, self._options
         kind = self._kind
+        self._memories.clear()  # another question is about another paragraph
+        self._scores.clear()
         asked = codec.ids(f"\n\n{kind.instruction}Question: {question.question}{self._after}{kind.opener}")
         ranked = {way: self._ranked(question.question, way) for way in (*self._words, *self._vectors)}
         right, first = self._paragraphs.index(question.context), ranked["bm25"][0]

@@ -18,6 +18,7 @@ from ..files import check_writable, replacing
 from ..memory.layout import MemoryLayout
 from ..memory.memory import Memory
 from ..pipeline import R3MemPipeline
+from ..settings import check_value
 from .answering import written
 from .beside import pinned_memory, side_by_side, with_layout
 from .lookup import WordIndex
@@ -61,6 +62,7 @@ class DocumentStore:
         ratio: Tokens of a slot.
         part_tokens: Tokens of a part at most.
         slots: Slots before a question at most.
+        allocation: See `R3MemConfig.memory_allocation`; `slots` and `ratio` are of a head on average.
         settings: More arguments of `R3MemPipeline` (`device`, `dtype`, ...).
 
     Raises:
@@ -77,6 +79,7 @@ class DocumentStore:
         ratio: int = 4,
         part_tokens: int = 256,
         slots: int = 512,
+        allocation: str = "uniform",
         **settings: Any,
     ):
         for name, value in (("ratio", ratio), ("part_tokens", part_tokens), ("slots", slots)):
@@ -84,11 +87,12 @@ class DocumentStore:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if math.ceil(part_tokens / ratio) > slots:
             raise ValueError(f"a part of {part_tokens} tokens at 1/{ratio} does not fit into {slots} slots")
+        check_value(R3MemConfig, "memory_allocation", allocation)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         check_writable(self.folder)
         self._given, self._settings = model, settings
-        self.ratio, self.part_tokens, self.slots = ratio, part_tokens, slots
+        self.ratio, self.part_tokens, self.slots, self.allocation = ratio, part_tokens, slots, allocation
         self._pipeline: R3MemPipeline | None = None
         self._begun: Memory | None = None
         self._memories: dict[str, Memory] = {}
@@ -221,8 +225,9 @@ class DocumentStore:
         length = math.ceil(tokens / segments)
         slots = math.ceil(length / self.ratio)
         config = dataclasses.replace(
-            _CONFIG, num_memory_tokens=slots, segment_length=length, memory_budget=slots * segments
-        )
+            _CONFIG, num_memory_tokens=slots, segment_length=length, memory_budget=slots * segments,
+            memory_allocation=self.allocation,
+        )  # fmt: skip
         layout = config.memory_layout(self.pipeline.model.max_tokens)
         assert layout is not None, "there are memory tokens"
         return layout
@@ -256,7 +261,11 @@ _CONFIG = R3MemConfig(
 
 
 def rows_of_one(memories: Sequence[Memory]) -> Memory:
-    """Memories of one row each as the rows of one, in a layout that has room for the largest."""
-    largest = max(memories, key=lambda memory: memory.layout.budget)
-    layout, origin = largest.layout, largest.origin
-    return Memory.cat([dataclasses.replace(memory, layout=layout, origin=origin) for memory in memories])
+    """Memories of one row each as the rows of one, in a layout that has room for the largest.
+
+    Where heads of one have other numbers of slots, it is one in which they may; in others of them all have as many.
+    """
+    layout = max(memories, key=lambda memory: memory.layout.budget).layout
+    if any(memory.layout.is_adaptive for memory in memories):
+        layout = dataclasses.replace(layout, allocation="adaptive")
+    return Memory.cat([with_layout(memory, layout) for memory in memories])

@@ -8,6 +8,7 @@ import torch
 from r3mem_fast import Memory, R3MemConfig, R3MemPipeline
 from r3mem_fast.store import Answer, DocumentStore
 from r3mem_fast.store.beside import side_by_side, with_layout
+from r3mem_fast.store.documents import rows_of_one
 
 TEMPLATE = "S:brief.{% for m in messages %}U:{{ m.content }}.{% endfor %}A:"
 TEXTS = {"ship": "The ship left Nantucket at dawn.", "mill": "Anna took the blue key to the mill."}
@@ -173,6 +174,28 @@ def test_memories_whose_heads_share_slots_stand_side_by_side(folder, tmp_path):
         moved = (first[head][first[head] > 0] + len(texts[1])).clamp_max(both.layout.reach).tolist()
         own = both.ages[0, 0, head]
         assert own[own > 0].tolist() == moved + second[head][second[head] > 0].tolist()
-    store = DocumentStore(tmp_path, found, ratio=2, part_tokens=40, slots=80)
+    store = DocumentStore(tmp_path, found, ratio=2, part_tokens=40, slots=80, allocation="adaptive")
     found.tokenizer.chat_template = TEMPLATE
     assert store.answer("Who?", TEXTS["mill"], **SETTINGS).sources == ("document 1",)
+    memory = store.memory(TEXTS["mill"])
+    assert memory.layout.is_adaptive and (memory.ages == 0).any()
+    with pytest.raises(ValueError, match="memory_allocation"):
+        DocumentStore(tmp_path, found, allocation="some")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [16, 64])
+def test_a_row_of_other_heads_is_read_as_alone(folder, budget):
+    """Beside one in which all heads have as many slots, whichever has the larger budget."""
+    sizes = {"num_memory_tokens": 16, "memory_budget": 32, "segment_length": 32}
+    config = R3MemConfig(memory_writer="matched", adapter_rows="memory", memory_allocation="adaptive", **sizes)
+    model = R3MemPipeline(str(folder), config=config, dtype="float32").model
+    shared = model.compress(torch.arange(30, 70)[None], finish=True)
+    other = dataclasses.replace(shared.layout, allocation="uniform", budget=budget)
+    uniform = model.compress(torch.arange(40, 44)[None], finish=True)  # a slot for each token
+    rows = rows_of_one([with_layout(uniform, other), shared])
+    assert (shared.ages == 0).any() and rows.layout.is_adaptive
+    ids = torch.arange(50, 56)[None]
+    found = model(ids.expand(2, -1), memory=rows).logits
+    for row, memory in enumerate((uniform, shared)):
+        assert torch.allclose(found[row], model(ids, memory=memory).logits[0], atol=1e-4)
