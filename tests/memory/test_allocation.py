@@ -1,6 +1,7 @@
 """Adaptive allocation: heads share the slots of a matched memory, which is then other in each head."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from r3mem_fast.memory.prefix import placed_prefix, with_own_slots
 from r3mem_fast.memory.slots import Slots, slots_of
 from r3mem_fast.memory.states import with_gaps, without_gaps
 from r3mem_fast.memory.writers import allocation
-from r3mem_fast.memory.writers.allocation import shared_places
+from r3mem_fast.memory.writers.allocation import of_like_width, shared_places
 from r3mem_fast.training.refine import refine
 from tests.reversible.tiny import build
 
@@ -83,6 +84,17 @@ def check_that_the_best_stay(layers, rows, heads, keys, limit, seed, least):
                 gone = (here >= 0) & (here != torch.inf) & ~kept
                 if kept.any() and gone.any():
                     assert here[kept].min() >= here[gone].max()
+
+
+@given(st.lists(st.integers(0, 300)))
+def test_layers_of_like_width_are_together(widths):
+    found = of_like_width(widths)
+    assert sorted(place for places in found for place in places) == list(range(len(widths)))
+    for places in found:
+        here = [widths[place] for place in places]
+        assert len(here) == 1 or max(here) < 2 * min(here)
+    least = [min(widths[place] for place in places) for places in found]
+    assert all(2 * small <= large for small, large in itertools.pairwise(least))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

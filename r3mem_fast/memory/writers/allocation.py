@@ -12,6 +12,8 @@ at least a quarter of what it would have of equal shares, and eight, without whi
 as many at most: while a memory is read, it is as wide as its widest head.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from r3mem_fast.kernels.matching import MAX_KEPT
@@ -63,3 +65,17 @@ def shared_places(weights: torch.Tensor, limit: int) -> torch.Tensor:
         chosen[left.flatten().topk(max(0, more)).indices] = True
         stays[:, row] |= chosen.view(left.shape)
     return stays | beside
+
+
+def of_like_width(widths: Sequence[int]) -> list[list[int]]:
+    """Places of widths in groups, in none of which one is twice as large as another.
+
+    Args:
+        widths: The widths.
+    """
+    found: list[list[int]] = []
+    for place in sorted(range(len(widths)), key=widths.__getitem__):
+        if not found or widths[place] >= 2 * widths[found[-1][0]]:
+            found.append([])
+        found[-1].append(place)
+    return found

@@ -35,7 +35,7 @@ from ..cache import PrefixCache
 from ..sizes import padded
 from ..slots import Slots
 from ..states import uploaded
-from .allocation import best_places, shared_places
+from .allocation import best_places, of_like_width, shared_places
 
 # Lambda and epsilon. Text behind a memory is read as well, within 0.002 nats a token, with 0.1 to 1 and 0 to 0.1; the
 # largest changes of values are four times smaller with an epsilon of 0.1 than with none.
@@ -164,14 +164,19 @@ class Match:
         found: dict[int, list[torch.Tensor]] = {}
         for group in groups:
             some = scored.pop(group[0])
-            of_group = torch.cat([stays[layer, :, : some.scores.shape[1]] for layer in group])
-            width = int(of_group.sum(-1).max())
-            # Those that stay come last, in their order.
-            places = of_group.to(torch.int8).sort(dim=-1, stable=True).indices[..., count - width :]
-            kept = self._kept(group, some, places, of_group.gather(2, places), slots)
-            found |= {
-                layer: list(parts) for layer, *parts in zip(group, *(p.chunk(len(group)) for p in kept), strict=True)
-            }
+            of_group = torch.stack([stays[layer, :, : some.scores.shape[1]] for layer in group])
+            # Layers whose heads have few slots have small equations.
+            for alike in of_like_width(of_group.sum(-1).amax((1, 2)).tolist()):
+                index, here = uploaded(torch.tensor(alike), of_group.device), [group[place] for place in alike]
+                of_here = of_group[index].flatten(0, 1)
+                # Those that stay come last, in their order.
+                places = of_here.to(torch.int8).sort(dim=-1, stable=True).indices
+                places = places[..., count - int(of_here.sum(-1).max()) :]
+                asked_here = some.of_layers(index, len(group))
+                kept = self._kept(here, asked_here, places, of_here.gather(2, places), slots)
+                found |= {
+                    layer: list(parts) for layer, *parts in zip(here, *(p.chunk(len(here)) for p in kept), strict=True)
+                }
         width = max(parts[2].shape[-1] for parts in found.values())
         for parts in found.values():
             missing = width - parts[2].shape[-1]
@@ -323,6 +328,10 @@ class _Asked(NamedTuple):
     scores: torch.Tensor
     lse: torch.Tensor
     target: torch.Tensor
+
+    def of_layers(self, index: torch.Tensor, count: int) -> "_Asked":
+        """The same of some of `count` layers, int64 `[n]`."""
+        return _Asked(*(part.unflatten(0, (count, -1))[index].flatten(0, 1) for part in self))
 
 
 def _without(gram, residual, pinned):
