@@ -46,6 +46,32 @@ def documents_paired() -> str:
     return _paired("rag_smollm2", "paragraphs")
 
 
+def documents_shared() -> str:
+    """Tabulate questions about paragraphs behind memories whose heads share their slots."""
+    return _shared("rag", ("bm25+", "minilm+", "kvzip"), "paragraphs")
+
+
+def _shared(name: str, rivals: tuple[str, ...], pieces: str) -> str:
+    """Tabulate shares behind memories of both allocations, and what those that share are better than rivals by."""
+    uniform, shared = (
+        {record["way"]: record["share"] for record in records(f"{file}_smollm2") if "share" in record}
+        for file in (name, f"{name}_adaptive")
+    )
+    found = records(f"{name}_adaptive_smollm2")
+    better = {(r["way"], r["better_than"]): interval(r) for r in found if r.get("of") == "nats"}
+    ours = ("memory", "memory+bm25", "memory+minilm")
+    rows = []
+    for way in sorted(shared, key=lambda way: list(_WAYS).index(way.rpartition("_")[0] or way)):
+        kind = way.rpartition("_")[0]
+        # What has no slots is the same in both.
+        if kind in (*ours, "attended", "memories", "foreign", "kvzip", "expected"):
+            cells = [interval(uniform[way]), interval(shared[way])]
+            cells += [better.get((way, rival), "–") for rival in rivals]
+            rows.append((_name(way, pieces), *cells))
+    names = (f"better than {_WAYS[rival].format(pieces)} by" for rival in rivals)
+    return table(("before the question, slots", "share, uniform", "share, adaptive", *names), rows)
+
+
 def store_times() -> str:
     """Tabulate what adding a turn and a first token cost."""
     found = records("store_times_smollm2")
@@ -102,4 +128,5 @@ TABLES = {
     "store_times": store_times,
     "documents": documents,
     "documents_paired": documents_paired,
+    "documents_shared": documents_shared,
 }

@@ -22,7 +22,7 @@ from ..settings import check_value
 from .answering import written
 from .beside import pinned_memory, side_by_side, with_layout
 from .lookup import WordIndex
-from .opening import DEFAULT_MODEL, pipeline_of
+from .opening import DEFAULT_MODEL, allocation_for, pipeline_of
 
 _SUFFIX = ".safetensors"
 # Memories that stay on the model's device, and questions that are answered at one time.
@@ -62,7 +62,8 @@ class DocumentStore:
         ratio: Tokens of a slot.
         part_tokens: Tokens of a part at most.
         slots: Slots before a question at most.
-        allocation: See `R3MemConfig.memory_allocation`; `slots` and `ratio` are of a head on average.
+        allocation: See `R3MemConfig.memory_allocation`; None: "adaptive", where the model can read such memories.
+            `slots` and `ratio` are of a head on average.
         settings: More arguments of `R3MemPipeline` (`device`, `dtype`, ...).
 
     Raises:
@@ -79,7 +80,7 @@ class DocumentStore:
         ratio: int = 4,
         part_tokens: int = 256,
         slots: int = 512,
-        allocation: str = "uniform",
+        allocation: str | None = None,
         **settings: Any,
     ):
         for name, value in (("ratio", ratio), ("part_tokens", part_tokens), ("slots", slots)):
@@ -87,7 +88,8 @@ class DocumentStore:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if math.ceil(part_tokens / ratio) > slots:
             raise ValueError(f"a part of {part_tokens} tokens at 1/{ratio} does not fit into {slots} slots")
-        check_value(R3MemConfig, "memory_allocation", allocation)
+        if allocation is not None:
+            check_value(R3MemConfig, "memory_allocation", allocation)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         check_writable(self.folder)
@@ -226,7 +228,7 @@ class DocumentStore:
         slots = math.ceil(length / self.ratio)
         config = dataclasses.replace(
             _CONFIG, num_memory_tokens=slots, segment_length=length, memory_budget=slots * segments,
-            memory_allocation=self.allocation,
+            memory_allocation=self.allocation or allocation_for(self.pipeline.model),
         )  # fmt: skip
         layout = config.memory_layout(self.pipeline.model.max_tokens)
         assert layout is not None, "there are memory tokens"

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import R3MemConfig
+from ..integrations import attention
+from ..integrations.capture import implementation_of
 from ..manifest import is_adapter
+from ..model import R3MemModel
 from ..pipeline import R3MemPipeline
 from .database import Database
 
@@ -41,6 +44,16 @@ def pipeline_of(
             'read with its adapters; use R3MemConfig(memory_writer="matched", adapter_rows="memory", ...)'
         )
     return found
+
+
+def allocation_for(model: R3MemModel) -> str:
+    """How many slots heads have where nobody says: "adaptive", or "uniform" where a model knows no other memories.
+
+    Args:
+        model: The model.
+    """
+    kernels = implementation_of(model.decoder.config) == attention.NAME
+    return "uniform" if kernels or model.reader.keeps_latents() else "adaptive"
 
 
 class StoreModel:

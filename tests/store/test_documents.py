@@ -199,3 +199,14 @@ def test_a_row_of_other_heads_is_read_as_alone(folder, budget):
     found = model(ids.expand(2, -1), memory=rows).logits
     for row, memory in enumerate((uniform, shared)):
         assert torch.allclose(found[row], model(ids, memory=memory).logits[0], atol=1e-4)
+
+
+def test_heads_share_slots_where_the_model_can_read_such_memories(pipeline, tmp_path, monkeypatch):
+    store = DocumentStore(tmp_path, pipeline, ratio=2, part_tokens=40)
+    assert store.memory(TEXTS["mill"]).layout.is_adaptive
+    assert not DocumentStore(tmp_path, pipeline, part_tokens=40, allocation="uniform")._layout(9).is_adaptive
+    monkeypatch.setattr(pipeline.model.reader, "keeps_latents", lambda: True)
+    assert not store._layout(9).is_adaptive
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline.model.decoder.config, "_attn_implementation", "r3mem")
+    assert not store._layout(9).is_adaptive
