@@ -12,7 +12,7 @@ SETTINGS: dict[str, Any] = {
     "num_memory_tokens": 64,
     "memory_budget": 1024,
     "beyond_budget": "forget",
-    "memory_allocation": "uniform",
+    "memory_allocation": "adaptive",
     "memory_queries": "own",
     "segment_length": 256,
     "segment_overlap": 32,

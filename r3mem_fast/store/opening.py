@@ -1,5 +1,6 @@
 """`StoreModel`: the model of a store, loaded when it is needed, and whether the store's memories are of it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class StoreModel:
         """The pipeline, which the first call loads.
 
         Args:
-            default: Settings of a new store where none are given.
+            default: Settings of a new store where none are given, but for the allocation if the model knows no other.
 
         Raises:
             OSError: There is no such model.
@@ -93,13 +94,17 @@ class StoreModel:
         """
         if self._pipeline is None:
             given = self._given or self._database.setting("model") or DEFAULT_MODEL
-            config = self._config or self._kept_config() or default
-            if not isinstance(given, R3MemPipeline):
-                self._config = config
-            settings = dict(self._settings)
-            if not isinstance(given, R3MemPipeline) and settings.get("dtype") is None:
+            chosen, settings = self._config or self._kept_config(), dict(self._settings)
+            config, named = chosen or default, not isinstance(given, R3MemPipeline)
+            if named and settings.get("dtype") is None:
                 settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
-            self._pipeline = pipeline_of(given, config, settings)
+            found = pipeline_of(given, config, settings)
+            allocation = allocation_for(found.model)
+            if named and chosen is None and allocation != config.memory_allocation:
+                config = dataclasses.replace(config, memory_allocation=allocation)
+                found = pipeline_of(given, config, settings)
+            self._config = config if named else self._config
+            self._pipeline = found
         return self._pipeline
 
     def identity(self, **more: Any) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """`MemoryStore`: answers behind what was said, in one process and in several, and errors that say what to do."""
 
+import dataclasses
 import gc
 import sqlite3
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from transformers import LogitsProcessor
 
 from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
-from r3mem_fast.store import answering
+from r3mem_fast.memory.reader import MemoryReader
+from r3mem_fast.store import answering, conversations
 from tests.store.conftest import CONFIG, RAW_TOKENS, bits_of
 from tests.store.test_turns import TURNS
 
@@ -186,7 +188,9 @@ def test_threads(store):
 WRITER = """
 import sys
 from r3mem_fast import MemoryStore, R3MemPipeline
+from r3mem_fast.memory.writers import allocation
 from tests.store.conftest import CONFIG
+allocation._LEAST_SLOTS = 1
 folder, model = sys.argv[1:]
 store = MemoryStore(folder, R3MemPipeline(model, config=CONFIG), raw_tokens=8)
 for index in range(8):
@@ -261,6 +265,20 @@ def test_the_model_that_a_folder_was_made_with(opened, folder, tmp_path):
     shutil.rmtree(again)
     with pytest.raises(OSError, match="again"):
         opened(model=None, config=CONFIG).memory("anna")
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_heads_of_a_new_store_share_slots_where_the_model_can_read_such_memories(opened, folder, monkeypatch, reads):
+    """What a store was made with stays."""
+    monkeypatch.setattr(conversations, "DEFAULT_CONFIG", CONFIG)
+    monkeypatch.setattr(MemoryReader, "keeps_latents", lambda reader: not reads)
+    store = opened("new", str(folder))
+    store.add(LONG, user_id="anna")
+    assert store.memory("anna").layout.is_adaptive == reads and bool((store.memory("anna").ages == 0).any()) == reads
+    store.close()
+    other = dataclasses.replace(CONFIG, memory_allocation="uniform" if reads else "adaptive")
+    monkeypatch.setattr(conversations, "DEFAULT_CONFIG", other)
+    assert opened("new", None).memory("anna").layout.is_adaptive == reads
 
 
 def test_settings_that_do_not_go_together(opened, folder, pipeline):
