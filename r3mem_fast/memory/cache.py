@@ -14,7 +14,7 @@ from ..reversible.past import MemoryNotReadError, States
 from .masks import columns_in_use, seen, with_memory
 from .recurrent import CarryingCache, refuse_layers_without_memory
 from .room import Room
-from .rotary import Rotation
+from .rotary import Rotation, in_columns
 from .sizes import LayerSizes, sizes_of, stacked
 
 
@@ -186,20 +186,21 @@ class PrefixCache(CarryingCache):
 
     def _place(self, prefix, positions):
         """Put a memory's keys to their positions. positions: those of the pass, `[1 or B, T]`."""
-        first = self.first_position
+        first, own = self.first_position, prefix
         if self._ages is None:
             places = torch.arange(first - self.prefix_length, first, device=positions.device)
             tables = self.rotation.tables(places[None], prefix, seen_with=positions)
             turned = self._turned(self.rotation.rotated, prefix[:, self.carrier], range(len(prefix)), tables)
         else:
             places = (first - self._ages.long()).clamp_min(0)
-            turned = self.placed(prefix[:, self.carrier], range(len(prefix)), places)
-        keys, values = (turned if part == self.carrier else prefix[:, part] for part in (0, 1))
-        here = [(..., self._columns.get(place, slice(None)), slice(None)) for place in range(len(keys))]
-        self._placed = {
-            index: (size.key(keys[place][here[place]]), size.value(values[place][here[place]]))
-            for place, (index, size) in enumerate(zip(self.keyed, self.sizes, strict=True))
-        }
+            if self._columns:
+                own, turned = in_columns(self.placed, prefix, self.carrier, places, self._columns)
+            else:
+                turned = self.placed(prefix[:, self.carrier], range(len(prefix)), places)
+        self._placed = {}
+        for index, size, states, moved in zip(self.keyed, self.sizes, own, turned, strict=True):
+            key, value = (moved if part == self.carrier else states[part] for part in (0, 1))
+            self._placed[index] = (size.key(key), size.value(value))
 
     def hold(self, prefix: torch.Tensor, ages: torch.Tensor) -> None:
         """Hold other slots for layers that are called outside of a pass, as those of the last one were.

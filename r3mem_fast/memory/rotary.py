@@ -1,7 +1,7 @@
 """Moves keys to other positions: takes the rotation off the keys that a memory keeps, and puts another one on."""
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -298,6 +298,34 @@ def _rotates_a_part(config: Any) -> bool:
     named = [parameters, *(some for some in parameters.values() if isinstance(some, dict))]
     factors = [getattr(config, "partial_rotary_factor", None), *(some.get("partial_rotary_factor") for some in named)]
     return any(factor is not None and factor < 1 for factor in factors)
+
+
+def in_columns(
+    placed: Callable[[torch.Tensor, Sequence[int], torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    carrier: int,
+    places: torch.Tensor,
+    columns: Mapping[int, torch.Tensor],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Put keys to their positions where layers have other columns of them, layer by layer.
+
+    Args:
+        placed: `PrefixCache.placed`.
+        states: Keys and values, `[layers, 2, B, kv_heads, N, head_dim]`.
+        carrier: See `Rotation.carrier`.
+        places: Positions of the keys, int64 `[layers, B, kv_heads, N]`.
+        columns: The n of N columns that a layer has, int64 `[n]`.
+
+    Returns:
+        Keys and values of each layer in its columns, `[2, B, kv_heads, n, head_dim]`, and those that carry positions,
+        at these, `[B, kv_heads, n, head_dim]`.
+    """
+    own = [states[layer].index_select(-2, chosen) for layer, chosen in columns.items()]
+    turned = [
+        placed(own[layer][None, carrier], [layer], places[None, layer].index_select(-1, chosen))[0]
+        for layer, chosen in columns.items()
+    ]
+    return own, turned
 
 
 def _by_head(

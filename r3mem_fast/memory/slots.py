@@ -120,7 +120,8 @@ class Slots(NamedTuple):
         places = order.gather(3, index.clamp_min(0))
         ages = self.ages.gather(3, places).masked_fill(index < 0, -1)
         states = self.states.gather(4, places[:, None, ..., None].expand(-1, 2, -1, -1, -1, self.states.shape[-1]))
-        return Slots(states.masked_fill((ages < 0)[:, None, ..., None], 0), ages, columns >= 0, self.pinned)
+        # In place: all keys and values of a long history have just been copied.
+        return Slots(states.masked_fill_((ages < 0)[:, None, ..., None], 0), ages, columns >= 0, self.pinned)
 
     def youngest(self, budget: int) -> "Slots":
         """The slots that stay within a budget where heads have other numbers of them, packed.
@@ -130,6 +131,8 @@ class Slots(NamedTuple):
         Args:
             budget: Slots of a head on average, at most, beside the pinned ones.
         """
+        if int(self.filled().max()) <= budget:
+            return self.packed()
         others, exists = self._others(), self.ages >= 0
         first = exists & (exists.cumsum(-1) == 1)
         heads = exists.any(-1).sum((0, 2)).tolist()
