@@ -43,11 +43,13 @@ measure() { # ADAPTER NAME MODULE ARGUMENTS...
 sizes=(--slots 64 16 8 --foreign 16 --rivals --presses)
 measure uniform anchored_novels matched --kind novels --segments 200 --chains 0 "${sizes[@]}"
 measure uniform answers_anchored_xquad memory_answers --kind xquad --ratios 4 --questions 160 --presses
-both=("${sizes[@]}" --adaptive)
-measure anchors anchored_adaptive_novels matched --kind novels --segments 200 --chains 0 "${both[@]}"
-measure anchors anchored_adaptive_chains matched --kind novels --segments 0 --chains 48 --chain-slots 21 "${both[@]}"
-for kind in wikipedia code help dialogue meetings; do
-    measure anchors anchored_adaptive_$kind matched --kind $kind --segments 48 --chains 0 "${both[@]}"
+both=(--chains 0 --slots 64 16 8 --rivals --presses --adaptive)
+measure anchors anchored_adaptive_novels matched --kind novels --segments 100 "${both[@]}" --foreign
+measure anchors anchored_adaptive_wikipedia matched --kind wikipedia --segments 32 "${both[@]}" --foreign 16
+for kind in code help dialogue; do
+    measure anchors anchored_adaptive_$kind matched --kind $kind --segments 24 "${both[@]}" --foreign
 done
+measure anchors anchored_adaptive_chains matched --kind novels --segments 0 --chains 48 --chain-slots 21 \
+    --slots 64 --foreign --rivals --presses --adaptive
 measure anchors answers_anchored_adaptive_xquad memory_answers --kind xquad --ratios 4 8 16 --questions 80 \
     --presses --adaptive

@@ -123,24 +123,27 @@ def memory_questions() -> str:
     return table(names, rows)
 
 
-# Kinds of text that anchored memories were measured on.
+# Kinds of text that anchored memories were measured on, with slots shared among heads.
 ANCHORED_KINDS = ("novels",)
 
 
 def anchored_memories() -> str:
     """Return the table of what training from the match adds to memories of as many slots, by kind of text."""
     rows = []
-    for kind in ANCHORED_KINDS:
-        head, *found = records(f"anchored_{kind}_smollm2")
-        closed = closed_by(f"anchored_{kind}_smollm2")
-        better = {r["arm"]: r for r in found if r.get("nats_better_than") == "matched"}
+    cases = [("anchored_novels", "matched", "novels")]
+    cases += [(f"anchored_adaptive_{kind}", "adaptive", kind) for kind in ANCHORED_KINDS]
+    for name, writer, kind in cases:
+        head, *found = records(f"{name}_smollm2")
+        closed = closed_by(f"{name}_smollm2")
+        better = {r["arm"]: r for r in found if r.get("nats_better_than") == writer and "of" not in r}
+        allocation = "uniform" if writer == "matched" else "adaptive"
         for slots in (64, 16, 8):
             arm = f"anchored_{slots}"
-            cells = [interval(closed[f"{writer}_{slots}", "full"]) for writer in ("matched", "anchored")]
+            cells = [interval(closed[f"{some}_{slots}", "full"]) for some in (writer, "anchored")]
             cells += [interval(better[arm]), _cell(closed, f"foreign_{arm}")]
-            rows.append((f"{kind}, {head['segments']}", str(slots), *cells))
-    names = ("kind of text, segments", "slots", "matched", "**anchored**", "anchored is better by, nats a token",
-             "anchored, of another text")  # fmt: skip
+            rows.append((f"{kind}, {head['segments']}", allocation, str(slots), *cells))
+    names = ("kind of text, segments", "allocation", "slots", "matched", "**anchored**",
+             "anchored is better by, nats a token", "anchored, of another text")  # fmt: skip
     return table(names, rows)
 
 

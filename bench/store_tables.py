@@ -47,17 +47,13 @@ def documents_paired() -> str:
 
 
 def documents_shared() -> str:
-    """Tabulate questions about paragraphs behind memories whose heads share their slots."""
-    return _shared("rag", ("bm25+", "minilm+", "kvzip"), "paragraphs")
-
-
-def _shared(name: str, rivals: tuple[str, ...], pieces: str) -> str:
-    """Tabulate shares behind memories of both allocations, and what those that share are better than rivals by."""
+    """Tabulate shares behind memories of paragraphs of both allocations, and what sharing slots is better by."""
+    rivals = ("bm25+", "minilm+", "kvzip")
     uniform, shared = (
-        {record["way"]: record["share"] for record in records(f"{file}_smollm2") if "share" in record}
-        for file in (name, f"{name}_adaptive")
+        {record["way"]: record["share"] for record in records(f"{name}_smollm2") if "share" in record}
+        for name in ("rag", "rag_adaptive")
     )
-    found = records(f"{name}_adaptive_smollm2")
+    found = records("rag_adaptive_smollm2")
     better = {(r["way"], r["better_than"]): interval(r) for r in found if r.get("of") == "nats"}
     ours = ("memory", "memory+bm25", "memory+minilm")
     rows = []
@@ -67,14 +63,23 @@ def _shared(name: str, rivals: tuple[str, ...], pieces: str) -> str:
         if kind in (*ours, "attended", "memories", "foreign", "kvzip", "expected"):
             cells = [interval(uniform[way]), interval(shared[way])]
             cells += [better.get((way, rival), "–") for rival in rivals]
-            rows.append((_name(way, pieces), *cells))
-    names = (f"better than {_WAYS[rival].format(pieces)} by" for rival in rivals)
+            rows.append((_name(way, "paragraphs"), *cells))
+    names = (f"better than {_WAYS[rival]} by" for rival in rivals)
     return table(("before the question, slots", "share, uniform", "share, adaptive", *names), rows)
 
 
 def store_times() -> str:
     """Tabulate what adding a turn and a first token cost."""
-    found = records("store_times_smollm2")
+    return _times("store_times_smollm2")
+
+
+def store_times_shared() -> str:
+    """Tabulate what they cost where heads share slots."""
+    return _times("store_times_adaptive_smollm2")
+
+
+def _times(name: str) -> str:
+    found = records(name)
     turn = next(record for record in found if record.get("turn") == "add")
     rows = [
         ("a turn is read by the model alone", f"{turn['read_milliseconds']:.0f} ms", "1"),
@@ -126,6 +131,7 @@ TABLES = {
     "conversations": conversations,
     "conversations_paired": conversations_paired,
     "store_times": store_times,
+    "store_times_shared": store_times_shared,
     "documents": documents,
     "documents_paired": documents_paired,
     "documents_shared": documents_shared,

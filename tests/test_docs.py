@@ -231,10 +231,10 @@ def test_what_memories_of_conversations_are_worth():
         assert same["low"] < 0 < same["mean"] and better[f"memory+{way}_16", way]["high"] < 0
         assert abs(nats[f"{way}_64"] - nats[f"{way}_16"]) < 0.03
     assert better["memory+minilm_64", "bm25"]["low"] > 0
-    times = records("store_times_smollm2.jsonl")
+    times, shared = records("store_times_smollm2.jsonl"), records("store_times_adaptive_smollm2.jsonl")
     add = next(r for r in times if "turn" in r)
     sizes = {r["of"]: r["mean"] for r in times if "of" in r}
-    first = next(r for r in times if r.get("first_token") == "memory")["over_prefill"]["mean"]
+    first = next(r for r in shared if r.get("first_token") == "memory")["over_prefill"]["mean"]  # in a new store
     kept = next(r for r in found if r.get("way") == "memory_64" and "share" in r)["share"]["mean"]
     short = text_of("README.md")
     assert f"the first token comes in {first:.3f} of" in short and f"of their slots keeps {kept:.3f} of" in short
@@ -341,6 +341,14 @@ def test_what_training_from_the_match_adds():
     short, text = text_of("README.md"), text_of("docs/memory.md")
     few, trained = (closed[f"{arm}_16", "full"]["mean"] for arm in ("matched", "anchored"))
     assert f"In 16 slots they close {few:.3f}, and {trained:.3f} once" in short
+    head_of_shared, *shared = records("anchored_adaptive_novels_smollm2.jsonl")
+    both = {(r["closed_by"], r["of"]): r for r in shared if "closed_by" in r}
+    alone = {(r["closed_by"], r["of"]): r for r in records("adaptive_novels_smollm2.jsonl") if "closed_by" in r}
+    for slots in (64, 16, 8):  # layers of other widths are matched apart since, which rounds otherwise
+        arm = (f"adaptive_{slots}", "full")
+        assert both[arm]["mean"] == pytest.approx(alone[arm]["mean"], abs=0.01)
+    best = both["anchored_16", "full"]["mean"]
+    assert f"where heads share them as well, {best:.3f} ({head_of_shared['segments']} segments)" in short
     assert f"the same {head['segments']} segments" in text
 
 
