@@ -99,8 +99,7 @@ class StoreModel:
             if named and settings.get("dtype") is None:
                 settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
             found = pipeline_of(given, config, settings)
-            allocation = allocation_for(found.model)
-            if named and chosen is None and allocation != config.memory_allocation:
+            if named and chosen is None and (allocation := allocation_for(found.model)) != config.memory_allocation:
                 config = dataclasses.replace(config, memory_allocation=allocation)
                 found = pipeline_of(given, config, settings)
             self._config = config if named else self._config
