@@ -45,7 +45,7 @@ measure uniform anchored_novels matched --kind novels --segments 200 --chains 0 
 measure uniform answers_anchored_xquad memory_answers --kind xquad --ratios 4 --questions 160 --presses
 both=(--chains 0 --slots 64 16 8 --rivals --presses --adaptive)
 measure anchors anchored_adaptive_novels matched --kind novels --segments 100 "${both[@]}" --foreign
-measure anchors anchored_adaptive_wikipedia matched --kind wikipedia --segments 32 "${both[@]}" --foreign 16
+measure anchors anchored_adaptive_wikipedia matched --kind wikipedia --segments 24 "${both[@]}" --foreign 16
 for kind in code help dialogue; do
     measure anchors anchored_adaptive_$kind matched --kind $kind --segments 24 "${both[@]}" --foreign
 done

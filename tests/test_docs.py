@@ -347,6 +347,11 @@ def test_what_training_from_the_match_adds():
     for slots in (64, 16, 8):  # layers of other widths are matched apart since, which rounds otherwise
         arm = (f"adaptive_{slots}", "full")
         assert both[arm]["mean"] == pytest.approx(alone[arm]["mean"], abs=0.01)
+    foreign = {
+        r["closed_by"]: r["mean"] for r in records("anchored_adaptive_wikipedia_smollm2.jsonl") if "closed_by" in r
+    }
+    theirs = foreign["foreign_anchored_16"], foreign["foreign_adaptive_16"]
+    assert "{:.3f} of the gap beside {:.3f})".format(*theirs) in text_of("docs/memory.md")
     best = both["anchored_16", "full"]["mean"]
     assert f"where heads share them as well, {best:.3f} ({head_of_shared['segments']} segments)" in short
     assert f"the same {head['segments']} segments" in text
