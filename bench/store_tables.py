@@ -46,6 +46,16 @@ def documents_paired() -> str:
     return _paired("rag_smollm2", "paragraphs")
 
 
+def conversations_shared() -> str:
+    """Tabulate questions about some of the conversations behind memories whose heads share their slots."""
+    return _ways("agent_adaptive_smollm2", "turns")
+
+
+def conversations_shared_paired() -> str:
+    """Tabulate what memories of conversations are better by than their rivals, where heads share slots."""
+    return _paired("agent_adaptive_smollm2", "turns")
+
+
 def documents_shared() -> str:
     """Tabulate shares behind memories of paragraphs of both allocations, and what sharing slots is better by."""
     rivals = ("bm25+", "minilm+", "kvzip")
@@ -114,7 +124,7 @@ def _paired(name: str, pieces: str) -> str:
     found = {(r["way"], r["better_than"]): interval(r) for r in records(name) if r.get("of") == "nats"}
     ways = list(dict.fromkeys(way.rpartition("_")[0] for way, _ in found))
     ways.sort(key=list(_WAYS).index)
-    cases = dict.fromkeys((way.rpartition("_")[2], rival) for way, rival in found)
+    cases = dict.fromkeys((way.rpartition("_")[2], rival) for way, rival in found if not rival.startswith("memory"))
     rows = [
         (_name(f"{rival}_{slots}", pieces), *(found[f"{way}_{slots}", rival] for way in ways))
         for slots, rival in cases
@@ -135,4 +145,6 @@ TABLES = {
     "documents": documents,
     "documents_paired": documents_paired,
     "documents_shared": documents_shared,
+    "conversations_shared": conversations_shared,
+    "conversations_shared_paired": conversations_shared_paired,
 }
