@@ -47,7 +47,7 @@ both=(--chains 0 --slots 64 16 8 --rivals --presses --adaptive)
 measure anchors anchored_adaptive_novels matched --kind novels --segments 100 "${both[@]}" --foreign
 measure anchors anchored_adaptive_wikipedia matched --kind wikipedia --segments 24 "${both[@]}" --foreign 16
 for kind in code help dialogue; do
-    measure anchors anchored_adaptive_$kind matched --kind $kind --segments 24 "${both[@]}" --foreign
+    measure anchors anchored_adaptive_$kind matched --kind $kind --segments 16 "${both[@]}" --foreign
 done
 measure anchors anchored_adaptive_chains matched --kind novels --segments 0 --chains 48 --chain-slots 21 \
     --slots 64 --foreign --rivals --presses --adaptive
