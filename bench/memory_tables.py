@@ -124,7 +124,7 @@ def memory_questions() -> str:
 
 
 # Kinds of text that anchored memories were measured on, with slots shared among heads.
-ANCHORED_KINDS = ("novels", "wikipedia", "code")
+ANCHORED_KINDS = ("novels", "wikipedia", "code", "help")
 
 
 def anchored_memories() -> str:
