@@ -16,9 +16,8 @@ folder=$(realpath "$1") data=$(realpath -e "$2")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-kinds=(novels wikipedia code help)
 [[ -e $folder/mixed.jsonl ]] ||
-    "$python" -m bench.mixed_texts "${kinds[@]}" --data "$data" --hold-out 0.5 -o "$folder/mixed.jsonl"
+    "$python" -m bench.mixed_texts novels wikipedia code help --data "$data" --hold-out 0.5 -o "$folder/mixed.jsonl"
 [[ -e $folder/asked.jsonl ]] ||
     "$python" -m bench.self_study novels wikipedia help --data "$data" --passages 240 -o "$folder/asked.jsonl"
 train() { # FOLDER STEPS ARGUMENTS...

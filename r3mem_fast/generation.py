@@ -198,8 +198,7 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
             network.reader.read(cache, memory)
             if memory.carried is not None and not mask.all():
                 read_but_last(network, ids, mask, cache, memory)
-        uneven = memory is not None and memory.layout.is_adaptive  # heads see other slots, in no mask of a graph
-        if graphs.are_wanted(network.device) and not uneven and _is_capturable(network):
+        if graphs.are_wanted(network.device) and _is_capturable(network, memory):
             found = _written_by_graphs(network, ids, mask, memory, cache, max_new_tokens)
         else:
             with network.must_read(None if memory is None else cache):
@@ -208,8 +207,10 @@ def decode_backward(network: Network, rows: Rows, memory: Memory | None, max_new
     return [_until(row, network.end_token_id) for row in found]
 
 
-def _is_capturable(network):
+def _is_capturable(network, memory):
     """Whether a step is the same for every token, in which a mask is all that hides places of a cache."""
+    if memory is not None and memory.layout.is_adaptive:  # from each head other ones, and layers have other numbers
+        return False
     config = network.decoder.config
     # Such frequencies are chosen by the host, which would ask the device for the largest position.
     if depends_on_pass(network.decoder) or units_of(network):

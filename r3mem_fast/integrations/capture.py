@@ -94,7 +94,7 @@ class SlotsOfHeads(NamedTuple):
     Attributes:
         present: Which of its n slots the query heads see, bool `[B, heads, 1, n]`.
         columns: Their columns among those that a mask has for slots, int64 `[n]`.
-        width: Number of these.
+        width: Columns that a mask has for slots.
     """
 
     present: torch.Tensor
@@ -124,14 +124,12 @@ def narrowed_attention(decoder: Any, slots: Mapping[int, SlotsOfHeads]) -> Itera
         seen[..., : own.shape[3]] = own
         if mask is None and query.shape[2] > 1:
             raise RuntimeError("a pass over several tokens behind a memory came without a mask")
-        if mask is not None:
-            mask = torch.cat([mask.index_select(-1, columns), mask[..., width:]], -1)
         if mask is None:
             mask = seen
-        elif mask.dtype == torch.bool:
-            mask = mask & seen
         else:
-            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+            mask = torch.cat([mask.index_select(-1, columns), mask[..., width:]], -1)
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.masked_fill(~seen, hidden)
         done.add(module.layer_idx)
         return _attention_of(module, name)(module, query, key, value, mask, **settings)
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from .states import uploaded
+
 
 def with_memory(
     mask: torch.Tensor | None, visible: torch.Tensor, tokens: int, keys: int, like: torch.Tensor, implementation: str
@@ -41,7 +43,7 @@ def columns_in_use(ages: torch.Tensor) -> list[torch.Tensor]:
         ages: Tokens from each slot to the first one behind the memory, `[layers, B, kv_heads, N]`; 0 for none.
     """
     used = (ages > 0).any(2).any(1)
-    return [torch.nonzero(row)[:, 0].to(ages.device) for row in used.cpu()]
+    return [uploaded(torch.nonzero(row)[:, 0], ages.device) for row in used.cpu()]
 
 
 def seen(

@@ -130,7 +130,7 @@ def test_what_a_head_does_not_have_it_does_not_read(family, attention):
 
 @torch.no_grad()
 def test_a_layer_reads_what_some_head_of_it_has_and_no_more():
-    """Of the columns of a memory, which is as wide as the widest head of all layers."""
+    """A memory has as many columns as the widest head of all layers; most layers read fewer."""
     model = network()
     memory, text = model.compress(ids_of(70, rows=2), finish=True), ids_of(9, rows=2, seed=1)
     used = (memory.ages > 0).any(2).any(1).sum(-1)
