@@ -9,23 +9,29 @@ Suites, of which each prints one record an arm and seed:
   text with the adapter on over the base model's.
 - `pages`: many pages in one adapter, and the controls: adapters off (backward, and forward in the base model), queries
   with their entities swapped for another page's, the first half of each query, queries of pages never seen.
+- `shelf`: as many pages apart, an adapter each (`AdapterShelf`); then more, one by one, and after each of them the
+  first page again; the same controls in the end.
 - `arms`: the same pages and steps for the default, the forward direction, the inverse form, and other cores.
 - `adapters`: one adapter for both directions against two of half the rank, at the same steps.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from r3mem_fast import PairCollator, R3MemConfig, R3MemPipeline, RememberSettings
+from r3mem_fast import AdapterShelf, PairCollator, R3MemConfig, R3MemPipeline, RememberReport, RememberSettings
+from r3mem_fast.codec import TextCodec
 from r3mem_fast.data.text import pages_of, read_text, token_windows
 from r3mem_fast.hierarchy import Pair, build_pairs
 from r3mem_fast.hierarchy.decoys import swap_entities
@@ -33,7 +39,7 @@ from r3mem_fast.hierarchy.pairs import mentioned
 
 from .records import add_output_option, add_record
 
-SUITES = ("page", "three", "pages", "arms", "adapters")
+SUITES = ("page", "three", "pages", "shelf", "arms", "adapters")
 _HELD_OUT_WINDOWS, _HELD_OUT_TOKENS = 12, 256
 # Queries of most controls: reading them takes as long as learning a few pages.
 _CONTROL_QUERIES = 16
@@ -47,13 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", help="a UTF-8 text with the pages (Python's help topics)")
     parser.add_argument("--held-out", help="a UTF-8 text for the perplexity (the end of the text)")
     parser.add_argument("--tokens", type=int, default=200, help="of a page, about (%(default)s)")
-    parser.add_argument("--pages", type=int, default=20, help="of the suite of that name (%(default)s)")
+    parser.add_argument("--pages", type=int, default=20, help="of the suites pages and shelf (%(default)s)")
     parser.add_argument("--arm-pages", type=int, default=1, help="of the suites arms and adapters (%(default)s)")
     parser.add_argument("--arm-steps", type=int, default=60, help="of the same (%(default)s)")
     parser.add_argument("--max-steps", type=int, default=2000, help="of the others (%(default)s)")
     parser.add_argument("--tokens-per-step", type=int, default=320, help="of the suite pages (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="of the suites page, arms and adapters (%(default)s)")
-    parser.add_argument("--folder", help="keep a checkpoint of the suite pages here, and go on from it")
+    parser.add_argument("--added", type=int, default=10, help="pages of the suite shelf, one by one (%(default)s)")
+    parser.add_argument("--lora-r", type=int, help="rank of the adapters of the suites page and shelf (the default's)")
+    parser.add_argument("--folder", help="keep checkpoints of the suites pages and shelf here, and go on from them")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_output_option(parser)
     options = parser.parse_args(arguments)
@@ -75,10 +83,10 @@ class _Bench:
     def page(self) -> None:
         """Remember one page, another one for every seed."""
         for seed in range(self.options.seeds):
-            pipeline = self._pipeline(seed)
+            pipeline = self._pipeline(seed, self._ranked())
             pages = self._pages(pipeline, 1, seed)
             report = self._remember(pipeline, pages, seed)
-            self._add("page", "default", seed, report, pipeline)
+            self._add("page", "default", seed, report, pipeline, lora_r=pipeline.model.r3mem_config.lora_r)
 
     def three(self) -> None:
         """Remember three pages."""
@@ -103,6 +111,33 @@ class _Bench:
         unseen = build_pairs(dict(list(pages.items())[count:]), pipeline.tokenizer)
         for record in _controls(pipeline, report.pairs, unseen):
             self._add_record({"suite": "pages", "seed": 0, "pages": count, **record})
+
+    def shelf(self) -> None:
+        """Remember pages apart, add more of them one by one, and ask for all, and for what must not come back."""
+        options, pipeline = self.options, self._pipeline(0)
+        count, added = options.pages, options.added
+        pages = self._pages(pipeline, count + added + 5, 200)
+        names = list(pages)
+        with contextlib.ExitStack() as stack:
+            folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory())
+            shelf = AdapterShelf(Path(folder) / "shelf", options.model, config=self._ranked())
+            pairs: list[Pair] = []
+            for number, name in enumerate(names[: count + added], 1):
+                settings = RememberSettings(max_steps=options.max_steps)
+                report = shelf.remember({name: pages[name]}, settings=settings, progress=not options.json).get(name)
+                asked = [pair.query for pair in pairs]
+                pairs += build_pairs({name: pages[name]}, pipeline.tokenizer, taken=asked)
+                if report is not None:  # else it was there from an earlier run
+                    about = {"suite": "shelf", "document": name, "documents": number}
+                    self._add_record({**about, **_of_run(report), **self._of_adapter(shelf, name)})
+                if number > count:
+                    first = _exact(shelf, [pair for pair in pairs if pair.document == names[0]])
+                    self._add_record({"suite": "shelf", "asked": "the first page", "documents": number, **first})
+                if number in (count, count + added):
+                    self._add_record({"suite": "shelf", "asked": "all", "documents": number, **_exact(shelf, pairs)})
+            unseen = build_pairs({name: pages[name] for name in names[count + added :]}, pipeline.tokenizer)
+            for record in _misleading(shelf.recall, pipeline.codec, pairs, unseen):
+                self._add_record({"suite": "shelf", "documents": count + added, **record})
 
     def arms(self) -> None:
         """Compare directions and cores, at the same pages and steps."""
@@ -141,6 +176,18 @@ class _Bench:
                 compress = _compress_loss(pipeline, report.pairs)
                 self._add("adapters", name, seed, report, pipeline, lora_r=settings["lora_r"], compress_loss=compress)
 
+    def _ranked(self) -> R3MemConfig | None:
+        return None if self.options.lora_r is None else R3MemConfig(lora_r=self.options.lora_r)
+
+    def _of_adapter(self, shelf: AdapterShelf, name: str) -> dict[str, Any]:
+        """What an adapter of a shelf takes on the disk, and does to other text while it is on."""
+        pipeline = shelf.pipeline(name)
+        assert pipeline.folder is not None
+        return {
+            "bytes": sum(path.stat().st_size for path in pipeline.folder.iterdir()),
+            "perplexity_ratio": round(self._perplexity_ratio(pipeline), 4),
+        }
+
     def _pipeline(self, seed: int, config: R3MemConfig | None = None) -> R3MemPipeline:
         return R3MemPipeline(self.options.model, config=config, seed=seed)
 
@@ -157,7 +204,6 @@ class _Bench:
 
     def _add(self, suite: str, arm: str, seed: int, report: Any, pipeline: R3MemPipeline, **details: Any) -> None:
         """Add the record of what was remembered."""
-        levels = {level: {"exact": n, "total": total} for level, (n, total) in report.by_level().items()}
         self._add_record(
             {
                 "suite": suite,
@@ -165,11 +211,7 @@ class _Bench:
                 "seed": seed,
                 "documents": len({pair.document for pair in report.pairs}),
                 "context_tokens": sum(len(pipeline.codec.ids(pair.context)) for pair in report.pairs),
-                "exact": sum(report.exact),
-                "total": len(report.exact),
-                "levels": levels,
-                "steps": report.steps,
-                "seconds": round(report.seconds, 1),
+                **_of_run(report),
                 "expand_loss": report.expand_loss and round(report.expand_loss, 4),
                 "perplexity_ratio": round(self._perplexity_ratio(pipeline), 4),
                 **details,
@@ -190,40 +232,65 @@ class _Bench:
         return math.exp(loss() - base)
 
 
+def _of_run(report: RememberReport) -> dict[str, Any]:
+    """What a run has learned, and what it took."""
+    return {
+        "exact": sum(report.exact),
+        "total": len(report.exact),
+        "levels": {level: {"exact": n, "total": total} for level, (n, total) in report.by_level().items()},
+        "steps": report.steps,
+        "seconds": round(report.seconds, 1),
+    }
+
+
+def _exact(shelf: AdapterShelf, pairs: Sequence[Pair]) -> dict[str, int]:
+    """How many of the contexts come back when a shelf is asked for all of them."""
+    found = shelf.recall([pair.query for pair in pairs])
+    exact = sum(text == pair.context for text, pair in zip(found, pairs, strict=True))
+    return {"exact": exact, "total": len(pairs)}
+
+
 def _controls(pipeline: R3MemPipeline, pairs: Sequence[Pair], unseen: Sequence[Pair]) -> Iterator[dict[str, Any]]:
     """Yield a record for each way of asking in which contexts must not come back, or need not."""
     asked = [(pair.query, pair.context) for pair in pairs]
-    queries = {pair.query for pair in pairs}
+    codec, forward = pipeline.codec, functools.partial(_read_forward, pipeline)
     with pipeline.model.peft_model.disable_adapter():
-        yield _control("adapters off, backward", asked, pipeline)
+        yield _control("adapters off, backward", asked, codec, pipeline.recall)
     with pipeline.model.disable_adapters():
-        yield _control("adapters off, forward", asked, pipeline, forward=True)
-    yield _control("forward, adapters on", asked, pipeline, forward=True)
+        yield _control("adapters off, forward", asked, codec, forward)
+    yield _control("forward, adapters on", asked, codec, forward)
+    yield from _misleading(pipeline.recall, codec, pairs, unseen)
+
+
+def _misleading(
+    recall: Callable[..., Any], codec: TextCodec, pairs: Sequence[Pair], unseen: Sequence[Pair]
+) -> Iterator[dict[str, Any]]:
+    """Yield a record for each kind of query that was not learned."""
+    queries = {pair.query for pair in pairs}
     queries_swapped = ((_swapped(pair, pairs), pair.context) for pair in pairs)
     swapped = [(query, context) for query, context in queries_swapped if query is not None and query not in queries]
     # Ask all of them, because the claim is that none comes back.
-    yield _control("entities swapped", swapped, pipeline, queries=len(swapped))
+    yield _control("entities swapped", swapped, codec, recall, queries=len(swapped))
     halves = [(pair.query[: len(pair.query) // 2].rsplit(" ", 1)[0], pair.context) for pair in pairs]
-    yield _control("first half of the query", [ask for ask in halves if ask[0] not in ("", *queries)], pipeline)
-    yield _control("queries of unseen pages", [(pair.query, pair.context) for pair in unseen], pipeline)
+    yield _control("first half of the query", [ask for ask in halves if ask[0] not in ("", *queries)], codec, recall)
+    yield _control("queries of unseen pages", [(pair.query, pair.context) for pair in unseen], codec, recall)
 
 
 def _control(
     name: str,
     asked: list[tuple[str, str]],
-    pipeline: R3MemPipeline,
-    forward: bool = False,
+    codec: TextCodec,
+    recall: Callable[..., Any],
     queries: int = _CONTROL_QUERIES,
 ) -> dict[str, Any]:
     """Ask for some `(query, context)` greedily: how often the context comes back, how near, and how often nothing."""
     # An answer that never ends is read as far as the longest context of its batch goes. Sort, so that few are long.
     sample = random.Random(0).sample(asked, min(queries, len(asked)))
-    sample.sort(key=lambda ask: len(pipeline.codec.ids(ask[1])))
-    read: Any = _read_forward if forward else R3MemPipeline.recall
+    sample.sort(key=lambda ask: len(codec.ids(ask[1])))
     found: list[str] = []
     for start in range(0, len(sample), 16):
         prompts, contexts = zip(*sample[start : start + 16], strict=True)
-        found += read(pipeline, prompts, max_new_tokens=len(pipeline.codec.ids(contexts[-1])) + 16)
+        found += recall(prompts, max_new_tokens=len(codec.ids(contexts[-1])) + 16)
     near = [
         difflib.SequenceMatcher(None, text.split(), context.split(), autojunk=False).ratio()
         for text, (_, context) in zip(found, sample, strict=True)

@@ -8,6 +8,7 @@ __version__ = "0.2.0.dev0"
 # Loaded on first use, so that `r3mem_fast.kernels` alone can be used without importing transformers.
 _EXPORTS = {
     "AdaptedCoupling": "reversible",
+    "AdapterShelf": "store",
     "AdditiveCoupling": "reversible",
     "BDIACoupling": "reversible",
     "Calibration": "reversible",
@@ -81,7 +82,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
         uncompile_layers,
     )
     from .reversible.past import MemoryNotReadError
-    from .store import DocumentStore, MemoryStore
+    from .store import AdapterShelf, DocumentStore, MemoryStore
     from .training.collate import PairCollator
     from .training.history import TrainReport
     from .training.refine import RefineReport
@@ -90,6 +91,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which cannot 
 
 __all__ = [
     "AdaptedCoupling",
+    "AdapterShelf",
     "AdditiveCoupling",
     "BDIACoupling",
     "Calibration",

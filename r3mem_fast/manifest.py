@@ -63,6 +63,25 @@ def is_adapter(name: str | os.PathLike[str]) -> bool:
     return (folder / MANIFEST).is_file() or (folder / SAVED / MANIFEST).is_file()
 
 
+def adapters_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """Find the adapters in a folder that holds one for each document, an `AdapterShelf`'s.
+
+    Args:
+        folder: Path of the folder, which need not exist.
+
+    Returns:
+        Their folders, the oldest first.
+    """
+    found = [path for path in Path(folder).glob("[!.]*/") if is_adapter(path)]
+    return sorted(found, key=lambda path: (_saved_at(path), path.name))
+
+
+def _saved_at(folder):
+    """Time of an adapter's last save, in nanoseconds; a save that waits to be finished is the latest."""
+    path = folder / MANIFEST
+    return path.stat().st_mtime_ns if path.is_file() else float("inf")
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the manifest of an adapter, after finishing a save that was interrupted.
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +103,11 @@ class R3MemPipeline:
         return any(entry.get("expanded") for entry in self.remembered)
 
     def remember(
-        self,
-        documents: Documents,
-        *,
-        folder: str | Path | None = None,
-        settings: RememberSettings | None = None,
-        builder: QueryBuilder | None = None,
-        entity_finder: EntityFinder | None = None,
-        levels: Sequence[str] = LEVELS,
-        progress: bool = True,
-    ) -> RememberReport:
+        self, documents: Documents,
+        *, folder: str | Path | None = None, settings: RememberSettings | None = None,
+        builder: QueryBuilder | None = None, entity_finder: EntityFinder | None = None,
+        levels: Sequence[str] = LEVELS, taken: Collection[str] = (), progress: bool = True,
+    ) -> RememberReport:  # fmt: skip
         """Fine-tune documents into the adapter until greedy recall gives each of their contexts back exactly.
 
         Each document is taken apart into itself, its paragraphs and their passages, and a query is written for each
@@ -131,6 +126,7 @@ class R3MemPipeline:
             builder: Writes the queries, see `hierarchy.build_pairs`.
             entity_finder: Finds entities, see there.
             levels: Levels of which contexts are remembered, see there.
+            taken: Queries that ask for something else already, see there; those that were remembered before are.
             progress: Show bars.
 
         Raises:
@@ -140,8 +136,7 @@ class R3MemPipeline:
                 another run or another adapter, or was changed since it was loaded.
         """
         named = ((entry["document"], entry.get("part_of")) for entry in self.remembered)
-        taken = {name for names in named for name in names if name is not None}
-        documents = by_name(documents, taken)
+        documents = by_name(documents, {name for names in named for name in names if name is not None})
         with contextlib.nullcontext() if folder is None else locked(folder):
             if folder is not None:
                 folder = Path(folder)
@@ -149,7 +144,7 @@ class R3MemPipeline:
             report, self.remembered = remember_documents(
                 self.model, self.codec, documents, self.remembered, lambda queries: list(self.recall(queries)),
                 folder=folder, settings=settings, progress=progress, builder=builder, entity_finder=entity_finder,
-                levels=levels,
+                levels=levels, taken=taken,
             )  # fmt: skip
             if folder is not None:
                 self.save(folder)

@@ -30,7 +30,7 @@ def entries_of(report: RememberReport, whole_of: Mapping[str, str], count: Calla
             "entities": list(pair.entities),
             "builder": pair.builder,
             "tokens": count(pair.context),
-            "sha256": _sha256(pair.context),
+            "sha256": sha256(pair.context),
             "exact": exact,
             "expanded": expanded,
             **({"part_of": whole_of[pair.document]} if pair.document in whole_of else {}),
@@ -65,9 +65,10 @@ def unchanged_pairs(entries: Sequence[Entry], contexts: Sequence[str]) -> list[P
             builder=entry["builder"],
         )
         for entry, context in zip(entries, contexts, strict=True)
-        if _sha256(context) == entry["sha256"]
+        if sha256(context) == entry["sha256"]
     ]
 
 
-def _sha256(text):
+def sha256(text: str) -> str:
+    """Digest of a context, as the entries have it, in hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,7 +1,7 @@
 """Remembers documents: makes pairs of them, and learns these along with what was remembered before."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def remember_documents(
     folder: Path | None,
     settings: RememberSettings | None,
     progress: bool,
+    taken: Collection[str] = (),
     **hierarchy: Any,
 ) -> tuple[RememberReport, list[Entry]]:
     """Fine-tune documents into an adapter, along with what it remembers already.
@@ -41,6 +42,7 @@ def remember_documents(
             None: there is none.
         settings: How pairs are learned; None: the defaults.
         progress: Show bars.
+        taken: Queries that ask for something else already, beside those of `entries`.
         hierarchy: More arguments of `hierarchy.build_pairs`.
 
     Returns:
@@ -54,9 +56,8 @@ def remember_documents(
     whole_of = {entry["document"]: entry["part_of"] for entry in earlier if entry.get("part_of")}
     parts, wholes = _cut(model, codec, documents, taken={entry["document"] for entry in earlier})
     whole_of |= wholes
-    pairs = build_pairs(
-        parts, codec.tokenizer, taken={entry["query"] for entry in earlier}, progress=progress, **hierarchy
-    )
+    taken = {*taken, *(entry["query"] for entry in earlier)}
+    pairs = build_pairs(parts, codec.tokenizer, taken=taken, progress=progress, **hierarchy)
     rehearsed = rehearsed_pairs(earlier, recall)
     report = remember(model, codec.tokenizer, [*rehearsed, *pairs], settings, folder=folder, progress=progress)
     learned = {pair.query for pair in report.pairs}

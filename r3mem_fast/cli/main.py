@@ -51,9 +51,13 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _interrupted_run(folder: str) -> str | None:
+    from pathlib import Path
+
     from ..manifest import interrupted_run
 
-    return interrupted_run(folder)
+    # Also of an adapter of one document, which has a folder of its own in this one.
+    runs = [interrupted_run(path) for path in (Path(folder), *Path(folder).glob("[!.]*/"))]
+    return next((run for run in runs if run), None)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -25,6 +25,9 @@ def add_commands(commands: Any) -> None:
     remember.set_defaults(run=_remember)
     remember.add_argument("folder", metavar="FOLDER", help="folder of the adapter; made, or added to, or resumed")
     remember.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 text files, a document each")
+    remember.add_argument(
+        "--apart", action="store_true", help="an adapter for each document, in FOLDER: none disturbs another"
+    )
     remember.add_argument("--model", help="base: a folder or hub id (smollm2-135m, or where FOLDER's was)")
     add_settings(remember, R3MemConfig, NEW_ADAPTER, defaults={"num_memory_tokens": "none"})
     add_settings(remember, RememberSettings)
@@ -56,9 +59,12 @@ def _remember(options: argparse.Namespace) -> int:
 
 
 def _remember_in(options: argparse.Namespace) -> int:
-    from ..manifest import is_adapter
+    from ..manifest import adapters_in, is_adapter
 
-    existing = is_adapter(options.folder)
+    shelved = bool(adapters_in(options.folder))
+    if shelved and not options.apart:
+        raise ValueError(f"{options.folder} holds an adapter for each document: add to it with --apart")
+    existing = shelved or is_adapter(options.folder)
     given = given_settings(options, R3MemConfig, NEW_ADAPTER)
     settings = RememberSettings(**given_settings(options, RememberSettings))
     if existing and given:
@@ -66,6 +72,8 @@ def _remember_in(options: argparse.Namespace) -> int:
     if not given.get("num_memory_tokens") and (useless := [name for name in OF_MEMORIES if name in given]):
         raise ValueError(f"{option_of(useless[0])} is for adapters with --memory-tokens")
     texts = texts_of(options)
+    if options.apart:
+        return _remember_apart(options, texts, R3MemConfig(**given) if given else None, settings)
     model = options.folder if existing else options.model or "smollm2-135m"
     begin(options, f"Loading {model}")
     if existing:
@@ -99,6 +107,34 @@ def _remember_in(options: argparse.Namespace) -> int:
     return 0 if all(report.exact) and all(report.expanded or [True]) and not report.lost else 1
 
 
+def _remember_apart(
+    options: argparse.Namespace, texts: Any, config: R3MemConfig | None, settings: RememberSettings
+) -> int:
+    """Give each document an adapter of its own."""
+    begin(options, f"Loading {options.model or 'the model'}")
+    from .. import AdapterShelf
+
+    shelf = AdapterShelf(
+        options.folder,
+        options.model,
+        config=config,
+        seed=settings.seed,
+        device=device_of(options),
+        dtype=options.dtype,
+    )
+    reports = shelf.remember(texts, settings=settings, builder=_builder(options), progress=not options.json)
+    for name, report in reports.items():
+        if options.json:
+            print(json.dumps({"document": name, "exact_match": report.exact_match, "steps": report.steps,
+                              "seconds": report.seconds}))  # fmt: skip
+        else:
+            print(f"{name}: {report}")
+    entries = shelf.entries()
+    if not options.json:
+        print(f"Ask with: r3mem recall {options.folder} {entries[-1]['query']!r}")
+    return 0 if all(entry["exact"] for entry in entries if entry.get("part_of", entry["document"]) in texts) else 1
+
+
 def _builder(options: argparse.Namespace) -> Any:
     if options.questions is None:
         return None
@@ -109,14 +145,17 @@ def _builder(options: argparse.Namespace) -> Any:
 
 
 def _recall(options: argparse.Namespace) -> int:
-    remembered = adapter_of(options).get("remembered")
+    from ..manifest import adapters_in
+
+    shelved = bool(adapters_in(options.folder))
+    remembered = _shelf_of(options).entries() if shelved else adapter_of(options).get("remembered")
     if not remembered:
         raise ValueError(
             f"{options.folder} remembers nothing that could be recalled: it was not made by `r3mem remember`. "
             f"`r3mem remember FOLDER TEXT` makes one that does"
         )
     begin(options, f"Loading {options.folder}")
-    pipeline = pipeline_of(options, options.folder, base=options.model)
+    pipeline = _shelf_of(options) if shelved else pipeline_of(options, options.folder, base=options.model)
     texts = pipeline.recall(options.queries, max_new_tokens=options.max_new_tokens)
     for query, text in zip(options.queries, texts, strict=True):
         if options.json:
@@ -130,12 +169,20 @@ def _recall(options: argparse.Namespace) -> int:
     return 0 if all(text.strip() for text in texts) else 1
 
 
+def _shelf_of(options: argparse.Namespace) -> Any:
+    from .. import AdapterShelf
+
+    return AdapterShelf(options.folder, options.model, device=device_of(options), dtype=options.dtype)
+
+
 def _inspect(options: argparse.Namespace) -> int:
-    from ..manifest import folder_of_adapter, interrupted_run, is_adapter
+    from ..manifest import adapters_in, folder_of_adapter, interrupted_run, is_adapter
 
     path = folder_of_adapter(options.path)
     if path.is_file():
         return _inspect_memory(options)
+    if shelved := adapters_in(path):
+        return max(_inspect(argparse.Namespace(**{**vars(options), "path": str(one)})) for one in shelved)
     run = interrupted_run(path)
     if run and not is_adapter(path):
         print(json.dumps({"interrupted": run}) if options.json else f"no adapter yet. {run}")

@@ -1,6 +1,6 @@
 """Memories that an application can use: conversations and documents in a folder, with nothing to start.
 
-`MemoryStore` keeps conversations, `DocumentStore` answers questions about documents.
+`MemoryStore` keeps conversations, `DocumentStore` answers questions about documents, `AdapterShelf` remembers them.
 """
 
 from typing import TYPE_CHECKING
@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from .documents import Answer, DocumentStore
     from .items import Item
     from .lookup import Found
+    from .shelf import AdapterShelf
 
-__all__ = ["Answer", "DocumentStore", "Found", "Item", "MemoryStore"]
+__all__ = ["AdapterShelf", "Answer", "DocumentStore", "Found", "Item", "MemoryStore"]
 
 _PLACES = {
+    "AdapterShelf": "shelf",
     "Answer": "documents",
     "DocumentStore": "documents",
     "Found": "lookup",
