@@ -36,6 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "document level alone": {"levels": ("document",)},
     "queries by an instruct model": {"instruct": True},
     "memory at the input": {"config": {"memory_placement": "input"}},
+    "matched memory": {"config": {"memory_writer": "matched", "adapter_rows": "memory"}},
     "without the cycle": {"config": {"cycle_weight": 0.0}},
     "without momentum": {"plain": True},
 }

@@ -21,7 +21,7 @@ of our own (`bench/data`). Each question is asked in a user's turn behind the co
 `last`, `bm25`, `minilm`, the presses and `memory+bm25` have as many tokens and slots before the question as `memory`
 has, for each user and number of slots. A record a way has the mean of nats a token of the references; F1, ROUGE-L and
 containment of what is written, greedily; and the share of what the full conversation gains over nothing in nats, with
-an interval over users. No model judges.
+an interval over users. No model judges. With --output, the same command goes on where it was interrupted.
 """
 
 import argparse
@@ -51,6 +51,7 @@ from .places import interval
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .records import add_output_option, add_records
 from .rivals import laid_out, values_kept
+from .unfinished import Unfinished, settings_of
 
 HISTORIES, QUESTIONS = "memorybank/memory_bank_en.json", "memorybank/probing_questions_en.jsonl"
 REFERENCES = Path(__file__).parent / "data" / "memorybank_answers.jsonl"
@@ -135,15 +136,18 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
     asker = Asker(options, pipeline)
     graded: list[dict[str, dict[str, float]]] = []  # of each user: way, measure, sum over questions
+    unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=not options.json)
     for index, talk in enumerate(tqdm(talks, disable=options.json, desc="Users")):
-        graded.append(asker.ask(talk, talks[index - 1]))
+        graded.append(unfinished.once("users", index, lambda pair=(talk, talks[index - 1]): asker.ask(*pair)))
+    lengths = [int(group.pop("history")["tokens"]) for group in graded]
     counts = torch.tensor([float(len(talk.questions)) for talk in talks])
     yield {
-        "history_tokens": round(statistics.mean(asker.tokens), 1),
-        "full_cut_tokens": [max(0, count - _positions(pipeline)) for count in asker.tokens],
+        "history_tokens": round(statistics.mean(lengths), 1),
+        "full_cut_tokens": [max(0, count - _positions(pipeline)) for count in lengths],
     }  # fmt: skip
     rivals = ("last", "bm25", "minilm", "attended", "memory", "memory+minilm", *options.presses)
     yield from summary(graded, counts, rivals=rivals)
+    unfinished.remove()
 
 
 def summary(
@@ -185,19 +189,15 @@ class Asker:
     Args:
         options: The command's options.
         pipeline: Pipeline of the model.
-
-    Attributes:
-        tokens: Tokens of each conversation.
     """
 
     def __init__(self, options: argparse.Namespace, pipeline: R3MemPipeline):
         self._options, self._pipeline = options, pipeline
         self._learned = load_adapter(options.adapter, pipeline.model, anchored=True) if options.adapter else None
         self._held: dict[tuple[str, int, str], History] = {}
-        self.tokens: list[int] = []
 
     def ask(self, talk: Talk, other: Talk) -> dict[str, dict[str, float]]:
-        """Ask all questions about a conversation; by way and measure, the sum over the questions.
+        """Ask all questions about a conversation; by way and measure, the sum over the questions, and its `history`.
 
         Args:
             talk: The conversation.
@@ -209,7 +209,6 @@ class Asker:
             turns = store.answering().turns
             items = store.get_all(user_id=talk.user)
             history = turns.ids([(item.role, item.text) for item in items])
-            self.tokens.append(len(history))
             head = pinned_memory(pipeline.model, turns.opening)
             last = items[-1].role
             cut = history[-_positions(pipeline) :]
@@ -233,7 +232,7 @@ class Asker:
                     ways[f"half_anchored_{kept}"] = self._anchored(half, read, kept // 2, len(turns.opening))
                 for name, of_keys in scores.items():
                     ways[f"{name}_{kept}"] = keep(full, of_keys, _size(whole)), [], last
-            totals: dict[str, dict[str, float]] = {}
+            totals: dict[str, dict[str, float]] = {"history": {"tokens": float(len(history))}}
             for question, answer in talk.questions:
                 alone = turns.reply([("user", question)], None)
                 asked = {"nothing": Asked(head, alone)}

@@ -56,7 +56,7 @@ from .presses import PRESSES, REPEAT, add_presses_option, keep_best, press_score
 from .records import add_output_option, add_records
 from .rivals import evenly_spaced, laid_out, values_kept
 from .texts import KINDS, texts_of
-from .unfinished import Losses, Unfinished
+from .unfinished import Losses, Unfinished, settings_of
 
 # Kinds of rivals beside presses.
 RIVALS = ("raw", "even", "attended")
@@ -121,8 +121,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "texts": len({place.text for place in found}), "presses": options.presses,
         "beyond_budget": options.beyond, "adaptive": options.adaptive,
     }  # fmt: skip
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "output", "batch")}
-    unfinished = Unfinished(options.output, settings, batch=options.batch, progress=not options.json)
+    unfinished = Unfinished(options.output, settings_of(options), batch=options.batch, progress=not options.json)
     if found:
         foreign = foreign_of(found)
         losses = unfinished.losses(

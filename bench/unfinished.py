@@ -1,8 +1,10 @@
 """Keeps what a run that takes long has measured so far, so that the same command goes on where it was interrupted."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -11,6 +13,15 @@ from .records import environment, write_lines
 
 # Nats a token of places, by arm, float32 `[B]`.
 Losses = dict[str, torch.Tensor]
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return what a command measures depends on, of its options: all but how and where records are written."""
+    return {name: str(value) for name, value in vars(options).items() if name not in ("json", "output", "batch")}
+
+
+def _listed(losses: Losses) -> dict[str, list[float]]:
+    return {arm: values.tolist() for arm, values in losses.items()}
 
 
 class Unfinished:
@@ -54,16 +65,26 @@ class Unfinished:
         """
         batches = []
         for start in tqdm(range(0, count, self._batch), disable=not self._progress, desc=f"Reading {stage}"):
-            found = next((one for one in self._saved if (one["stage"], one["start"]) == (stage, start)), None)
-            if found is None:
-                measured = measure(slice(start, start + self._batch))
-                losses = {arm: values.tolist() for arm, values in measured.items()}
-                found = {"stage": stage, "start": start, "losses": losses}
-                self._saved.append(found)
-                if self._path is not None:
-                    write_lines(self._path, [self._head, *self._saved])
-            batches.append(found["losses"])
+            batches.append(
+                self.once(stage, start, lambda some=slice(start, start + self._batch): _listed(measure(some)))
+            )
         return {arm: torch.tensor([loss for losses in batches for loss in losses[arm]]) for arm in batches[0]}
+
+    def once(self, stage: str, start: int, measure: Callable[[], Any]) -> Any:
+        """Measure one part of a stage, unless it is saved.
+
+        Args:
+            stage: Name of the stage.
+            start: Number that tells the part from the others.
+            measure: Returns what was measured, values for JSON.
+        """
+        found = next((one for one in self._saved if (one["stage"], one["start"]) == (stage, start)), None)
+        if found is None:
+            found = {"stage": stage, "start": start, "losses": measure()}
+            self._saved.append(found)
+            if self._path is not None:
+                write_lines(self._path, [self._head, *self._saved])
+        return found["losses"]
 
     def remove(self) -> None:
         """Remove the file: the run is over."""
