@@ -20,7 +20,8 @@ SQLite's FTS5, function words left out) or by embeddings (all-MiniLM-L6-v2), and
     full                    the whole paragraph that the question is about
 
 Records as of `bench.agent`: nats a token of the reference, F1, ROUGE-L and containment of what is written, greedily,
-and the share of what the right paragraph gains over nothing in nats.
+and the share of what the right paragraph gains over nothing in nats. With --output, the same command goes on where it
+was interrupted.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option,
 from .prompts import EXAMPLE, KINDS
 from .records import add_output_option, add_records
 from .rivals import values_kept
+from .unfinished import Unfinished, settings_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,9 +87,14 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "questions": len(questions), "paragraphs": len(by_paragraph), "paragraph_tokens": asker.mean_tokens,
         "found_first": {"bm25": asker.found(questions, "bm25"), "minilm": asker.found(questions, "minilm")},
     }  # fmt: skip
-    graded = [asker.ask(question) for question in tqdm(questions, disable=options.json, desc="Asking")]
+    unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=not options.json)
+    graded = [
+        unfinished.once("questions", index, lambda question=question: asker.ask(question))
+        for index, question in enumerate(tqdm(questions, disable=options.json, desc="Asking"))
+    ]
     rivals = ("bm25", "minilm", "bm25+", "minilm+", "attended", "memory", "memory+minilm", *options.presses)
     yield from summary(graded, torch.ones(len(graded)), rivals=rivals)
+    unfinished.remove()
 
 
 class _Asker:

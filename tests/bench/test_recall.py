@@ -10,6 +10,14 @@ from r3mem_fast import load_model
 from r3mem_fast.data.text import pages_of
 
 TEXT = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+CONTROLS = [
+    "adapters off, backward",
+    "adapters off, forward",
+    "forward, adapters on",
+    "entities swapped",
+    "first half of the query",
+    "queries of unseen pages",
+]
 
 
 def test_pages(folder):
@@ -44,6 +52,8 @@ def test_every_suite(folder, tmp_path, capsys):
         "55",
         "--pages",
         "2",
+        "--added",
+        "1",
         "--seeds",
         "1",
     ]
@@ -53,18 +63,17 @@ def test_every_suite(folder, tmp_path, capsys):
     assert written[1:] == printed and "date" in written[0]["environment"]
     arms = [(record["suite"], record["arm"]) for record in printed if "arm" in record]
     assert [suite for suite, _ in arms] == ["page", "three", "pages", *["arms"] * 5, *["adapters"] * 3]
+    shelf = [record for record in printed if record["suite"] == "shelf"]
+    assert [(r["documents"], r.get("asked")) for r in shelf if "control" not in r] == [
+        (1, None), (2, None), (2, "all"), (3, None), (3, "the first page"), (3, "all"),
+    ]  # fmt: skip
+    assert all(r["bytes"] > 0 and r["perplexity_ratio"] > 0 and r["steps"] == 1 for r in shelf if "document" in r)
+    assert [record["control"] for record in shelf if "control" in record] == CONTROLS[3:]
+    printed = [record for record in printed if record["suite"] != "shelf"]
     for record in printed:
         if "arm" in record:
             assert record["total"] == sum(level["total"] for level in record["levels"].values()) > 0
             assert record["steps"] == 1 and record["perplexity_ratio"] > 0
         else:
             assert record["exact"] == 0 <= record["queries"]
-    controls = [record["control"] for record in printed if "control" in record]
-    assert controls == [
-        "adapters off, backward",
-        "adapters off, forward",
-        "forward, adapters on",
-        "entities swapped",
-        "first half of the query",
-        "queries of unseen pages",
-    ]
+    assert [record["control"] for record in printed if "control" in record] == CONTROLS
