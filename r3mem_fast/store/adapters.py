@@ -3,64 +3,70 @@
 import contextlib
 import hashlib
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..adapter_folder import put_weights, weights_of
 from ..files import is_held
-from ..manifest import interrupted_run, is_adapter
+from ..manifest import adapters_in, is_adapter, read_manifest
 from ..pipeline import R3MemPipeline
 from ..training.remember import RememberReport
 from ..training.settings import RememberSettings
 from .database import Database
-from .items import Item
+from .items import Held, Item
+from .shelf import AdapterShelf, asked_of
 
+# Tokens of a page at most, if it is of several items: as many as an adapter learns in minutes.
+_PAGE_TOKENS = 256
 # Letters of a piece of a text that tells it from others.
 _LEAST_LETTERS = 20
 _SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 
 class UserAdapters:
-    """Adapters of users, in a folder each.
+    """Adapters of users: each learns a page of what one of them has said, and none disturbs another.
 
     Args:
-        pipeline: Pipeline whose model's adapters they take the place of. As it is now, its adapters are those that a
-            new user starts with.
+        pipeline: Pipeline whose model's adapters they take the place of. As it is now, its adapters are those that
+            everything is learned from.
         database: What was said.
-        folder: Folder of the adapters.
+        folder: Folder of the adapters. In it a folder for each time that a user's were taught, an `AdapterShelf`'s.
     """
 
     def __init__(self, pipeline: R3MemPipeline, database: Database, folder: Path):
         self._pipeline, self._database, self._folder = pipeline, database, folder
         self._fresh = weights_of(pipeline.model)
-        self._in_use: tuple[str, R3MemPipeline] | None = None
+        self._in_use: tuple[Path, R3MemPipeline] | None = None
 
     def consolidate(self, user: str, settings: RememberSettings | None, progress: bool) -> RememberReport:
-        """Teach a user's adapter what was said since the last time; see `MemoryStore.consolidate`."""
+        """Teach adapters of a user what was said since the last time; see `MemoryStore.consolidate`."""
         held = self._database.held(user)
         items = self._database.items("user = ? AND id > ?", (user, held.learned))
         if not items:
             raise ValueError(f"there is nothing new to learn of what {user!r} has said")
         name = f"{_begun(user, held.revision)}{items[-1].id}"
-        # A process may have been killed between saving the whole adapter and telling the database of it.
-        is_whole = is_adapter(self._folder / name) and interrupted_run(self._folder / name) is None
-        pipeline = self._with(name if is_whole else held.adapter)
+        taken = [entry["query"] for path in self._adapters_of(held) for entry in read_manifest(path)["remembered"]]
         self._in_use = None  # until it has ended, its weights are nobody's
-        report = pipeline.remember(_documents(items), folder=self._folder / name, settings=settings, progress=progress)
-        self._in_use = (name, pipeline)
-        is_kept = self._database.put_adapter(user, held, name, items[-1].id)
+        put_weights(self._pipeline.model, self._fresh)
+        shelf = AdapterShelf(self._folder / name, self._pipeline)
+        reports = shelf.remember(
+            _pages(items, self._pipeline.codec.count), settings=settings, taken=taken, progress=progress
+        )
+        names = name if held.adapter is None else f"{held.adapter} {name}"
+        is_kept = self._database.put_adapters(user, held, names, items[-1].id)
         self.sweep(self._folder, self._database, ended=user)
         if not is_kept:
             raise ValueError(f"what {user!r} has said was changed meanwhile; consolidate again")
-        return report
+        return RememberReport.joined(list(reports.values()))
 
     def recalled(self, user: str, query: str) -> list[Item]:
-        """Items that a user's adapter recalls, reading backward; none if what it recalls was never said."""
+        """Items that a user's adapters recall, reading backward; none if what they recall was never said."""
         held = self._database.held(user)
-        while held.adapter is not None:
+        while (paths := self._adapters_of(held)) or held.adapter:
             try:
-                pipeline = self._with(held.adapter)
+                pipeline = self._with(asked_of([query], paths)[0])
                 break
-            except OSError:  # another process has put a newer one in its place
+            except (OSError, IndexError):  # another process has removed it
                 before, held = held, self._database.held(user)
                 if before == held:
                     raise
@@ -75,7 +81,7 @@ class UserAdapters:
 
     @staticmethod
     def sweep(folder: Path, database: Database, ended: str | None = None) -> None:
-        """Remove adapters that are in use no longer; one that another process is training is left to that.
+        """Remove adapters that are in use no longer; those that another process is training are left to that.
 
         Args:
             folder: Folder of the adapters.
@@ -84,24 +90,29 @@ class UserAdapters:
                 learns was deleted.
         """
         users = database.rows("SELECT user, revision, adapter FROM users")
-        known = {adapter for _, _, adapter in users}
+        known = {name for _, _, names in users for name in (names or "").split()}
         going = tuple(_begun(user, revision) for user, revision, _ in users if user != ended)
         for path in folder.glob("*-*"):
             if path.name not in known and not path.name.startswith(going) and not is_held(path):
                 with contextlib.suppress(FileNotFoundError):  # another process removes it, too
                     shutil.rmtree(path)
 
-    def _with(self, name: str | None) -> R3MemPipeline:
-        """A pipeline over the one model, with the adapters of a folder, or with new ones."""
-        if self._in_use is not None and self._in_use[0] == name:
+    def _adapters_of(self, held: Held) -> list[Path]:
+        """Folders of all adapters of a user; earlier versions had one in place of a shelf."""
+        paths = [self._folder / name for name in (held.adapter or "").split()]
+        return [adapter for path in paths for adapter in ([path] if is_adapter(path) else adapters_in(path))]
+
+    def _with(self, path: Path | None) -> R3MemPipeline:
+        """A pipeline over the one model, with the adapter of a folder, or with new ones."""
+        if self._in_use is not None and self._in_use[0] == path:
             return self._in_use[1]
         self._in_use = None
         model, tokenizer = self._pipeline.model, self._pipeline.tokenizer
-        if name is None:
+        if path is None:
             put_weights(model, self._fresh)
             return R3MemPipeline(model, tokenizer)
-        found = R3MemPipeline(self._folder / name, tokenizer, base=model)
-        self._in_use = (name, found)
+        found = R3MemPipeline(path, tokenizer, base=model)
+        self._in_use = (path, found)
         return found
 
 
@@ -115,17 +126,23 @@ def _is_of(line, text):
     return line in text and (len(line) >= _LEAST_LETTERS or line in map(str.strip, text.splitlines()))
 
 
-def _documents(items):
-    """Texts to be learned, by name: what was said in each run."""
-    runs: dict[str | None, list[Item]] = {}
+def _pages(items: Sequence[Item], count: Callable[[str], int]) -> dict[str, str]:
+    """Texts to be learned, by name: pages of what was said in each run, in whole items.
+
+    Args:
+        items: What was said.
+        count: Counts the tokens of a text.
+    """
+    pages: dict[str, str] = {}
+    newest: dict[str | None, str] = {}  # page of each run
     for item in items:
-        runs.setdefault(item.run_id, []).append(item)
-    return {
-        f"{run or 'conversation'} from {said[0].id}": "\n".join(
-            f"{_SPEAKERS[item.role]}: {item.text}" for item in said
-        )
-        for run, said in runs.items()
-    }
+        line, name = f"{_SPEAKERS[item.role]}: {item.text}", newest.get(item.run_id)
+        longer = line if name is None else f"{pages[name]}\n{line}"
+        if name is None or count(longer) > _PAGE_TOKENS:
+            name, longer = f"{item.run_id or 'conversation'} from {item.id}", line
+            newest[item.run_id] = name
+        pages[name] = longer
+    return pages
 
 
 def _without_speaker(line):

@@ -266,10 +266,10 @@ class MemoryStore:
         agent_id: str | None = None,
         run_id: str | None = None,
     ) -> int:
-        """Delete an item, or all of a user, an agent or a run; text, index, embeddings, memory and adapter.
+        """Delete an item, or all of a user, an agent or a run; text, index, embeddings, memory and adapters.
 
         A memory that held some of it is made again from the texts that are left, when it is needed next, and is then
-        the memory of a user who never said it, bit for bit. An adapter that had learned some of it is removed.
+        the memory of a user who never said it, bit for bit. Adapters that had learned some of it are removed.
 
         Args:
             item_id: Number of an item.
@@ -303,9 +303,10 @@ class MemoryStore:
     def consolidate(
         self, *, user_id: str, settings: RememberSettings | None = None, progress: bool = True
     ) -> RememberReport:
-        """Teach an adapter of the user's own what was said since the last time, so that it is recalled backward.
+        """Teach adapters of the user's own what was said since the last time, so that it is recalled backward.
 
-        This is training, and takes minutes: see `R3MemPipeline.remember`. If it is interrupted, the same call goes on.
+        Each page of a run has an adapter, which stays as it is when more is learned (`AdapterShelf`). This is
+        training, and takes minutes a page. If it is interrupted, the same call goes on.
 
         Args:
             user_id: Whose conversation it is.

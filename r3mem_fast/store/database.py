@@ -233,19 +233,19 @@ class Database:
             )
             return changed.rowcount == 1
 
-    def put_adapter(self, user: str, before: Held, adapter: str, learned: int) -> bool:
-        """Put an adapter in the place of an earlier one, if nothing was deleted since that was read; see `advance`.
+    def put_adapters(self, user: str, before: Held, adapters: str, learned: int) -> bool:
+        """Name a user's adapters, if nothing was deleted since those before were read; see `advance`.
 
         Args:
-            user: Whose adapter it is.
-            before: What the new adapter was made from.
-            adapter: Name of its folder.
-            learned: Last item that it has learned.
+            user: Whose adapters they are.
+            before: What was read before there were new ones.
+            adapters: Names of their folders, with spaces between them.
+            learned: Last item that they have learned.
         """
         with self.changing() as connection:
             changed = connection.execute(
                 "UPDATE users SET adapter = ?, learned = ? WHERE user = ? AND revision = ? AND adapter IS ?",
-                (adapter, learned, user, before.revision, before.adapter),
+                (adapters, learned, user, before.revision, before.adapter),
             )
             return changed.rowcount == 1
 

@@ -38,8 +38,9 @@ class Held:
         file: Name of the memory's file; None: there is none.
         item: Last item that is in it, wholly or in part; 0: none.
         tokens: Tokens of that item that are in it.
-        adapter: Name of the folder of the adapter that has learned what was said; None: there is none.
-        learned: Last item that the adapter has learned; 0: none.
+        adapter: Names of the folders of the adapters that have learned what was said, with spaces between them;
+            None: there are none.
+        learned: Last item that they have learned; 0: none.
     """
 
     revision: int = 0

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +41,34 @@ class AdapterShelf:
     Args:
         folder: Folder of the adapters, made if it is not there.
         model: Base model, as `R3MemPipeline` takes it by name; None: that of the adapters that are there, else
-            `"smollm2-135m"`.
+            `"smollm2-135m"`. Or a pipeline, in whose model the adapters take turns: a new document starts with those
+            that it has now.
         config: Settings of its adapters; None: those of the adapters that are there, else the defaults.
         settings: More keyword arguments of `R3MemPipeline`: `device`, `dtype`, `seed` and others.
 
     Raises:
+        TypeError: Settings are given beside a pipeline, which has its own.
         ValueError: The folder holds an adapter itself, or one that is damaged.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        model: str | Path | None = None,
+        model: str | Path | R3MemPipeline | None = None,
         *,
         config: R3MemConfig | None = None,
         **settings: Any,
     ):
         self._folder, self._model, self._config, self._settings = Path(folder), model, config, settings
+        if isinstance(model, R3MemPipeline) and (config is not None or settings):
+            raise TypeError("a pipeline has its settings already: give neither a config nor other settings beside it")
         if is_adapter(folder):
             raise ValueError(
                 f"{folder} holds one adapter for all that it remembers, and no others: load it with "
                 f"R3MemPipeline({str(folder)!r}), or choose another folder"
             )
-        self._loaded: R3MemPipeline | None = None
-        self._fresh: dict[str, Any] = {}
+        self._loaded: R3MemPipeline | None = model if isinstance(model, R3MemPipeline) else None
+        self._fresh: dict[str, Any] = {} if self._loaded is None else weights_of(self._loaded.model)
         # The folder whose adapter the model has at the moment.
         self._in_use: tuple[Path, R3MemPipeline] | None = None
         self.entries()
@@ -93,6 +97,7 @@ class AdapterShelf:
         builder: QueryBuilder | None = None,
         entity_finder: EntityFinder | None = None,
         levels: Sequence[str] = LEVELS,
+        taken: Collection[str] = (),
         progress: bool = True,
     ) -> dict[str, RememberReport]:
         """Fine-tune an adapter for each document, until greedy recall gives each of its contexts back exactly.
@@ -108,6 +113,7 @@ class AdapterShelf:
             builder: Writes the queries, see `hierarchy.build_pairs`.
             entity_finder: Finds entities, see there.
             levels: Levels of which contexts are remembered, see there.
+            taken: Queries that ask for something else already, see there; those of the other documents do.
             progress: Show bars.
 
         Returns:
@@ -131,7 +137,7 @@ class AdapterShelf:
                     others = [entry["query"] for entry in self.entries() if _document_of(entry) != name]
                     reports[name] = pipeline.remember(
                         {name: text}, folder=path, settings=settings, builder=builder, entity_finder=entity_finder,
-                        levels=levels, taken=others, progress=progress,
+                        levels=levels, taken=[*taken, *others], progress=progress,
                     )  # fmt: skip
                     self._in_use = (path, pipeline)
                 for other in self._folders().get(name, []):
@@ -155,7 +161,10 @@ class AdapterShelf:
         """
         queries = [query] if isinstance(query, str) else list(query)
         asked: dict[Path, list[int]] = {}
-        for index, path in enumerate(self._asked_of(queries)):
+        paths = adapters_in(self._folder)
+        if not paths:
+            raise ValueError(f"nothing is remembered in {self._folder}: remember documents there first")
+        for index, path in enumerate(asked_of(queries, paths)):
             asked.setdefault(path, []).append(index)
         found = [""] * len(queries)
         for path, indices in asked.items():
@@ -208,15 +217,6 @@ class AdapterShelf:
             found.setdefault(_document_of(read_manifest(path)["remembered"][0]), []).append(path)
         return found
 
-    def _asked_of(self, queries):
-        """The folder of the adapter that each query is for: the one with a query of most of its words."""
-        entries = [(path, e["query"]) for path in adapters_in(self._folder) for e in read_manifest(path)["remembered"]]
-        if not entries:
-            raise ValueError(f"nothing is remembered in {self._folder}: remember documents there first")
-        of_query = {query: path for path, query in entries}
-        index = WordIndex([query for _, query in entries])
-        return [of_query.get(query) or entries[index.ranked(query)[0]][0] for query in queries]
-
     def _with(self, path: Path | None) -> R3MemPipeline:
         """A pipeline over the one model, with the adapter of a folder, or with a new one."""
         if path is not None and self._in_use is not None and self._in_use[0] == path:
@@ -233,7 +233,8 @@ class AdapterShelf:
     def _shared(self) -> R3MemPipeline:
         """The pipeline whose model all adapters take turns in."""
         if self._loaded is None:
-            model, config, settings = self._model, self._config, dict(self._settings)
+            model: Any = self._model
+            config, settings = self._config, dict(self._settings)
             if paths := adapters_in(self._folder):
                 manifest = read_manifest(paths[0])
                 model = model or manifest["base_model"] or None
@@ -255,6 +256,22 @@ class AdapterShelf:
         """Remove what a process left that was killed while it removed an adapter."""
         for path in self._folder.glob(f"{_REMOVED}*"):
             shutil.rmtree(path)
+
+
+def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[Path]:
+    """Find the adapter that each query is for: the one that knows it, or that has the query of most of its words.
+
+    Args:
+        queries: The queries.
+        folders: Folders of adapters, at least one.
+
+    Returns:
+        One of the folders for each query.
+    """
+    entries = [(path, entry["query"]) for path in folders for entry in read_manifest(path)["remembered"]]
+    of_query = {query: path for path, query in entries}
+    index = WordIndex([query for _, query in entries])
+    return [of_query.get(query) or entries[index.ranked(query)[0]][0] for query in queries]
 
 
 def _document_of(entry: Entry) -> str:

@@ -1,12 +1,15 @@
-"""`UserAdapters`: what a user has said comes back from an adapter of their own, and goes with what it has learned."""
+"""`UserAdapters`: what a user has said comes back from adapters of their own, and goes with what they have learned."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
 from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings
 from r3mem_fast.adapter_folder import put_weights, replace_weights, weights_of
+from r3mem_fast.manifest import read_manifest
+from r3mem_fast.store import adapters as module
 from tests.store.conftest import CONFIG
 from tests.store.test_conversations import GREEDY
 from tests.test_pipeline import SETTINGS
@@ -33,6 +36,11 @@ def folders(store):
     return sorted(one.name for one in path.iterdir()) if path.is_dir() else []
 
 
+def adapters(store, user):
+    """Folders of a user's adapters."""
+    return store._adapters()._adapters_of(store.database.held(user))
+
+
 def learn(store, user, **settings):
     return store.consolidate(user_id=user, progress=False, **({"settings": FEW} | settings))
 
@@ -48,8 +56,7 @@ def test_each_user_has_their_own(store, opened, own_pipeline):
         items[user] = store.add(text, user_id=user)[0]
         report = learn(store, user, settings=SETTINGS)
         assert report.exact_match == 1.0
-    queries = {user: store._adapters()._with(store.database.held(user).adapter).remembered for user in SAID}
-    queries = {user: entries[0]["query"] for user, entries in queries.items()}
+    queries = {user: read_manifest(adapters(store, user)[0])["remembered"][0]["query"] for user in SAID}
     for one in (store, opened(model=own_pipeline), store):  # swapped back and forth
         for user in SAID:
             found = one.search(queries[user], user_id=user, by="backward")
@@ -57,9 +64,12 @@ def test_each_user_has_their_own(store, opened, own_pipeline):
     other = store.search(queries["boris"], user_id="anna", by="backward")
     assert all(found.by == "bm25" or found.item == items["anna"] for found in other)
     assert store.search(queries["anna"], user_id="anna", by="backward", run_id="another") == []
-    # More is learned along with what was learned before.
+    # More is learned beside what was learned before, which stays what it is.
+    (first,) = adapters(store, "anna")
+    before = (first / "adapter_model.safetensors").read_bytes()
     more = store.add("Starbuck was not.", user_id="anna")[0]
-    assert learn(store, "anna", settings=SETTINGS).exact_match == 1.0 and len(folders(store)) == 2
+    assert learn(store, "anna", settings=SETTINGS).exact_match == 1.0 and len(folders(store)) == 3
+    assert (first / "adapter_model.safetensors").read_bytes() == before and len(adapters(store, "anna")) == 2
     assert store.database.held("anna").learned == more.id
     assert store.search(queries["anna"], user_id="anna", by="backward")[0].item == items["anna"]
     assert store.search(queries["boris"], user_id="boris", by="backward")[0].by == "backward"
@@ -74,9 +84,8 @@ def test_weights_are_swapped_bit_for_bit(store, own_pipeline):
         learned[user] = weights_of(model)
         assert not same(learned[user], fresh)
     assert not same(learned["anna"], learned["boris"])
-    adapters = store._adapters()
     for user in ("anna", "boris", None, "anna", None, "boris"):
-        adapters._with(store.database.held(user).adapter if user else None)
+        store._adapters()._with(adapters(store, user)[0] if user else None)
         assert same(weights_of(model), learned[user] if user else fresh)
     store.add("Who is new begins as everybody did.", user_id="carla")
     assert store.search("new", user_id="carla", by="backward")[0].by == "bm25"
@@ -135,8 +144,38 @@ def test_only_what_is_new_is_learned(store):
                        user_id="anna")[0]  # fmt: skip
     pairs = learn(store, "anna").pairs
     texts = {pair.document: pair.context for pair in pairs if pair.level == "document"}
-    assert texts[f"conversation from {second.id}"] == "User: Who?\nAssistant: Ahab."
-    assert len(folders(store)) == 1 and folders(store) != before
+    assert texts == {f"conversation from {second.id}": "User: Who?\nAssistant: Ahab."}
+    assert len(folders(store)) == 2 and set(before) < set(folders(store))
+
+
+def test_a_long_run_is_learned_in_pages(store, monkeypatch):
+    monkeypatch.setattr(module, "_PAGE_TOKENS", 38)
+    said = ["A first one.", "A second.", "A third one.", "And one that is as long as a page"]
+    items = [store.add(text, user_id="anna", run_id="one")[0] for text in said]
+    pairs = learn(store, "anna").pairs
+    texts = {pair.document: pair.context for pair in pairs if pair.level == "document"}
+    assert texts == {
+        f"one from {items[0].id}": "User: A first one.\nUser: A second.",
+        f"one from {items[2].id}": "User: A third one.",
+        f"one from {items[3].id}": f"User: {said[3]}",
+    }
+    assert len(adapters(store, "anna")) == 3
+
+
+def test_an_adapter_of_an_earlier_version_is_read(store, own_pipeline):
+    """It had learned all that the user had said, in the place where a shelf is now."""
+    item = store.add(SAID["anna"], user_id="anna")[0]
+    learn(store, "anna")
+    (path,), (name,) = adapters(store, "anna"), folders(store)
+    path.rename(store.folder / "adapters" / "moved")
+    shutil.rmtree(store.folder / "adapters" / name)
+    (store.folder / "adapters" / "moved").rename(store.folder / "adapters" / name)
+    assert adapters(store, "anna") == [store.folder / "adapters" / name]
+    store.add("More.", user_id="anna")
+    learn(store, "anna")
+    assert len(adapters(store, "anna")) == 2 and len(folders(store)) == 2
+    store.delete(item.id)
+    assert folders(store) == []
 
 
 def test_rebuilding_removes_them(store):
@@ -169,7 +208,7 @@ def test_an_interrupted_run_leaves_no_weights_behind(store, own_pipeline, monkey
     """What was begun is not taken for the adapter that it was begun with."""
     store.add(SAID["anna"], user_id="anna")
     learn(store, "anna")
-    learned, name = weights_of(own_pipeline.model), store.database.held("anna").adapter
+    learned, path, name = weights_of(own_pipeline.model), adapters(store, "anna")[0], folders(store)[0]
     store.add("More.", user_id="anna")
 
     def interrupted(self, *arguments, **settings):
@@ -180,7 +219,7 @@ def test_an_interrupted_run_leaves_no_weights_behind(store, own_pipeline, monkey
     monkeypatch.setattr(R3MemPipeline, "remember", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn(store, "anna")
-    store._adapters()._with(name)
+    store._adapters()._with(path)
     assert same(weights_of(own_pipeline.model), learned)
     with pytest.raises(KeyboardInterrupt):
         learn(store, "anna")
@@ -188,40 +227,38 @@ def test_an_interrupted_run_leaves_no_weights_behind(store, own_pipeline, monkey
     assert store.database.held("anna").adapter == name
 
 
-def test_an_adapter_that_another_process_has_replaced(store, opened, own_pipeline, folder):
+def test_what_another_process_has_learned(store, opened, own_pipeline, folder):
     store.add(SAID["anna"], user_id="anna")
     learn(store, "anna")
     other = opened(model=R3MemPipeline(str(folder), config=CONFIG))
-    assert other._adapters()._with(other.database.held("anna").adapter).remembered
+    assert other._adapters()._with(adapters(other, "anna")[0]).remembered
     store.add("More.", user_id="anna")
     learn(store, "anna")
-    (name,) = folders(store)
-    assert same(weights_of(other._adapters()._with(name).model), weights_of(own_pipeline.model))
-    assert name == other.database.held("anna").adapter
+    newest = adapters(other, "anna")[-1]
+    assert same(weights_of(other._adapters()._with(newest).model), weights_of(own_pipeline.model))
 
 
-def test_an_adapter_that_is_replaced_while_it_is_looked_for(store, opened, monkeypatch):
-    store.add(SAID["anna"], user_id="anna")
+def test_an_adapter_that_is_removed_while_it_is_looked_for(store, monkeypatch):
+    item = store.add(SAID["anna"], user_id="anna")[0]
     learn(store, "anna")
-    store.add("More.", user_id="anna")
-    adapters, others = store._adapters(), []
-    own = adapters._with
+    users, others = store._adapters(), []
+    own = users._with
 
-    def replaced_meanwhile(name):
+    def removed_meanwhile(path):
         if not others:
-            others.append(name)
-            monkeypatch.setattr(adapters, "_with", own)
-            learn(store, "anna")
-            monkeypatch.setattr(adapters, "_with", replaced_meanwhile)
-        return own(name)
+            others.append(path)
+            store.delete(item.id)
+        return own(path)
 
-    monkeypatch.setattr(adapters, "_with", replaced_meanwhile)
-    assert adapters.recalled("anna", "Who?") is not None
-    assert others != [store.database.held("anna").adapter]
-    (store.folder / "adapters" / folders(store)[0] / "adapter_model.safetensors").unlink()
-    adapters._in_use = None
+    monkeypatch.setattr(users, "_with", removed_meanwhile)
+    assert users.recalled("anna", "Who?") == [] and folders(store) == []
+    monkeypatch.undo()
+    store.add(SAID["boris"], user_id="boris")
+    learn(store, "boris")
+    (adapters(store, "boris")[0] / "adapter_model.safetensors").unlink()
+    users._in_use = None
     with pytest.raises(OSError, match="is incomplete"):
-        adapters.recalled("anna", "Who?")
+        users.recalled("boris", "Who?")
 
 
 def test_what_cannot_take_an_adapters_place(own_pipeline, folder, tmp_path):
@@ -260,7 +297,7 @@ def test_a_whole_adapter_that_the_database_does_not_know_of(store, monkeypatch):
     """A process was killed between saving the adapter and telling of it: the same call takes it over."""
     store.add(SAID["anna"], user_id="anna")
     with monkeypatch.context() as patched:
-        patched.setattr(type(store.database), "put_adapter", lambda *arguments: exit("killed"))
+        patched.setattr(type(store.database), "put_adapters", lambda *arguments: exit("killed"))
         with pytest.raises(SystemExit):
             learn(store, "anna")
     (begun,) = folders(store)

@@ -1,6 +1,7 @@
 """`RememberReport`: the result of a run."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from ...hierarchy import Pair
 
@@ -32,10 +33,32 @@ class RememberReport:
     expanded: list[bool] | None = None
     cycle_loss: float | None = None
 
+    @classmethod
+    def joined(cls, reports: Sequence["RememberReport"]) -> "RememberReport":
+        """Report of several runs, each of its own adapter, as of one: the largest losses, all steps and seconds.
+
+        Args:
+            reports: Their reports; if there are none, nothing was left to be learned.
+        """
+        losses = {
+            name: max((loss for report in reports if (loss := getattr(report, name)) is not None), default=None)
+            for name in ("expand_loss", "compress_loss", "cycle_loss")
+        }
+        expanded = [report.expanded for report in reports if report.expanded is not None]
+        return cls(
+            pairs=[pair for report in reports for pair in report.pairs],
+            exact=[exact for report in reports for exact in report.exact],
+            steps=sum(report.steps for report in reports),
+            seconds=sum(report.seconds for report in reports),
+            lost=tuple(query for report in reports for query in report.lost),
+            expanded=[known for of_one in expanded for known in of_one] if expanded else None,
+            **losses,
+        )
+
     @property
     def exact_match(self) -> float:
-        """Share of the pairs whose context came back exactly."""
-        return sum(self.exact) / len(self.exact)
+        """Share of the pairs whose context came back exactly; 1 if there was nothing to be learned."""
+        return sum(self.exact) / len(self.exact) if self.exact else 1.0
 
     def by_level(self) -> dict[str, tuple[int, int]]:
         """Counts by level: contexts that came back exactly, and all contexts."""
