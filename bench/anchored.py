@@ -2,7 +2,8 @@
 
     python -m bench.anchored FOLDER OUTPUT --memory-allocation adaptive
 
-saves an adapter of anchors for memories of another allocation, with the same weights, so that it can be trained on.
+saves an adapter of anchors with the same weights for memories of another allocation or budget, so that it can be
+trained on, or rounded to another dtype.
 """
 
 import argparse
@@ -11,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from r3mem_fast import Memory, R3MemModel, R3MemPipeline, load_model
-from r3mem_fast.adapter_folder import put_weights, weights_of
+from r3mem_fast import Memory, R3MemModel, R3MemPipeline
 from r3mem_fast.choices import ALLOCATIONS
+from r3mem_fast.devices import as_dtype
 from r3mem_fast.memory import MemoryLayout
 
 from .rivals import laid_out
@@ -24,17 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.anchored", description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="folder of the adapter")
     parser.add_argument("output", help="folder of the other one")
-    parser.add_argument("--memory-allocation", choices=ALLOCATIONS, required=True, help="of its memories")
-    parser.add_argument("--model", default="smollm2-135m", help="its base model (%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--memory-allocation", choices=ALLOCATIONS, help="of its memories (as it is)")
+    parser.add_argument("--memory-budget", type=int, help="slots of its memories at most (as it is)")
+    parser.add_argument("--adapter-dtype", type=as_dtype, help="that its weights are rounded to (as it is)")
     options = parser.parse_args(arguments)
-    base, _ = load_model(options.model, dtype=options.dtype)
-    learned = load_adapter(options.folder, R3MemModel(base), anchored=True)
-    config = dataclasses.replace(learned.r3mem_config, memory_allocation=options.memory_allocation)
-    other = R3MemModel(load_model(options.model, dtype=options.dtype)[0], config)
-    put_weights(other, weights_of(learned))
-    other.save_pretrained(options.output)
+    pipeline = R3MemPipeline(options.folder)
+    _refuse_other(pipeline.model, options.folder)
+    given = {name: getattr(options, name) for name in ("memory_allocation", "memory_budget")}
+    changed = {name: value for name, value in given.items() if value is not None}
+    pipeline.model.r3mem_config = dataclasses.replace(pipeline.model.r3mem_config, **changed)
+    pipeline.save(options.output, adapter_dtype=options.adapter_dtype)
     return 0
+
+
+def _refuse_other(learned: R3MemModel, folder: str) -> None:
+    """Raise ValueError for an adapter that is none of anchors."""
+    if not learned.is_anchored:
+        raise ValueError(f"{folder} holds no adapter of anchors (memory_writer='anchored')")
 
 
 def load_adapter(folder: str, model: R3MemModel, *, anchored: bool = False) -> R3MemModel:
@@ -49,8 +56,8 @@ def load_adapter(folder: str, model: R3MemModel, *, anchored: bool = False) -> R
         ValueError: It was made of another model, or is none of anchors.
     """
     learned = R3MemPipeline(folder, dtype=str(model.dtype).removeprefix("torch.")).model
-    if anchored and not learned.is_anchored:
-        raise ValueError(f"{folder} holds no adapter of anchors (memory_writer='anchored')")
+    if anchored:
+        _refuse_other(learned, folder)
     if learned.base_fingerprint() != model.base_fingerprint():
         raise ValueError(f"{folder} was made of another model than the one that it is compared with")
     return learned
