@@ -94,8 +94,35 @@ _ORDER = ("reversed", "inverse", "reversed, the inverse's core", "forward", "rev
 def recall_controls() -> str:
     """Tabulate what comes back when contexts are asked for wrongly."""
     head = ("what is asked", "exact", "nothing", "half of it like")
-    controls = records("recall_pages_smollm2")[1:]
-    rows = [(r["control"], *(str(r[count]) for count in ("exact", "empty", "similar_0.5"))) for r in controls]
+    rows = []
+    for name, where in (("pages", "one adapter"), ("shelf", "a shelf")):
+        for r in records(f"recall_{name}_smollm2"):
+            if "control" in r:
+                counts = (f"{r[count]} of {r['queries']}" for count in ("exact", "empty", "similar_0.5"))
+                rows.append((f"{where}: {r['control']}", *counts))
+    return table(head, rows)
+
+
+def recall_shelf() -> str:
+    """Tabulate what is remembered on a shelf, beside as many pages in one adapter."""
+    head = ("pages", "exact", "steps", "minutes", "perplexity of another book, of base", "adapters, MB")
+    one = records("recall_pages_smollm2")[0]
+    rows = [(
+        f"{one['documents']} in one adapter", f"{one['exact']} of {one['total']}", str(one["steps"]),
+        f"{one['seconds'] / 60:.0f}", f"{one['perplexity_ratio']:.3f}", "–",
+    )]  # fmt: skip
+    shelf = records("recall_shelf_smollm2")
+    pages = [record for record in shelf if "document" in record]
+    for record in shelf:
+        if record.get("asked") == "all":
+            some = pages[: record["documents"]]
+            ratios = [page["perplexity_ratio"] for page in some]
+            rows.append((
+                f"**{len(some)} on a shelf**", f"{record['exact']} of {record['total']}",
+                str(sum(page["steps"] for page in some)), f"{sum(page['seconds'] for page in some) / 60:.0f}",
+                f"1 (each one's adapter on: {sum(ratios) / len(ratios):.3f}, {max(ratios):.3f} at most)",
+                f"{sum(page['bytes'] for page in some) / 1e6:.0f}",
+            ))  # fmt: skip
     return table(head, rows)
 
 
@@ -314,6 +341,7 @@ TABLES = {
     "training_bytes": training_bytes,
     "recall_arms": recall_arms,
     "recall_controls": recall_controls,
+    "recall_shelf": recall_shelf,
     "expand": expand,
     "history": history,
     "memory_worth": memory_worth,

@@ -27,6 +27,8 @@ TRAIN_CHECKPOINTS = "train-checkpoints"
 EMBEDDED_ADAPTERS = Path(__file__).parent / "adapters"
 # Seconds that a reader waits for a writer who is moving the last files of a save.
 _MOVING = 10.0
+# Name of an adapter's folder in a folder that holds one for each document: the beginning of a digest.
+_OF_A_DOCUMENT = "[0-9a-f]" * 16
 # Keys of each entry under `remembered`, one entry a pair, and the types of their values.
 _OF_A_PAIR = {
     "level": str,
@@ -72,7 +74,7 @@ def adapters_in(folder: str | os.PathLike[str]) -> list[Path]:
     Returns:
         Their folders, the oldest first.
     """
-    found = [path for path in Path(folder).glob("[!.]*/") if is_adapter(path)]
+    found = [path for path in Path(folder).glob(_OF_A_DOCUMENT) if is_adapter(path)]
     return sorted(found, key=lambda path: (_saved_at(path), path.name))
 
 

@@ -56,7 +56,7 @@ def _interrupted_run(folder: str) -> str | None:
     from ..manifest import interrupted_run
 
     # Also of an adapter of one document, which has a folder of its own in this one.
-    runs = [interrupted_run(path) for path in (Path(folder), *Path(folder).glob("[!.]*/"))]
+    runs = [interrupted_run(path) for path in (Path(folder), *Path(folder).glob("*"))]
     return next((run for run in runs if run), None)
 
 

@@ -239,7 +239,7 @@ class AdapterShelf:
                 manifest = read_manifest(paths[0])
                 model = model or manifest["base_model"] or None
                 config = config or R3MemConfig.from_dict(manifest["r3mem_config"])
-                settings.setdefault("dtype", manifest.get("dtype"))
+                settings["dtype"] = settings.get("dtype") or manifest.get("dtype")
             self._loaded = R3MemPipeline(model or _MODEL, config=config, **settings)
             self._fresh = weights_of(self._loaded.model)
         return self._loaded

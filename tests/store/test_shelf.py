@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from r3mem_fast import AdapterShelf, R3MemPipeline, RememberSettings, pipeline
+from r3mem_fast import AdapterShelf, R3MemPipeline, RememberSettings
+from r3mem_fast import pipeline as pipeline_module
 from r3mem_fast.adapter_folder import weights_of
 from r3mem_fast.cli import main
 from r3mem_fast.manifest import adapters_in
@@ -128,7 +129,7 @@ def test_an_interrupted_call_goes_on(few, folder, tmp_path, monkeypatch, saved):
     """After the documents that it has learned, and within one, whether or not its adapter was saved already."""
     _, remember = few
     name = "discard_checkpoint" if saved else "remember_documents"
-    original, calls = getattr(pipeline, name), []
+    original, calls = getattr(pipeline_module, name), []
 
     def interrupted(*arguments, **settings):
         calls.append(1)
@@ -136,7 +137,7 @@ def test_an_interrupted_call_goes_on(few, folder, tmp_path, monkeypatch, saved):
             raise KeyboardInterrupt
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(pipeline, name, interrupted)
+    monkeypatch.setattr(pipeline_module, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         remember(TEXTS)
     again = AdapterShelf(tmp_path / "few")
@@ -160,6 +161,28 @@ def test_a_removal_that_was_killed_is_finished(few, monkeypatch):
     monkeypatch.undo()
     shelf.forget("house")
     assert [path.name for path in shelf._folder.iterdir() if path.is_dir()] == [adapters_in(shelf._folder)[0].name]
+
+
+def test_other_adapters_beside_a_shelfs_are_none_of_it(few, folder, tmp_path):
+    shelf, remember = few
+    remember({"ship": TEXTS["ship"]})
+    R3MemPipeline(str(folder), config=CONFIG).save(tmp_path / "few" / "other")
+    assert shelf.documents == ("ship",) and len(adapters_in(tmp_path / "few")) == 1
+    assert AdapterShelf(tmp_path / "few").recall("Ahab") == ""
+
+
+def test_it_takes_a_pipeline(folder, tmp_path):
+    """A new document starts with the adapters that the pipeline had."""
+    pipeline = R3MemPipeline(str(folder), config=CONFIG)
+    alone = AdapterShelf(tmp_path / "alone", str(folder), config=CONFIG)
+    shelf = AdapterShelf(tmp_path / "shelf", pipeline)
+    for one in (shelf, alone):
+        one.remember(TEXTS, settings=FEW, progress=False)
+    mine, other = (weights_of(one.pipeline("house").model) for one in (shelf, alone))
+    assert shelf.pipeline("house").model is pipeline.model
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    with pytest.raises(TypeError, match="a pipeline has its settings already"):
+        AdapterShelf(tmp_path / "shelf", pipeline, device="cpu")
 
 
 def test_wrong_use(few, folder, tmp_path):
