@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The adapter of docs/memory.md that has learned how its texts are written, and matched memories behind it. An hour on a CPU.
+# The adapter of docs/memory.md that has learned how its texts are written, and matched memories behind it. Half an hour on a CPU.
 #
 #   bench/text_adapter.sh FOLDER DATA
 #
@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
     "$python" -m bench.mixed_texts novels --data "$data" --hold-out 0.5 -o "$folder/novels.jsonl"
 [[ -e $folder/adapter/r3mem.json ]] ||
     "$python" -m r3mem_fast.cli train "$folder/novels.jsonl" -o "$folder/adapter" --memory-tokens 0 \
-        --first-adapted-layer 0 --steps 500
+        --first-adapted-layer 0 --steps 250
 [[ -e $folder/merged/config.json ]] || "$python" - "$folder" <<'PYTHON'
 import os
 import sys
@@ -35,7 +35,7 @@ os.replace(f"{folder}/merging", f"{folder}/merged")
 PYTHON
 output=$folder/text_adapter_novels_smollm2.jsonl
 if [[ ! -e $output ]]; then
-    "$python" -m bench.matched --model "$folder/merged" --kind novels --data "$data" --segments 200 --chains 0 \
+    "$python" -m bench.matched --model "$folder/merged" --kind novels --data "$data" --segments 64 --chains 0 \
         --slots 64 16 --rivals raw attended --foreign 64 --presses --adaptive --output "$output.part"
     mv "$output.part" "$output"
 fi
