@@ -181,12 +181,12 @@ class _Bench:
 
     def _of_adapter(self, shelf: AdapterShelf, name: str) -> dict[str, Any]:
         """What an adapter of a shelf takes on the disk, and does to other text while it is on."""
-        pipeline = shelf.pipeline(name)
-        assert pipeline.folder is not None
-        return {
-            "bytes": sum(path.stat().st_size for path in pipeline.folder.iterdir()),
-            "perplexity_ratio": round(self._perplexity_ratio(pipeline), 4),
-        }
+        with shelf.adapter(name) as pipeline:
+            assert pipeline.folder is not None
+            return {
+                "bytes": sum(path.stat().st_size for path in pipeline.folder.iterdir()),
+                "perplexity_ratio": round(self._perplexity_ratio(pipeline), 4),
+            }
 
     def _pipeline(self, seed: int, config: R3MemConfig | None = None) -> R3MemPipeline:
         return R3MemPipeline(self.options.model, config=config, seed=seed)

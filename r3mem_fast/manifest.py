@@ -27,8 +27,8 @@ TRAIN_CHECKPOINTS = "train-checkpoints"
 EMBEDDED_ADAPTERS = Path(__file__).parent / "adapters"
 # Seconds that a reader waits for a writer who is moving the last files of a save.
 _MOVING = 10.0
-# Name of an adapter's folder in a folder that holds one for each document: the beginning of a digest.
-_OF_A_DOCUMENT = "[0-9a-f]" * 16
+# Names of folders in a folder that holds an adapter for each document, as a pattern: digits of two digests.
+OF_A_DOCUMENT = "[0-9a-f]" * 32
 # Keys of each entry under `remembered`, one entry a pair, and the types of their values.
 _OF_A_PAIR = {
     "level": str,
@@ -74,14 +74,25 @@ def adapters_in(folder: str | os.PathLike[str]) -> list[Path]:
     Returns:
         Their folders, the oldest first.
     """
-    found = [path for path in Path(folder).glob(_OF_A_DOCUMENT) if is_adapter(path)]
+    found = [path for path in Path(folder).glob(OF_A_DOCUMENT) if is_adapter(path)]
     return sorted(found, key=lambda path: (_saved_at(path), path.name))
+
+
+def is_shelf(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter for each document, or learning the first one was begun.
+
+    Args:
+        folder: Path of the folder.
+    """
+    return any(path.is_dir() for path in Path(folder).glob(OF_A_DOCUMENT))
 
 
 def _saved_at(folder):
     """Time of an adapter's last save, in nanoseconds; a save that waits to be finished is the latest."""
-    path = folder / MANIFEST
-    return path.stat().st_mtime_ns if path.is_file() else float("inf")
+    try:
+        return (folder / MANIFEST).stat().st_mtime_ns
+    except FileNotFoundError:  # or another process has just removed it
+        return float("inf")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:

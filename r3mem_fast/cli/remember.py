@@ -59,12 +59,11 @@ def _remember(options: argparse.Namespace) -> int:
 
 
 def _remember_in(options: argparse.Namespace) -> int:
-    from ..manifest import adapters_in, is_adapter
+    from ..manifest import is_adapter, is_shelf
 
-    shelved = bool(adapters_in(options.folder))
-    if shelved and not options.apart:
+    if is_shelf(options.folder) and not options.apart:
         raise ValueError(f"{options.folder} holds an adapter for each document: add to it with --apart")
-    existing = shelved or is_adapter(options.folder)
+    existing = is_adapter(options.folder)
     given = given_settings(options, R3MemConfig, NEW_ADAPTER)
     settings = RememberSettings(**given_settings(options, RememberSettings))
     if existing and given:

@@ -1,9 +1,9 @@
 """`AdapterShelf`: documents that are remembered apart, an adapter for each, so that none disturbs another."""
 
-import hashlib
+import contextlib
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..config import R3MemConfig
 from ..documents import Documents, by_name
 from ..files import locked
 from ..hierarchy import LEVELS, EntityFinder, QueryBuilder
-from ..manifest import adapters_in, interrupted_run, is_adapter, read_manifest
+from ..manifest import OF_A_DOCUMENT, adapters_in, interrupted_run, is_adapter, read_manifest
 from ..pipeline import R3MemPipeline
 from ..remembered import Entry, sha256
 from ..training.remember import RememberReport
@@ -22,6 +22,8 @@ from .lookup import WordIndex
 _MODEL = "smollm2-135m"
 # Queries that are asked at one time.
 _BATCH = 16
+# Digits of each of the two digests in the name of an adapter's folder, that of the document's name and its text's.
+_DIGITS = len(OF_A_DOCUMENT) // (2 * len("[0-9a-f]"))
 # Beginning of the name of a folder that is being removed.
 _REMOVED = ".removed-"
 
@@ -36,19 +38,19 @@ class AdapterShelf:
 
     >>> shelf = AdapterShelf("shelf")
     >>> reports = shelf.remember({"page 1": page})
-    >>> shelf.recall(reports["page 1"].pairs[0].query) == page
+    >>> shelf.recall(reports["page 1"].pairs[0].query) == page.strip()
 
     Args:
         folder: Folder of the adapters, made if it is not there.
         model: Base model, as `R3MemPipeline` takes it by name; None: that of the adapters that are there, else
-            `"smollm2-135m"`. Or a pipeline, in whose model the adapters take turns: a new document starts with those
-            that it has now.
+            `"smollm2-135m"`. Or a pipeline, in whose model the adapters take turns while they are needed: a new
+            document starts with those that it has.
         config: Settings of its adapters; None: those of the adapters that are there, else the defaults.
         settings: More keyword arguments of `R3MemPipeline`: `device`, `dtype`, `seed` and others.
 
     Raises:
         TypeError: Settings are given beside a pipeline, which has its own.
-        ValueError: The folder holds an adapter itself, or one that is damaged.
+        ValueError: The folder holds an adapter itself, or one that is damaged, or the model is an adapter.
     """
 
     def __init__(
@@ -60,17 +62,16 @@ class AdapterShelf:
         **settings: Any,
     ):
         self._folder, self._model, self._config, self._settings = Path(folder), model, config, settings
-        if isinstance(model, R3MemPipeline) and (config is not None or settings):
+        self._loaded = model if isinstance(model, R3MemPipeline) else None
+        if self._loaded is not None and (config is not None or settings):
             raise TypeError("a pipeline has its settings already: give neither a config nor other settings beside it")
+        if isinstance(model, (str, Path)) and is_adapter(model):
+            raise ValueError(f"{model} is an adapter; those of a shelf are learned from a base model: name that")
         if is_adapter(folder):
             raise ValueError(
                 f"{folder} holds one adapter for all that it remembers, and no others: load it with "
                 f"R3MemPipeline({str(folder)!r}), or choose another folder"
             )
-        self._loaded: R3MemPipeline | None = model if isinstance(model, R3MemPipeline) else None
-        self._fresh: dict[str, Any] = {} if self._loaded is None else weights_of(self._loaded.model)
-        # The folder whose adapter the model has at the moment.
-        self._in_use: tuple[Path, R3MemPipeline] | None = None
         self.entries()
 
     def __repr__(self):
@@ -79,7 +80,7 @@ class AdapterShelf:
     @property
     def documents(self) -> tuple[str, ...]:
         """Names of the documents, the oldest first."""
-        return tuple(self._folders())
+        return tuple({_document_of(manifest): None for _, manifest in self._manifests()})
 
     def entries(self) -> list[Entry]:
         """Return what is remembered: an entry for each query, as `r3mem.json` has them.
@@ -87,7 +88,7 @@ class AdapterShelf:
         Raises:
             ValueError: An adapter is damaged.
         """
-        return [entry for path in adapters_in(self._folder) for entry in read_manifest(path)["remembered"]]
+        return [entry for _, manifest in self._manifests() for entry in manifest["remembered"]]
 
     def remember(
         self,
@@ -97,23 +98,21 @@ class AdapterShelf:
         builder: QueryBuilder | None = None,
         entity_finder: EntityFinder | None = None,
         levels: Sequence[str] = LEVELS,
-        taken: Collection[str] = (),
         progress: bool = True,
     ) -> dict[str, RememberReport]:
         """Fine-tune an adapter for each document, until greedy recall gives each of its contexts back exactly.
 
-        A document that is there with the same text is learned further if a context of it is not exact, else left
-        alone; one of another text takes the place of that of the same name. When it is interrupted, the same call goes
-        on where it was.
+        A document that is there with the same text is left alone if all of it is exact, else learned further; one of
+        another text takes the place of that of the same name. When it is interrupted, the same call goes on where it
+        was.
 
         Args:
             documents: A text, several, or texts by name; a `Path` is a UTF-8 text file. A text without a name is named
                 after its digest.
             settings: How pairs are learned; None: the defaults.
-            builder: Writes the queries, see `hierarchy.build_pairs`.
+            builder: Writes the queries, see `hierarchy.build_pairs`. No two documents have the same one.
             entity_finder: Finds entities, see there.
             levels: Levels of which contexts are remembered, see there.
-            taken: Queries that ask for something else already, see there; those of the other documents do.
             progress: Show bars.
 
         Returns:
@@ -129,20 +128,20 @@ class AdapterShelf:
         with locked(self._folder):
             self._sweep()
             for name, text in _named(documents).items():
-                path = self._folder / hashlib.sha256(f"{name}\0{text}".encode()).hexdigest()[:16]
+                path = self._folder / f"{sha256(name)[:_DIGITS]}{sha256(text)[:_DIGITS]}"
                 # A run that was killed between its last save and its end leaves its checkpoint beside the adapter.
                 whole = is_adapter(path) and interrupted_run(path) is None
                 if not (whole and all(entry["exact"] for entry in read_manifest(path)["remembered"])):
-                    pipeline, self._in_use = self._with(path if is_adapter(path) else None), None
-                    others = [entry["query"] for entry in self.entries() if _document_of(entry) != name]
-                    reports[name] = pipeline.remember(
-                        {name: text}, folder=path, settings=settings, builder=builder, entity_finder=entity_finder,
-                        levels=levels, taken=[*taken, *others], progress=progress,
-                    )  # fmt: skip
-                    self._in_use = (path, pipeline)
-                for other in self._folders().get(name, []):
-                    if other != path:
-                        self._remove(other)
+                    self._refuse_others()
+                    others = [m for _, m in self._manifests() if _document_of(m) != name]
+                    with adapter_in(self._pipeline(), path if is_adapter(path) else None) as pipeline:
+                        reports[name] = pipeline.remember(
+                            {name: text}, folder=path, settings=settings, builder=builder,
+                            entity_finder=entity_finder, levels=levels,
+                            taken=[entry["query"] for other in others for entry in other["remembered"]],
+                            progress=progress,
+                        )  # fmt: skip
+                self._remove(other for other in self._of_name(name) if other != path)
         return reports
 
     def recall(self, query: str | Sequence[str], *, max_new_tokens: int | None = None) -> str | list[str]:
@@ -150,7 +149,7 @@ class AdapterShelf:
 
         Args:
             query: A query, or several.
-            max_new_tokens: Tokens of a context at most; None: as many as the longest of its document has.
+            max_new_tokens: Tokens at most, so that a longer context is not found; None: as many as the longest has.
 
         Returns:
             The context, exactly as it was remembered; a list of them for several queries. An empty string for a query
@@ -160,36 +159,51 @@ class AdapterShelf:
             ValueError: Nothing is remembered, a query is empty, or longer than the model's positions.
         """
         queries = [query] if isinstance(query, str) else list(query)
+        while paths := adapters_in(self._folder):
+            try:
+                found = self._recalled(queries, paths, max_new_tokens)
+                return found[0] if isinstance(query, str) else found
+            except FileNotFoundError:  # another process has replaced or forgotten a document
+                if all(path.is_dir() for path in paths):
+                    raise
+        raise ValueError(f"nothing is remembered in {self._folder}: remember documents there first")
+
+    def _recalled(self, queries, paths, max_new_tokens):
+        """Ask each query of its adapter, which is in one of the folders."""
         asked: dict[Path, list[int]] = {}
-        paths = adapters_in(self._folder)
-        if not paths:
-            raise ValueError(f"nothing is remembered in {self._folder}: remember documents there first")
         for index, path in enumerate(asked_of(queries, paths)):
             asked.setdefault(path, []).append(index)
         found = [""] * len(queries)
         for path, indices in asked.items():
-            pipeline = self._with(path)
-            known = {entry["sha256"] for entry in pipeline.remembered}
-            for start in range(0, len(indices), _BATCH):
-                some = indices[start : start + _BATCH]
-                texts = pipeline.recall([queries[index] for index in some], max_new_tokens=max_new_tokens)
-                for index, text in zip(some, texts, strict=True):
-                    found[index] = text if sha256(text) in known else ""
-        return found[0] if isinstance(query, str) else found
+            with adapter_in(self._pipeline(), path) as pipeline:
+                learned = {entry["query"]: entry["sha256"] for entry in pipeline.remembered}
+                for start in range(0, len(indices), _BATCH):
+                    some = indices[start : start + _BATCH]
+                    texts = pipeline.recall([queries[index] for index in some], max_new_tokens=max_new_tokens)
+                    for index, text in zip(some, texts, strict=True):
+                        own = learned.get(queries[index].strip())
+                        is_known = sha256(text) in ([own] if own else learned.values())
+                        found[index] = text if is_known else ""
+        return found
 
-    def pipeline(self, document: str) -> R3MemPipeline:
-        """Return a pipeline with a document's adapter, which it has until the shelf is asked for something else.
+    @contextlib.contextmanager
+    def adapter(self, document: str) -> Iterator[R3MemPipeline]:
+        """Give the model a document's adapter inside a `with` block.
 
         Args:
             document: Name of the document.
 
+        Yields:
+            A pipeline with the adapter.
+
         Raises:
             ValueError: There is no document of this name.
         """
-        return self._with(self._folders_of(document)[-1])
+        with adapter_in(self._pipeline(), self._whole(document)) as pipeline:
+            yield pipeline
 
     def forget(self, document: str) -> None:
-        """Remove a document's adapter. The others stay as they are, to the bit.
+        """Remove what was learned of a document, also if it was interrupted. Others stay as they are, to the bit.
 
         Args:
             document: Name of the document.
@@ -200,62 +214,94 @@ class AdapterShelf:
         """
         with locked(self._folder):
             self._sweep()
-            for path in self._folders_of(document):
-                self._remove(path)
+            if not self._of_name(document):
+                self._whole(document)
+            self._remove(self._of_name(document))
 
-    def _folders_of(self, document):
-        """Folders of a document's adapters; raises ValueError if there is none."""
-        found = self._folders()
-        if document not in found:
-            raise ValueError(f"no document {document!r} is remembered here; those that are: {[*found]}")
-        return found[document]
+    def _whole(self, document):
+        """The folder of a document's adapter; raises ValueError if there is none."""
+        found = [path for path in self._of_name(document) if is_adapter(path)]
+        if not found:
+            raise ValueError(f"no document {document!r} is remembered here; those that are: {[*self.documents]}")
+        return found[-1]
 
-    def _folders(self):
-        """Folders of each document's adapters by name, the oldest first: one, or two while one replaces another."""
-        found: dict[str, list[Path]] = {}
+    def _of_name(self, document: str) -> list[Path]:
+        """Folders of a document, whole ones last: several while one replaces another, or if that was interrupted."""
+        found = self._folder.glob(f"{sha256(document)[:_DIGITS]}{OF_A_DOCUMENT[: len(OF_A_DOCUMENT) // 2]}")
+        whole = adapters_in(self._folder)
+        return sorted(found, key=lambda path: whole.index(path) if path in whole else -1)
+
+    def _manifests(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Folders and manifests of all adapters, the oldest first, but those that another process removes now."""
+        found = []
         for path in adapters_in(self._folder):
-            found.setdefault(_document_of(read_manifest(path)["remembered"][0]), []).append(path)
+            try:
+                found.append((path, read_manifest(path)))
+            except FileNotFoundError:
+                if path.is_dir():
+                    raise
         return found
 
-    def _with(self, path: Path | None) -> R3MemPipeline:
-        """A pipeline over the one model, with the adapter of a folder, or with a new one."""
-        if path is not None and self._in_use is not None and self._in_use[0] == path:
-            return self._in_use[1]
-        pipeline, self._in_use = self._shared(), None
-        model, tokenizer = pipeline.model, pipeline.tokenizer
-        if path is None:
-            put_weights(model, self._fresh)
-            return R3MemPipeline(model, tokenizer)
-        found = R3MemPipeline(path, tokenizer, base=model)
-        self._in_use = (path, found)
-        return found
+    def _refuse_others(self):
+        """Raise ValueError if adapters that are there are of another model, or of other settings."""
+        model = self._pipeline().model
+        for path, manifest in self._manifests():
+            if (manifest["base_fingerprint"], _config_of(manifest)) != (model.base_fingerprint(), model.r3mem_config):
+                raise ValueError(
+                    f"{path} was made for another base model ({manifest['base_model']}) or with other settings than "
+                    "these, and they could not take turns: leave model and config out, or choose another folder"
+                )
 
-    def _shared(self) -> R3MemPipeline:
-        """The pipeline whose model all adapters take turns in."""
+    def _pipeline(self) -> R3MemPipeline:
+        """The pipeline in whose model all adapters take turns."""
         if self._loaded is None:
             model: Any = self._model
             config, settings = self._config, dict(self._settings)
-            if paths := adapters_in(self._folder):
-                manifest = read_manifest(paths[0])
-                model = model or manifest["base_model"] or None
-                config = config or R3MemConfig.from_dict(manifest["r3mem_config"])
+            if manifests := self._manifests():
+                _, manifest = manifests[0]
+                if not (model or manifest["base_model"]):
+                    raise ValueError(f"{self._folder} was made for a model that had no name: give that model")
+                model, config = model or manifest["base_model"], config or _config_of(manifest)
                 settings["dtype"] = settings.get("dtype") or manifest.get("dtype")
             self._loaded = R3MemPipeline(model or _MODEL, config=config, **settings)
-            self._fresh = weights_of(self._loaded.model)
         return self._loaded
 
-    def _remove(self, path: Path) -> None:
-        """Remove an adapter: whole until it is gone, even if the process is killed meanwhile."""
-        if self._in_use is not None and self._in_use[0] == path:
-            self._in_use = None
-        gone = path.with_name(f"{_REMOVED}{path.name}")
-        os.replace(path, gone)
-        shutil.rmtree(gone)
+    def _remove(self, paths):
+        """Remove folders: each is whole until it is gone, even if the process is killed meanwhile."""
+        for path in paths:
+            gone = path.with_name(f"{_REMOVED}{path.name}")
+            os.replace(path, gone)
+            shutil.rmtree(gone)
 
-    def _sweep(self) -> None:
-        """Remove what a process left that was killed while it removed an adapter."""
+    def _sweep(self):
+        """Finish removals of a process that was killed: of folders, and of documents that others have replaced."""
         for path in self._folder.glob(f"{_REMOVED}*"):
             shutil.rmtree(path)
+        for document in self.documents:
+            self._remove([path for path in self._of_name(document) if is_adapter(path)][:-1])
+
+
+@contextlib.contextmanager
+def adapter_in(pipeline: R3MemPipeline, folder: Path | None) -> Iterator[R3MemPipeline]:
+    """Give a pipeline's model the adapter of a folder inside a `with` block; in the end it has its own again.
+
+    Args:
+        pipeline: The pipeline.
+        folder: Folder of the adapter, of the same base model and settings; None: a new one, as the model's own.
+
+    Yields:
+        A pipeline over the same model, with what the adapter remembers.
+
+    Raises:
+        OSError: A file of the adapter is missing.
+        ValueError: A file is damaged, or base model or settings are other ones.
+    """
+    model, tokenizer = pipeline.model, pipeline.tokenizer
+    own = weights_of(model)
+    try:
+        yield R3MemPipeline(model, tokenizer) if folder is None else R3MemPipeline(folder, tokenizer, base=model)
+    finally:
+        put_weights(model, own)
 
 
 def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[Path]:
@@ -267,15 +313,23 @@ def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[Path]:
 
     Returns:
         One of the folders for each query.
+
+    Raises:
+        OSError: One of them is gone.
     """
     entries = [(path, entry["query"]) for path in folders for entry in read_manifest(path)["remembered"]]
     of_query = {query: path for path, query in entries}
     index = WordIndex([query for _, query in entries])
-    return [of_query.get(query) or entries[index.ranked(query)[0]][0] for query in queries]
+    return [of_query.get(query.strip()) or entries[index.ranked(query)[0]][0] for query in queries]
 
 
-def _document_of(entry: Entry) -> str:
-    """Name of the document that an entry is of, as it was given."""
+def _config_of(manifest: dict[str, Any]) -> R3MemConfig:
+    return R3MemConfig.from_dict(manifest["r3mem_config"])
+
+
+def _document_of(manifest: dict[str, Any]) -> str:
+    """Name of the document that an adapter is of, as it was given."""
+    entry = manifest["remembered"][0]
     return entry.get("part_of") or entry["document"]
 
 
@@ -283,5 +337,5 @@ def _named(documents):
     """Read documents; one without a name has always the same, so that an interrupted call finds what it has done."""
     if not isinstance(documents, Mapping):
         texts = [documents] if isinstance(documents, (str, Path)) else list(documents)
-        documents = {str(t) if isinstance(t, Path) else f"document {sha256(t)[:8]}": t for t in texts}
+        documents = {str(t) if isinstance(t, Path) else f"document {sha256(t)[:_DIGITS]}": t for t in texts}
     return by_name(documents)

@@ -8,8 +8,9 @@ import torch
 
 from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings
 from r3mem_fast.adapter_folder import put_weights, replace_weights, weights_of
-from r3mem_fast.manifest import read_manifest
+from r3mem_fast.manifest import adapters_in, read_manifest
 from r3mem_fast.store import adapters as module
+from r3mem_fast.store.shelf import adapter_in
 from tests.store.conftest import CONFIG
 from tests.store.test_conversations import GREEDY
 from tests.test_pipeline import SETTINGS
@@ -75,18 +76,26 @@ def test_each_user_has_their_own(store, opened, own_pipeline):
     assert store.search(queries["boris"], user_id="boris", by="backward")[0].by == "backward"
 
 
+def bits_of(store, path):
+    """What the adapter of a folder has learned."""
+    with adapter_in(store.answering().pipeline, path) as pipeline:
+        return weights_of(pipeline.model)
+
+
 def test_weights_are_swapped_bit_for_bit(store, own_pipeline):
+    """While an adapter is needed; then the model has its own again, and everybody begins with these."""
     model = own_pipeline.model
     fresh, learned = weights_of(model), {}
     for user, text in SAID.items():
         store.add(text, user_id=user)
         learn(store, user)
-        learned[user] = weights_of(model)
+        assert same(weights_of(model), fresh)
+        learned[user] = bits_of(store, adapters(store, user)[0])
         assert not same(learned[user], fresh)
     assert not same(learned["anna"], learned["boris"])
-    for user in ("anna", "boris", None, "anna", None, "boris"):
-        store._adapters()._with(adapters(store, user)[0] if user else None)
-        assert same(weights_of(model), learned[user] if user else fresh)
+    for user in ("anna", "boris", "anna", "boris"):
+        store.search("Who?", user_id=user, by="backward")
+        assert same(bits_of(store, adapters(store, user)[0]), learned[user]) and same(weights_of(model), fresh)
     store.add("Who is new begins as everybody did.", user_id="carla")
     assert store.search("new", user_id="carla", by="backward")[0].by == "bm25"
 
@@ -205,10 +214,9 @@ def test_what_is_deleted_while_it_is_learned(store, opened, own_pipeline, monkey
 
 
 def test_an_interrupted_run_leaves_no_weights_behind(store, own_pipeline, monkeypatch):
-    """What was begun is not taken for the adapter that it was begun with."""
     store.add(SAID["anna"], user_id="anna")
     learn(store, "anna")
-    learned, path, name = weights_of(own_pipeline.model), adapters(store, "anna")[0], folders(store)[0]
+    fresh, before = weights_of(own_pipeline.model), store.database.held("anna").adapter
     store.add("More.", user_id="anna")
 
     def interrupted(self, *arguments, **settings):
@@ -219,46 +227,63 @@ def test_an_interrupted_run_leaves_no_weights_behind(store, own_pipeline, monkey
     monkeypatch.setattr(R3MemPipeline, "remember", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn(store, "anna")
-    store._adapters()._with(path)
-    assert same(weights_of(own_pipeline.model), learned)
-    with pytest.raises(KeyboardInterrupt):
+    assert same(weights_of(own_pipeline.model), fresh) and store.database.held("anna").adapter == before
+
+
+def test_what_was_begun_goes_on_whatever_is_said_since(store, monkeypatch):
+    monkeypatch.setattr(module, "_PAGE_TOKENS", 20)
+    store.add(SAID["anna"], user_id="anna")
+    remember, learned = R3MemPipeline.remember, []
+
+    def interrupted(self, documents, **settings):
+        if len(learned) == 1:
+            raise KeyboardInterrupt
+        learned.append(documents)
+        return remember(self, documents, **settings)
+
+    store.add("The second page.", user_id="anna")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(R3MemPipeline, "remember", interrupted)
         learn(store, "anna")
-    store._adapters()._with(None)
-    assert store.database.held("anna").adapter == name
+    (begun,) = folders(store)
+    (first,) = adapters_in(store.folder / "adapters" / begun)
+    store.add("And a third one.", user_id="anna")
+    learn(store, "anna")
+    assert folders(store) == [begun] and first in adapters(store, "anna") and len(adapters(store, "anna")) == 3
 
 
-def test_what_another_process_has_learned(store, opened, own_pipeline, folder):
+def test_what_another_process_has_learned(store, opened, folder):
     store.add(SAID["anna"], user_id="anna")
     learn(store, "anna")
     other = opened(model=R3MemPipeline(str(folder), config=CONFIG))
-    assert other._adapters()._with(adapters(other, "anna")[0]).remembered
     store.add("More.", user_id="anna")
     learn(store, "anna")
-    newest = adapters(other, "anna")[-1]
-    assert same(weights_of(other._adapters()._with(newest).model), weights_of(own_pipeline.model))
+    first, newest = adapters(other, "anna")
+    assert same(bits_of(other, newest), bits_of(store, newest)) and not same(
+        bits_of(other, first), bits_of(store, newest)
+    )
 
 
 def test_an_adapter_that_is_removed_while_it_is_looked_for(store, monkeypatch):
     item = store.add(SAID["anna"], user_id="anna")[0]
     learn(store, "anna")
-    users, others = store._adapters(), []
-    own = users._with
+    users, asked_of = store._adapters(), module.asked_of
 
-    def removed_meanwhile(path):
-        if not others:
-            others.append(path)
-            store.delete(item.id)
-        return own(path)
+    def removed_meanwhile(queries, paths):
+        found = asked_of(queries, paths)
+        store.delete(item.id)
+        return found
 
-    monkeypatch.setattr(users, "_with", removed_meanwhile)
-    assert users.recalled("anna", "Who?") == [] and folders(store) == []
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "asked_of", removed_meanwhile)
+        assert users.recalled("anna", "Who?") == [] and folders(store) == []
     store.add(SAID["boris"], user_id="boris")
     learn(store, "boris")
     (adapters(store, "boris")[0] / "adapter_model.safetensors").unlink()
-    users._in_use = None
     with pytest.raises(OSError, match="is incomplete"):
         users.recalled("boris", "Who?")
+    shutil.rmtree(store.folder / "adapters")  # a copy without them
+    assert users.recalled("boris", "Who?") == []
 
 
 def test_what_cannot_take_an_adapters_place(own_pipeline, folder, tmp_path):
@@ -307,12 +332,13 @@ def test_a_whole_adapter_that_the_database_does_not_know_of(store, monkeypatch):
 
 
 def test_what_nobody_goes_on_with_is_swept_at_opening(store, opened, own_pipeline):
-    store.add(SAID["anna"], user_id="anna")
+    item = store.add(SAID["anna"], user_id="anna")[0]
     learn(store, "anna")
     (kept,) = folders(store)
     revision = store.database.held("anna").revision
     prefix = kept.partition("-")[0]
-    for name in (f"{prefix}-{revision ^ 1:x}-1", f"{prefix}-{revision:x}-9", "0123456789abcdef-5-1"):
+    begun = f"{prefix}-{revision:x}-{item.id}"  # what has been said since will be learned there
+    for name in (f"{prefix}-{revision ^ 1:x}-1", f"{prefix}-{revision:x}-9", "0123456789abcdef-5-1", begun):
         (store.folder / "adapters" / name).mkdir()
     opened(model=own_pipeline)
-    assert folders(store) == sorted([kept, f"{prefix}-{revision:x}-9"])  # the last may be gone on with
+    assert folders(store) == sorted([kept, begun])

@@ -1,5 +1,6 @@
 """`AdapterShelf`: each document has an adapter of its own, which no other changes, and its queries find it."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -7,12 +8,13 @@ import shutil
 import pytest
 import torch
 
-from r3mem_fast import AdapterShelf, R3MemPipeline, RememberSettings
-from r3mem_fast import pipeline as pipeline_module
+from r3mem_fast import AdapterShelf, R3MemConfig, R3MemPipeline, RememberSettings
 from r3mem_fast.adapter_folder import weights_of
 from r3mem_fast.cli import main
-from r3mem_fast.manifest import adapters_in
+from r3mem_fast.manifest import OF_A_DOCUMENT, adapters_in, is_adapter, is_shelf
+from r3mem_fast.remembered import sha256
 from r3mem_fast.store import shelf as module
+from r3mem_fast.training.remember import run
 from tests.test_pipeline import CONFIG, SETTINGS
 
 TEXTS = {
@@ -99,14 +101,23 @@ def test_what_comes_back_is_the_text_or_nothing(learned, monkeypatch):
     assert shelf.recall(reports["ship"].pairs[0].query) == ""
 
 
+def bits_of_adapter(shelf, document):
+    """What the adapter of a document has learned."""
+    with shelf.adapter(document) as pipeline:
+        return weights_of(pipeline.model)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_every_document_starts_as_the_first_did(few, folder, tmp_path):
     """Whatever was learned before it: the same text becomes the same adapter."""
     shelf, remember = few
     remember(TEXTS)
     alone = AdapterShelf(tmp_path / "alone", str(folder), config=CONFIG)
     alone.remember({"mill": TEXTS["mill"]}, settings=FEW, progress=False)
-    one, other = (weights_of(found.pipeline("mill").model) for found in (shelf, alone))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same(bits_of_adapter(shelf, "mill"), bits_of_adapter(alone, "mill"))
 
 
 def test_no_query_asks_for_two_documents(few):
@@ -124,31 +135,65 @@ def test_a_text_without_a_name_keeps_its_own(few):
     assert tuple(remember(TEXTS["ship"])) == (names[0],)  # learned further
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_an_interrupted_call_goes_on(few, folder, tmp_path, monkeypatch, saved):
-    """After the documents that it has learned, and within one, whether or not its adapter was saved already."""
-    _, remember = few
-    name = "discard_checkpoint" if saved else "remember_documents"
-    original, calls = getattr(pipeline_module, name), []
+def test_an_interrupted_call_goes_on(folder, tmp_path, monkeypatch):
+    """Behind the documents that it has learned, within the one that it was at, to the same bits."""
+    settings = dataclasses.replace(FEW, max_steps=4, checkpoint_seconds=0)
+    train_on, steps = run.Run._train_on, []
 
-    def interrupted(*arguments, **settings):
-        calls.append(1)
-        if len(calls) == 2:
+    def interrupted(self, batch):
+        steps.append(batch)
+        if len(steps) == 4 + 3:  # in the second document
             raise KeyboardInterrupt
-        return original(*arguments, **settings)
+        return train_on(self, batch)
 
-    monkeypatch.setattr(pipeline_module, name, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        remember(TEXTS)
-    again = AdapterShelf(tmp_path / "few")
-    again.remember(TEXTS, settings=FEW, progress=False)
-    assert sorted(again.documents) == sorted(TEXTS)
-    if saved:
-        return  # and not exact, so that it was learned further
-    whole = AdapterShelf(tmp_path / "whole", str(folder), config=CONFIG)
-    whole.remember({"house": TEXTS["house"]}, settings=FEW, progress=False)
-    one, other = (weights_of(found.pipeline("house").model) for found in (again, whole))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run.Run, "_train_on", interrupted)
+        AdapterShelf(tmp_path / "few", str(folder), config=CONFIG).remember(TEXTS, settings=settings, progress=False)
+    assert is_shelf(tmp_path / "few") and len(adapters_in(tmp_path / "few")) == 1
+    again, whole = (AdapterShelf(tmp_path / name, str(folder), config=CONFIG) for name in ("few", "whole"))
+    monkeypatch.setattr(run.Run, "_train_on", lambda self, batch: steps.append(batch) or train_on(self, batch))
+    steps.clear()
+    again.remember({"house": TEXTS["house"]}, settings=settings, progress=False)
+    assert len(steps) == 2
+    whole.remember(TEXTS, settings=settings, progress=False)
+    assert again.documents == ("ship", "house")
+    assert same(bits_of_adapter(again, "house"), bits_of_adapter(whole, "house"))
+
+
+@pytest.mark.parametrize("how", ["replaced", "forgotten"])
+def test_what_was_begun_goes_with_its_document(few, monkeypatch, how):
+    """A text that was learned in part leaves nothing behind when it is corrected, or forgotten."""
+    shelf, remember = few
+    remember({"ship": TEXTS["ship"]})
+
+    def interrupted(self, batch):
+        (shelf._folder / "interrupted").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run.Run, "_train_on", interrupted)
+        remember({"house": TEXTS["house"]})
+    begun = [path for path in shelf._folder.glob(OF_A_DOCUMENT) if not is_adapter(path)]
+    assert not begun or begun[0].is_dir()  # nothing was to be kept before the first step
+    (shelf._folder / f"{sha256('house')[:16]}{'0' * 16}").mkdir(exist_ok=True)
+    if how == "replaced":
+        remember({"house": TEXTS["mill"]})
+    else:
+        shelf.forget("house")
+    assert len(list(shelf._folder.glob(OF_A_DOCUMENT))) == len(shelf.documents) == 1 + (how == "replaced")
+
+
+def test_of_two_versions_the_newest_stays(few, monkeypatch):
+    """A process was killed when the new text was learned, and the old one was not yet removed."""
+    shelf, remember = few
+    remember({"ship": TEXTS["ship"]})
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(AdapterShelf, "_remove", lambda self, paths: list(paths) and exit("killed"))
+        remember({"ship": TEXTS["mill"]})
+    assert len(adapters_in(shelf._folder)) == 2 and shelf.documents == ("ship",)
+    newest = adapters_in(shelf._folder)[-1]
+    remember({"house": TEXTS["house"]})
+    assert newest in adapters_in(shelf._folder) and len(adapters_in(shelf._folder)) == 2
 
 
 def test_a_removal_that_was_killed_is_finished(few, monkeypatch):
@@ -160,7 +205,7 @@ def test_a_removal_that_was_killed_is_finished(few, monkeypatch):
     assert shelf.documents == ("house", "mill")
     monkeypatch.undo()
     shelf.forget("house")
-    assert [path.name for path in shelf._folder.iterdir() if path.is_dir()] == [adapters_in(shelf._folder)[0].name]
+    assert [path for path in shelf._folder.iterdir() if path.is_dir()] == adapters_in(shelf._folder)
 
 
 def test_other_adapters_beside_a_shelfs_are_none_of_it(few, folder, tmp_path):
@@ -172,17 +217,45 @@ def test_other_adapters_beside_a_shelfs_are_none_of_it(few, folder, tmp_path):
 
 
 def test_it_takes_a_pipeline(folder, tmp_path):
-    """A new document starts with the adapters that the pipeline had."""
+    """A new document starts with the adapters that the pipeline has, and it has them whenever the shelf is idle."""
     pipeline = R3MemPipeline(str(folder), config=CONFIG)
-    alone = AdapterShelf(tmp_path / "alone", str(folder), config=CONFIG)
-    shelf = AdapterShelf(tmp_path / "shelf", pipeline)
-    for one in (shelf, alone):
-        one.remember(TEXTS, settings=FEW, progress=False)
-    mine, other = (weights_of(one.pipeline("house").model) for one in (shelf, alone))
-    assert shelf.pipeline("house").model is pipeline.model
-    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    with torch.no_grad():
+        for weight in pipeline.model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.01)
+    own = weights_of(pipeline.model)
+    shelves = [AdapterShelf(tmp_path / name, pipeline) for name in ("one", "other")]
+    for shelf in (*shelves, *reversed(shelves)):
+        shelf.remember({"ship": TEXTS["ship"]} if shelf is shelves[0] else TEXTS, settings=FEW, progress=False)
+        assert same(weights_of(pipeline.model), own)
+    fresh = AdapterShelf(tmp_path / "fresh", str(folder), config=CONFIG)
+    fresh.remember({"ship": TEXTS["ship"]}, settings=FEW, progress=False)
+    first, fresh_one = bits_of_adapter(shelves[0], "ship"), bits_of_adapter(fresh, "ship")
+    assert same(first, bits_of_adapter(shelves[1], "ship")) and not same(first, fresh_one)
+    shelves[0].recall("Ahab")
+    assert same(weights_of(pipeline.model), own)
     with pytest.raises(TypeError, match="a pipeline has its settings already"):
-        AdapterShelf(tmp_path / "shelf", pipeline, device="cpu")
+        AdapterShelf(tmp_path / "one", pipeline, device="cpu")
+
+
+def test_a_document_that_another_process_removes(few, monkeypatch):
+    """The query is asked of those that are left."""
+    shelf, remember = few
+    remember({name: TEXTS[name] for name in ("ship", "house")})
+    asked_of, other = module.asked_of, AdapterShelf(shelf._folder)
+
+    def removed_meanwhile(queries, paths):
+        found = asked_of(queries, paths)
+        if "ship" in other.documents:
+            other.forget("ship")
+        return found
+
+    monkeypatch.setattr(module, "asked_of", removed_meanwhile)
+    (query,) = [entry["query"] for entry in shelf.entries()][:1]
+    assert shelf.recall(query) == "" and shelf.documents == ("house",)
+    (adapters_in(shelf._folder)[0] / "adapter_model.safetensors").unlink()
+    with pytest.raises(OSError, match="is incomplete"):
+        shelf.recall(query)
 
 
 def test_wrong_use(few, folder, tmp_path):
@@ -192,6 +265,11 @@ def test_wrong_use(few, folder, tmp_path):
     remember({"ship": TEXTS["ship"]})
     with pytest.raises(ValueError, match=r"no document 'boat' is remembered here; those that are: \['ship'\]"):
         shelf.forget("boat")
+    for settings in ({"config": R3MemConfig(**vars(CONFIG) | {"lora_r": 4})}, {"config": R3MemConfig()}):
+        with pytest.raises(ValueError, match="other settings than these, and they could not take turns"):
+            AdapterShelf(tmp_path / "few", str(folder), **settings).remember(TEXTS, settings=FEW, progress=False)
+    with pytest.raises(ValueError, match="is an adapter; those of a shelf are learned from a base model"):
+        AdapterShelf(tmp_path / "other", adapters_in(tmp_path / "few")[0])
     with pytest.raises(ValueError, match="holds one adapter for all that it remembers"):
         AdapterShelf(adapters_in(tmp_path / "few")[0])
     (adapters_in(tmp_path / "few")[0] / "r3mem.json").write_text("{}")
@@ -211,7 +289,8 @@ def test_the_commands(folder, tmp_path, capsys):
     assert main(["remember", str(path), str(paths[2]), *more]) == 2
     assert "holds an adapter for each document: add to it with --apart" in capsys.readouterr().err
     assert main(["remember", str(path), "--apart", str(paths[2]), "--lora-r", "4", *more]) == 2
-    assert "--lora-r is for a new adapter" in capsys.readouterr().err
+    assert "with other settings than these" in capsys.readouterr().err
+    assert main([*remember, "--model", str(folder), "--core", "1,3"]) == 1  # the same again
     assert main(["remember", str(path), "--apart", str(paths[2]), *more]) == 1
     capsys.readouterr()
     assert main(["inspect", str(path)]) == 0
