@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from r3mem_fast import Memory, R3MemModel, R3MemPipeline
-from r3mem_fast.choices import ALLOCATIONS
+from r3mem_fast.choices import ALLOCATIONS, BEYOND_BUDGET
 from r3mem_fast.devices import as_dtype
 from r3mem_fast.memory import MemoryLayout
 
@@ -27,11 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output", help="folder of the other one")
     parser.add_argument("--memory-allocation", choices=ALLOCATIONS, help="of its memories (as it is)")
     parser.add_argument("--memory-budget", type=int, help="slots of its memories at most (as it is)")
+    parser.add_argument("--beyond-budget", choices=BEYOND_BUDGET, help="what becomes of them (as it is)")
     parser.add_argument("--adapter-dtype", type=as_dtype, help="that its weights are rounded to (as it is)")
     options = parser.parse_args(arguments)
     pipeline = R3MemPipeline(options.folder)
     _refuse_other(pipeline.model, options.folder)
-    given = {name: getattr(options, name) for name in ("memory_allocation", "memory_budget")}
+    given = {name: getattr(options, name) for name in ("memory_allocation", "memory_budget", "beyond_budget")}
     changed = {name: value for name, value in given.items() if value is not None}
     pipeline.model.r3mem_config = dataclasses.replace(pipeline.model.r3mem_config, **changed)
     pipeline.save(options.output, adapter_dtype=options.adapter_dtype)

@@ -45,10 +45,19 @@ measure uniform answers_anchored_xquad memory_answers --kind xquad --ratios 4 --
 both=(--chains 0 --slots 64 16 8 --rivals --presses --adaptive)
 measure anchors anchored_adaptive_novels matched --kind novels --segments 100 "${both[@]}" --foreign
 measure anchors anchored_adaptive_wikipedia matched --kind wikipedia --segments 24 "${both[@]}" --foreign 16
-for kind in code help dialogue; do
+for kind in code help; do
     measure anchors anchored_adaptive_$kind matched --kind $kind --segments 16 "${both[@]}" --foreign
 done
 measure anchors anchored_adaptive_chains matched --kind novels --segments 0 --chains 48 --chain-slots 21 \
     --slots 64 --foreign --rivals --presses --adaptive
-measure anchors answers_anchored_adaptive_xquad memory_answers --kind xquad --ratios 4 8 16 --questions 80 \
-    --presses --adaptive
+measure anchors anchored_adaptive_rematch matched --kind novels --segments 0 --chains 24 --chain-slots 64 \
+    --slots 64 --beyond rematch --foreign --rivals --presses --adaptive
+# The same adapter, rounded to half of its bytes: what comes with the package, if it is better on every kind of text.
+[[ -e $folder/rounded/r3mem.json ]] ||
+    "$python" -m bench.anchored "$folder/anchors" "$folder/rounded" --memory-budget 256 --beyond-budget rematch \
+        --adapter-dtype bfloat16
+rounded=(--chains 0 --slots 64 16 --rivals --presses --adaptive --foreign 16)
+measure rounded rounded_code matched --kind code --segments 64 "${rounded[@]}"
+measure rounded rounded_dialogue matched --kind dialogue --segments 32 "${rounded[@]}"
+measure rounded answers_rounded_xquad memory_answers --kind xquad --ratios 4 8 16 --questions 60 --presses --adaptive \
+    --new-tokens 1

@@ -125,6 +125,8 @@ def memory_questions() -> str:
 
 # Kinds of text that anchored memories were measured on, with slots shared among heads.
 ANCHORED_KINDS = ("novels", "wikipedia", "code", "help")
+# Kinds that it was measured on when it had been rounded to bfloat16.
+ROUNDED_KINDS = ("dialogue", "code")
 
 
 def anchored_memories() -> str:
@@ -132,6 +134,7 @@ def anchored_memories() -> str:
     rows = []
     cases = [("anchored_novels", "matched", "novels")]
     cases += [(f"anchored_adaptive_{kind}", "adaptive", kind) for kind in ANCHORED_KINDS]
+    cases += [(f"rounded_{kind}", "adaptive", kind) for kind in ROUNDED_KINDS]
     for name, writer, kind in cases:
         head, *found = records(f"{name}_smollm2")
         closed = closed_by(f"{name}_smollm2")
@@ -139,12 +142,29 @@ def anchored_memories() -> str:
         allocation = "uniform" if writer == "matched" else "adaptive"
         for slots in (64, 16, 8):
             arm = f"anchored_{slots}"
+            if arm not in better:
+                continue
             cells = [interval(closed[f"{some}_{slots}", "full"]) for some in (writer, "anchored")]
             cells += [interval(better[arm]), _cell(closed, f"foreign_{arm}")]
             rows.append((f"{kind}, {head['segments']}", allocation, str(slots), *cells))
     names = ("kind of text, segments", "allocation", "slots", "matched", "**anchored**",
              "anchored is better by, nats a token", "anchored, of another text")  # fmt: skip
     return table(names, rows)
+
+
+def anchored_chains() -> str:
+    """Return the table of seven segments in 152 slots: the oldest forgotten, or all matched again."""
+    arms = {"raw": _RIVALS["raw"], "matched": "matched, uniform", "adaptive": "matched, adaptive",
+            "anchored": "**anchored, adaptive**"}  # fmt: skip
+    files = {"21 slots of each": "anchored_adaptive_chains", "64 of each, matched again": "anchored_adaptive_rematch"}
+    rows = []
+    for what, name in files.items():
+        head, closed = records(f"{name}_smollm2")[0], closed_by(f"{name}_smollm2")
+        rows += [
+            (f"{what}, {head['chains']} places", label, interval(closed[f"{arm}_152_of_7", "full_of_7"]))
+            for arm, label in arms.items()
+        ]
+    return table(("kept", "memory", "share of all seven"), rows)
 
 
 def anchored_answers() -> str:
@@ -232,6 +252,7 @@ TABLES = {
     "matched_rivals": matched_rivals,
     "memory_answers": memory_answers,
     "anchored_memories": anchored_memories,
+    "anchored_chains": anchored_chains,
     "anchored_answers": anchored_answers,
     "adaptive_answers": adaptive_answers,
     "adaptive_pairs": adaptive_pairs,

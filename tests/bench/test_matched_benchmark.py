@@ -97,19 +97,28 @@ def test_anchors_that_have_learned_nothing_are_the_closed_form(folder, tmp_path,
 
 
 def test_an_adapter_of_anchors_goes_on_in_another_allocation(folder, tmp_path):
-    """With the same weights."""
+    """With the same weights, or rounded ones."""
     config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
     learned = R3MemPipeline(folder, config=config, dtype="float32")
     with torch.no_grad():
         for index, weight in enumerate(learned.model.parameters()):
             weight += 0.01 * index * weight.requires_grad
     learned.save(tmp_path / "uniform")
-    arguments = [str(tmp_path / "uniform"), str(tmp_path / "shared"), "--model", str(folder), "--dtype", "float32"]
-    assert anchored.main([*arguments, "--memory-allocation", "adaptive"]) == 0
+    adapter = str(tmp_path / "uniform")
+    assert anchored.main([adapter, str(tmp_path / "shared"), "--memory-allocation", "adaptive"]) == 0
     found = R3MemPipeline(tmp_path / "shared", dtype="float32").model
     assert found.r3mem_config == dataclasses.replace(learned.model.r3mem_config, memory_allocation="adaptive")
     weights, others = weights_of(learned.model), weights_of(found)
     assert weights.keys() == others.keys() and all(torch.equal(others[name], weights[name]) for name in weights)
+    changed = ["--memory-budget", "8", "--beyond-budget", "rematch", "--adapter-dtype", "bfloat16"]
+    assert anchored.main([adapter, str(tmp_path / "rounded"), *changed]) == 0
+    found = R3MemPipeline(tmp_path / "rounded", dtype="float32").model
+    assert (found.r3mem_config.memory_budget, found.r3mem_config.beyond_budget) == (8, "rematch")
+    rounded = {name: weight.to(torch.bfloat16).float() for name, weight in weights.items()}
+    assert all(torch.equal(weight, rounded[name]) for name, weight in weights_of(found).items())
+    R3MemPipeline(folder, config=R3MemConfig(num_memory_tokens=4, segment_length=16)).save(tmp_path / "tokens")
+    with pytest.raises(ValueError, match="holds no adapter of anchors"):
+        anchored.main([str(tmp_path / "tokens"), str(tmp_path / "x")])
 
 
 def test_heads_that_share_slots_are_a_rival(folder, tmp_path):
