@@ -12,7 +12,7 @@ from ..pipeline import R3MemPipeline
 from ..training.remember import RememberReport
 from ..training.settings import RememberSettings
 from .database import Database
-from .items import Held, Item
+from .items import Held, Item, folder_after
 from .shelf import AdapterShelf, adapter_in, asked_of
 
 # Tokens of a page at most, if it is of several items: as many as an adapter learns in minutes.
@@ -42,7 +42,7 @@ class UserAdapters:
         if not items:
             raise ValueError(f"there is nothing new to learn of what {user!r} has said")
         # Named after where it begins, so that it goes on where it was interrupted, whatever has been said since.
-        name = f"{_begun(user, held.revision)}{held.learned}"
+        name = folder_after(_begun(user, held.revision), held.learned)
         with locked(self._folder / name):
             shelf = AdapterShelf(self._folder / name, self._pipeline)
             pages = _pages(items, self._pipeline.codec.count)
@@ -86,7 +86,7 @@ class UserAdapters:
         """
         users = database.rows("SELECT user, revision, learned, adapter FROM users")
         known = {name for *_, names in users for name in (names or "").split()}
-        known |= {f"{_begun(user, revision)}{learned}" for user, revision, learned, _ in users}
+        known |= {folder_after(_begun(user, revision), learned) for user, revision, learned, _ in users}
         for path in folder.glob("*-*"):
             if path.name not in known and not is_held(path):
                 with contextlib.suppress(FileNotFoundError):  # another process removes it, too
@@ -100,7 +100,7 @@ class UserAdapters:
 
 def _begun(user, revision):
     """Beginning of the names of a user's adapters that nothing was deleted since."""
-    return f"{hashlib.sha256(user.encode()).hexdigest()[:16]}-{revision:x}-"
+    return f"{hashlib.sha256(user.encode()).hexdigest()[:16]}-{revision:x}"
 
 
 def _is_of(line, text):

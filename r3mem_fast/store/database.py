@@ -265,11 +265,11 @@ class Database:
             for user in {item.user_id for item in gone}:
                 first, held = min(item.id for item in gone if item.user_id == user), self.held(user)
                 kept = (held.file, held.item, held.tokens) if first > held.item else (None, 0, 0)
-                learned = (held.adapter, held.learned) if first > held.learned else (None, 0)
+                left = held.without(first)
                 connection.execute(
                     "UPDATE users SET revision = ?, file = ?, item = ?, tokens = ?, adapter = ?, learned = ? "
                     "WHERE user = ?",
-                    (_revision(), *kept, *learned, user),
+                    (_revision(), *kept, left.adapter, left.learned, user),
                 )
                 if not self.rows("SELECT 1 FROM items WHERE user = ? LIMIT 1", (user,)):
                     connection.execute("DELETE FROM users WHERE user = ?", (user,))

@@ -38,8 +38,8 @@ class Held:
         file: Name of the memory's file; None: there is none.
         item: Last item that is in it, wholly or in part; 0: none.
         tokens: Tokens of that item that are in it.
-        adapter: Names of the folders of the adapters that have learned what was said, with spaces between them;
-            None: there are none.
+        adapter: Names of the folders of the adapters that have learned what was said, with spaces between them, each
+            from `folder_after`; None: there are none.
         learned: Last item that they have learned; 0: none.
     """
 
@@ -49,6 +49,38 @@ class Held:
     tokens: int = 0
     adapter: str | None = None
     learned: int = 0
+
+    def without(self, item: int) -> "Held":
+        """Which adapters are left, and up to where, if an item is deleted: those that were taught before it was.
+
+        Args:
+            item: Number of the item, of several the first.
+        """
+        if item > self.learned:
+            return self
+        names = (self.adapter or "").split()
+        earlier = [name for name in names if _begins_after(name) < item]
+        learned = _begins_after(earlier.pop()) if earlier else 0
+        return dataclasses.replace(self, adapter=" ".join(earlier) or None, learned=learned)
+
+
+_AFTER = "-after-"
+
+
+def folder_after(prefix: str, item: int) -> str:
+    """Name of a folder of adapters that learn what was said after an item.
+
+    Args:
+        prefix: Beginning of the name, without a space.
+        item: Number of the item; 0: there is none before.
+    """
+    return f"{prefix}{_AFTER}{item}"
+
+
+def _begins_after(name):
+    """The item after which the adapters of a folder begin; those of earlier versions have learned everything."""
+    _, mark, item = name.partition(_AFTER)
+    return int(item) if mark else 0
 
 
 def check_names(**names: str | None) -> None:

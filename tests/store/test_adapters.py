@@ -171,15 +171,44 @@ def test_a_long_run_is_learned_in_pages(store, monkeypatch):
     assert len(adapters(store, "anna")) == 3
 
 
+def test_what_was_taught_before_stays_when_something_is_deleted(store):
+    items = []
+    for text in ("The first.", "The second.", "The third."):
+        items += store.add(text, user_id="anna")
+        learn(store, "anna")
+    first, second, _ = adapters(store, "anna")
+    store.delete(items[2].id)
+    assert adapters(store, "anna") == [first, second] and len(folders(store)) == 2
+    assert learn_again(store, "anna") == []
+    store.add("The fourth.", user_id="anna")
+    assert learn_again(store, "anna") == ["User: The fourth."]
+    store.delete(items[1].id)  # and what was taught with it, and after it
+    assert adapters(store, "anna") == [first] and len(folders(store)) == 1
+    assert learn_again(store, "anna") == ["User: The fourth."]
+    store.delete(items[0].id)
+    assert folders(store) == [] and store.database.held("anna").learned == 0
+
+
+def learn_again(store, user):
+    """The texts that are learned when a user is consolidated once more."""
+    try:
+        return [pair.context for pair in learn(store, user).pairs if pair.level == "document"]
+    except ValueError as error:
+        assert "nothing new" in str(error)
+        return []
+
+
 def test_an_adapter_of_an_earlier_version_is_read(store, own_pipeline):
     """It had learned all that the user had said, in the place where a shelf is now."""
     item = store.add(SAID["anna"], user_id="anna")[0]
     learn(store, "anna")
     (path,), (name,) = adapters(store, "anna"), folders(store)
-    path.rename(store.folder / "adapters" / "moved")
+    earlier = name.replace("-after-0", f"-{item.id}")
+    path.rename(store.folder / "adapters" / earlier)
     shutil.rmtree(store.folder / "adapters" / name)
-    (store.folder / "adapters" / "moved").rename(store.folder / "adapters" / name)
-    assert adapters(store, "anna") == [store.folder / "adapters" / name]
+    with store.database.changing() as connection:
+        connection.execute("UPDATE users SET adapter = ?", (earlier,))
+    assert adapters(store, "anna") == [store.folder / "adapters" / earlier]
     store.add("More.", user_id="anna")
     learn(store, "anna")
     assert len(adapters(store, "anna")) == 2 and len(folders(store)) == 2
@@ -337,8 +366,13 @@ def test_what_nobody_goes_on_with_is_swept_at_opening(store, opened, own_pipelin
     (kept,) = folders(store)
     revision = store.database.held("anna").revision
     prefix = kept.partition("-")[0]
-    begun = f"{prefix}-{revision:x}-{item.id}"  # what has been said since will be learned there
-    for name in (f"{prefix}-{revision ^ 1:x}-1", f"{prefix}-{revision:x}-9", "0123456789abcdef-5-1", begun):
+    begun = f"{prefix}-{revision:x}-after-{item.id}"  # what has been said since will be learned there
+    for name in (
+        f"{prefix}-{revision ^ 1:x}-after-1",
+        f"{prefix}-{revision:x}-after-9",
+        "0123456789abcdef-5-1",
+        begun,
+    ):
         (store.folder / "adapters" / name).mkdir()
     opened(model=own_pipeline)
     assert folders(store) == sorted([kept, begun])

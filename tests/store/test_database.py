@@ -92,8 +92,8 @@ def test_what_is_held(database):
     assert database.advance("anna", start, one)
     assert database.held("anna") == replace(one, adapter=None, learned=0)
     # An adapter does not ask what became of the memory while it learned, nor the memory of the adapter.
-    assert database.put_adapter("anna", start, "a", items[2].id) and database.held("anna") == one
-    assert not database.put_adapter("anna", start, "b", items[2].id)  # another was faster
+    assert database.put_adapters("anna", start, "a", items[2].id) and database.held("anna") == one
+    assert not database.put_adapters("anna", start, "b", items[2].id)  # another was faster
     assert not database.advance("anna", start, replace(one, file="two"))  # another was faster
     database.add([("user", "y")], **NAMED)
     assert database.held("anna") == one
@@ -101,7 +101,7 @@ def test_what_is_held(database):
     kept = database.held("anna")
     assert kept == replace(one, revision=kept.revision) and kept.revision != one.revision
     assert not database.advance("anna", one, replace(one, file="two"))
-    assert not database.put_adapter("anna", one, "b", items[1].id)  # something was deleted meanwhile
+    assert not database.put_adapters("anna", one, "b", items[1].id)  # something was deleted meanwhile
     database.delete("id = ?", (items[2].id,))  # that the adapter has learned
     kept = database.held("anna")
     assert kept == replace(one, revision=kept.revision, adapter=None, learned=0)
@@ -120,7 +120,7 @@ def test_memories_are_forgotten(database):
         database.add([("user", "x")], **(NAMED | {"user": user}))
         held = database.held(user)
         assert database.advance(user, held, replace(held, file=user, item=1))
-        assert database.put_adapter(user, held, user, 1)
+        assert database.put_adapters(user, held, user, 1)
     before = [database.held(user) for user in "ab"]
     database.forget_memories({"made_with": "x"}, "a")
     held = database.held("a")
