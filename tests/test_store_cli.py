@@ -132,7 +132,7 @@ def test_consolidating_hands_the_settings_on(store, capsys, monkeypatch):
     """What is learned, tests of the store say; a tiny model learns nothing in a step."""
     seen = {}
 
-    def remember(self, texts, *, folder, settings, progress):
+    def remember(self, texts, *, settings, **others):
         seen.update(texts=texts, settings=settings)
         raise ValueError("that far")
 

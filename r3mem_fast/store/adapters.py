@@ -59,8 +59,7 @@ class UserAdapters:
         held = self._database.held(user)
         while paths := self._adapters_of(held):
             try:
-                with adapter_in(self._pipeline, asked_of([query], paths)[0]) as pipeline:
-                    text = pipeline.recall([query])[0]
+                texts = [self._asked(path, query) for path in asked_of([query], paths)[0]]
                 break
             except OSError:  # another process has removed it
                 before, held = held, self._database.held(user)
@@ -68,11 +67,16 @@ class UserAdapters:
                     raise
         else:
             return []
-        lines = {_without_speaker(line) for line in text.splitlines()} - {""}
+        lines = {_without_speaker(line) for text in texts for line in text.splitlines()} - {""}
         said = self._database.items("user = ? AND id <= ?", (user, held.learned))
         lengths = [max((len(line) for line in lines if _is_of(line, item.text)), default=0) for item in said]
         best = sorted(range(len(said)), key=lambda place: -lengths[place])
         return [said[place] for place in best if lengths[place]]
+
+    def _asked(self, path: Path, query: str) -> str:
+        """What the adapter of a folder recalls for a query."""
+        with adapter_in(self._pipeline, path) as pipeline:
+            return pipeline.recall([query])[0]
 
     @staticmethod
     def sweep(folder: Path, database: Database) -> None:

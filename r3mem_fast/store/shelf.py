@@ -171,7 +171,7 @@ class AdapterShelf:
     def _recalled(self, queries, paths, max_new_tokens):
         """Ask each query of its adapter, which is in one of the folders."""
         asked: dict[Path, list[int]] = {}
-        for index, path in enumerate(asked_of(queries, paths)):
+        for index, (*_, path) in enumerate(asked_of(queries, paths)):
             asked.setdefault(path, []).append(index)
         found = [""] * len(queries)
         for path, indices in asked.items():
@@ -304,23 +304,25 @@ def adapter_in(pipeline: R3MemPipeline, folder: Path | None) -> Iterator[R3MemPi
         put_weights(model, own)
 
 
-def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[Path]:
-    """Find the adapter that each query is for: the one that knows it, or that has the query of most of its words.
+def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[list[Path]]:
+    """Find the adapters that each query is for: those that know it, else the one that has a query most like it.
 
     Args:
         queries: The queries.
         folders: Folders of adapters, at least one.
 
     Returns:
-        One of the folders for each query.
+        Some of the folders for each query, at least one.
 
     Raises:
         OSError: One of them is gone.
     """
     entries = [(path, entry["query"]) for path in folders for entry in read_manifest(path)["remembered"]]
-    of_query = {query: path for path, query in entries}
+    of_query: dict[str, list[Path]] = {}
+    for path, query in entries:
+        of_query.setdefault(query, []).append(path)
     index = WordIndex([query for _, query in entries])
-    return [of_query.get(query.strip()) or entries[index.ranked(query)[0]][0] for query in queries]
+    return [of_query.get(query.strip()) or [entries[index.ranked(query)[0]][0]] for query in queries]
 
 
 def _config_of(manifest: dict[str, Any]) -> R3MemConfig:
