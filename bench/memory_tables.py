@@ -167,6 +167,24 @@ def anchored_chains() -> str:
     return table(("kept", "memory", "share of all seven"), rows)
 
 
+def text_adapter() -> str:
+    """Return the table of matched memories behind an adapter that has learned how its texts are written."""
+    name = "text_adapter_novels_smollm2"
+    nats = {r["arm"]: r["nats_per_token"] for r in records(name) if "nats_per_token" in r}
+    closed = closed_by(name)
+    arms = {
+        "tail": "the last 32 tokens before it", "raw_64": "these, and 64 tokens more",
+        "foreign_adaptive_64": "these, and a memory of another novel, 64 slots, adaptive",
+        "matched_16": "these, and a matched memory of 16 slots", "adaptive_16": "the same, adaptive",
+        "attended_64": "these, and the 64 most attended keys, own values",
+        "matched_64": "these, and a matched memory of 64 slots", "adaptive_64": "**the same, adaptive**",
+        "full": "the whole segment before it",
+    }  # fmt: skip
+    ends = {"tail": "0", "full": "1"}
+    rows = [(what, f"{nats[arm]:.4f}", ends.get(arm) or interval(closed[arm, "full"])) for arm, what in arms.items()]
+    return table(("a segment is read behind", "nats a token", "share of the gap"), rows)
+
+
 def anchored_answers() -> str:
     """Return the table of what questions about paragraphs gain from anchored memories, and from matched ones."""
     gained = {(r["gained_by"], r["of"]): r for r in records("answers_anchored_xquad_smollm2") if "gained_by" in r}
@@ -253,6 +271,7 @@ TABLES = {
     "memory_answers": memory_answers,
     "anchored_memories": anchored_memories,
     "anchored_chains": anchored_chains,
+    "text_adapter": text_adapter,
     "anchored_answers": anchored_answers,
     "adaptive_answers": adaptive_answers,
     "adaptive_pairs": adaptive_pairs,

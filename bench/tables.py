@@ -95,7 +95,7 @@ def recall_controls() -> str:
     """Tabulate what comes back when contexts are asked for wrongly."""
     head = ("what is asked", "exact", "nothing", "half of it like")
     rows = []
-    for name, where in (("pages", "one adapter"), ("shelf", "a shelf")):
+    for name, where in (("pages", "one adapter"), ("shelf_added", "a shelf")):
         for r in records(f"recall_{name}_smollm2"):
             if "control" in r:
                 counts = (f"{r[count]} of {r['queries']}" for count in ("exact", "empty", "similar_0.5"))
@@ -111,7 +111,7 @@ def recall_shelf() -> str:
         f"{one['documents']} in one adapter", f"{one['exact']} of {one['total']}", str(one["steps"]),
         f"{one['seconds'] / 60:.0f}", f"{one['perplexity_ratio']:.3f}", "–",
     )]  # fmt: skip
-    shelf = records("recall_shelf_smollm2")
+    shelf = [*records("recall_shelf_smollm2"), *records("recall_shelf_added_smollm2")]
     pages = [record for record in shelf if "document" in record]
     for record in shelf:
         if record.get("asked") == "all":
