@@ -106,7 +106,19 @@ def test_what_is_recalled():
     pages = records("recall_pages_smollm2.jsonl")[0]
     text, short = text_of("docs/recall.md"), text_of("README.md")
     assert f"gave {pages['exact']} of {pages['total']} contexts exactly" in text
-    assert f"{pages['exact']} of {pages['total']} contexts are exact" in short
+    assert f"in one adapter {pages['exact']} do" in short
+    shelf = [record for record in records("recall_shelf_smollm2.jsonl") if "document" in record]
+    total, steps = sum(record["total"] for record in shelf), sorted(record["steps"] for record in shelf)
+    (asked,) = [
+        r for r in records("recall_shelf_added_smollm2.jsonl") if (r.get("asked"), r["documents"]) == ("all", 20)
+    ]
+    assert total == pages["total"] == asked["total"] == asked["exact"] == sum(record["exact"] for record in shelf)
+    assert f"all {total} contexts come back if each page has an adapter" in short
+    assert f"all {total} contexts come back from the shelf" in text
+    assert f"One page took {steps[-1]} steps" in text and f"the others {steps[0]} to {steps[-2]}" in text
+    first = [r for r in records("recall_shelf_added_smollm2.jsonl") if r.get("asked") == "the first page"]
+    assert len(first) == 3 and all(record["exact"] == record["total"] == 7 for record in first)
+    assert f"{shelf[0]['bytes'] / 1e6:.1f} MB" in text and f"{shelf[0]['bytes'] / 1e6:.1f} MB" in short
     assert f"{pages['perplexity_ratio']:.2f} ×" in short
     single = records("recall_page_smollm2.jsonl")
     assert len({record["seed"] for record in single}) == len(single) == 2
@@ -128,6 +140,25 @@ def test_what_is_recalled():
         assert one["seed"] == expand["seed"] == compress["seed"]
         assert f"{one['expand_loss']:.3f} against {expand['expand_loss']:.3f}" in text
         assert f"{one['compress_loss']:.3f} against {compress['compress_loss']:.3f}" in text
+
+
+def test_memories_behind_an_adapter_of_the_text():
+    text = text_of("docs/memory.md")
+    nats = {
+        r["arm"]: r["nats_per_token"] for r in records("text_adapter_novels_smollm2.jsonl") if "nats_per_token" in r
+    }
+    assert f"by {nats['tail'] - nats['matched_64']:.3f} nats a token better than without" in text
+    assert f"within {nats['matched_64'] - nats['full']:.3f} of what" in text
+    assert nats["foreign_64"] > nats["tail"]
+
+
+def test_anchors_behind_seven_segments():
+    text = text_of("docs/memory.md")
+    for name in ("anchored_adaptive_chains_smollm2.jsonl", "anchored_adaptive_rematch_smollm2.jsonl"):
+        (better,) = [
+            r for r in records(name) if r.get("nats_better_than") == "adaptive" and r["arm"].startswith("anchored")
+        ]
+        assert f"by {better['mean']:.3f} ({better['low']:.3f} to {better['high']:.3f})" in text
 
 
 def test_what_memories_do():
