@@ -144,17 +144,23 @@ def _builder(options: argparse.Namespace) -> Any:
 
 
 def _recall(options: argparse.Namespace) -> int:
-    from ..manifest import adapters_in
+    from ..manifest import adapters_in, read_manifest
 
-    shelved = bool(adapters_in(options.folder))
-    remembered = _shelf_of(options).entries() if shelved else adapter_of(options).get("remembered")
+    # Before anything that takes long is loaded.
+    shelved = [entry for path in adapters_in(options.folder) for entry in read_manifest(path)["remembered"]]
+    remembered = shelved or adapter_of(options).get("remembered")
     if not remembered:
         raise ValueError(
             f"{options.folder} remembers nothing that could be recalled: it was not made by `r3mem remember`. "
             f"`r3mem remember FOLDER TEXT` makes one that does"
         )
     begin(options, f"Loading {options.folder}")
-    pipeline = _shelf_of(options) if shelved else pipeline_of(options, options.folder, base=options.model)
+    if shelved:
+        from .. import AdapterShelf
+
+        pipeline: Any = AdapterShelf(options.folder, options.model, device=device_of(options), dtype=options.dtype)
+    else:
+        pipeline = pipeline_of(options, options.folder, base=options.model)
     texts = pipeline.recall(options.queries, max_new_tokens=options.max_new_tokens)
     for query, text in zip(options.queries, texts, strict=True):
         if options.json:
@@ -166,12 +172,6 @@ def _recall(options: argparse.Namespace) -> int:
         say(options, "none of its contexts was learned to the last token: do not rely on what comes back")
         return 1
     return 0 if all(text.strip() for text in texts) else 1
-
-
-def _shelf_of(options: argparse.Namespace) -> Any:
-    from .. import AdapterShelf
-
-    return AdapterShelf(options.folder, options.model, device=device_of(options), dtype=options.dtype)
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -199,7 +199,9 @@ class AdapterShelf:
         Raises:
             ValueError: There is no document of this name.
         """
-        with adapter_in(self._pipeline(), self._whole(document)) as pipeline:
+        found = [path for path in self._of_name(document) if is_adapter(path)]
+        self._refuse_unknown(document, found)
+        with adapter_in(self._pipeline(), found[-1]) as pipeline:
             yield pipeline
 
     def forget(self, document: str) -> None:
@@ -214,16 +216,14 @@ class AdapterShelf:
         """
         with locked(self._folder):
             self._sweep()
-            if not self._of_name(document):
-                self._whole(document)
-            self._remove(self._of_name(document))
+            found = self._of_name(document)
+            self._refuse_unknown(document, found)
+            self._remove(found)
 
-    def _whole(self, document):
-        """The folder of a document's adapter; raises ValueError if there is none."""
-        found = [path for path in self._of_name(document) if is_adapter(path)]
+    def _refuse_unknown(self, document, found):
+        """Raise ValueError if nothing was found of a document."""
         if not found:
             raise ValueError(f"no document {document!r} is remembered here; those that are: {[*self.documents]}")
-        return found[-1]
 
     def _of_name(self, document: str) -> list[Path]:
         """Folders of a document, whole ones last: several while one replaces another, or if that was interrupted."""
