@@ -7,14 +7,7 @@
 # each text is held out, and dialogue and meetings are wholly. What is there already is kept, and an interrupted training
 # or measurement goes on when the same command is given again. PYTHON names another interpreter.
 set -euo pipefail
-if (($# != 2)); then
-    echo "usage: bench/anchors.sh FOLDER DATA" >&2
-    exit 2
-fi
-mkdir -p "$1"
-folder=$(realpath "$1") data=$(realpath -e "$2")
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+source "$(dirname "$0")/folder_and_data.sh"
 
 [[ -e $folder/mixed.jsonl ]] ||
     "$python" -m bench.mixed_texts novels wikipedia code help --data "$data" --hold-out 0.5 -o "$folder/mixed.jsonl"
