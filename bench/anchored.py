@@ -2,8 +2,8 @@
 
     python -m bench.anchored FOLDER OUTPUT --memory-allocation adaptive
 
-saves an adapter of anchors with the same weights for memories of another allocation or budget, so that it can be
-trained on, or rounded to another dtype.
+saves an adapter of anchors with the same weights for memories of another allocation or budget, or with shorter changes,
+so that it can be trained on, or rounded to another dtype.
 """
 
 import argparse
@@ -28,11 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory-allocation", choices=ALLOCATIONS, help="of its memories (as it is)")
     parser.add_argument("--memory-budget", type=int, help="slots of its memories at most (as it is)")
     parser.add_argument("--beyond-budget", choices=BEYOND_BUDGET, help="what becomes of them (as it is)")
+    parser.add_argument("--longest-change", type=float, help="of their slots, see R3MemConfig (as it is)")
     parser.add_argument("--adapter-dtype", type=as_dtype, help="that its weights are rounded to (as it is)")
     options = parser.parse_args(arguments)
     pipeline = R3MemPipeline(options.folder)
     _refuse_other(pipeline.model, options.folder)
-    given = {name: getattr(options, name) for name in ("memory_allocation", "memory_budget", "beyond_budget")}
+    names = ("memory_allocation", "memory_budget", "beyond_budget", "longest_change")
+    given = {name: getattr(options, name) for name in names}
     changed = {name: value for name, value in given.items() if value is not None}
     pipeline.model.r3mem_config = dataclasses.replace(pipeline.model.r3mem_config, **changed)
     pipeline.save(options.output, adapter_dtype=options.adapter_dtype)

@@ -1,10 +1,11 @@
-"""Texts of six kinds, on which memories are measured. All but code and help texts lie in a folder of data sets.
+"""Texts of kinds that memories are trained and measured on. All but code and help lie in a folder of data sets.
 
 novels     English novels of Project Gutenberg, `gutenberg/NUMBER.txt`, without its header and footer
 wikipedia  `wikitext2/valid.txt`, the validation part of WikiText-2
 dialogue   chats of 15 users with an assistant, `memorybank/memory_bank_en.json` (MemoryBank), a text each
 meetings   transcripts of 35 meetings, `qmsum/val.jsonl` (QMSum), a text each
 code       modules of Python's standard library
+library    the larger ones of its other modules
 help       the topics of Python's own help
 """
 
@@ -15,12 +16,16 @@ from pathlib import Path
 
 from r3mem_fast.data.text import read_text
 
-KINDS = ("novels", "wikipedia", "dialogue", "meetings", "code", "help")
+KINDS = ("novels", "wikipedia", "dialogue", "meetings", "code", "library", "help")
 _NOVELS = ("11-0", "1342-0", "1661", "2701-0", "98-0", "74-0", "174", "35-0")
 _MODULES = (
     "argparse", "ast", "collections", "csv", "dataclasses", "difflib", "doctest", "enum", "functools", "heapq",
     "inspect", "logging", "os", "pathlib", "pickle", "random", "statistics", "subprocess", "tarfile", "textwrap",
     "threading", "typing", "zipfile",
+)  # fmt: skip
+_LIBRARY = (
+    "_pydecimal", "_pyio", "configparser", "datetime", "imaplib", "ipaddress", "locale", "mailbox", "optparse", "pdb",
+    "pickletools", "platform", "pydoc", "shutil", "smtplib", "ssl", "traceback", "turtle",
 )  # fmt: skip
 
 
@@ -37,8 +42,9 @@ def texts_of(kind: str, data: Path | None = None) -> list[str]:
     """
     if kind == "help":
         return [read_text()]
-    if kind == "code":
-        return [Path(origin).read_text(encoding="utf-8") for origin in map(_origin, _MODULES)]
+    if kind in ("code", "library"):
+        names = _MODULES if kind == "code" else _LIBRARY
+        return [Path(origin).read_text(encoding="utf-8") for origin in map(_origin, names)]
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if data is None:

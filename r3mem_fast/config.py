@@ -130,6 +130,15 @@ class R3MemConfig:
         option="memory-queries",
         choices=QUERIES,
     )
+    longest_change: float | None = setting(
+        None,
+        "Length of the change that anchors make of a slot's keys and values at most, of the mean length of the "
+        "segment's. Far from what it was trained on an adapter changes some heads too much.",
+        group=MEMORY,
+        option="longest-change",
+        above=0,
+        unset="any",
+    )
     segment_length: int = setting(
         256,
         "Tokens of a segment in which a history is compressed.",
@@ -255,6 +264,10 @@ class R3MemConfig:
             raise ValueError(f"{given} is for memory tokens, not for {self.memory_writer} memories")
         if learns and self.adapter_rows != "memory":
             raise ValueError('memory_writer="anchored" adapts anchors alone: it needs adapter_rows="memory"')
+        if self.longest_change and not learns:
+            raise ValueError(
+                f"longest_change={self.longest_change!r} is for anchored memories: nothing else is changed"
+            )
         if self.max_memory_segments is None and self.memory_budget is None:
             raise ValueError("max_memory_segments=None is for memory tokens; give a memory_budget, in slots")
 
@@ -325,7 +338,7 @@ class R3MemConfig:
         from .memory import MemoryLayout
 
         # Half of the positions are before a pass, for slots; the other half for what is read, and written.
-        reach = _REACH if max_tokens is None else min(_REACH, max_tokens // 2)
+        reach = REACH if max_tokens is None else min(REACH, max_tokens // 2)
         budget = self.memory_budget
         if budget is None:
             assert self.max_memory_segments is not None, "see _check_matched"
@@ -379,21 +392,9 @@ class R3MemConfig:
 
 
 # Settings of later versions.
-_LATER = ("memory_writer", "memory_budget", "beyond_budget", "memory_queries", "memory_allocation")
+_LATER = ("memory_writer", "memory_budget", "beyond_budget", "memory_queries", "memory_allocation", "longest_change")
 # Positions before a pass at most; what is older than that has this age.
-_REACH = 4096
-
-
-def default_matched(max_tokens: int | None) -> "MemoryLayout | None":
-    """Layout of the matched memories of a model that has learned none; None for one of too few positions."""
-    positions = 2 * _REACH if max_tokens is None else max_tokens
-    length = min(256, positions // 4)
-    if length < 16:
-        return None
-    return R3MemConfig(
-        memory_writer="matched", num_memory_tokens=length // 4, memory_budget=length, segment_length=length,
-        segment_overlap=length // 8,
-    ).memory_layout(max_tokens)  # fmt: skip
+REACH = 4096
 
 
 # How a model is trained, and nothing about what it computes.

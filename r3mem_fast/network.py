@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .config import R3MemConfig, default_matched
+from .config import R3MemConfig
 from .fingerprints import FingerprintCache, layout_fingerprint
 from .integrations.compat import decoder_output, inputs_of_composite, key_sources
 from .integrations.peft import MergedAdapters, adapters_are_off, adapters_off
@@ -28,7 +28,14 @@ from .memory.recurrent import refuse_states_at_input
 from .memory.writers.anchored import new_anchor_embedding
 from .memory.writers.matched import QuestionsOf
 from .memory.writers.tokens import new_memory_embeddings
-from .positions import first_id, original_positions_of, positions_for_memories, positions_of, special_id
+from .positions import (
+    default_matched,
+    first_id,
+    original_positions_of,
+    positions_for_memories,
+    positions_of,
+    special_id,
+)
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers, text_config, unconverted
 from .reversible.refusals import refuse_cross_attention, refuse_returned_states

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .config import R3MemConfig
+from .config import REACH, R3MemConfig
+from .memory import MemoryLayout
 from .reversible.convert import text_config
 
 
@@ -48,3 +49,15 @@ def first_id(*ids: Any) -> Any:
         if isinstance(given, int):
             return given
     return None
+
+
+def default_matched(max_tokens: int | None) -> MemoryLayout | None:
+    """Layout of the matched memories of a model that has learned none; None for one of too few positions."""
+    positions = 2 * REACH if max_tokens is None else max_tokens
+    length = min(256, positions // 4)
+    if length < 16:
+        return None
+    return R3MemConfig(
+        memory_writer="matched", num_memory_tokens=length // 4, memory_budget=length, segment_length=length,
+        segment_overlap=length // 8,
+    ).memory_layout(max_tokens)  # fmt: skip

@@ -30,5 +30,6 @@ def writer_of(network: Network, layout: MemoryLayout, *, dropout: float = 0.0) -
         return GraphedWriter(writer, network.device) if by_graphs else writer
     if network.is_anchored:
         on = functools.partial(adapters_on, network.peft_model)
-        return AnchoredWriter(reader, layout, embeddings, on, network.questions_of)
+        longest = network.r3mem_config.longest_change
+        return AnchoredWriter(reader, layout, embeddings, on, longest, network.questions_of)
     return TokenWriter(reader, embeddings, adapts_tokens=network.adapts_tokens, dropout=dropout)

@@ -172,7 +172,7 @@ def test_rows_of_several_lengths(kind):
 @pytest.mark.parametrize("lengths", [(60, 7), (30, 25)])  # whose difference is above the reach, and below it
 def test_prompts_of_several_lengths_keep_their_distances(monkeypatch, lengths):
     """However much longer a prompt is than the others, it and the slots before it are read as where it is alone."""
-    monkeypatch.setattr("r3mem_fast.config._REACH", 32)
+    monkeypatch.setattr("r3mem_fast.config.REACH", 32)
     model = network("qwen3_5_text", memory_budget=6 * LENGTH)
     assert model.layout.reach == 32
     ids, mask = padded(lengths)

@@ -8,8 +8,10 @@ adapters, is added to the slots of the nearest token, in each head of each layer
 
     K_slot = K_matched + K_adapted(anchor) - K_base(anchor)
 
-and likewise the values. Before training the change is zero, to the bit, and a memory is the matched one. The slots of
-pinned tokens, and of earlier segments, stay what they are.
+and likewise the values. A change can be limited to a share of the mean length of the segment's keys, or values, in
+that head: far from the texts that it was trained on, an adapter changes some heads by much more than elsewhere, and
+that does harm. Before training the change is zero, to the bit, and a memory is the matched one. The slots of pinned
+tokens, and of earlier segments, stay what they are.
 """
 
 import contextlib
@@ -55,6 +57,7 @@ class AnchoredWriter(MatchedWriter):
         layout: Layout of the memories; its reach is that of the reader's.
         anchor_embedding: Embedding that is added to that of an anchor's token, `[1, width]`.
         adapters_on: Makes a context manager in whose block the adapters act; elsewhere the base model may be reading.
+        longest_change: Length of a change at most, of the mean length of what it changes; None: any.
         questions_of: Gives what will be asked of a segment, for a layout with queries of "pairs".
     """
 
@@ -64,10 +67,12 @@ class AnchoredWriter(MatchedWriter):
         layout: MemoryLayout,
         anchor_embedding: torch.Tensor,
         adapters_on: Callable[[], contextlib.AbstractContextManager[None]],
+        longest_change: float | None = None,
         questions_of: QuestionsOf | None = None,
     ):
         super().__init__(reader, layout, questions_of, adapted_tokens=0)
         self._embedding, self._adapters_on = anchor_embedding, adapters_on
+        self._longest_change = longest_change
 
     def pass_over(self, segment: Segment, memory: Memory) -> Pass:
         """Read a segment behind a memory, and note what can be matched if the segment asks for it; differentiable.
@@ -153,13 +158,31 @@ class AnchoredWriter(MatchedWriter):
         embeddings = embeddings + self._embedding.to(embeddings.dtype)
         with self._adapters_on():
             learned = self._read_anchors(whole, embeddings, exists, positions, ids, adapted=ids.shape[1])
-        return learned.float() - plain.float()
+        change = learned.float() - plain.float()
+        return change if self._longest_change is None else _limited(change, new, self._longest_change)
 
     def _read_anchors(self, whole, embeddings, exists, positions, ids, adapted):
         reader = self._reader
         cache = reader.read(reader.new_cache(keep=False, capture=ids.shape[1], adapted_tokens=adapted), whole)
         reader.decode(embeddings, exists.to(torch.int64), cache, positions, ids)
         return cache.captured()
+
+
+def _limited(change: torch.Tensor, slots: Slots, share: float) -> torch.Tensor:
+    """Shorten changes that are longer than a share of the mean length of what they change.
+
+    Args:
+        change: Changes of keys and values, float32 `[layers, 2, A, kv_heads, k, width]`.
+        slots: Those of the segment's tokens.
+        share: Length of a change at most, of the mean length of keys, or values, in that head.
+    """
+    exists = (slots.ages >= 0)[:, None]
+    lengths = slots.states.detach().float().norm(dim=-1) * exists
+    longest = (share * lengths.sum(-1) / exists.sum(-1).clamp_min(1))[..., None, None]
+    # Compared by squares: the length of a change that is zero has no gradient.
+    too_long = change.square().sum(-1, keepdim=True) > longest.square()
+    length = change.where(too_long, 1).norm(dim=-1, keepdim=True)
+    return torch.where(too_long, change * (longest / length), change)
 
 
 def _places(slots: Slots, fresh: torch.Tensor) -> torch.Tensor:
