@@ -2,8 +2,8 @@
 
     python -m bench.anchored FOLDER OUTPUT --memory-allocation adaptive
 
-saves an adapter of anchors with the same weights for memories of another allocation or budget, or with shorter changes,
-so that it can be trained on, or rounded to another dtype.
+saves an adapter of anchors with the same weights for memories of another allocation or budget, or with shorter
+changes, so that it can be trained on, or rounded to another dtype.
 """
 
 import argparse

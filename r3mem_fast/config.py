@@ -290,7 +290,6 @@ class R3MemConfig:
         from .reversible.direction import check_core, core_above_shared, core_of
 
         sources = sources or range(num_layers)
-
         core = self.core
         if core is None:
             start = num_layers * 16 // 30

@@ -28,14 +28,7 @@ from .memory.recurrent import refuse_states_at_input
 from .memory.writers.anchored import new_anchor_embedding
 from .memory.writers.matched import QuestionsOf
 from .memory.writers.tokens import new_memory_embeddings
-from .positions import (
-    default_matched,
-    first_id,
-    original_positions_of,
-    positions_for_memories,
-    positions_of,
-    special_id,
-)
+from .positions import default_matched, first_id, positions_for_memories, positions_of, special_id
 from .reversible import make_reversible, reading_backward
 from .reversible.convert import check_convertible, reversible_layers, text_config, unconverted
 from .reversible.refusals import refuse_cross_attention, refuse_returned_states
@@ -84,7 +77,7 @@ class Network(nn.Module):
         if learned is not None:
             refuse_cross_attention(text_config(plain.config))
         self.learns_memories = learned is not None
-        self.layout = learned or default_matched(original_positions_of(plain))
+        self.layout = learned or default_matched(plain)
         self.end_token_id = special_id(plain, "eos_token_id")
         self.start_token_id = first_id(special_id(plain, "bos_token_id"), self.end_token_id)
         if self.end_token_id is None:

@@ -51,13 +51,17 @@ def first_id(*ids: Any) -> Any:
     return None
 
 
-def default_matched(max_tokens: int | None) -> MemoryLayout | None:
-    """Layout of the matched memories of a model that has learned none; None for one of too few positions."""
-    positions = 2 * REACH if max_tokens is None else max_tokens
-    length = min(256, positions // 4)
+def default_matched(model: Any) -> MemoryLayout | None:
+    """Layout of the matched memories of a model that has learned none; None if it has too few positions.
+
+    Args:
+        model: The base model.
+    """
+    positions = original_positions_of(model)
+    length = min(256, (positions or 2 * REACH) // 4)
     if length < 16:
         return None
     return R3MemConfig(
         memory_writer="matched", num_memory_tokens=length // 4, memory_budget=length, segment_length=length,
         segment_overlap=length // 8,
-    ).memory_layout(max_tokens)  # fmt: skip
+    ).memory_layout(positions)  # fmt: skip
