@@ -67,7 +67,8 @@ def memory_from(cls: Any, metadata: dict[str, Any], tensors: dict[str, torch.Ten
             fits = counts.shape == (rows,) and counts.dtype == torch.int64 and bool((counts >= 0).all())
     if fits:
         beside = torch.zeros_like(kept) if pinned is None else pinned
-        most = layout.reach if layout.is_adaptive else layout.most_slots
+        shared_by = states.shape[0] * states.shape[3] if layout.is_adaptive else 1
+        most = layout.most_slots * shared_by
         fits = bool((kept <= most + beside).all())
         fits = fits and states.shape[SLOTS[layout.placement]] <= most + (int(beside.max()) if rows else 0)
     if fits and ages is not None:

@@ -37,6 +37,11 @@ class UserAdapters:
 
     def consolidate(self, user: str, settings: RememberSettings | None, progress: bool) -> RememberReport:
         """Teach adapters of a user what was said since the last time; see `MemoryStore.consolidate`."""
+        if self._pipeline.model.is_anchored:
+            raise ValueError(
+                "the memories of this store are written by an adapter, whose place those of a conversation would "
+                "take; consolidate it in a store with the base model"
+            )
         held = self._database.held(user)
         items = self._database.items("user = ? AND id > ?", (user, held.learned))
         if not items:

@@ -13,13 +13,15 @@ from ..model import R3MemModel
 
 
 def with_layout(memory: Memory, layout: MemoryLayout) -> Memory:
-    """A matched memory that goes on in another size.
+    """A memory that the base model reads, and that goes on in another size.
 
     Args:
-        memory: The memory.
+        memory: The memory: a matched one, or one of an adapter of anchors, which makes memories of any size.
         layout: The layout, of the same reach.
     """
-    origin = dataclasses.replace(memory.origin, adapter=layout_fingerprint(layout))
+    origin = memory.origin
+    if origin.adapter == layout_fingerprint(memory.layout):
+        origin = dataclasses.replace(origin, adapter=layout_fingerprint(layout))
     return dataclasses.replace(memory, layout=layout, origin=origin)
 
 

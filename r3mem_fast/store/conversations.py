@@ -40,8 +40,8 @@ class MemoryStore:
 
     Args:
         folder: The folder, made if it is not there.
-        model: What `R3MemPipeline` takes by name, or an `R3MemPipeline`, whose memories must be matched ones of its
-            base model; None: what the folder was made with, "smollm2-135m" for a new one. It is loaded when needed.
+        model: What `R3MemPipeline` takes by name, or an `R3MemPipeline`, whose base model reads its memories: matched
+            ones, or of anchors; None: what the folder was made with, "smollm2-135m" if new. It is loaded when needed.
         config: Sizes of memories and settings of adapters; None: what the folder was made with, `DEFAULT_CONFIG` for
             a new one.
         system: System prompt of all conversations; None: what the folder was made with, the template's for a new one.
@@ -315,7 +315,7 @@ class MemoryStore:
             progress: Show bars.
 
         Raises:
-            ValueError: There is nothing new to learn, or the memories are of another model.
+            ValueError: There is nothing new to learn, or the memories are another model's, or written by an adapter.
         """
         check_names(user_id=user_id)
         with self._lock:
@@ -355,7 +355,8 @@ class MemoryStore:
                 parts = self.database.setting("turns")
                 if parts is not None and kept(self.database, "turns", None) == turns.description:
                     turns = TurnCodec(pipeline.codec, self._system, json.loads(parts))
-                histories = Histories(pipeline.model, turns, self.database, folder, self._raw_tokens)
+                layout, raw = self._model.layout, self._raw_tokens
+                histories = Histories(pipeline.model, layout, turns, self.database, folder, raw)
                 self._answering = Answering(pipeline, turns, histories)
             if checked:  # each time, as another process may have made the memories anew with another model
                 self._model.check(self._identity())

@@ -58,7 +58,8 @@ class DocumentStore:
 
     Args:
         folder: The folder, made if it is not there. What is in it can be made again, and may be deleted at any time.
-        model: What `R3MemPipeline` takes by name, or an `R3MemPipeline`; loaded when it is needed.
+        model: What `R3MemPipeline` takes by name, or an `R3MemPipeline`, whose memories must be matched ones of its
+            base model, or of an adapter of anchors; loaded when it is needed.
         ratio: Tokens of a slot.
         part_tokens: Tokens of a part at most.
         slots: Slots before a question at most.
@@ -238,6 +239,7 @@ class DocumentStore:
         """Name of a memory's file: a digest of all that it depends on."""
         model, codec = self.pipeline.model, self.pipeline.codec
         made_with = [model.base_fingerprint(), str(model.dtype), codec.fingerprint, self._turn[0], layout.to_dict()]
+        made_with += [model.origin().adapter] if model.is_anchored else []
         described = [*made_with, text]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest() + _SUFFIX
 

@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 
 from ..files import locked
+from ..memory.layout import MemoryLayout
 from ..memory.memory import Memory
 from ..model import R3MemModel
+from .beside import with_layout
 from .database import Database
 from .items import Held, Item
 from .turns import TurnCodec
@@ -45,7 +47,8 @@ class Histories:
     """Keeps the memories of users' histories. One thread at a time may use it; processes may share the folder.
 
     Args:
-        model: The model, whose memories are matched ones of its base model.
+        model: The model, whose memories its base model reads.
+        layout: Layout of the memories.
         turns: Codec of conversations.
         database: What was said.
         folder: Folder of the memories' files, made if it is not there.
@@ -55,10 +58,18 @@ class Histories:
         ValueError: What the chat template puts before a conversation does not fit into a segment.
     """
 
-    def __init__(self, model: R3MemModel, turns: TurnCodec, database: Database, folder: Path, raw_tokens: int):
-        self._model, self._turns, self._database = model, turns, database
+    def __init__(
+        self,
+        model: R3MemModel,
+        layout: MemoryLayout,
+        turns: TurnCodec,
+        database: Database,
+        folder: Path,
+        raw_tokens: int,
+    ):
+        self._model, self._layout, self._turns, self._database = model, layout, turns, database
         self._folder, self._raw_tokens = folder, raw_tokens
-        self._length = model.reader.layout.segment_length
+        self._length = layout.segment_length
         self._cache: dict[str, Memory] = {}  # by name of the file, those that were used last at the end
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
@@ -87,7 +98,8 @@ class Histories:
         if count < 1:
             return History(memory, rest, last)
         new, tail = rest[: count * self._length], rest[count * self._length :]
-        memory = self._model.compress(torch.tensor([new]), memory=memory, pinned=begun)
+        before = with_layout(self._model.empty_memory(pinned=begun), self._layout) if memory is None else memory
+        memory = self._model.compress(torch.tensor([new]), memory=before)
         self._keep(user, held, _boundary(items, ends, held.tokens + len(new) - begun), memory)
         return History(memory, tail, last)
 

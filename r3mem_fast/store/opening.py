@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import R3MemConfig
+from ..fingerprints import layout_fingerprint
 from ..integrations import attention
 from ..integrations.capture import implementation_of
 from ..manifest import is_adapter
+from ..memory.layout import MemoryLayout
 from ..model import R3MemModel
 from ..pipeline import R3MemPipeline
+from ..positions import positions_for_memories
 from .database import Database
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -19,29 +22,32 @@ DEFAULT_MODEL = "smollm2-135m"
 def pipeline_of(
     given: "str | Path | R3MemPipeline", config: R3MemConfig | None, settings: dict[str, Any]
 ) -> R3MemPipeline:
-    """A pipeline whose memories are matched ones of its base model.
+    """A pipeline whose memories its base model reads: matched ones, or those of an adapter of anchors.
 
     Args:
         given: What `R3MemPipeline` takes by name, or a pipeline.
-        config: Settings of a pipeline that is loaded here; None: the defaults.
+        config: Settings of a pipeline that is loaded here; None: the defaults. An adapter has its own.
         settings: More arguments of such a pipeline.
 
     Raises:
         OSError: There is no such model.
         TypeError: A pipeline is given, and settings of one.
-        ValueError: It is an adapter, or its memories are other ones.
+        ValueError: Its memories are other ones, or it is an adapter of another kind.
     """
     if isinstance(given, R3MemPipeline):
         if settings:
             raise TypeError(f"{next(iter(settings))} is for a model that is given by name")
         found = given
     else:
-        if is_adapter(given):
-            raise ValueError(f"{given} is an adapter; a store keeps memories of a base model: name that")
-        found = R3MemPipeline(given, config=config, **settings)
-    if not found.model.memories_are_of_base:
+        found = R3MemPipeline(given, config=None if is_adapter(given) else config, **settings)
+        if is_adapter(given) and not found.model.is_anchored:
+            raise ValueError(
+                f"{given} is an adapter, and not one of anchors; a store keeps memories that a base model reads: name "
+                "that, or an adapter of anchors"
+            )
+    if not found.model.reads_as_base:
         raise ValueError(
-            "a store keeps matched memories of the base model, and this pipeline's are written by memory tokens, or "
+            "a store keeps memories that the base model reads, and this pipeline's are written by memory tokens, or "
             'read with its adapters; use R3MemConfig(memory_writer="matched", adapter_rows="memory", ...)'
         )
     return found
@@ -51,10 +57,21 @@ def allocation_for(model: R3MemModel) -> str:
     """How many slots heads have where nobody says: "adaptive", or "uniform" where a model knows no other memories.
 
     Args:
-        model: The model.
+        model: The model. Anchors have learned for the memories of their own settings.
     """
+    if model.is_anchored:
+        return model.r3mem_config.memory_allocation
     kernels = implementation_of(model.decoder.config) == attention.NAME
     return "uniform" if kernels or model.reader.keeps_latents() else "adaptive"
+
+
+def _known_to(model: R3MemModel, config: R3MemConfig) -> R3MemConfig:
+    """Settings of memories with what a model knows no other of, or what its anchors have learned for."""
+    changed: dict[str, Any] = {"memory_allocation": allocation_for(model)}
+    if model.is_anchored:
+        learned = model.r3mem_config
+        changed |= {n: getattr(learned, n) for n in ("num_memory_tokens", "segment_length", "segment_overlap")}
+    return dataclasses.replace(config, **changed)
 
 
 class StoreModel:
@@ -86,11 +103,11 @@ class StoreModel:
         """The pipeline, which the first call loads.
 
         Args:
-            default: Settings of a new store where none are given, but for the allocation if the model knows no other.
+            default: Settings of a new store where none are given, but for what the model knows no other of.
 
         Raises:
             OSError: There is no such model.
-            ValueError: Its memories are not matched ones of its base model.
+            ValueError: Its base model does not read its memories.
         """
         if self._pipeline is None:
             given = self._given or self._database.setting("model") or DEFAULT_MODEL
@@ -99,12 +116,30 @@ class StoreModel:
             if named and settings.get("dtype") is None:
                 settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
             found = pipeline_of(given, config, settings)
-            if named and chosen is None and (allocation := allocation_for(found.model)) != config.memory_allocation:
-                config = dataclasses.replace(config, memory_allocation=allocation)
-                found = pipeline_of(given, config, settings)
+            if named and chosen is None and (known := _known_to(found.model, config)) != config:
+                config = known
+                if not found.model.is_anchored:
+                    found = pipeline_of(given, config, settings)
             self._config = config if named else self._config
             self._pipeline = found
         return self._pipeline
+
+    @property
+    def layout(self) -> MemoryLayout:
+        """Layout of the store's memories, once the pipeline is loaded.
+
+        Raises:
+            ValueError: The settings are not those of matched memories, or do not fit into the model's positions.
+        """
+        assert self._pipeline is not None, "see pipeline"
+        model = self._pipeline.model
+        if not model.is_anchored or self._config is None:
+            return model.reader.layout
+        if self._config.memory_writer == "tokens":
+            raise ValueError('config gives the sizes of an adapter\'s memories here: use memory_writer="matched"')
+        layout = self._config.memory_layout(positions_for_memories(self._config, model))
+        assert layout is not None, "there are memory tokens"
+        return layout
 
     def identity(self, **more: Any) -> dict[str, str]:
         """Settings of the database that say what memories of this model are made with.
@@ -116,13 +151,16 @@ class StoreModel:
         model = self._pipeline.model
         origin = model.origin()
         made_with = {
-            "base": origin.base, "layout": origin.adapter, "tokenizer": self._pipeline.codec.fingerprint,
-            "dtype": str(model.dtype).removeprefix("torch."), **more,
+            "base": origin.base, "layout": layout_fingerprint(self.layout),
+            "tokenizer": self._pipeline.codec.fingerprint, "dtype": str(model.dtype).removeprefix("torch."), **more,
         }  # fmt: skip
+        if model.is_anchored:
+            made_with["adapter"] = origin.adapter
         if self._given is None:
             name = self._database.setting("model") or DEFAULT_MODEL
         elif isinstance(self._given, R3MemPipeline):
-            name = model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL
+            folder = self._given.folder if model.is_anchored else None
+            name = str(folder or model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL)
         else:  # a folder is found from elsewhere, too
             name = str(Path(self._given).resolve() if Path(self._given).exists() else self._given)
         config = json.dumps((self._config or model.r3mem_config).to_dict())
@@ -147,7 +185,7 @@ class StoreModel:
             its = self._database.setting("made_with")
         if its is not None and its != identity["made_with"]:
             made, asked = json.loads(its), json.loads(identity["made_with"])
-            differs = ", ".join(name for name in asked if asked[name] != made.get(name))
+            differs = ", ".join(name for name in made | asked if asked.get(name) != made.get(name))
             raise ValueError(
                 f"the memories in {self._database.path.parent} were made with another model or other settings than "
                 f"these (they differ in: {differs}). Open the folder with those, or make the memories anew from the "

@@ -226,6 +226,16 @@ def test_a_file_has_no_gaps_and_comes_back(tmp_path):
         Memory.load(tmp_path / "memory.safetensors", network(segment_overlap=0, memory_writer="anchored"))
 
 
+def test_a_head_may_have_more_slots_than_tokens_are_told_apart(tmp_path):
+    """What is older than the reach has its age, and slots all the same; a file of such a memory is read."""
+    model = network(memory_budget=256)
+    memory = model.compress(ids_of(16 * LENGTH))
+    assert int(memory.slots[0]) > memory.layout.reach
+    memory.save(tmp_path / "memory.safetensors")
+    again = Memory.load(tmp_path / "memory.safetensors", model)
+    assert torch.equal(again.states, memory.states) and torch.equal(again.ages, memory.ages)
+
+
 def test_slots_beyond_the_budget_go_by_their_age():
     draw = torch.Generator().manual_seed(0)
     ages = torch.tensor([[[[40, 30, 20, 10], [-1, -1, 35, 5]]]])

@@ -375,7 +375,7 @@ def test_a_folder_of_a_model_is_found_from_elsewhere(opened, folder, tmp_path, m
 
 def test_an_adapter_is_no_model_of_a_store(opened, tmp_path, pipeline):
     pipeline.save(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is an adapter; a store keeps memories of a base model"):
+    with pytest.raises(ValueError, match="is an adapter, and not one of anchors"):
         opened(model=tmp_path / "adapter").add("x", user_id="anna")
 
 
