@@ -194,6 +194,21 @@ def anchored_answers() -> str:
     return table(("kept, 1/4", "nats", "F1", "containment"), rows)
 
 
+def refined_answers() -> str:
+    """Return the table of what questions about paragraphs gain from memories that were refined to them."""
+    _, *found = records("refine_answers_smollm2")
+    gained = {(r["gained_by"], r["of"]): r for r in found if "gained_by" in r}
+    arms = {
+        "adaptive_16": "matched, adaptive, as it is", "adaptive+4": "refined in 4 steps",
+        "adaptive+16": "**refined in 16 steps**", "adaptive+4 other": "refined in 4 steps, asked for another text",
+        "adaptive+16 other": "refined in 16 steps, asked for another text",
+        "attended_adaptive_16": "most attended, own values, adaptive", "raw_16": _RIVALS["raw"],
+    }  # fmt: skip
+    measures = ("nats", "f1", "contains")
+    rows = [(what, *(interval(gained[arm, of]) for of in measures)) for arm, what in arms.items()]
+    return table(("kept, 1/16", "nats", "F1", "containment"), rows)
+
+
 # Kinds of text that memories of adaptive allocation were measured on.
 ADAPTIVE_KINDS = ("novels", "wikipedia")
 
@@ -273,6 +288,7 @@ TABLES = {
     "anchored_chains": anchored_chains,
     "text_adapter": text_adapter,
     "anchored_answers": anchored_answers,
+    "refined_answers": refined_answers,
     "adaptive_answers": adaptive_answers,
     "adaptive_pairs": adaptive_pairs,
     "adaptive_memories": adaptive_memories,

@@ -11,8 +11,8 @@ tokens (kind xquad, asked as in `bench.memory_answers`), or of segments of 256 t
     ARM+N text   by the text alone
     ARM+N other  as ARM+N, but asked for another text: a control, for what would be learned from any text
 
-Measured are shares of what the whole text gains over nothing, with a bootstrapped interval of 95 % over texts, and
-seconds: of a step, and of compressing.
+Measured are shares of what the whole text gains over nothing, and by how many nats refined memories are better, with
+bootstrapped intervals of 95 % over texts, and seconds: of a step, and of compressing.
 """
 
 import argparse
@@ -163,7 +163,9 @@ def _on_answers(options, model, learned, tokenizer, timed):
                 refined = timed.refined(model, arm, memories[f"{arm}_{options.ratio}"], ids, other)
                 memories |= {name: dataclasses.replace(memory, refined=None) for name, memory in refined}
         found.append(graded(options, model, tokenizer, prompt, memories))
-    yield from gains(prompts, found)
+    sums, counts = yield from gains(prompts, found)
+    nats = {arm: values for (arm, measure), values in sums.items() if measure == "nats"}
+    yield from _better(nats, counts, lambda arm: f"{arm}_{options.ratio}")
 
 
 def _on_what_follows(options, model, learned, tokenizer, timed):
@@ -187,6 +189,24 @@ def _on_what_follows(options, model, learned, tokenizer, timed):
         yield {"arm": arm, "nats_per_token": round(values.mean().item(), 4)}
         if arm not in ("full", "tail"):
             yield {"closed_by": arm, **interval(found["tail"] - values, found["tail"] - found["full"])}
+    yield from _better(found, torch.ones(len(places)), lambda arm: arm)
+
+
+def _better(
+    nats: dict[str, torch.Tensor], counts: torch.Tensor, unrefined: Callable[[str], str]
+) -> Iterator[dict[str, Any]]:
+    """By how many nats refined memories are better than the same as they were, and than those asked for another text.
+
+    Args:
+        nats: Sums of each text, `[texts]`, by arm.
+        counts: What they are sums over, `[texts]`.
+        unrefined: Gives the arm of memories as they were, for what stands before the "+" of a refined one's.
+    """
+    for arm, values in nats.items():
+        if "+" in arm and " " not in arm:
+            for rival in (unrefined(arm.partition("+")[0]), f"{arm} other"):
+                if rival in nats:
+                    yield {"arm": arm, "nats_better_than": rival, **interval(nats[rival] - values, counts)}
 
 
 def _memories(options, model, learned, tokenizer, timed, before, other):

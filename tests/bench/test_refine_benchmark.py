@@ -53,18 +53,26 @@ def test_answers_behind_refined_memories(folder, data, small, allocation, closed
     refined = {f"{closed}+{steps}{by}" for steps in (1, 2) for by in ("", " text", " other")}
     kept = {"full", "nothing", "raw_3", "even_3", "attended_3", "matched_3"}
     kept |= {"adaptive_3", "attended_adaptive_3"} if allocation == "adaptive" else set()
-    assert {record["arm"] for record in found if "arm" in record} == kept | refined
+    assert {record["arm"] for record in found if "f1" in record} == kept | refined
     assert refined <= {record["gained_by"] for record in found if "gained_by" in record}
     assert {"seconds_of": "step", "mean": pytest.approx(0.1, abs=10), "count": 18} in found
+    better = {(r["arm"], r["nats_better_than"]): r["mean"] for r in found if "nats_better_than" in r}
+    rivals = {(f"{closed}+{n}", rival) for n in (1, 2) for rival in (f"{closed}_3", f"{closed}+{n} other")}
+    assert better.keys() == rivals
+    nats = {record["arm"]: record["nats_per_answer_token"] for record in found if "f1" in record}
+    for (arm, rival), mean in better.items():
+        assert mean == pytest.approx(nats[rival] - nats[arm], abs=2e-4)
 
 
 @pytest.mark.parametrize(("allocation", "closed"), [("uniform", "matched"), ("adaptive", "adaptive")])
 def test_what_follows_behind_refined_memories(folder, data, small, allocation, closed):
     chosen = "--kind help --segments 3 --slots 8 4 --steps 1 --learning-rate 1e-9 --allocation"
     found = measured(folder, data, *chosen.split(), allocation)
-    nats = {record["arm"]: record["nats_per_token"] for record in found if "arm" in record}
+    nats = {record["arm"]: record["nats_per_token"] for record in found if "nats_per_token" in record}
     assert nats.keys() == {"full", "tail", *(f"{closed}_{arm}" for arm in ("8", "8+1", "4", "4+1"))}
     # With no learning to speak of, the memory is what it was.
+    better = {(r["arm"], r["nats_better_than"]) for r in found if "nats_better_than" in r}
+    assert better == {(f"{closed}_{slots}+1", f"{closed}_{slots}") for slots in (8, 4)}
     assert nats[f"{closed}_8+1"] == nats[f"{closed}_8"] != nats[f"{closed}_4"] == nats[f"{closed}_4+1"]
 
 

@@ -51,13 +51,15 @@ class Compressor:
     device = "cpu"
 
     def __init__(self, segment_length):
-        self.reader = SimpleNamespace(layout=SimpleNamespace(segment_length=segment_length))
+        self.layout = SimpleNamespace(segment_length=segment_length)
 
-    def compress(self, ids, *, memory, pinned):
+    def empty_memory(self, *, pinned):
+        return Tokens([], pinned)
+
+    def compress(self, ids, *, memory):
         (row,) = ids.tolist()
-        assert row and len(row) % self.reader.layout.segment_length == 0
-        assert memory is None or not pinned
-        return Tokens(row, pinned) if memory is None else Tokens(memory.ids + row, memory.pinned)
+        assert row and len(row) % self.layout.segment_length == 0
+        return Tokens(memory.ids + row, memory.pinned)
 
 
 @given(st.data(), st.integers(6, 20), st.integers(0, 20))
@@ -66,9 +68,10 @@ def test_a_history_is_that_of_somebody_who_said_nothing_else(pipeline, data, len
     turns, model = TurnCodec(pipeline.codec), Compressor(length)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(memories, "Memory", Tokens)
+        patch.setattr(memories, "with_layout", lambda memory, layout: memory)
         database = Database(Path(folder) / "store.sqlite")
         database.rows("PRAGMA synchronous = OFF")
-        histories = Histories(model, turns, database, Path(folder) / "memories", raw)
+        histories = Histories(model, model.layout, turns, database, Path(folder) / "memories", raw)
         left = []
         for said in data.draw(st.lists(SAID, min_size=1, max_size=4)):
             for message in said:
