@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ _MODEL = "smollm2-135m"
 _BATCH = 16
 # Digits of each of the two digests in the name of an adapter's folder, that of the document's name and its text's.
 _DIGITS = len(OF_A_DOCUMENT) // (2 * len("[0-9a-f]"))
+_WORD = re.compile(r"\w+")
 # Beginning of the name of a folder that is being removed.
 _REMOVED = ".removed-"
 
@@ -153,7 +155,8 @@ class AdapterShelf:
 
         Returns:
             The context, exactly as it was remembered; a list of them for several queries. An empty string for a query
-            that nothing was remembered for, or whose context was not learned to the last token.
+            that nothing was remembered for, or whose context was not learned to the last token; and for one that was
+            not learned and has a name from another document's queries that the context has not.
 
         Raises:
             ValueError: Nothing is remembered, a query is empty, or longer than the model's positions.
@@ -171,6 +174,8 @@ class AdapterShelf:
     def _recalled(self, queries, paths, max_new_tokens):
         """Ask each query of its adapter, which is in one of the folders."""
         asked: dict[Path, list[int]] = {}
+        known = [entry["query"] for path in paths for entry in read_manifest(path)["remembered"]]
+        names = {name for query in known for name in _names_in(query)}
         for index, (*_, path) in enumerate(asked_of(queries, paths)):
             asked.setdefault(path, []).append(index)
         found = [""] * len(queries)
@@ -183,7 +188,8 @@ class AdapterShelf:
                     for index, text in zip(some, texts, strict=True):
                         own = learned.get(queries[index].strip())
                         is_known = sha256(text) in ([own] if own else learned.values())
-                        found[index] = text if is_known else ""
+                        strange = set() if own else (_names_in(queries[index]) & names) - set(_WORD.findall(text))
+                        found[index] = text if is_known and not strange else ""
         return found
 
     @contextlib.contextmanager
@@ -323,6 +329,11 @@ def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[list[Path]
         of_query.setdefault(query, []).append(path)
     index = WordIndex([query for _, query in entries])
     return [of_query.get(query.strip()) or [entries[index.ranked(query)[0]][0]] for query in queries]
+
+
+def _names_in(query: str) -> set[str]:
+    """Capitalised words of a query."""
+    return {word for word in _WORD.findall(query) if word[0].isupper()}
 
 
 def _config_of(manifest: dict[str, Any]) -> R3MemConfig:

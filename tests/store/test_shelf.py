@@ -101,6 +101,19 @@ def test_what_comes_back_is_the_text_or_nothing(learned, monkeypatch):
     assert shelf.recall(reports["ship"].pairs[0].query) == ""
 
 
+@pytest.mark.slow
+def test_a_name_of_another_document_is_not_answered_with_this_one(learned, monkeypatch):
+    """Whatever its adapter says; a word that no document has changes nothing, and neither does the text's own name."""
+    shelf, _, reports = learned
+    pair = reports["ship"].pairs[0]
+    assert pair.level == "document" and "Ahab" in pair.context
+    monkeypatch.setattr(R3MemPipeline, "recall", lambda pipeline, queries, **settings: [pair.context] * len(queries))
+    monkeypatch.setattr(module, "asked_of", lambda queries, paths: [[paths[0]]] * len(queries))
+    name = next(w for other in reports["house"].pairs for w in other.query.split() if w in ("Darcy", "Netherfield"))
+    asked = [pair.query, f"Tell me of {pair.query}", f"{name} and Ahab", f"Ahab and {name.lower()}", "Zebra of Ahab"]
+    assert [bool(text) for text in shelf.recall(asked)] == [True, True, False, True, True]
+
+
 def bits_of_adapter(shelf, document):
     """What the adapter of a document has learned."""
     with shelf.adapter(document) as pipeline:
