@@ -130,7 +130,8 @@ def expand() -> str:
     """Tabulate what comes back from memories."""
     head = ("documents, placement", "read from", "exact", "edit distance", "more than from its own (95 % CI)")
     rows = []
-    names = {"seen": "seen", "unseen": "unseen", "help_tokens": "help, learned", "help_matched": "help, matched"}
+    names = {"seen": "seen", "unseen": "unseen, learned", "unseen_matched": "unseen, matched",
+             "help_tokens": "help, learned", "help_matched": "help, matched"}  # fmt: skip
     for name, what in names.items():
         for record in records(f"expand_{name}_smollm2"):
             more = record.get("more_than_own")

@@ -161,6 +161,27 @@ def test_anchors_behind_seven_segments():
         assert f"by {better['mean']:.3f} ({better['low']:.3f} to {better['high']:.3f})" in text
 
 
+def test_what_refining_buys():
+    found = records("refine_answers_smollm2.jsonl")
+    gained = {record["gained_by"]: record["mean"] for record in found if record.get("of") == "nats"}
+    shares = [gained[arm] for arm in ("adaptive_16", "adaptive+4", "adaptive+16", "adaptive+16 other")]
+    (step,) = (record["mean"] for record in found if record.get("seconds_of") == "step")
+    text = text_of("docs/memory.md")
+    plain, four, sixteen, other = (f"{share:.3f}" for share in shares)
+    assert f"Four steps bring {plain} to {four}, sixteen to {sixteen}; a step took {step:.1f} s" in text
+    assert f"leave the memory where it was, {other}" in text
+
+
+def test_what_comes_back_of_unseen_text():
+    learned, matched = (
+        next(r for r in records(f"expand_{name}_smollm2.jsonl") if r.get("control") == "own memory")
+        for name in ("unseen", "unseen_matched")
+    )
+    distances = f"an edit distance of {matched['edit_distance']:.3f} beside {learned['edit_distance']:.3f}"
+    text = text_of("docs/memory.md")
+    assert f"{distances}, and {matched['exact']} of {matched['rows']} windows exactly" in text
+
+
 def test_what_memories_do():
     text = text_of("docs/memory.md")
     found = records("memory_smollm2.jsonl")
