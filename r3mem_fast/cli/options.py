@@ -125,7 +125,7 @@ def add_store_model(parser: argparse.ArgumentParser, *, json: bool = True, sizes
         sizes: Whether there are options for the sizes of memories, of commands that make a store.
     """
     parser.add_argument(
-        "--model", help="a folder or hub id (what the store was made with; smollm2-135m for a new one)"
+        "--model", help="a folder, hub id or adapter of anchors (what the store was made with; smollm2-135m if new)"
     )
     if sizes:
         defaults = {name: f"{SETTINGS[name]} in a new store" for name in OF_MATCHED}
