@@ -197,7 +197,7 @@ def load(
 def _check_files(folder, manifest, config):
     """Raise OSError or ValueError if a file of an adapter is missing or is not what its manifest describes."""
     names = [*ADAPTER_FILES]
-    if config.num_memory_tokens and config.memory_writer == "tokens":
+    if config.num_memory_tokens and config.memory_writer != "matched":
         names.append(MEMORY_TOKENS)
     for name in names:
         if not (folder / name).is_file():

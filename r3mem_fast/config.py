@@ -248,6 +248,10 @@ class R3MemConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for models with memory tokens (num_memory_tokens)"
                 )
+        if self.longest_change and self.memory_writer != "anchored":
+            raise ValueError(
+                f"longest_change={self.longest_change!r} is for anchored memories: nothing else is changed"
+            )
         if self.memory_writer != "tokens":
             self._check_matched()
         for name in ("core", "target_modules", "bits"):  # JSON gives lists
@@ -264,10 +268,6 @@ class R3MemConfig:
             raise ValueError(f"{given} is for memory tokens, not for {self.memory_writer} memories")
         if learns and self.adapter_rows != "memory":
             raise ValueError('memory_writer="anchored" adapts anchors alone: it needs adapter_rows="memory"')
-        if self.longest_change and not learns:
-            raise ValueError(
-                f"longest_change={self.longest_change!r} is for anchored memories: nothing else is changed"
-            )
         if self.max_memory_segments is None and self.memory_budget is None:
             raise ValueError("max_memory_segments=None is for memory tokens; give a memory_budget, in slots")
 

@@ -7,8 +7,8 @@ from collections.abc import Generator
 from typing import Any
 
 from ..config import R3MemConfig
-from ..store.defaults import SETTINGS
-from .options import OF_MATCHED, given_settings
+from ..store.defaults import OF_MATCHED, SETTINGS
+from .options import given_settings
 
 
 def say(options: argparse.Namespace, text: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..choices import LEVELS
 from ..config import R3MemConfig
+from ..store.defaults import OF_MATCHED
 from ..training.settings import RefineSettings
 from .common import adapter_of, begin, pipeline_of, sampling_of, say, texts_of
 from .options import (
-    OF_MATCHED,
     add_adapter,
     add_row_options,
     add_run_options,

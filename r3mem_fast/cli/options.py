@@ -7,18 +7,13 @@ from typing import Any
 from ..choices import LEVELS
 from ..config import ADAPTER, BACKWARD, MEMORY, TRAINING, R3MemConfig
 from ..settings import check_value, default_text, is_whole, names_of_group, settings_of
-from ..store.defaults import RAW_TOKENS, SETTINGS, WAYS
+from ..store.defaults import OF_MATCHED, RAW_TOKENS, SETTINGS, WAYS
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # Settings of a new adapter, and those among them that need memory tokens.
 NEW_ADAPTER = names_of_group(R3MemConfig, ADAPTER, BACKWARD, MEMORY)
 OF_MEMORIES = names_of_group(R3MemConfig, MEMORY)[1:]
 OF_TRAINING = names_of_group(R3MemConfig, TRAINING)
-# Settings of matched memories that can be chosen.
-OF_MATCHED = (
-    "num_memory_tokens", "memory_budget", "beyond_budget", "memory_allocation", "memory_queries", "segment_length",
-    "segment_overlap",
-)  # fmt: skip
 
 
 def add_settings(

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from r3mem_fast.kernels.matching import MAX_KEPT
+
 # Segments that a slot is matched again with, unless the budget holds more than half as many as they are.
 _LIFETIME = 8
 
@@ -59,6 +61,11 @@ class MemoryLayout:
     def most_matched(self) -> int:
         """Slots of a row that are matched together at most, beside pinned ones."""
         return self.budget if self.beyond_budget == "rematch" else self.num_memory_tokens
+
+    @property
+    def most_pinned(self) -> int:
+        """Most tokens at the beginning of a text whose slots can stay as they are; 0 unless memories are matched."""
+        return min(self.reach // 2, MAX_KEPT - self.most_matched) if self.writer == "matched" else 0
 
     @property
     def lifetime(self) -> int:

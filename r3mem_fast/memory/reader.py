@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from r3mem_fast.kernels.matching import MAX_KEPT
-
 from ..integrations.capture import captured_attention
 from ..integrations.compat import as_of_tokens, cache_argument, inputs_of_layers
 from ..integrations.scoped import evaluating, kinds_of_layers, temporarily
@@ -224,9 +222,7 @@ class MemoryReader:
     @property
     def most_pinned(self) -> int:
         """Most tokens at the beginning of a text whose slots can stay as they are; 0 unless memories are matched."""
-        if self.layout.writer != "matched":
-            return 0
-        return min(self.layout.reach // 2, MAX_KEPT - self.layout.most_matched)
+        return self.layout.most_pinned
 
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""

@@ -20,3 +20,8 @@ SETTINGS: dict[str, Any] = {
 }
 # Tokens, the newest ones, that are never compressed.
 RAW_TOKENS = 128
+# Settings of `R3MemConfig` that say what matched memories are like.
+OF_MATCHED = (
+    "num_memory_tokens", "memory_budget", "beyond_budget", "memory_allocation", "memory_queries", "segment_length",
+    "segment_overlap",
+)  # fmt: skip

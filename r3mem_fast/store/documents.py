@@ -22,7 +22,7 @@ from ..settings import check_value
 from .answering import written
 from .beside import pinned_memory, side_by_side, with_layout
 from .lookup import WordIndex
-from .opening import DEFAULT_MODEL, allocation_for, pipeline_of
+from .opening import DEFAULT_MODEL, allocation_for, pipeline_of, queries_for
 
 _SUFFIX = ".safetensors"
 # Memories that stay on the model's device, and questions that are answered at one time.
@@ -230,6 +230,7 @@ class DocumentStore:
         config = dataclasses.replace(
             _CONFIG, num_memory_tokens=slots, segment_length=length, memory_budget=slots * segments,
             memory_allocation=self.allocation or allocation_for(self.pipeline.model),
+            memory_queries=queries_for(self.pipeline.model),
         )  # fmt: skip
         layout = config.memory_layout(self.pipeline.model.max_tokens)
         assert layout is not None, "there are memory tokens"

@@ -55,7 +55,7 @@ class Histories:
         raw_tokens: Tokens, the newest ones, that are never compressed.
 
     Raises:
-        ValueError: What the chat template puts before a conversation does not fit into a segment.
+        ValueError: What the chat template puts before a conversation does not fit into a segment, or the budget.
     """
 
     def __init__(
@@ -77,6 +77,12 @@ class Histories:
             raise ValueError(
                 f"the chat template puts {len(turns.opening)} tokens before a conversation, which do not fit into a "
                 f"segment of {self._length}; use a longer segment_length"
+            )
+        if len(turns.opening) > layout.most_pinned:
+            raise ValueError(
+                f"the chat template puts {len(turns.opening)} tokens before a conversation, and at most "
+                f"{layout.most_pinned} can stay as they are beside a budget of {layout.budget} slots; use a smaller "
+                'memory_budget, or beyond_budget="forget"'
             )
 
     def history(self, user: str) -> History:

@@ -5,16 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..adapter_folder import adapter_named
 from ..config import R3MemConfig
 from ..fingerprints import layout_fingerprint
 from ..integrations import attention
 from ..integrations.capture import implementation_of
-from ..manifest import is_adapter
 from ..memory.layout import MemoryLayout
 from ..model import R3MemModel
 from ..pipeline import R3MemPipeline
 from ..positions import positions_for_memories
 from .database import Database
+from .defaults import OF_MATCHED
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -39,11 +40,17 @@ def pipeline_of(
             raise TypeError(f"{next(iter(settings))} is for a model that is given by name")
         found = given
     else:
-        found = R3MemPipeline(given, config=None if is_adapter(given) else config, **settings)
-        if is_adapter(given) and not found.model.is_anchored:
+        learned = adapter_named(given, **settings) is not None
+        found = R3MemPipeline(given, config=None if learned else config, **settings)
+        if learned and not found.model.is_anchored:
             raise ValueError(
                 f"{given} is an adapter, and not one of anchors; a store keeps memories that a base model reads: name "
                 "that, or an adapter of anchors"
+            )
+        if found.model.is_anchored and not learned:
+            raise ValueError(
+                'memory_writer="anchored" is for adapters that have learned: name the folder of one as the model, or '
+                'use memory_writer="matched"'
             )
     if not found.model.reads_as_base:
         raise ValueError(
@@ -65,13 +72,32 @@ def allocation_for(model: R3MemModel) -> str:
     return "uniform" if kernels or model.reader.keeps_latents() else "adaptive"
 
 
+def queries_for(model: R3MemModel) -> str:
+    """Whose queries memories are matched to where nobody says: those that anchors have learned for, or "own".
+
+    Args:
+        model: The model.
+    """
+    return model.r3mem_config.memory_queries if model.is_anchored else "own"
+
+
 def _known_to(model: R3MemModel, config: R3MemConfig) -> R3MemConfig:
     """Settings of memories with what a model knows no other of, or what its anchors have learned for."""
-    changed: dict[str, Any] = {"memory_allocation": allocation_for(model)}
+    changed: dict[str, Any] = {"memory_allocation": allocation_for(model), "memory_queries": queries_for(model)}
     if model.is_anchored:
         learned = model.r3mem_config
         changed |= {n: getattr(learned, n) for n in ("num_memory_tokens", "segment_length", "segment_overlap")}
+        changed["memory_budget"] = max(config.memory_budget or 0, learned.num_memory_tokens)
     return dataclasses.replace(config, **changed)
+
+
+def _sizes_of(model: R3MemModel) -> R3MemConfig:
+    """Settings that memories of the sizes of a model's are made with, anchored ones too."""
+    config = model.r3mem_config
+    if not model.is_anchored:
+        return config
+    sizes = {name: getattr(config, name) for name in (*OF_MATCHED, "max_memory_segments")}
+    return R3MemConfig(memory_writer="matched", adapter_rows="memory", **sizes)
 
 
 class StoreModel:
@@ -111,11 +137,15 @@ class StoreModel:
         """
         if self._pipeline is None:
             given = self._given or self._database.setting("model") or DEFAULT_MODEL
-            chosen, settings = self._config or self._kept_config(), dict(self._settings)
+            kept_config, settings = self._kept_config(), dict(self._settings)
+            chosen = self._config or kept_config
             config, named = chosen or default, not isinstance(given, R3MemPipeline)
             if named and settings.get("dtype") is None:
                 settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
             found = pipeline_of(given, config, settings)
+            learned_for = kept(self._database, "adapter", None)
+            if self._config is None and found.model.is_anchored and found.model.origin().adapter != learned_for:
+                chosen = None  # what is kept is of another adapter, or of none
             if named and chosen is None and (known := _known_to(found.model, config)) != config:
                 config = known
                 if not found.model.is_anchored:
@@ -135,10 +165,13 @@ class StoreModel:
         model = self._pipeline.model
         if not model.is_anchored or self._config is None:
             return model.reader.layout
-        if self._config.memory_writer == "tokens":
-            raise ValueError('config gives the sizes of an adapter\'s memories here: use memory_writer="matched"')
+        if self._config.memory_writer != "matched" or not self._config.num_memory_tokens:
+            raise ValueError(
+                'config gives the sizes of an adapter\'s memories here: use memory_writer="matched", with '
+                "num_memory_tokens"
+            )
         layout = self._config.memory_layout(positions_for_memories(self._config, model))
-        assert layout is not None, "there are memory tokens"
+        assert layout is not None, "see above"
         return layout
 
     def identity(self, **more: Any) -> dict[str, str]:
@@ -159,11 +192,13 @@ class StoreModel:
         if self._given is None:
             name = self._database.setting("model") or DEFAULT_MODEL
         elif isinstance(self._given, R3MemPipeline):
-            folder = self._given.folder if model.is_anchored else None
-            name = str(folder or model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL)
+            name = model.peft_model.get_base_model().name_or_path or DEFAULT_MODEL
+            if model.is_anchored:  # without a folder it has to be given again
+                folder = self._given.folder
+                name = self._database.setting("model") or name if folder is None else str(folder.resolve())
         else:  # a folder is found from elsewhere, too
             name = str(Path(self._given).resolve() if Path(self._given).exists() else self._given)
-        config = json.dumps((self._config or model.r3mem_config).to_dict())
+        config = json.dumps((self._config or _sizes_of(model)).to_dict())
         return {"made_with": json.dumps(made_with, sort_keys=True), "model": name, "config": config}
 
     def _kept_config(self):

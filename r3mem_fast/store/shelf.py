@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..config import R3MemConfig
 from ..documents import Documents, by_name
 from ..files import locked
 from ..hierarchy import LEVELS, EntityFinder, QueryBuilder
+from ..hierarchy.pairs import mentioned
 from ..manifest import OF_A_DOCUMENT, adapters_in, interrupted_run, is_adapter, read_manifest
 from ..pipeline import R3MemPipeline
 from ..remembered import Entry, sha256
@@ -25,7 +25,6 @@ _MODEL = "smollm2-135m"
 _BATCH = 16
 # Digits of each of the two digests in the name of an adapter's folder, that of the document's name and its text's.
 _DIGITS = len(OF_A_DOCUMENT) // (2 * len("[0-9a-f]"))
-_WORD = re.compile(r"\w+")
 # Beginning of the name of a folder that is being removed.
 _REMOVED = ".removed-"
 
@@ -156,7 +155,7 @@ class AdapterShelf:
         Returns:
             The context, exactly as it was remembered; a list of them for several queries. An empty string for a query
             that nothing was remembered for, or whose context was not learned to the last token; and for one that was
-            not learned and has a name from another document's queries that the context has not.
+            not learned and mentions an entity of another document that neither this one nor the context has.
 
         Raises:
             ValueError: Nothing is remembered, a query is empty, or longer than the model's positions.
@@ -174,12 +173,12 @@ class AdapterShelf:
     def _recalled(self, queries, paths, max_new_tokens):
         """Ask each query of its adapter, which is in one of the folders."""
         asked: dict[Path, list[int]] = {}
-        known = [entry["query"] for path in paths for entry in read_manifest(path)["remembered"]]
-        names = {name for query in known for name in _names_in(query)}
+        names = {path: _names_of(path) for path in paths}
         for index, (*_, path) in enumerate(asked_of(queries, paths)):
             asked.setdefault(path, []).append(index)
         found = [""] * len(queries)
         for path, indices in asked.items():
+            others = sorted(set().union(*names.values()) - names[path])
             with adapter_in(self._pipeline(), path) as pipeline:
                 learned = {entry["query"]: entry["sha256"] for entry in pipeline.remembered}
                 for start in range(0, len(indices), _BATCH):
@@ -188,8 +187,9 @@ class AdapterShelf:
                     for index, text in zip(some, texts, strict=True):
                         own = learned.get(queries[index].strip())
                         is_known = sha256(text) in ([own] if own else learned.values())
-                        strange = set() if own else (_names_in(queries[index]) & names) - set(_WORD.findall(text))
-                        found[index] = text if is_known and not strange else ""
+                        strange = [] if own else mentioned(others, queries[index])
+                        has_all = all(name.casefold() in text.casefold() for name in strange)
+                        found[index] = text if is_known and has_all else ""
         return found
 
     @contextlib.contextmanager
@@ -331,9 +331,9 @@ def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[list[Path]
     return [of_query.get(query.strip()) or [entries[index.ranked(query)[0]][0]] for query in queries]
 
 
-def _names_in(query: str) -> set[str]:
-    """Capitalised words of a query."""
-    return {word for word in _WORD.findall(query) if word[0].isupper()}
+def _names_of(folder: Path) -> set[str]:
+    """Entities of all contexts that the adapter of a folder remembers."""
+    return {name for entry in read_manifest(folder)["remembered"] for name in entry["entities"]}
 
 
 def _config_of(manifest: dict[str, Any]) -> R3MemConfig:

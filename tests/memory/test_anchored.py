@@ -196,6 +196,7 @@ def test_gradients_are_finite_differences(longest):
             values.append(loss_of(model, ids).item())
             for parameter, direction in zip(learned, along, strict=True):
                 parameter -= sign * step * direction
+    assert abs(slope) > 0.03  # twenty times what may be wrong
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), abs=1.5e-3)
 
 
@@ -324,6 +325,8 @@ def test_what_it_cannot_go_with():
         network(memory_placement="input")
     with pytest.raises(ValueError, match=r"longest_change=0\.1 is for anchored memories"):
         network("matched", longest_change=0.1)
+    with pytest.raises(ValueError, match=r"longest_change=0\.1 is for anchored memories"):
+        R3MemConfig(num_memory_tokens=2, longest_change=0.1)
     with pytest.raises(ValueError, match="longest_change must be a number above 0"):
         network(longest_change=0.0)
     with pytest.raises(ValueError, match="drawn_memory_tokens must be positive integers"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
-from r3mem_fast.store import DocumentStore, conversations
+from r3mem_fast.kernels.matching import MAX_KEPT
+from r3mem_fast.store import DocumentStore, conversations, opening
 from tests.store.conftest import CONFIG, RAW_TOKENS, bits_of
 
 SAID = [f"Message {number} says something of its own." for number in range(6)]
@@ -42,6 +43,20 @@ def opened(adapter, tmp_path):
         store.close()
 
 
+class Loading:
+    """Stands for `R3MemPipeline`, and notes what is asked of it."""
+
+    def __init__(self, loaded, pipeline):
+        self._loaded, self._pipeline = loaded, pipeline
+
+    def __call__(self, given, *, config, **settings):
+        self._loaded.append((given, config))
+        return self._pipeline
+
+    def __instancecheck__(self, other):
+        return False
+
+
 def said(store, texts=SAID, user="anna"):
     return [item for text in texts for item in store.add(text, user_id=user)]
 
@@ -62,8 +77,12 @@ def test_memories_are_those_of_the_adapter_in_the_sizes_of_the_store(opened, ada
     said(base)
     its = base.memory("anna")
     assert its.layout == layout and not torch.equal(its.states, memory.states)
-    answers = [one.ask("What?", user_id="anna", **GREEDY) for one in (store, base)]
-    assert all(isinstance(answer, str) for answer in answers)
+    # The base model reads it: its own store would answer the same behind it.
+    reading = base.answering()
+    history = store.answering().histories.history("anna")
+    row = history.tail + reading.turns.reply([("user", "What?")], history.last_role)
+    its_own = dataclasses.replace(memory, origin=its.origin)
+    assert [store.ask("What?", user_id="anna", **GREEDY)] == reading.written([row], its_own, dict(GREEDY))
 
 
 def test_sizes_can_be_chosen(opened):
@@ -72,9 +91,10 @@ def test_sizes_can_be_chosen(opened):
     said(store)
     memory = store.memory("anna")
     assert (memory.layout.num_memory_tokens, memory.layout.budget) == (4, 8)
-    assert memory.layout.beyond_budget == "rematch" and store.ask("What?", user_id="anna", **GREEDY) is not None
-    with pytest.raises(ValueError, match="config gives the sizes of an adapter's memories"):
-        opened("other", config=R3MemConfig(num_memory_tokens=2, segment_length=8)).memory("anna")
+    assert memory.layout.beyond_budget == "rematch" and int(memory.slots[0]) <= 4 * 8
+    for wrong in ({"num_memory_tokens": 2, "segment_length": 8}, {"memory_writer": "matched", "memory_budget": 8}):
+        with pytest.raises(ValueError, match="config gives the sizes of an adapter's memories"):
+            opened("other", config=R3MemConfig(adapter_rows="memory", **wrong)).memory("anna")
 
 
 def test_what_is_deleted_is_gone_from_the_memory(opened):
@@ -117,6 +137,53 @@ def test_another_adapter_or_none(opened, adapter, folder, tmp_path):
         base.memory("anna")
     base.rebuild()
     assert base.memory("anna").layout == store._model.layout
+
+
+def test_made_anew_by_an_adapter_it_has_the_sizes_that_this_has_learned_for(opened, adapter, folder, monkeypatch):
+    """And made anew by the base model again, as before."""
+    monkeypatch.setattr(conversations, "DEFAULT_CONFIG", CONFIG)
+    base = opened(model=str(folder))
+    said(base)
+    before = bits_of(base.memory("anna"))
+    assert base.memory("anna").layout.num_memory_tokens == 4
+    store = opened()
+    store.rebuild()
+    assert store.memory("anna").layout.num_memory_tokens == 3 and bits_of(store.memory("anna")) != before
+    assert bits_of(opened(model=None).memory("anna")) == bits_of(store.memory("anna"))
+    again = opened(model=str(folder), config=CONFIG)
+    again.rebuild()
+    assert bits_of(again.memory("anna")) == before
+
+
+def test_a_pipeline_of_an_adapter_is_found_from_elsewhere(opened, adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(adapter.parent)
+    store = opened(model=R3MemPipeline(adapter.name))
+    said(store)
+    monkeypatch.chdir(tmp_path)
+    assert bits_of(opened(model=None).memory("anna")) == bits_of(store.memory("anna"))
+
+
+def test_anchors_that_have_learned_nothing_are_refused(opened, folder):
+    config = dataclasses.replace(CONFIG, memory_writer="anchored")
+    with pytest.raises(ValueError, match="is for adapters that have learned"):
+        opened(model=str(folder), config=config).add("x", user_id="anna")
+
+
+def test_an_adapter_on_the_hub(adapter, folder, opened, monkeypatch):
+    """It is found by its name there, and brings its own settings."""
+    monkeypatch.setattr(opening, "adapter_named", lambda name, **settings: adapter)
+    loaded = []
+    pipeline = R3MemPipeline(adapter)
+    monkeypatch.setattr(opening, "R3MemPipeline", Loading(loaded, pipeline))
+    opening.pipeline_of("someone/anchors", CONFIG, {})
+    assert loaded == [("someone/anchors", None)]
+
+
+def test_what_stays_as_it_is_fits_beside_the_budget(opened):
+    """The chat template's first tokens: where all slots are matched together, there is room for so many."""
+    sizes = dataclasses.replace(CONFIG, memory_budget=MAX_KEPT, beyond_budget="rematch")
+    with pytest.raises(ValueError, match="5 tokens before a conversation, and at most 0 can stay as they are beside"):
+        opened(config=sizes).memory("anna")
 
 
 def test_it_is_not_consolidated(opened):
