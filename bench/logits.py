@@ -2,7 +2,7 @@
 
     python -m bench.logits --json --text BOOK.txt
 
-A memory is made of the text's first 512 tokens with the embedded adapter; the next 256 tokens are read behind it in
+A memory is made of the text's first 512 tokens by memory tokens; the next 256 tokens are read behind it in
 float32. One record a setting and implementation:
 
     max_from_eager      largest difference of a logit from eager's
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from r3mem_fast import Memory, R3MemPipeline
+from r3mem_fast import Memory, R3MemConfig, R3MemPipeline
 from r3mem_fast.data.text import read_text, token_windows
 from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.reversible.convert import stack_of
@@ -40,7 +40,8 @@ _MEMORY, _TOKENS, _ROWS = 512, 256, 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark as the command line says, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.logits", description=__doc__.split("\n")[0])
-    parser.add_argument("--adapter", default="smollm2-135m-memory", help="with memory tokens (%(default)s)")
+    parser.add_argument("--adapter", help="folder of one with memory tokens (64 tokens that have learned nothing)")
+    parser.add_argument("--model", default="smollm2-135m", help="without an adapter (%(default)s)")
     parser.add_argument("--text", help="a UTF-8 text (Python's help topics)")
     parser.add_argument("--settings", type=lambda text: text.split(","), default=SETTINGS, help=", ".join(SETTINGS))
     parser.add_argument("--rounds", type=int, default=5, help="timed (%(default)s)")
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [setting for setting in options.settings if setting not in SETTINGS]:
         parser.error(f"unknown setting {unknown[0]!r}; there are {', '.join(SETTINGS)}")
-    pipeline = R3MemPipeline(options.adapter, dtype=torch.float32, device=options.device)
+    new = {"config": R3MemConfig(num_memory_tokens=64)} if options.adapter is None else {}
+    pipeline = R3MemPipeline(options.adapter or options.model, dtype=torch.float32, device=options.device, **new)
     model = pipeline.model.eval()
     size = _MEMORY + _TOKENS
     ids = token_windows(pipeline.tokenizer, read_text(options.text), tokens=size, count=_ROWS).to(model.device)

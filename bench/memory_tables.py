@@ -152,11 +152,35 @@ def anchored_memories() -> str:
     return table(names, rows)
 
 
+# Kinds of text that the memories of the packaged adapter were measured on.
+PACKAGED_KINDS = ("novels", "wikipedia", "dialogue", "help", "code")
+
+
+def packaged_memories() -> str:
+    """Return the table of what the packaged adapter adds to memories of as many slots, by kind of text."""
+    rows = []
+    for kind in PACKAGED_KINDS:
+        name = f"packaged_{kind}_smollm2"
+        head, *found = records(name)
+        closed = closed_by(name)
+        better = {r["arm"]: r for r in found if r.get("nats_better_than") == "adaptive" and "of" not in r}
+        for slots in (64, 16, 8):
+            arm = f"anchored_{slots}"
+            if arm not in better:
+                continue
+            cells = [interval(closed[f"{some}_{slots}", "full"]) for some in ("adaptive", "anchored")]
+            foreign = [_cell(closed, f"foreign_{some}_{slots}") for some in ("adaptive", "anchored")]
+            rows.append((f"{kind}, {head['segments']}", str(slots), *cells, interval(better[arm]), *foreign))
+    names = ("kind of text, segments", "slots", "matched", "**anchored**", "anchored is better by, nats a token",
+             "matched, of another text", "anchored, of another text")  # fmt: skip
+    return table(names, rows)
+
+
 def anchored_chains() -> str:
     """Return the table of seven segments in 152 slots: the oldest forgotten, or all matched again."""
     arms = {"raw": _RIVALS["raw"], "matched": "matched, uniform", "adaptive": "matched, adaptive",
             "anchored": "**anchored, adaptive**"}  # fmt: skip
-    files = {"21 slots of each": "anchored_adaptive_chains", "64 of each, matched again": "anchored_adaptive_rematch"}
+    files = {"21 slots of each": "anchored_adaptive_chains", "64 of each, matched again": "packaged_chains"}
     rows = []
     for what, name in files.items():
         head, closed = records(f"{name}_smollm2")[0], closed_by(f"{name}_smollm2")
@@ -285,6 +309,7 @@ TABLES = {
     "matched_rivals": matched_rivals,
     "memory_answers": memory_answers,
     "anchored_memories": anchored_memories,
+    "packaged_memories": packaged_memories,
     "anchored_chains": anchored_chains,
     "text_adapter": text_adapter,
     "anchored_answers": anchored_answers,

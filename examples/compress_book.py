@@ -14,11 +14,11 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("book", type=Path, help="a UTF-8 text file, of any length")
     parser.add_argument("prompt", help="what is continued")
-    parser.add_argument("--adapter", default="smollm2-135m-memory", help="with memory tokens (%(default)s)")
+    parser.add_argument("--model", default="smollm2-135m", help="or an adapter, smollm2-135m-anchors (%(default)s)")
     parser.add_argument("--output", default="book.safetensors", help="the memory file (%(default)s)")
     options = parser.parse_args(arguments)
 
-    pipeline = R3MemPipeline(options.adapter)
+    pipeline = R3MemPipeline(options.model)
     memory = pipeline.compress(options.book)
     memory.save(options.output)
     print(memory)

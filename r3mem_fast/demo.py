@@ -141,7 +141,8 @@ def run_demo(
         print(f"\nWith {positions} positions {model_name} is too small for the text to be compressed: not shown.")
     _remember_a_page(model_name, page, remember_steps, device)
     if model_name == EMBEDDED_MODEL:
-        _read_behind_memories(EMBEDDED_ADAPTER, text, device)
+        # It has learned of the first half of the topics of Python's help.
+        _read_behind_memories(EMBEDDED_ADAPTER, text[len(text) // 2 :], device)
     else:
         print(f"\nThe memory adapter that comes with this package is for {EMBEDDED_MODEL}: not shown.")
 
@@ -180,7 +181,7 @@ def _read_behind_memories(adapter: str, text: str, device: torch.device | str, c
     print(f"\nReading {count} segments of {length} tokens behind the segment before, with the adapter {adapter}:")
     for name, what in (
         ("tail", f"its last {overlap} tokens"),
-        ("memory", f"these, and a memory of it of {slots} tokens"),
+        ("memory", f"these, and a memory of it in {slots} slots"),
         ("full", f"all of its {length} tokens"),
     ):
         print(f"  {what:44} {statistics.fmean(losses[name]):.4f} nats a token")

@@ -46,7 +46,7 @@ class R3MemPipeline:
 
     Args:
         model: `"smollm2-135m"`, a hub id (of a model or of an adapter), the folder of a model, the folder of an
-            adapter that `save` wrote, `"smollm2-135m-memory"` (an adapter that comes with this package), an
+            adapter that `save` wrote, `"smollm2-135m-anchors"` (an adapter that comes with this package), an
             `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
             tokenizer.
         tokenizer: Tokenizer of a model that is not given by name.

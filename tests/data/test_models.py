@@ -31,7 +31,7 @@ def no_retries():
         ("~/no/such/dir", "there is no folder ~/no/such/dir"),
         (Path("nosuchdir"), "there is no folder nosuchdir"),
         ("smollm2-135M", "did you mean 'smollm2-135m'"),
-        ("smollm-135m-memory", "did you mean 'smollm2-135m-memory'"),
+        ("smollm-135m-anchors", "did you mean 'smollm2-135m-anchors'"),
         ("someone/no-such-model", "'someone/no-such-model' is no folder here and not in the hub's cache"),
         ("not a name", "can be no hub id"),
     ],
