@@ -176,6 +176,19 @@ def packaged_memories() -> str:
     return table(names, rows)
 
 
+def packaged_answers() -> str:
+    """Return the table of what questions about paragraphs gain from the packaged adapter's memories."""
+    _, *found = records("packaged_answers_smollm2")
+    gained = {r["gained_by"]: r for r in found if r.get("of") == "nats" and "gained_by" in r}
+    better = {r["ratio"]: r for r in found if r.get("arm", "").startswith("anchored") and "nats_better_than" in r
+              and r["nats_better_than"] == "adaptive"}  # fmt: skip
+    arms = {"anchored": "**anchored**", "adaptive": "matched", "attended_adaptive": _RIVALS["attended"],
+            "raw": _RIVALS["raw"]}  # fmt: skip
+    rows = [(what, *(interval(gained[f"{arm}_{ratio}"]) for ratio in (4, 8, 16))) for arm, what in arms.items()]
+    rows.append(("anchored is better than matched by, nats a token", *(interval(better[r]) for r in (4, 8, 16))))
+    return table(("kept", "1/4", "1/8", "1/16"), rows)
+
+
 def anchored_chains() -> str:
     """Return the table of seven segments in 152 slots: the oldest forgotten, or all matched again."""
     arms = {"raw": _RIVALS["raw"], "matched": "matched, uniform", "adaptive": "matched, adaptive",
@@ -310,6 +323,7 @@ TABLES = {
     "memory_answers": memory_answers,
     "anchored_memories": anchored_memories,
     "packaged_memories": packaged_memories,
+    "packaged_answers": packaged_answers,
     "anchored_chains": anchored_chains,
     "text_adapter": text_adapter,
     "anchored_answers": anchored_answers,

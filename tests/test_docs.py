@@ -429,6 +429,9 @@ def test_the_packaged_adapter_is_worth_its_bytes():
         found = records(f"packaged_{kind}_smollm2.jsonl")
         better = {r["arm"]: r["low"] for r in found if r.get("nats_better_than") == "adaptive" and "of" not in r}
         assert {"anchored_64", "anchored_16"} <= better.keys() and min(better.values()) > 0, kind
+    answers = [r for r in records("packaged_answers_smollm2.jsonl") if r.get("nats_better_than") == "adaptive"]
+    anchored = [r for r in answers if r["arm"].startswith("anchored")]
+    assert len(anchored) == 3 and all(r["low"] < 0 < r["high"] for r in anchored)  # as the page says
 
 
 def test_memories_trained_otherwise():
