@@ -95,7 +95,7 @@ def recall_controls() -> str:
     """Tabulate what comes back when contexts are asked for wrongly."""
     head = ("what is asked", "exact", "nothing", "half of it like")
     rows = []
-    for name, where in (("pages", "one adapter"), ("shelf_added", "a shelf")):
+    for name, where in (("pages", "one adapter"), ("shelf_asked", "a shelf")):
         for r in records(f"recall_{name}_smollm2"):
             if "control" in r:
                 counts = (f"{r[count]} of {r['queries']}" for count in ("exact", "empty", "similar_0.5"))

@@ -116,8 +116,17 @@ def test_what_is_recalled():
     assert f"all {total} contexts come back if each page has an adapter" in short
     assert f"all {total} contexts come back from the shelf" in text
     assert f"One page took {steps[-1]} steps" in text and f"the others {steps[0]} to {steps[-2]}" in text
-    first = [r for r in records("recall_shelf_added_smollm2.jsonl") if r.get("asked") == "the first page"]
-    assert len(first) == 3 and all(record["exact"] == record["total"] == 7 for record in first)
+    asked_again = records("recall_shelf_asked_smollm2.jsonl")
+    (every,) = [r for r in asked_again if (r.get("asked"), r["documents"]) == ("all", 24)]
+    assert f"all {every['exact']} of {every['total']} contexts of the 24 pages" in text
+    (swapped,) = [r for r in asked_again if r.get("control") == "entities swapped"]
+    others = swapped["queries"] - swapped["empty"] - swapped["exact"]
+    said = (
+        f"of {swapped['queries']} queries with other pages' names in them {swapped['exact']} gave their context back"
+    )
+    assert f"{said} and {others} another text" in text
+    first = [r for r in asked_again if r.get("asked") == "the first page"]
+    assert len(first) == 4 and all(record["exact"] == record["total"] == 7 for record in first)
     assert f"{shelf[0]['bytes'] / 1e6:.1f} MB" in text and f"{shelf[0]['bytes'] / 1e6:.1f} MB" in short
     assert f"{pages['perplexity_ratio']:.2f} ×" in short
     single = records("recall_page_smollm2.jsonl")

@@ -269,8 +269,7 @@ class MemoryStore:
         """Delete an item, or all of a user, an agent or a run; text, index, embeddings, memory and adapters.
 
         A memory that held some of it is made again from the texts that are left, when it is needed next, and is then
-        the memory of a user who never said it, bit for bit. Adapters that were taught some of it, or later, are
-        removed.
+        the memory of a user who never said it, bit for bit. Adapters that were taught it, or later, are removed.
 
         Args:
             item_id: Number of an item.
@@ -355,8 +354,8 @@ class MemoryStore:
                 parts = self.database.setting("turns")
                 if parts is not None and kept(self.database, "turns", None) == turns.description:
                     turns = TurnCodec(pipeline.codec, self._system, json.loads(parts))
-                layout, raw = self._model.layout, self._raw_tokens
-                histories = Histories(pipeline.model, layout, turns, self.database, folder, raw)
+                model, layout = pipeline.model, self._model.layout
+                histories = Histories(model, layout, turns, self.database, folder, self._raw_tokens)
                 self._answering = Answering(pipeline, turns, histories)
             if checked:  # each time, as another process may have made the memories anew with another model
                 self._model.check(self._identity())
