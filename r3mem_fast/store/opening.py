@@ -137,8 +137,7 @@ class StoreModel:
         """
         if self._pipeline is None:
             given = self._given or self._database.setting("model") or DEFAULT_MODEL
-            kept_config, settings = self._kept_config(), dict(self._settings)
-            chosen = self._config or kept_config
+            chosen, settings = self._config or self._kept_config(), dict(self._settings)
             config, named = chosen or default, not isinstance(given, R3MemPipeline)
             if named and settings.get("dtype") is None:
                 settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
