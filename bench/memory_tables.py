@@ -180,8 +180,8 @@ def packaged_answers() -> str:
     """Return the table of what questions about paragraphs gain from the packaged adapter's memories."""
     _, *found = records("packaged_answers_smollm2")
     gained = {r["gained_by"]: r for r in found if r.get("of") == "nats" and "gained_by" in r}
-    better = {r["ratio"]: r for r in found if r.get("arm", "").startswith("anchored") and "nats_better_than" in r
-              and r["nats_better_than"] == "adaptive"}  # fmt: skip
+    paired = (r for r in found if r.get("nats_better_than") == "adaptive")
+    better = {r["ratio"]: r for r in paired if r["arm"].startswith("anchored")}
     arms = {"anchored": "**anchored**", "adaptive": "matched", "attended_adaptive": _RIVALS["attended"],
             "raw": _RIVALS["raw"]}  # fmt: skip
     rows = [(what, *(interval(gained[f"{arm}_{ratio}"]) for ratio in (4, 8, 16))) for arm, what in arms.items()]
@@ -224,26 +224,26 @@ def text_adapter() -> str:
 
 def anchored_answers() -> str:
     """Return the table of what questions about paragraphs gain from anchored memories, and from matched ones."""
-    gained = {(r["gained_by"], r["of"]): r for r in records("answers_anchored_xquad_smollm2") if "gained_by" in r}
     arms = {"anchored": "**anchored**", "matched": "matched", "attended": _RIVALS["attended"], "raw": _RIVALS["raw"]}
-    measures = ("nats", "f1", "contains")
-    rows = [(what, *(interval(gained[f"{arm}_4", of]) for of in measures)) for arm, what in arms.items()]
-    return table(("kept, 1/4", "nats", "F1", "containment"), rows)
+    return _gained("answers_anchored_xquad_smollm2", {f"{arm}_4": what for arm, what in arms.items()}, "1/4")
+
+
+def _gained(name: str, arms: dict[str, str], size: str) -> str:
+    """Return the table of what answers gain from memories of a size, in all measures, by arm of a result file."""
+    gained = {(r["gained_by"], r["of"]): r for r in records(name) if "gained_by" in r}
+    rows = [(what, *(interval(gained[arm, of]) for of in ("nats", "f1", "contains"))) for arm, what in arms.items()]
+    return table((f"kept, {size}", "nats", "F1", "containment"), rows)
 
 
 def refined_answers() -> str:
     """Return the table of what questions about paragraphs gain from memories that were refined to them."""
-    _, *found = records("refine_answers_smollm2")
-    gained = {(r["gained_by"], r["of"]): r for r in found if "gained_by" in r}
     arms = {
         "adaptive_16": "matched, adaptive, as it is", "adaptive+4": "refined in 4 steps",
         "adaptive+16": "**refined in 16 steps**", "adaptive+4 other": "refined in 4 steps, asked for another text",
         "adaptive+16 other": "refined in 16 steps, asked for another text",
         "attended_adaptive_16": "most attended, own values, adaptive", "raw_16": _RIVALS["raw"],
     }  # fmt: skip
-    measures = ("nats", "f1", "contains")
-    rows = [(what, *(interval(gained[arm, of]) for of in measures)) for arm, what in arms.items()]
-    return table(("kept, 1/16", "nats", "F1", "containment"), rows)
+    return _gained("refine_answers_smollm2", arms, "1/16")
 
 
 # Kinds of text that memories of adaptive allocation were measured on.

@@ -13,7 +13,7 @@ from ..training.remember import RememberReport
 from ..training.settings import RememberSettings
 from .database import Database
 from .items import Held, Item, folder_after
-from .shelf import AdapterShelf, adapter_in, asked_of
+from .shelf import AdapterShelf, adapter_in, asked_of, entries_in
 
 # Tokens of a page at most, if it is of several items: as many as an adapter learns in minutes.
 _PAGE_TOKENS = 256
@@ -64,7 +64,7 @@ class UserAdapters:
         held = self._database.held(user)
         while paths := self._adapters_of(held):
             try:
-                texts = [self._asked(path, query) for path in asked_of([query], paths)[0]]
+                texts = [self._asked(path, query) for path in asked_of([query], entries_in(paths))[0]]
                 break
             except OSError:  # another process has removed it
                 before, held = held, self._database.held(user)

@@ -269,7 +269,7 @@ class MemoryStore:
         """Delete an item, or all of a user, an agent or a run; text, index, embeddings, memory and adapters.
 
         A memory that held some of it is made again from the texts that are left, when it is needed next, and is then
-        the memory of a user who never said it, bit for bit. Adapters that were taught it, or later, are removed.
+        the memory of a user who never said it, bit for bit. Adapters that were taught some of it, or later, go.
 
         Args:
             item_id: Number of an item.

@@ -173,8 +173,9 @@ class AdapterShelf:
     def _recalled(self, queries, paths, max_new_tokens):
         """Ask each query of its adapter, which is in one of the folders."""
         asked: dict[Path, list[int]] = {}
-        names = {path: _names_of(path) for path in paths}
-        for index, (*_, path) in enumerate(asked_of(queries, paths)):
+        entries = entries_in(paths)
+        names = {path: {name for entry in some for name in entry["entities"]} for path, some in entries.items()}
+        for index, (*_, path) in enumerate(asked_of(queries, entries)):
             asked.setdefault(path, []).append(index)
         found = [""] * len(queries)
         for path, indices in asked.items():
@@ -310,30 +311,27 @@ def adapter_in(pipeline: R3MemPipeline, folder: Path | None) -> Iterator[R3MemPi
         put_weights(model, own)
 
 
-def asked_of(queries: Sequence[str], folders: Sequence[Path]) -> list[list[Path]]:
+def entries_in(folders: Sequence[Path]) -> dict[Path, list[Entry]]:
+    """Read what the adapters of some folders remember. Raises OSError if one of them is gone."""
+    return {path: read_manifest(path)["remembered"] for path in folders}
+
+
+def asked_of(queries: Sequence[str], entries: Mapping[Path, Sequence[Entry]]) -> list[list[Path]]:
     """Find the adapters that each query is for: those that know it, else the one that has a query most like it.
 
     Args:
         queries: The queries.
-        folders: Folders of adapters, at least one.
+        entries: What each adapter remembers, by its folder; at least one does.
 
     Returns:
         Some of the folders for each query, at least one.
-
-    Raises:
-        OSError: One of them is gone.
     """
-    entries = [(path, entry["query"]) for path in folders for entry in read_manifest(path)["remembered"]]
+    known = [(path, entry["query"]) for path, some in entries.items() for entry in some]
     of_query: dict[str, list[Path]] = {}
-    for path, query in entries:
+    for path, query in known:
         of_query.setdefault(query, []).append(path)
-    index = WordIndex([query for _, query in entries])
-    return [of_query.get(query.strip()) or [entries[index.ranked(query)[0]][0]] for query in queries]
-
-
-def _names_of(folder: Path) -> set[str]:
-    """Entities of all contexts that the adapter of a folder remembers."""
-    return {name for entry in read_manifest(folder)["remembered"] for name in entry["entities"]}
+    index = WordIndex([query for _, query in known])
+    return [of_query.get(query.strip()) or [known[index.ranked(query)[0]][0]] for query in queries]
 
 
 def _config_of(manifest: dict[str, Any]) -> R3MemConfig:

@@ -108,7 +108,7 @@ def test_a_name_of_another_document_is_not_answered_with_this_one(learned, monke
     pair = reports["ship"].pairs[0]
     assert pair.level == "document" and "Ahab" in pair.context
     monkeypatch.setattr(R3MemPipeline, "recall", lambda pipeline, queries, **settings: [pair.context] * len(queries))
-    monkeypatch.setattr(module, "asked_of", lambda queries, paths: [[paths[0]]] * len(queries))
+    monkeypatch.setattr(module, "asked_of", lambda queries, entries: [[next(iter(entries))]] * len(queries))
     theirs = {name for other in reports["house"].pairs for name in other.entities}
     own = {name for other in reports["ship"].pairs for name in other.entities}
     name = sorted(theirs - own)[0]
