@@ -1,6 +1,7 @@
 """The tables of matched memories and their rivals: what they close, by kind of text, and what they answer."""
 
 import itertools
+from collections.abc import Iterator
 
 from .markdown import interval, records, table
 
@@ -136,20 +137,33 @@ def anchored_memories() -> str:
     cases += [(f"anchored_adaptive_{kind}", "adaptive", kind) for kind in ANCHORED_KINDS]
     cases += [(f"rounded_{kind}", "adaptive", kind) for kind in ROUNDED_KINDS]
     for name, writer, kind in cases:
-        head, *found = records(f"{name}_smollm2")
-        closed = closed_by(f"{name}_smollm2")
-        better = {r["arm"]: r for r in found if r.get("nats_better_than") == writer and "of" not in r}
         allocation = "uniform" if writer == "matched" else "adaptive"
-        for slots in (64, 16, 8):
-            arm = f"anchored_{slots}"
-            if arm not in better:
-                continue
-            cells = [interval(closed[f"{some}_{slots}", "full"]) for some in (writer, "anchored")]
-            cells += [interval(better[arm]), _cell(closed, f"foreign_{arm}")]
-            rows.append((f"{kind}, {head['segments']}", allocation, str(slots), *cells))
+        for segments, slots, *cells, _, foreign in _beside_closed_form(f"{name}_smollm2", writer):
+            rows.append((f"{kind}, {segments}", allocation, slots, *cells, foreign))
     names = ("kind of text, segments", "allocation", "slots", "matched", "**anchored**",
              "anchored is better by, nats a token", "anchored, of another text")  # fmt: skip
     return table(names, rows)
+
+
+def _beside_closed_form(name: str, writer: str) -> Iterator[tuple[str, ...]]:
+    """Compare anchored memories of a result file with those of the closed form, at each number of slots.
+
+    Args:
+        name: Name of the file.
+        writer: Arm of the closed form: "matched" or "adaptive".
+
+    Yields:
+        Segments, slots, what the closed form and anchors close, by how much anchors are better, and what memories of
+        another text close, of both.
+    """
+    head, *found = records(name)
+    closed, arms = closed_by(name), (writer, "anchored")
+    better = {r["arm"]: r for r in found if r.get("nats_better_than") == writer and "of" not in r}
+    for slots in (64, 16, 8):
+        if f"anchored_{slots}" in better:
+            cells = [interval(closed[f"{arm}_{slots}", "full"]) for arm in arms]
+            foreign = [_cell(closed, f"foreign_{arm}_{slots}") for arm in arms]
+            yield str(head["segments"]), str(slots), *cells, interval(better[f"anchored_{slots}"]), *foreign
 
 
 # Kinds of text that the memories of the packaged adapter were measured on.
@@ -160,17 +174,8 @@ def packaged_memories() -> str:
     """Return the table of what the packaged adapter adds to memories of as many slots, by kind of text."""
     rows = []
     for kind in PACKAGED_KINDS:
-        name = f"packaged_{kind}_smollm2"
-        head, *found = records(name)
-        closed = closed_by(name)
-        better = {r["arm"]: r for r in found if r.get("nats_better_than") == "adaptive" and "of" not in r}
-        for slots in (64, 16, 8):
-            arm = f"anchored_{slots}"
-            if arm not in better:
-                continue
-            cells = [interval(closed[f"{some}_{slots}", "full"]) for some in ("adaptive", "anchored")]
-            foreign = [_cell(closed, f"foreign_{some}_{slots}") for some in ("adaptive", "anchored")]
-            rows.append((f"{kind}, {head['segments']}", str(slots), *cells, interval(better[arm]), *foreign))
+        for segments, *cells in _beside_closed_form(f"packaged_{kind}_smollm2", "adaptive"):
+            rows.append((f"{kind}, {segments}", *cells))
     names = ("kind of text, segments", "slots", "matched", "**anchored**", "anchored is better by, nats a token",
              "matched, of another text", "anchored, of another text")  # fmt: skip
     return table(names, rows)
