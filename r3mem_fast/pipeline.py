@@ -236,7 +236,7 @@ class R3MemPipeline:
         memory = None if memory is None else self._memory(memory)
         rows_before = None if memory is None else memory.labels
         texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
-        begins = memory is None and self.model.reader.most_pinned > 0  # room for what begins a text
+        begins = memory is None and self.model.reader.layout.most_pinned > 0  # room for what begins a text
         rows, pinned = self.codec.histories(texts, chat=chat, begins=begins)
         settings: dict[str, Any] = {"pinned": pinned, "memory_tokens": memory_tokens, "memory_budget": memory_budget}
         parts = []

@@ -212,17 +212,12 @@ class MemoryReader:
         layout, device, dtype = self.layout, self._model.device, self._model.dtype
         if pinned and layout.writer != "matched":
             raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
-        most = self.most_pinned
+        most = layout.most_pinned
         if not 0 <= pinned <= most:
             raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
         sizes = self.state_sizes()
         carried = no_states(self._carried, rows) if self._carried else None
         return empty_memory(layout, origin, rows, sizes, dtype=dtype, device=device, pinned=pinned, carried=carried)
-
-    @property
-    def most_pinned(self) -> int:
-        """Most tokens at the beginning of a text whose slots can stay as they are; 0 unless memories are matched."""
-        return self.layout.most_pinned
 
     def check_states(self, memory: Memory):
         """Raise ValueError for a memory whose states are of other sizes than this model's."""
