@@ -9,8 +9,9 @@ PLACEMENTS = ("every_layer", "input")
 WRITERS = ("tokens", "matched", "anchored")
 # What a memory is: what memory tokens have become, or slots of keys and values with an age each.
 MEMORY_KINDS = WRITERS[:2]
-# What happens to a matched memory beyond its budget: it is matched again, its oldest slots go, or it is an error.
-BEYOND_BUDGET = ("rematch", "forget", "error")
+# What happens to a matched memory beyond its budget: it is matched again, with each segment or once, when its text has
+# ended; its oldest slots go; or it is an error.
+BEYOND_BUDGET = ("rematch", "rematch_once", "forget", "error")
 # How the slots of a matched memory are shared: as many for each head of each layer, or by what is asked of them.
 ALLOCATIONS = ("uniform", "adaptive")
 # Whose queries a matched memory is matched to: those of the pass that read the text, of another pass behind the first,

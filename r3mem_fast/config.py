@@ -107,8 +107,8 @@ class R3MemConfig:
         "forget",
         "What happens to a matched memory beyond its budget. `forget`: the oldest slots go, but the first; `rematch`: "
         "what is old and what is new are matched again together, and what is older than eight segments goes (or than "
-        "twice as many as the budget would hold); "
-        "`error`: compressing raises.",
+        "twice as many as the budget would hold); `rematch_once`: the same when a text has ended, until when all are "
+        "held; `error`: compressing raises.",
         group=MEMORY,
         option="beyond-budget",
         choices=BEYOND_BUDGET,
@@ -342,7 +342,7 @@ class R3MemConfig:
         if budget is None:
             assert self.max_memory_segments is not None, "see _check_matched"
             budget = self.num_memory_tokens * self.max_memory_segments
-        if budget > MAX_KEPT and self.beyond_budget == "rematch":
+        if budget > MAX_KEPT and self.beyond_budget.startswith("rematch"):
             raise ValueError(
                 f"a memory_budget of {budget} slots is too large to be matched together; {MAX_KEPT} at most can "
                 'be: use a smaller one, or beyond_budget="forget"'

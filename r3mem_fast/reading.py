@@ -160,6 +160,7 @@ def compress_rows(
     memory: Memory,
     *,
     finish: bool,
+    follows: bool = False,
     on_tokens: Callable[[int], Any] | None = None,
 ) -> Memory:
     """Compress more tokens into a memory; differentiable.
@@ -169,6 +170,7 @@ def compress_rows(
         rows: New token ids of each row, int64 `[n]`, on the CPU.
         memory: The memory before them, of as many rows.
         finish: Whether tokens that do not fill a segment are compressed, too.
+        follows: Whether more of the rows is known to follow, see `cut_segments`.
         on_tokens: Function that is called after each segment with the number of tokens that were read; None: there is
             none.
 
@@ -180,7 +182,7 @@ def compress_rows(
             different numbers of them.
     """
     layout = memory.layout
-    segments = cut_segments(memory, rows, finish=finish, writes_all=True)
+    segments = cut_segments(memory, rows, finish=finish, writes_all=True, follows=follows)
     if largest_of_ranks(network, len(segments)) + largest_of_ranks(network, -len(segments)):
         raise ValueError(
             "a model sharded by FSDP2 gathers its layers in all processes together, so each has to compress as "

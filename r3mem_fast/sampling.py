@@ -75,7 +75,7 @@ def generate_by_segments(network: Network, rows: Rows, settings: dict[str, Any])
             # The last token of a full segment is read again, because it predicts the first of the next one.
             full = [(len(texts[row]) - 1) // length * length for row in active]
             news = [texts[row][compressed[row] : end] for row, end in zip(active, full, strict=True)]
-            memory = compress_rows(network, news, memory, finish=False)
+            memory = compress_rows(network, news, memory, finish=False, follows=True)
             for row, end in zip(active, full, strict=True):
                 compressed[row] = end
             read = [texts[row][compressed[row] :] for row in active]

@@ -21,8 +21,8 @@ class MemoryLayout:
         placement: "every_layer" or "input", see `R3MemConfig.memory_placement`.
         segment_overlap: Number of tokens, directly before a segment, that are read again with it.
         writer: "tokens" or "matched", see `R3MemConfig.memory_writer`. What follows is of matched memories.
-        budget: Slots that a row's memory has at most, beside pinned ones.
-        beyond_budget: "rematch", "forget" or "error", see `R3MemConfig.beyond_budget`.
+        budget: Slots that a row's memory has at most when its text has ended, beside pinned ones.
+        beyond_budget: "rematch", "rematch_once", "forget" or "error", see `R3MemConfig.beyond_budget`.
         reach: Largest age of a slot, in tokens; what is older keeps this age.
         queries: Whose queries they are matched to, see `R3MemConfig.memory_queries`.
         allocation: How slots are shared among heads, see `R3MemConfig.memory_allocation`. All numbers of slots are
@@ -53,14 +53,28 @@ class MemoryLayout:
         return self.reach if self.writer == "matched" else self.readable_segments * self.num_memory_tokens
 
     @property
+    def waits(self) -> bool:
+        """Whether a full segment is read only when it is known whether more follows: the last one is matched apart."""
+        return self.beyond_budget == "rematch_once"
+
+    @property
     def most_slots(self) -> int:
-        """Slots that a row's memory has at most, beside pinned ones."""
-        return self.budget if self.writer == "matched" else self.readable_segments * self.num_memory_tokens
+        """Slots that a row's memory has at most, beside pinned ones, also while its text is read."""
+        if self.writer != "matched":
+            return self.readable_segments * self.num_memory_tokens
+        if not self.waits:
+            return self.budget
+        return max(self.budget, math.ceil(self.reach / self.segment_length) * self.num_memory_tokens)
+
+    @property
+    def rematches(self) -> bool:
+        """Whether slots beyond the budget are matched again."""
+        return self.beyond_budget in ("rematch", "rematch_once")
 
     @property
     def most_matched(self) -> int:
         """Slots of a row that are matched together at most, beside pinned ones."""
-        return self.budget if self.beyond_budget == "rematch" else self.num_memory_tokens
+        return self.budget if self.rematches else self.num_memory_tokens
 
     @property
     def most_pinned(self) -> int:
@@ -70,9 +84,12 @@ class MemoryLayout:
     @property
     def lifetime(self) -> int:
         """Age in tokens up to which slots are matched again with newer ones; older ones go."""
-        segments = max(_LIFETIME, 2 * math.ceil(self.budget / self.num_memory_tokens))
         # The largest age may be any beyond it.
-        return min(segments * self.segment_length, self.reach - 1)
+        most = self.reach - 1
+        if self.beyond_budget == "rematch_once":
+            return most
+        segments = max(_LIFETIME, 2 * math.ceil(self.budget / self.num_memory_tokens))
+        return min(segments * self.segment_length, most)
 
     def with_memory_tokens(self, count: int | None = None, budget: int | None = None) -> "MemoryLayout":
         """The layout of matched memories of another size.
@@ -93,7 +110,7 @@ class MemoryLayout:
                 "matched and anchored memories"
             )
         budget = max(count, self.budget * count // self.num_memory_tokens) if budget is None else budget
-        most = MAX_KEPT if self.beyond_budget == "rematch" else self.reach
+        most = MAX_KEPT if self.rematches else self.reach
         if not count <= budget <= most:
             raise ValueError(
                 f"memory_budget={budget!r} must lie in {count}..{most}, the slots of a segment and of all"

@@ -27,6 +27,7 @@ class Segment:
             row's first token that the memory does not carry.
         places: Position of each token, int64 `[A, n]`. Position 0 is the first token that the memory carries.
         writes: Whether a memory is written after it.
+        ends: Whether it is the last one of each row's text, A of them.
         num_segments: Segments of the memory before it, int64 `[B]`.
     """
 
@@ -37,6 +38,7 @@ class Segment:
     own: tuple[tuple[int, int], ...]
     places: torch.Tensor
     writes: bool
+    ends: tuple[bool, ...]
     num_segments: torch.Tensor
 
     @property
@@ -47,7 +49,7 @@ class Segment:
 
 def cut_segments(
     memory: Memory, rows: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None, *, finish: bool,
-    writes_all: bool, length: int | None = None,
+    writes_all: bool, length: int | None = None, follows: bool = False,
 ) -> list[Segment]:  # fmt: skip
     """Cut rows that follow a memory into segments, with the tokens that the memory carries before them.
 
@@ -63,6 +65,7 @@ def cut_segments(
             segment, and `advance` has the memory carry them.
         writes_all: Whether a memory is written after every segment; if not, only where more of some row follows.
         length: Tokens of a segment; None: the layout's `segment_length`.
+        follows: Whether more of the rows is known to follow, so that no full segment waits (`MemoryLayout.waits`).
 
     Returns:
         The segments, in the order in which they are read.
@@ -77,12 +80,13 @@ def cut_segments(
         wholes.append(whole)
         targets.append(wanted[1:])
         starts.append(len(recent))
+    least = 1 if finish else length + (layout.waits and not follows)
     segments: list[Segment] = []
     index = 0
     while True:
         reach = [start + index * length for start in starts]
         left = [len(whole) - start for whole, start in zip(wholes, reach, strict=True)]
-        active = [row for row, rest in enumerate(left) if rest >= (1 if finish else length)]
+        active = [row for row, rest in enumerate(left) if rest >= least]
         if not active:
             return segments
         spans = [(max(0, reach[row] - overlap), min(len(wholes[row]), reach[row] + length)) for row in active]
@@ -110,6 +114,7 @@ def cut_segments(
                 tuple(own),
                 places,
                 writes_all or any(left[row] > length for row in active),
+                tuple(finish and left[row] <= length for row in active),
                 memory.num_segments + index,
             )
         )
@@ -141,6 +146,7 @@ def without_padding(segment: Segment, *, each_row: bool = False) -> Iterator[tup
                 mask=segment.mask[places, last],
                 targets=segment.targets[places, last],
                 own=tuple(segment.own[place] for place in places),
+                ends=tuple(segment.ends[place] for place in places),
                 places=segment.places[places, last],
             ),
         )

@@ -105,7 +105,7 @@ class Histories:
             return History(memory, rest, last)
         new, tail = rest[: count * self._length], rest[count * self._length :]
         before = with_layout(self._model.empty_memory(pinned=begun), self._layout) if memory is None else memory
-        memory = self._model.compress(torch.tensor([new]), memory=before)
+        memory = self._model.compress(torch.tensor([new]), memory=before, finish=True)
         self._keep(user, held, _boundary(items, ends, held.tokens + len(new) - begun), memory)
         return History(memory, tail, last)
 

@@ -78,7 +78,7 @@ def test_a_window_hides_of_a_memory_what_it_would_hide_of_the_context(family, im
         few(text, memory=memory[0])
 
 
-@pytest.mark.parametrize("beyond", ["rematch", "forget"])
+@pytest.mark.parametrize("beyond", ["rematch", "rematch_once", "forget"])
 def test_pinned_tokens_stay_as_they_are(beyond):
     model = network(beyond_budget=beyond)
     ids = ids_of(LENGTH * 4)
@@ -193,7 +193,7 @@ def test_new_values_are_nearer_to_the_context_than_old_ones(monkeypatch):
 
 
 @settings(max_examples=12)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from(["rematch", "forget"]))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from(["rematch", "rematch_once", "forget"]))
 def test_in_pieces_as_in_one(pieces, beyond):
     model = network(beyond_budget=beyond)
     ids = ids_of(sum(pieces))
@@ -206,7 +206,7 @@ def test_in_pieces_as_in_one(pieces, beyond):
     assert torch.equal(memory.unfinished[0], whole.unfinished[0]) and torch.equal(memory.recent[0], whole.recent[0])
 
 
-@pytest.mark.parametrize("beyond", ["rematch", "forget"])
+@pytest.mark.parametrize("beyond", ["rematch", "rematch_once", "forget"])
 def test_rows_do_not_depend_on_the_rows_beside_them(beyond):
     model = network(beyond_budget=beyond)
     lengths = (70, 9, 33, 1)
@@ -251,6 +251,47 @@ def test_what_happens_beyond_the_budget(beyond):
         assert bool((recent == SLOTS).all()) and bool((ages[..., 0] > 2 * LENGTH).all())
     with pytest.raises(ValueError, match="its budget is 12: raise the budget"):
         network(beyond_budget="error").compress(ids)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_slots_are_held_until_a_text_ends_and_matched_again_once(allocation, tmp_path):
+    """While it is read, nothing is lost to the budget; the last segment matches all of them together."""
+    settings = {"memory_allocation": allocation, "segment_overlap": 0}
+    once, roomy = network(beyond_budget="rematch_once", **settings), network(memory_budget=6 * SLOTS, **settings)
+    ids = ids_of(4 * LENGTH)
+    reading = once.compress(ids)
+    # The last segment waits: whether more follows is not known. It is read with the next token, or at the end.
+    assert len(reading.unfinished[0]) == LENGTH and int(reading.num_segments) == 3
+    held = roomy.compress(ids[:, : 3 * LENGTH])
+    assert torch.equal(reading.states, held.states) and torch.equal(reading.ages, held.ages)
+    reading.save(tmp_path / "memory")
+    reading = Memory.load(tmp_path / "memory", once)
+    assert reading.slots.tolist() == held.slots.tolist() and int(reading.slots) > 2 * SLOTS
+
+    ended = once.compress(None, memory=reading, finish=True)
+    again = network(beyond_budget="rematch", **settings)
+    layout = dataclasses.replace(held, layout=again.layout, origin=again.origin())
+    wanted = again.compress(ids[:, 3 * LENGTH :], memory=layout, finish=True)
+    assert torch.equal(ended.states, wanted.states) and torch.equal(ended.ages, wanted.ages)
+    whole = once.compress(ids, finish=True)
+    assert torch.equal(whole.states, ended.states)
+    if allocation == "uniform":
+        assert ended.slots.tolist() == [2 * SLOTS]
+    assert once.compress(None, memory=ended, finish=True).states is ended.states  # nothing is left to do
+    assert once(ids_of(5), memory=reading).logits.isfinite().all()
+
+
+def test_what_is_held_ends_at_the_reach():
+    """So a text of any length takes constant memory; the oldest slots go, but the first."""
+    once = network(beyond_budget="rematch_once")
+    most = -(-once.layout.reach // LENGTH) * SLOTS
+    assert once.layout.most_slots == most > once.layout.budget and once.layout.lifetime == once.layout.reach - 1
+    memory = once.compress(ids_of(LENGTH))
+    for seed in range(12):
+        memory = once.compress(ids_of(LENGTH, seed=seed), memory=memory)
+    assert memory.slots.tolist() == [most]
+    ended = once.compress(None, memory=memory, finish=True)
+    assert ended.slots.tolist() == [2 * SLOTS] and torch.equal(ended.states[..., :1, :], memory.states[..., :1, :])
 
 
 def test_what_is_matched_again_does_not_grow_old():
@@ -344,7 +385,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="do not fit together"):
         network(memory_budget=SLOTS - 1)
     with pytest.raises(ValueError, match="too large to be matched together"):
-        network(memory_budget=1025, beyond_budget="rematch")
+        network(memory_budget=1025, beyond_budget="rematch_once")
     with pytest.raises(ValueError, match="is for memory tokens, not for matched memories"):
         R3MemConfig(memory_writer="matched", num_memory_tokens=4, memory_dropout=0.5)
     with pytest.raises(ValueError, match="nothing would learn"):

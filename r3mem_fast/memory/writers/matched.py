@@ -197,7 +197,7 @@ class MatchedWriter:
         own = Queries(found.calls, self._positions(found.segment.mask, found.hidden.device))
         first, adaptive = self._layout.first_position, self._layout.is_adaptive
         match = Match(self._queries(found, (old, new), own), found.cache, first, adaptive=adaptive)
-        parts = list(self._parts(old, new, match))
+        parts = list(self._parts(old, new, match, torch.tensor(found.segment.ends)))
         self.unmatched += match.unmatched
         return parts
 
@@ -230,8 +230,8 @@ class MatchedWriter:
             Something to compare; None: there is nothing to write, the segment has not all rows or is padded, or
             something is decided on the host, such as what will be asked of it.
         """
-        every = tuple(range(len(memory)))
-        if not segment.writes or segment.rows != every or "pairs" in self.query_kinds or not segment.mask.all():
+        whole = len(segment.rows) == len(memory) and segment.mask.all()
+        if not segment.writes or not whole or "pairs" in self.query_kinds:
             return None
         # The host asks for the largest position, a pass is read in parts, or attention says how many slots heads have.
         if depends_on_pass(self._reader.decoder) or memory.carried is not None or self._layout.is_adaptive:
@@ -239,7 +239,8 @@ class MatchedWriter:
         assert memory.slots is not None, "see MemoryLayout.writer"
         fresh = self._fresh(segment)
         numbers = (fresh, self._newly_pinned(segment, memory, fresh), memory.pinned_slots(), memory.slots)
-        return segment.ids.shape, memory.states.shape, *(tuple(some.tolist()) for some in numbers)
+        ends = segment.ends if self._layout.waits else ()
+        return segment.ids.shape, ends, memory.states.shape, *(tuple(some.tolist()) for some in numbers)
 
     def finish(self) -> None:
         """Warn if values could not be matched since the last call. Synchronises with the device."""
@@ -358,15 +359,14 @@ class MatchedWriter:
     def _gained(self, new):
         return (new.counts - new.pinned).clamp_max(self._layout.num_memory_tokens)
 
-    def _parts(self, old: Slots, new: Slots, match: Match) -> Iterator[tuple[list[int], Slots]]:
-        """Match slots as the budget says: places of rows, and their slots."""
+    def _parts(self, old: Slots, new: Slots, match: Match, ends: torch.Tensor) -> Iterator[tuple[list[int], Slots]]:
+        """Match slots as the budget says, of rows whose texts end here or go on: places of rows, and their slots."""
         layout = self._layout
         beyond = self._filled(old) + self._gained(new) > layout.budget
         alike: dict[tuple[bool, int], list[int]] = {}
-        joint = (beyond & (layout.beyond_budget == "rematch")).tolist()
-        for row, (is_joint, earlier, later) in enumerate(
-            zip(joint, old.pinned.tolist(), new.pinned.tolist(), strict=True)
-        ):
+        joint = (beyond & layout.rematches & (ends | (not layout.waits))).tolist()
+        kinds = zip(joint, old.pinned.tolist(), new.pinned.tolist(), strict=True)
+        for row, (is_joint, earlier, later) in enumerate(kinds):
             alike.setdefault((is_joint, later + (earlier if is_joint else 0)), []).append(row)
         for (is_joint, _), rows in alike.items():
             some_old, some_new = old.rows(rows), new.rows(rows)
@@ -374,7 +374,7 @@ class MatchedWriter:
                 yield rows, self._matched_again(some_old.followed_by(some_new), match, rows)
             else:
                 together = some_old.followed_by(match(some_new, layout.num_memory_tokens, rows))
-                yield rows, (together.youngest if layout.is_adaptive else together.within)(layout.budget)
+                yield rows, (together.youngest if layout.is_adaptive else together.within)(layout.most_slots)
 
     def _matched_again(self, slots: Slots, match: Match, rows: list[int]) -> Slots:
         """Match old and new slots together. What is too old goes first, and the first slot stays as it is.
