@@ -7,7 +7,9 @@ cycle, under the momentum coupling with 4 side bits. Each arm changes one thing;
 the end the whole page is asked for: `expand_nats` from its query, `cycle_nats` from its memory, `compress_nats` of its
 query given its memory (nats a token), and whether greedy recall and expansion give it back. The differences to the
 default are paired by seed, with the interval of 95 % of Student's t. All arms learn without the term that keeps the
-perplexity of other text.
+perplexity of other text. Nothing says a query given a memory that is matched: forward nothing learns there.
+
+With --output, the same command goes on where it was interrupted.
 """
 
 import argparse
@@ -22,11 +24,13 @@ import torch
 from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings, load_model
 from r3mem_fast.data.text import pages_of, read_text
 from r3mem_fast.hierarchy import LEVELS, InstructBuilder
+from r3mem_fast.objective import term_weights
 from r3mem_fast.reversible.convert import stack_of
 from r3mem_fast.reversible.stack import Mode
 from r3mem_fast.training.collate import collate_ids
 
 from .records import add_output_option, add_record
+from .unfinished import Unfinished, settings_of
 
 DEFAULT = "default"
 # What an arm changes, as arguments of `_learned`: settings of the config; levels; whether an instruct model writes the
@@ -62,17 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records: list[dict] = []
     found: dict[tuple[str, int], dict[str, Any]] = {}
     text = read_text(options.text)
+    unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=False)
     for arm in options.arm:
         for seed in range(options.seeds):
-            found[arm, seed] = _learned(options, text, seed, **ARMS[arm])
+            found[arm, seed] = unfinished.once(
+                arm, seed, lambda arm=arm, seed=seed: _learned(options, text, seed, **ARMS[arm])
+            )
             add_record({"arm": arm, "seed": seed, **found[arm, seed]}, records, options)
     for arm in options.arm:
         if arm != DEFAULT and DEFAULT in options.arm and options.seeds > 1:
             differences = {
                 name: _interval([found[arm, s][name] - found[DEFAULT, s][name] for s in range(options.seeds)])
                 for name in _MEASURES
+                if name in found[arm, 0]
             }
             add_record({"arm": arm, "minus": DEFAULT, **differences}, records, options)
+    unfinished.remove()
     return 0
 
 
@@ -98,7 +107,8 @@ def _learned(
         batch = collate_ids([(context, pipeline.codec.ids(pair.query))])
         batch = {name: tensor.to(pipeline.model.device) for name, tensor in batch.items()}
         with torch.no_grad():
-            output = pipeline.model(**batch, terms=["compress", "expand", "cycle"])
+            output = pipeline.model(**batch, terms=list(term_weights(pipeline.model)))
+        losses = {name: getattr(output, name.replace("nats", "loss")) for name in _MEASURES}
         memory = pipeline.model.compress(batch["input_ids"], finish=True)
         asked: dict[str, Any] = {"max_new_tokens": len(context) + 1}
         recalled = pipeline.model.recall(batch["query_input_ids"], **asked)[0].tolist()
@@ -108,7 +118,7 @@ def _learned(
         "contexts": len(report.pairs),
         "steps": report.steps,
         "seconds": round(report.seconds, 1),
-        **{name: round(output[name.replace("nats", "loss")].item(), 4) for name in _MEASURES},
+        **{name: round(loss.item(), 4) for name, loss in losses.items() if loss is not None},
         "recalled": recalled == context,
         "expanded": expanded == context,
         "query_builder": pair.builder,

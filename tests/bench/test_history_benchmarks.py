@@ -71,11 +71,14 @@ def test_ablation(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"We saw him at {10 + i % 90} on the day {100 + i} of it again." for i in range(400)))
     output = tmp_path / "out.jsonl"
-    arms = ["default", "document level alone", "without momentum"]
-    options = ["--model", str(folder), "--tokens", "40", "--memory-tokens", "2", "--steps", "2", "--seeds", "2"]
+    arms = ["default", "document level alone", "without momentum", "matched memory"]
+    options = ["--model", str(folder), "--tokens", "32", "--memory-tokens", "2", "--steps", "2", "--seeds", "2"]
     assert ablation.main(["--arm", *arms, "--text", str(text), *options, "--output", str(output)]) == 0
     found = records(output)
-    runs, differences = found[:6], found[6:]
+    runs, differences = found[:8], found[8:]
+    assert not output.with_name("out.jsonl.unfinished").exists()
+    # Forward nothing learns of a memory that is matched.
+    assert [r["arm"] for r in found if "compress_nats" not in r] == ["matched memory"] * 3
     assert [(record["arm"], record["seed"]) for record in runs] == [(arm, seed) for arm in arms for seed in (0, 1)]
     assert all(record["steps"] == 2 for record in runs)
     assert runs[2]["contexts"] == 1 < runs[0]["contexts"]
