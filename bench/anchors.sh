@@ -46,7 +46,7 @@ measure anchors anchored_adaptive_chains matched --kind novels --segments 0 --ch
 # The same adapter, rounded to half of its bytes.
 round_to() { # ADAPTER NAME
     [[ -e $folder/$2/r3mem.json ]] ||
-        "$python" -m bench.anchored "$folder/$1" "$folder/$2" --memory-budget 256 --beyond-budget rematch \
+        "$python" -m bench.anchored "$folder/$1" "$folder/$2" --memory-budget 256 --beyond-budget rematch_once \
             --adapter-dtype bfloat16
 }
 round_to anchors rounded
@@ -72,5 +72,7 @@ for kind in wikipedia help; do
 done
 measure packaged packaged_chains matched --kind novels --segments 0 --chains 24 --chain-slots 64 --slots 64 \
     --beyond rematch --foreign --rivals --presses --adaptive
+measure packaged packaged_chains_once matched --kind novels --segments 0 --chains 24 --chain-slots 128 --slots 64 \
+    --beyond rematch_once --foreign --rivals --presses --adaptive
 measure packaged packaged_answers memory_answers --kind xquad --ratios 4 8 16 --questions 80 --presses --adaptive \
     --new-tokens 1

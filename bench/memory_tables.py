@@ -195,10 +195,11 @@ def packaged_answers() -> str:
 
 
 def anchored_chains() -> str:
-    """Return the table of seven segments in 152 slots: the oldest forgotten, or all matched again."""
+    """Return the table of seven segments in 152 slots: the oldest forgotten, or all matched again, or once."""
     arms = {"raw": _RIVALS["raw"], "matched": "matched, uniform", "adaptive": "matched, adaptive",
             "anchored": "**anchored, adaptive**"}  # fmt: skip
-    files = {"21 slots of each": "anchored_adaptive_chains", "64 of each, matched again": "packaged_chains"}
+    files = {"21 slots of each": "anchored_adaptive_chains", "64 of each, matched again": "packaged_chains",
+             "128 of each, matched again once": "packaged_chains_once"}  # fmt: skip
     rows = []
     for what, name in files.items():
         head, closed = records(f"{name}_smollm2")[0], closed_by(f"{name}_smollm2")

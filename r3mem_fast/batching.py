@@ -133,7 +133,7 @@ def nothing_before(rows: Rows) -> Rows:
 
 
 def unfinished_of(memory: Memory, device: torch.device) -> Rows:
-    """Tokens that a memory carries: those that are read again, and those of a segment that is not full yet.
+    """Tokens that a memory carries: those that are read again, and those of a segment that is not read yet.
 
     Args:
         memory: The memory.

@@ -107,8 +107,8 @@ class R3MemConfig:
         "forget",
         "What happens to a matched memory beyond its budget. `forget`: the oldest slots go, but the first; `rematch`: "
         "what is old and what is new are matched again together, and what is older than eight segments goes (or than "
-        "twice as many as the budget would hold); `rematch_once`: the same when a text has ended, until when all are "
-        "held; `error`: compressing raises.",
+        "twice as many as the budget would hold); `rematch_once`: all slots that positions reach are held until a "
+        "text has ended (`finish`), and matched then; `error`: compressing raises.",
         group=MEMORY,
         option="beyond-budget",
         choices=BEYOND_BUDGET,
@@ -347,7 +347,8 @@ class R3MemConfig:
                 f"a memory_budget of {budget} slots is too large to be matched together; {MAX_KEPT} at most can "
                 'be: use a smaller one, or beyond_budget="forget"'
             )
-        read = self.segment_overlap + self.segment_length
+        # With a prompt of one token, at least, where a whole segment may wait.
+        read = self.segment_overlap + self.segment_length + (self.beyond_budget == "rematch_once")
         if budget < self.num_memory_tokens or (max_tokens is not None and reach + read > max_tokens):
             raise ValueError(
                 f"a budget of {budget} slots, {self.num_memory_tokens} for a segment of {self.segment_length} with "
@@ -394,7 +395,6 @@ class R3MemConfig:
 _LATER = ("memory_writer", "memory_budget", "beyond_budget", "memory_queries", "memory_allocation", "longest_change")
 # Positions before a pass at most; what is older than that has this age.
 REACH = 4096
-
 
 # How a model is trained, and nothing about what it computes.
 TRAINING_SETTINGS = names_of_group(R3MemConfig, TRAINING, OBJECTIVE)

@@ -272,14 +272,16 @@ class R3MemModel(TrainerInterface, Network):
     ) -> Memory:  # fmt: skip
         """Read a history segment by segment, and keep the memory of it alone (R3Mem, section 3).
 
-        What does not fill a segment waits in the memory, so that a history in pieces leaves the same memory as in one.
+        What fills no segment waits in the memory, so that a history in pieces leaves the same memory as in one.
         The memory that this takes does not grow with T.
 
         Args:
             input_ids: int64 `[B, T]`, of any length, on any device; None: nothing new.
             attention_mask: `[B, T]`, 0 for padding, on either side.
             memory: The memory of what came before, of B rows; None: nothing did.
-            finish: Compress what does not fill a segment, too, as a shorter one; what follows then starts a new one.
+            finish: The text has ended: compress what does not fill a segment, too, as a shorter one, and match what is
+                held beyond the budget (`beyond_budget="rematch_once"`; do so once, as each match loses a little of the
+                one before). What follows then starts a new segment.
             progress: Show a bar, in tokens.
             pinned: First tokens of each row that a matched memory keeps as they are, beside its budget.
             memory_tokens: Slots of a segment, of matched and anchored memories; None: the model's.

@@ -207,7 +207,7 @@ class R3MemPipeline:
 
     def compress(
         self,
-        documents: Documents,
+        documents: Documents | None,
         *, memory: Memory | str | Path | None = None, levels: Sequence[str] = ("document",), finish: bool = False,
         chat: bool = False, memory_tokens: int | None = None, memory_budget: int | None = None, progress: bool = True,
     ) -> Memory:  # fmt: skip
@@ -216,7 +216,8 @@ class R3MemPipeline:
         Texts are compressed as they stand, white space included (`remember` leaves out what stands around a text).
 
         Args:
-            documents: A text, several, or texts by name; a `Path` is a UTF-8 text file.
+            documents: A text, several, or texts by name; a `Path` is a UTF-8 text file. None: nothing new; to end (by
+                `finish`) what a memory waits for.
             memory: The memory of what came before, or its file. It must have as many rows and, where documents and
                 rows have names, the same ones.
             levels: Levels that are compressed, a row each: "document", and the paragraphs ("paragraph") and passages
@@ -234,6 +235,8 @@ class R3MemPipeline:
         """
         self.model.check_memories()
         memory = None if memory is None else self._memory(memory)
+        if documents is None:
+            return self.model.compress(None, memory=memory, finish=finish, progress=progress)
         rows_before = None if memory is None else memory.labels
         texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
         begins = memory is None and self.model.reader.layout.most_pinned > 0  # room for what begins a text

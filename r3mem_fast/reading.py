@@ -169,7 +169,7 @@ def compress_rows(
         network: The model.
         rows: New token ids of each row, int64 `[n]`, on the CPU.
         memory: The memory before them, of as many rows.
-        finish: Whether tokens that do not fill a segment are compressed, too.
+        finish: Whether the texts have ended, see `cut_segments`.
         follows: Whether more of the rows is known to follow, see `cut_segments`.
         on_tokens: Function that is called after each segment with the number of tokens that were read; None: there is
             none.

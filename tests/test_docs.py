@@ -163,9 +163,11 @@ def test_memories_behind_an_adapter_of_the_text():
 
 def test_anchors_behind_seven_segments():
     text = text_of("docs/memory.md")
-    for name in ("anchored_adaptive_chains_smollm2.jsonl", "packaged_chains_smollm2.jsonl"):
+    for name in ("anchored_adaptive_chains", "packaged_chains", "packaged_chains_once"):
         (better,) = [
-            r for r in records(name) if r.get("nats_better_than") == "adaptive" and r["arm"].startswith("anchored")
+            r
+            for r in records(f"{name}_smollm2.jsonl")
+            if r.get("nats_better_than") == "adaptive" and r["arm"].startswith("anchored")
         ]
         assert f"by {better['mean']:.3f} ({better['low']:.3f} to {better['high']:.3f})" in text
 

@@ -118,6 +118,9 @@ def test_histories(memorised, tmp_path):
     for name, tensor in whole.tensors().items():
         assert torch.equal(memory.tensors()[name], tensor), name
     assert memory.labels == whole.labels and memory.origin == whole.origin
+    ended = pipeline.compress(None, memory=memory, finish=True, progress=False)  # nothing new: the texts have ended
+    at_once = pipeline.compress(texts, finish=True, progress=False)
+    assert torch.equal(ended.states, at_once.states) and ended.labels == whole.labels and ended.origin == whole.origin
     memory.save(file)
     prompts = ["The ", "He said"]
     both = pipeline.generate(prompts, memory=file, max_new_tokens=5)

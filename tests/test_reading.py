@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("beyond", ["forget", "rematch"])
+@pytest.mark.parametrize("beyond", ["forget", "rematch", "rematch_once"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_segment_waits_for_the_device(beyond, attention):
     """The host asks once at the end whether all went well, and not in between: with a device that counts that."""

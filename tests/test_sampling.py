@@ -50,8 +50,9 @@ def assert_written_as_scored(model, ids, mask, found):
         {"memory_placement": "input"},
         {"adapter_rows": "memory"},
         {"max_memory_segments": 1},
+        {"memory_writer": "anchored", "adapter_rows": "memory", "memory_budget": 4, "beyond_budget": "rematch_once"},
     ],
-    ids=lambda settings: "-".join(settings) or "defaults",
+    ids=lambda settings: "-".join(settings)[:40] or "defaults",
 )
 def test_it_is_written_as_it_is_scored(family, settings):
     """Rows of other lengths, over several segments. In one pass something else would have been written."""

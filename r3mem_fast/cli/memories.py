@@ -45,7 +45,9 @@ def add_commands(commands: Any) -> None:
     add_settings(compress, R3MemConfig, OF_MATCHED, defaults=_MATCHED)
     chat = "the texts stand in a user's turn, in which `generate` asks its prompt (for models that chat)"
     compress.add_argument("--chat", action="store_true", help=chat)
-    compress.add_argument("--finish", action="store_true", help="also compress a last segment that is not full")
+    compress.add_argument(
+        "--finish", action="store_true", help="the text has ended: also compress a last segment that is not full"
+    )
     add_run_options(compress)
 
     refine = commands.add_parser("refine", help="tune a memory to its own text, so that it answers more as that does")
@@ -132,6 +134,8 @@ def _compress_to(options: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         print(f"{options.output}: {sum(report['tokens'])} tokens in {len(memory)} rows, {memory.nbytes} bytes")
+        if memory.layout.waits and not options.finish:
+            print(f"all slots are held until the text has ended (--finish), and then {memory.layout.budget} at most")
     return 0
 
 

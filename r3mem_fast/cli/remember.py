@@ -229,9 +229,10 @@ def _inspect_memory(options: argparse.Namespace) -> int:
     matched = layout.get("writer") == "matched"
     segment = f"a segment of {layout['segment_length']}{_overlap(layout)}"
     if matched:
+        ended = " when a text has ended" if layout["beyond_budget"] == "rematch_once" else ""
         print(
             f"matched to queries: {layout.get('queries', 'own')}; {layout['num_memory_tokens']} slots {segment}, "
-            f"{layout['budget']} at most, beyond which: {layout['beyond_budget']}; "
+            f"{layout['budget']} at most{ended}, beyond which: {layout['beyond_budget']}; "
             f"{layout.get('allocation', 'uniform')} allocation"
         )
     else:

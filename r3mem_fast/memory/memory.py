@@ -30,7 +30,7 @@ class Memory:
             with fewer memory tokens has zeros before them.
         num_segments: Compressed segments of each row, int64 `[B]`, on the CPU.
         tokens_seen: Tokens of each row, the unfinished ones included, int64 `[B]`, on the CPU.
-        unfinished: Token ids of each row's last segment, if it is not full yet: int64 `[n]`, on the CPU.
+        unfinished: Token ids of each row's last segment, if it is not read yet: int64 `[n]`, on the CPU.
         recent: Token ids that come before the unfinished ones and are read again with them: at most
             `segment_overlap` for each row, int64 `[n]`, on the CPU.
         labels: Label of each row, `(level, name)` such as ("document", "chapter 1"), or None.

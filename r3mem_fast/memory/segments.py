@@ -53,7 +53,7 @@ def cut_segments(
 ) -> list[Segment]:  # fmt: skip
     """Cut rows that follow a memory into segments, with the tokens that the memory carries before them.
 
-    The memory carries the tokens of a segment that was not full yet, and the last ones before them, which are read
+    The memory carries the tokens of a segment that was not read yet, and the last ones before them, which are read
     again. They are in front of each row here, and count in no loss. Rows of fewer segments than others are missing
     from the last ones, and the rows of one segment are padded on the left to the longest.
 
@@ -61,8 +61,8 @@ def cut_segments(
         memory: The memory that the rows follow; it has as many rows.
         rows: Token ids of each row, int64 `[n]`, on the CPU.
         labels: Labels of each row, as long as its ids, -100 where one does not count; None: the ids.
-        finish: Whether the tokens of a row that do not fill a segment make a last, shorter one. If not, they are in no
-            segment, and `advance` has the memory carry them.
+        finish: Whether the rows' texts have ended: tokens that do not fill a segment make a last, shorter one. If not,
+            they are in no segment, nor are those of a full one that waits, and `advance` has the memory carry them.
         writes_all: Whether a memory is written after every segment; if not, only where more of some row follows.
         length: Tokens of a segment; None: the layout's `segment_length`.
         follows: Whether more of the rows is known to follow, so that no full segment waits (`MemoryLayout.waits`).

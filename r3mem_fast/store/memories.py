@@ -55,7 +55,8 @@ class Histories:
         raw_tokens: Tokens, the newest ones, that are never compressed.
 
     Raises:
-        ValueError: What the chat template puts before a conversation does not fit into a segment, or the budget.
+        ValueError: What the chat template puts before a conversation does not fit into a segment, or the budget; or
+            memories would be matched when a text has ended, which a conversation never has.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class Histories:
         folder: Path,
         raw_tokens: int,
     ):
+        if layout.waits:
+            raise ValueError(
+                'beyond_budget="rematch_once" matches a memory when its text has ended, and a conversation goes on: '
+                'use "rematch" or "forget"'
+            )
         self._model, self._layout, self._turns, self._database = model, layout, turns, database
         self._folder, self._raw_tokens = folder, raw_tokens
         self._length = layout.segment_length
@@ -105,7 +111,7 @@ class Histories:
             return History(memory, rest, last)
         new, tail = rest[: count * self._length], rest[count * self._length :]
         before = with_layout(self._model.empty_memory(pinned=begun), self._layout) if memory is None else memory
-        memory = self._model.compress(torch.tensor([new]), memory=before, finish=True)
+        memory = self._model.compress(torch.tensor([new]), memory=before)
         self._keep(user, held, _boundary(items, ends, held.tokens + len(new) - begun), memory)
         return History(memory, tail, last)
 

@@ -97,6 +97,8 @@ def _sizes_of(model: R3MemModel) -> R3MemConfig:
     if not model.is_anchored:
         return config
     sizes = {name: getattr(config, name) for name in (*OF_MATCHED, "max_memory_segments")}
+    if sizes["beyond_budget"] == "rematch_once":  # when a text has ended, and a conversation goes on
+        sizes["beyond_budget"] = "rematch"
     return R3MemConfig(memory_writer="matched", adapter_rows="memory", **sizes)
 
 
@@ -162,14 +164,15 @@ class StoreModel:
         """
         assert self._pipeline is not None, "see pipeline"
         model = self._pipeline.model
-        if not model.is_anchored or self._config is None:
+        if not model.is_anchored:
             return model.reader.layout
-        if self._config.memory_writer != "matched" or not self._config.num_memory_tokens:
+        config = self._config or _sizes_of(model)
+        if config.memory_writer != "matched" or not config.num_memory_tokens:
             raise ValueError(
                 'config gives the sizes of an adapter\'s memories here: use memory_writer="matched", with '
                 "num_memory_tokens"
             )
-        layout = self._config.memory_layout(positions_for_memories(self._config, model))
+        layout = config.memory_layout(positions_for_memories(config, model))
         assert layout is not None, "see above"
         return layout
 

@@ -63,6 +63,17 @@ def test_replayed_segments_are_the_same_to_the_last_bit(made, monkeypatch, rows,
     assert made[-1].repeated.replays == 5
 
 
+def test_the_last_segment_of_a_text_is_of_another_kind(made, monkeypatch):
+    """Where what is held is matched again when a text has ended, as full as the segments before."""
+    model = network(beyond_budget="rematch_once")
+    ids = ids_of(16 * 12)
+    with without_graphs(monkeypatch):
+        expected = model.compress(ids, finish=True)
+    found = model.compress(ids, finish=True)
+    assert torch.equal(found.states, expected.states) and torch.equal(found.ages, expected.ages)
+    assert int(found.slots) == model.layout.budget < model.layout.most_slots and made[-1].repeated.replays > 0
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gpt2", "mistral"])
 def test_other_families(made, monkeypatch, family):
     model = network(family)

@@ -278,7 +278,10 @@ def test_slots_are_held_until_a_text_ends_and_matched_again_once(allocation, tmp
     if allocation == "uniform":
         assert ended.slots.tolist() == [2 * SLOTS]
     assert once.compress(None, memory=ended, finish=True).states is ended.states  # nothing is left to do
-    assert once(ids_of(5), memory=reading).logits.isfinite().all()
+    text = ids_of(5)
+    read = roomy(torch.cat([ids[:, 3 * LENGTH :], text], 1), memory=held).logits[:, LENGTH:]
+    assert torch.equal(once(text, memory=reading).logits, read)  # what waits is read before what follows
+    assert once.generate(text, memory=reading, max_new_tokens=3).shape[1] == 8
 
 
 def test_what_is_held_ends_at_the_reach():
@@ -386,6 +389,10 @@ def test_bad_input():
         network(memory_budget=SLOTS - 1)
     with pytest.raises(ValueError, match="too large to be matched together"):
         network(memory_budget=1025, beyond_budget="rematch_once")
+    full = {"segment_length": 60, "segment_overlap": 4, "num_memory_tokens": SLOTS}  # in 64 of 128 positions
+    assert network(**full).layout.segment_length == 60
+    with pytest.raises(ValueError, match="do not fit together"):  # no prompt behind a whole segment that waits
+        network(beyond_budget="rematch_once", **full)
     with pytest.raises(ValueError, match="is for memory tokens, not for matched memories"):
         R3MemConfig(memory_writer="matched", num_memory_tokens=4, memory_dropout=0.5)
     with pytest.raises(ValueError, match="nothing would learn"):

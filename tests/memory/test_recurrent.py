@@ -137,10 +137,11 @@ def test_attentions(implementation):
     assert difference(model(text, memory=memory).logits, whole) < 1e-4
 
 
+@pytest.mark.parametrize("beyond", ["rematch", "rematch_once"])
 @pytest.mark.parametrize("queries", ["own", "own+reread", "pairs"])
-def test_few_slots(queries):
+def test_few_slots(queries, beyond):
     """Keys and values are matched as ever, and states are those of the text, whatever the slots are."""
-    model = network(num_memory_tokens=5, memory_budget=10, beyond_budget="rematch", memory_queries=queries)
+    model = network(num_memory_tokens=5, memory_budget=10, beyond_budget=beyond, memory_queries=queries)
     model.questions_of = lambda ids: [ids[:3], ids[4:6]]
     context = ids_of(80, rows=2)
     memory = model.compress(context, finish=True)

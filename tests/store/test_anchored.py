@@ -163,6 +163,24 @@ def test_a_pipeline_of_an_adapter_is_found_from_elsewhere(opened, adapter, tmp_p
     assert bits_of(opened(model=None).memory("anna")) == bits_of(store.memory("anna"))
 
 
+def test_a_conversation_does_not_end(opened, adapter, folder, tmp_path):
+    """What an adapter does when a text has ended, a store does with each segment; asked for by name, it is refused."""
+    config = dataclasses.replace(CONFIG, beyond_budget="rematch_once")
+    store = opened("refused", model=str(folder), config=config)
+    with pytest.raises(ValueError, match='and a conversation goes on: use "rematch" or "forget"'):
+        store.add("x", user_id="anna")
+    assert opened("refused", model=str(folder), config=CONFIG).add("x", user_id="anna")  # nothing was written of it
+
+    ending = R3MemPipeline(adapter)
+    ending.model.r3mem_config = dataclasses.replace(ending.model.r3mem_config, beyond_budget="rematch_once")
+    ending.save(tmp_path / "ending")
+    store = opened("ends", model=R3MemPipeline(tmp_path / "ending"))
+    said(store)
+    memory = store.memory("anna")
+    assert memory.layout.beyond_budget == "rematch" and int(memory.slots[0]) > 0
+    assert bits_of(opened("ends", model=None).memory("anna")) == bits_of(memory)
+
+
 def test_anchors_that_have_learned_nothing_are_refused(opened, folder):
     config = dataclasses.replace(CONFIG, memory_writer="anchored")
     with pytest.raises(ValueError, match="is for adapters that have learned"):

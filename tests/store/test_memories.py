@@ -51,7 +51,7 @@ class Compressor:
     device = "cpu"
 
     def __init__(self, segment_length):
-        self.layout = SimpleNamespace(segment_length=segment_length, most_pinned=99)
+        self.layout = SimpleNamespace(segment_length=segment_length, most_pinned=99, waits=False)
 
     def empty_memory(self, *, pinned):
         return Tokens([], pinned)

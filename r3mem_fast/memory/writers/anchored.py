@@ -49,8 +49,8 @@ class AnchoredWriter(MatchedWriter):
     """Writes matched memories whose slots learn from anchors. Differentiable in adapters and in the embedding.
 
     No gradient passes through the choice of slots and the values that match; it passes through the changes, through
-    what is read behind a memory, and through slots that stay from earlier segments. Slots that are matched again, with
-    `beyond_budget="rematch"`, pass none on.
+    what is read behind a memory, and through slots that stay from earlier segments. Slots that are matched again pass
+    none on.
 
     Args:
         reader: Reads memories with the model's decoder.
