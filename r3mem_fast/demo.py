@@ -172,7 +172,7 @@ def _read_behind_memories(adapter: str, text: str, device: torch.device | str, c
             before, segment = window[:, :length], window[:, length:]
             logits = {
                 "tail": model(window[:, length - overlap :]).logits[:, -length:],
-                "memory": model(segment, memory=model.compress(before)).logits,
+                "memory": model(segment, memory=model.compress(before, finish=True)).logits,
                 "full": model(window).logits[:, -length:],
             }
             for name, values in logits.items():
