@@ -172,6 +172,21 @@ def test_anchors_behind_seven_segments():
         assert f"by {better['mean']:.3f} ({better['low']:.3f} to {better['high']:.3f})" in text
 
 
+def test_what_the_parts_are_worth():
+    text, found = text_of("docs/histories.md"), records("ablation_smollm2.jsonl")
+    default = [r for r in found if r.get("arm") == "default"]
+    means = {
+        name: sum(r[name] for r in default) / len(default) for name in default[0] if name.endswith(("nats", "tokens"))
+    }
+    assert len(default) == 10 and f"A page of about {means['context_tokens']:.0f} tokens" in text
+    assert f"{means['expand_nats']:.3f} nats a token from its query, {means['cycle_nats']:.3f} from its memory" in text
+    assert f"and {means['compress_nats']:.3f} of the query" in text
+    recalled = {
+        arm: sum(r.get("recalled", 0) for r in found if r["arm"] == arm) for arm in ("default", "document level alone")
+    }
+    assert recalled == {"default": 0, "document level alone": 7} and "7 of 10 pages are recalled" in text
+
+
 def test_what_refining_buys():
     found = records("refine_answers_smollm2.jsonl")
     gained = {record["gained_by"]: record["mean"] for record in found if record.get("of") == "nats"}
