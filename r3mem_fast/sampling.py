@@ -69,8 +69,10 @@ def generate_by_segments(network: Network, rows: Rows, settings: dict[str, Any])
     prompts = [len(text) for text in texts]
     compressed = [0] * len(texts)
     with evaluating(network):
+        # A memory that the base model reads becomes a prefix, which says what it is of.
+        origin = network.origin() if network.reads_as_base else None
         # Rows that have not ended, and their memory.
-        active, memory, written = list(range(len(texts))), network.new_memory(len(texts), origin=None), 0
+        active, memory, written = list(range(len(texts))), network.new_memory(len(texts), origin), 0
         while active and written < config.max_new_tokens:
             # The last token of a full segment is read again, because it predicts the first of the next one.
             full = [(len(texts[row]) - 1) // length * length for row in active]
