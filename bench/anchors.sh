@@ -63,7 +63,7 @@ measure rounded rounded_dialogue matched --kind dialogue --segments 32 "${rounde
 train final 360 "$folder/library.jsonl" "$asked" "$asked" "$asked" --model "$folder/limited" \
     --drawn-memory-tokens 64,32,16,16,8
 round_to final packaged
-measure packaged packaged_novels matched --kind novels --segments 100 --chains 0 --slots 64 16 8 --foreign 16 \
+measure packaged packaged_novels matched --kind novels --segments 200 --chains 0 --slots 64 16 8 --foreign 16 \
     --rivals --presses --adaptive
 measure packaged packaged_code matched --kind code --segments 64 "${rounded[@]}"
 measure packaged packaged_dialogue matched --kind dialogue --segments 32 "${rounded[@]}"
