@@ -205,14 +205,12 @@ def memory_adapters() -> str:
     return table(head, rows)
 
 
-_ABLATED = ("expand_nats", "cycle_nats", "compress_nats")
-
-
 def ablation() -> str:
     """Tabulate what each part of the method is worth."""
     head = ("instead of the default", "page from its query", "page from its memory", "query from the memory")
+    measures = ("expand_nats", "cycle_nats", "compress_nats")
     rows = [
-        (record["arm"], *(interval(record[name]) if name in record else "–" for name in _ABLATED))
+        (record["arm"], *(interval(record[name]) if name in record else "–" for name in measures))
         for record in records("ablation_smollm2")
         if "minus" in record
     ]

@@ -69,7 +69,7 @@ class MemoryLayout:
     @property
     def rematches(self) -> bool:
         """Whether slots beyond the budget are matched again."""
-        return self.beyond_budget in ("rematch", "rematch_once")
+        return self.waits or self.beyond_budget == "rematch"
 
     @property
     def most_matched(self) -> int:
@@ -86,7 +86,7 @@ class MemoryLayout:
         """Age in tokens up to which slots are matched again with newer ones; older ones go."""
         # The largest age may be any beyond it.
         most = self.reach - 1
-        if self.beyond_budget == "rematch_once":
+        if self.waits:
             return most
         segments = max(_LIFETIME, 2 * math.ceil(self.budget / self.num_memory_tokens))
         return min(segments * self.segment_length, most)

@@ -270,8 +270,8 @@ def test_slots_are_held_until_a_text_ends_and_matched_again_once(allocation, tmp
 
     ended = once.compress(None, memory=reading, finish=True)
     again = network(beyond_budget="rematch", **settings)
-    layout = dataclasses.replace(held, layout=again.layout, origin=again.origin())
-    wanted = again.compress(ids[:, 3 * LENGTH :], memory=layout, finish=True)
+    before = dataclasses.replace(held, layout=again.layout, origin=again.origin())
+    wanted = again.compress(ids[:, 3 * LENGTH :], memory=before, finish=True)
     assert torch.equal(ended.states, wanted.states) and torch.equal(ended.ages, wanted.ages)
     whole = once.compress(ids, finish=True)
     assert torch.equal(whole.states, ended.states)
@@ -387,8 +387,9 @@ def test_bad_input():
         assert model(ids_of(3), memory=memory).logits.isfinite().all()
     with pytest.raises(ValueError, match="do not fit together"):
         network(memory_budget=SLOTS - 1)
-    with pytest.raises(ValueError, match="too large to be matched together"):
-        network(memory_budget=1025, beyond_budget="rematch_once")
+    for beyond in ("rematch", "rematch_once"):
+        with pytest.raises(ValueError, match="too large to be matched together"):
+            network(memory_budget=1025, beyond_budget=beyond)
     full = {"segment_length": 60, "segment_overlap": 4, "num_memory_tokens": SLOTS}  # in 64 of 128 positions
     assert network(**full).layout.segment_length == 60
     with pytest.raises(ValueError, match="do not fit together"):  # no prompt behind a whole segment that waits
