@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench import anchored, compress_speed, matched, mixed_texts, perplexity, texts
+from bench.matched_arms import Arms
 from r3mem_fast import R3MemConfig, R3MemPipeline
 from r3mem_fast.adapter_folder import weights_of
 from r3mem_fast.data.corpus import read_texts
@@ -89,6 +90,8 @@ def test_anchors_that_have_learned_nothing_are_the_closed_form(folder, tmp_path,
         assert arms[arm.format("anchored")] == arms[arm.format(closed)]
     foreign = "foreign_3" if allocation == "uniform" else "foreign_adaptive_3"
     assert arms["foreign_anchored_3"] == arms[foreign] != arms["anchored_3"]
+    of_seven = arms["foreign_anchored_16_of_7"]
+    assert of_seven == arms[f"foreign_{closed}_16_of_7"] != arms["anchored_16_of_7"]
     better = {(r["arm"], r["nats_better_than"]): r["mean"] for r in found if "nats_better_than" in r and "arm" in r}
     places = {f"anchored_{arm}" for arm in ("3", "8", "16_of_7")}
     assert {arm: mean for (arm, rival), mean in better.items() if rival == closed and arm in places} == dict.fromkeys(
@@ -146,15 +149,15 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
     arguments += ["--model", str(folder), "--text", str(text), "--presses", "--rivals", "raw"]
     assert matched.main([*arguments, "--output", str(whole)]) == 0
     arguments += ["--output", str(output)]
-    measure, starts = matched._losses, []
+    measure, starts = Arms.behind_one, []
 
-    def interrupted(options, model, learned, tokenizer, places, foreign):
+    def interrupted(arms, places, foreign):
         if len(starts) == 2:
             raise KeyboardInterrupt
         starts.append(len(places))
-        return measure(options, model, learned, tokenizer, places, foreign)
+        return measure(arms, places, foreign)
 
-    monkeypatch.setattr(matched, "_losses", interrupted)
+    monkeypatch.setattr(Arms, "behind_one", interrupted)
     with pytest.raises(KeyboardInterrupt):
         matched.main(arguments)
     with pytest.raises(
