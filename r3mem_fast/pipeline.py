@@ -235,18 +235,22 @@ class R3MemPipeline:
         """
         self.model.check_memories()
         memory = None if memory is None else self._memory(memory)
+        sizes: dict[str, Any] = {"memory_tokens": memory_tokens, "memory_budget": memory_budget}
         if documents is None:
-            return self.model.compress(None, memory=memory, finish=finish, progress=progress)
+            if chat or tuple(levels) != ("document",):
+                raise ValueError("chat and levels say how texts are read: leave them out where there are none")
+            return self.model.compress(None, memory=memory, finish=finish, progress=progress, **sizes)
         rows_before = None if memory is None else memory.labels
         texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
         begins = memory is None and self.model.reader.layout.most_pinned > 0  # room for what begins a text
         rows, pinned = self.codec.histories(texts, chat=chat, begins=begins)
-        settings: dict[str, Any] = {"pinned": pinned, "memory_tokens": memory_tokens, "memory_budget": memory_budget}
         parts = []
         for start in range(0, len(rows), _BATCH):
             some = None if memory is None else memory[start : start + _BATCH]
             ids, mask = padded(rows[start : start + _BATCH])
-            parts.append(self.model.compress(ids, mask, some, finish=finish, progress=progress, **settings))
+            parts.append(
+                self.model.compress(ids, mask, some, finish=finish, pinned=pinned, progress=progress, **sizes)
+            )
         joined = Memory.cat(parts)
         origin = dataclasses.replace(joined.origin, tokenizer=self.codec.fingerprint)
         return dataclasses.replace(joined, origin=origin).labelled(labels)

@@ -121,6 +121,13 @@ def test_histories(memorised, tmp_path):
     ended = pipeline.compress(None, memory=memory, finish=True, progress=False)  # nothing new: the texts have ended
     at_once = pipeline.compress(texts, finish=True, progress=False)
     assert torch.equal(ended.states, at_once.states) and ended.labels == whole.labels and ended.origin == whole.origin
+    for settings, error in (
+        ({"memory_budget": 9}, "leave them out where a memory goes on"),
+        ({"chat": True}, "leave them out where there are none"),
+        ({"levels": ["paragraph"]}, "leave them out where there are none"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            pipeline.compress(None, memory=memory, **settings)
     memory.save(file)
     prompts = ["The ", "He said"]
     both = pipeline.generate(prompts, memory=file, max_new_tokens=5)
