@@ -73,6 +73,8 @@ done
 measure packaged packaged_chains matched --kind novels --segments 0 --chains 24 --chain-slots 64 --slots 64 \
     --beyond rematch --foreign --rivals --presses --adaptive
 measure packaged packaged_chains_once matched --kind novels --segments 0 --chains 24 --chain-slots 128 --slots 64 \
-    --beyond rematch_once --foreign --rivals --presses --adaptive
+    --beyond rematch_once --foreign 64 --rivals --presses --adaptive
 measure packaged packaged_answers memory_answers --kind xquad --ratios 4 8 16 --questions 80 --presses --adaptive \
     --new-tokens 1
+measure packaged packaged_pairs memory_answers --kind pairs --pairs 2 4 8 --characters 8 --questions 40 --ratios 4 \
+    --presses --adaptive --new-tokens 24

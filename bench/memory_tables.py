@@ -194,6 +194,21 @@ def packaged_answers() -> str:
     return table(("kept", "1/4", "1/8", "1/16"), rows)
 
 
+def packaged_pairs() -> str:
+    """Return the table of values of keys that are told behind the packaged adapter's memories of a quarter."""
+    _, *found = records("packaged_pairs_smollm2")
+    better = {r["pairs"]: r for r in found if r.get("nats_better_than") == "adaptive"}
+    rows = []
+    for pairs in dict.fromkeys(r["pairs"] for r in found):
+        told = {r["arm"]: r for r in found if r["pairs"] == pairs and "nats_per_answer_token" in r}
+        arms = (told[arm] for arm in ("nothing", "adaptive_4", "anchored_4", "full"))
+        cells = (f"{r['nats_per_answer_token']:.3f}, {r['contains']:.3f}" for r in arms)
+        rows.append((str(pairs), *cells, interval(better[pairs])))
+    names = ("pairs", "behind nothing", "matched", "**anchored**", "the whole text",
+             "anchored is better than matched by, nats a token")  # fmt: skip
+    return table(names, rows)
+
+
 def anchored_chains() -> str:
     """Return the table of seven segments in 152 slots: the oldest forgotten, or all matched again, or once."""
     arms = {"raw": _RIVALS["raw"], "matched": "matched, uniform", "adaptive": "matched, adaptive",
@@ -250,6 +265,27 @@ def refined_answers() -> str:
         "attended_adaptive_16": "most attended, own values, adaptive", "raw_16": _RIVALS["raw"],
     }  # fmt: skip
     return _gained("refine_answers_smollm2", arms, "1/16")
+
+
+def refined_novels() -> str:
+    """Return the table of how a novel is read on behind memories that were refined to the segment before."""
+    name = "refine_novels_smollm2"
+    nats = {r["arm"]: r["nats_per_token"] for r in records(name) if "nats_per_token" in r}
+    closed = {r["closed_by"]: r for r in records(name) if "closed_by" in r}
+    paired = [r for r in records(name) if "nats_better_than" in r]
+    better = {r["arm"]: r for r in paired if not r["nats_better_than"].endswith(" other")}
+    arms = {"16": "matched, adaptive, as it is"}
+    for steps in (4, 16):
+        arms |= {
+            f"16+{steps}": f"refined in {steps} steps",
+            f"16+{steps} other": f"refined in {steps} steps, asked for another text",
+        }
+    rows = []
+    for arm, what in arms.items():
+        arm = f"adaptive_{arm}"
+        cells = (interval(closed[arm]), interval(better[arm]) if arm in better else "–")
+        rows.append((what, f"{nats[arm]:.4f}", *cells))
+    return table(("16 slots", "nats a token", "share of the gap", "better than as it is by, nats a token"), rows)
 
 
 # Kinds of text that memories of adaptive allocation were measured on.
@@ -330,6 +366,7 @@ TABLES = {
     "anchored_memories": anchored_memories,
     "packaged_memories": packaged_memories,
     "packaged_answers": packaged_answers,
+    "packaged_pairs": packaged_pairs,
     "anchored_chains": anchored_chains,
     "text_adapter": text_adapter,
     "anchored_answers": anchored_answers,

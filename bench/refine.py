@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 80], help="(%(default)s)")
     parser.add_argument("--asked", choices=ASKED, nargs="+", default=["both"], help="see above (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=RefineSettings().learning_rate, help="(%(default)s)")
+    parser.add_argument(
+        "--continued-share", type=float, default=RefineSettings().continued_share, help="(%(default)s)"
+    )
     add_allocation_option(parser)
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are refined, too")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of texts (%(default)s)")
@@ -80,6 +83,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "kind": options.kind, "model": Path(options.model).name, "dtype": options.dtype, "steps": options.steps,
         "allocation": options.allocation, "ratio": options.ratio,
         "learning_rate": options.learning_rate, "asked_tokens": RefineSettings().asked_tokens,
+        "continued_share": options.continued_share,
         "threads": torch.get_num_threads(), "adapter": options.adapter and Path(options.adapter).name,
     }  # fmt: skip
     run = _on_answers if options.kind == "xquad" else _on_what_follows
@@ -137,7 +141,11 @@ class _Timed:
         }
         for asked in self._options.asked:
             for steps in self._options.steps:
-                settings = RefineSettings(steps=steps, learning_rate=self._options.learning_rate)
+                settings = RefineSettings(
+                    steps=steps,
+                    learning_rate=self._options.learning_rate,
+                    continued_share=self._options.continued_share,
+                )
                 by[asked](ids)  # which pipelines do once
                 with self.timed("step", steps):
                     report = refine(model, memory, [ids], by[asked], settings, progress=False)

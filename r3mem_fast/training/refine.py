@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..batching import unfinished_of
 from ..files import replacing
+from ..generation import continued
 from ..integrations.scoped import evaluating
 from ..memory.memory import Memory
 from ..model import R3MemModel
@@ -31,6 +32,8 @@ from .settings import RefineSettings
 
 # Gives what is read behind a memory, and behind its text, for a piece of that: token ids, int64 `[n]` each, of `[T]`.
 AskedOf = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+# Continuations that are sampled of a context, at one time.
+_CONTINUATIONS = 4
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -73,8 +76,9 @@ def refine(
 ) -> RefineReport:
     """Tune the values of memories to their own texts, row by row.
 
-    In each step a piece of a row's text is drawn, and something that asks for it. The base model reads that behind as
-    much of the text around the piece as `context_tokens` says, and behind the memory.
+    In each step a piece of a row's text is drawn, and something that asks for it, or in a share of the steps
+    (`continued_share`) a text that the base model itself goes on with. The base model reads that behind as much of the
+    text around the piece as `context_tokens` says, and behind the memory.
 
     Args:
         model: The model that made the memory.
@@ -147,6 +151,8 @@ class _Run:
         self._checkpoint, self._saved = checkpoint, time.monotonic()
         self.done = 0
         self.losses: list[list[float]] = [[] for _ in texts]
+        # Continuations of contexts: to sample them takes as long as a few steps.
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
         self._begin_row()
 
     def memory(self) -> Memory:
@@ -194,8 +200,18 @@ class _Run:
         count = own.sum((1, 2, 3, 4), keepdim=True).clamp_min(1)
         # The unit of a change is the size of a layer's values.
         self._unit = ((values.square() * own).sum((1, 2, 3, 4), keepdim=True) / count).sqrt()
+        self._most_asked = self._room_behind()
         self._change = torch.zeros_like(values, requires_grad=True)
         self._optimizer = torch.optim.Adam([self._change], betas=(0.9, 0.95))
+
+    def _room_behind(self):
+        """Tokens that are read behind the memory of the row at work at most, as the settings and positions allow."""
+        model, asked = self._model, self._settings.asked_tokens
+        carried = len(self._one.recent[0]) + len(self._one.unfinished[0])
+        if model.max_tokens is not None:
+            model.check_length(carried + 2, behind_memory=True)
+            asked = min(asked, model.max_tokens - model.reader.layout.first_position - carried)
+        return asked
 
     def _changed(self):
         """Values of the row at work, `[layers, 1, kv_heads, N, head_dim]`, in the model's dtype."""
@@ -208,13 +224,32 @@ class _Run:
         pinned, length = int(self._one.pinned_slots()[0]), self._one.layout.segment_length
         starts = range(pinned, max(pinned + 1, len(text)), length)
         start = draw.choice(starts)
-        asked = draw.choice(self._asked_of(text[start : start + length]))
-        if len(asked) > settings.asked_tokens:
-            first = draw.randrange(len(asked) - settings.asked_tokens + 1)
-            asked = asked[first : first + settings.asked_tokens]
         room = min(settings.context_tokens, len(text) - pinned)
+        if self._model.max_tokens is not None:
+            room = min(room, self._model.max_tokens - pinned - self._most_asked)
         first = min(max(pinned, start + length // 2 - room // 2), len(text) - room)
-        return torch.cat([text[:pinned], text[first : first + room]]), asked
+        context = torch.cat([text[:pinned], text[first : first + room]])
+        if draw.random() < settings.continued_share:
+            return context, draw.choice(self._continuations(context))
+        asked = draw.choice(self._asked_of(text[start : start + length]))
+        if len(asked) > self._most_asked:
+            first = draw.randrange(len(asked) - self._most_asked + 1)
+            asked = asked[first : first + self._most_asked]
+        return context, asked
+
+    def _continuations(self, context):
+        """What the model goes on with behind a context, sampled, the same whenever it is asked for: int64 `[4, n]`."""
+        key = tuple(context.tolist())
+        if key not in self._known:
+            ids, count = context.expand(_CONTINUATIONS, -1).to(self._model.device), self._most_asked
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(self._settings.seed)
+                found = continued(
+                    self._model, ids, torch.ones_like(ids), do_sample=True, top_k=0, min_new_tokens=count,
+                    max_new_tokens=count,
+                )  # fmt: skip
+            self._known[key] = found[:, len(context) :].cpu()
+        return self._known[key]
 
     def _divergence(self, context, asked):
         """Divergence of the predictions behind the memory from those behind the context, in nats a token."""
@@ -227,7 +262,6 @@ class _Run:
         one = dataclasses.replace(self._one, states=states)
         rows = unfinished_of(one, torch.device("cpu"))
         ids = torch.cat([rows.ids[rows.mask.bool()], asked])[None]
-        model.check_length(ids.shape[1], behind_memory=True)
         cache = model.reading_cache(one, keep=False)
         hidden = model.reader.decode(model.reader.embeddings_of(ids), torch.ones_like(ids), cache, ids=ids)
         found = model.head(hidden[:, -count:]).logits[0].float().log_softmax(-1)

@@ -114,6 +114,16 @@ class RefineSettings:
     context_tokens: int = setting(
         1024, "Tokens of the text, at most, that the model reads in a step to compare with.", group=OBJECTIVE, least=2
     )
+    continued_share: float = setting(
+        0.5,
+        "Share of the steps that read on behind the text, as the model itself goes on there, in place of what asks "
+        "for a piece of it. Without them a memory learns to be copied, and what follows is read worse.",
+        group=OBJECTIVE,
+        option="continued-share",
+        metavar="SHARE",
+        least=0,
+        most=1,
+    )
     checkpoint_seconds: float = setting(
         30.0, "Seconds between checkpoints.", group=RUN, option="checkpoint-seconds", metavar="SECONDS", least=0
     )

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, R3MemPipeline, RefineSettings
 from r3mem_fast.cli.main import main
 from r3mem_fast.memory.file import read_header
+from r3mem_fast.training import refine as refining
 from r3mem_fast.training.refine import refine
 from tests.reversible.tiny import build
 
 SLOTS, LENGTH = 4, 16
-QUICK = RefineSettings(steps=30, asked_tokens=16, learning_rate=0.1)
+QUICK = RefineSettings(steps=30, asked_tokens=16, learning_rate=0.1, continued_share=0.0)
 TEXT = "A fog came in from the sea, and the bell rang all night."
 
 
@@ -66,6 +67,30 @@ def test_behind_a_refined_memory_the_model_goes_on_more_as_behind_the_text(write
     assert any(report.losses[0][0] == pytest.approx(loss, rel=1e-3) for loss in losses)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_steps_reads_on_behind_the_text(share, monkeypatch):
+    """As the base model itself goes on there: sampled once of a text, and left out where nobody asks for it."""
+    model, text, asked, sampled = network(), ids_of(40), [], []
+    memory = model.compress(text[None], finish=True)
+    sample = refining.continued
+
+    def noted(*given, **settings):
+        sampled.append(given[1])
+        return sample(*given, **settings)
+
+    monkeypatch.setattr(refining, "continued", noted)
+    random_state = torch.get_rng_state()
+    chosen = dataclasses.replace(QUICK, steps=40, continued_share=share)
+    report = refine(model, memory, [text], lambda piece: asked.append(piece) or [piece], chosen, progress=False)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert (0 < len(asked) < 40) if share == 0.5 else (len(asked) == 40 * (share == 0))
+    assert len(sampled) == (share > 0) and all(torch.equal(ids[0], text) for ids in sampled)
+    if share == 1:
+        going_on = sample(model, text[None], torch.ones(1, 40), do_sample=True, max_new_tokens=16, min_new_tokens=16)
+        before, after = (divergence(model, some, text, going_on[0, 40:]) for some in (memory, report.memory))
+        assert after < before
+
+
 @settings(max_examples=12)
 @given(st.integers(20, 60), st.integers(0, 3), st.sampled_from(["rematch", "forget"]), st.booleans())
 def test_only_values_of_slots_that_are_not_pinned_change(tokens, pinned, beyond, finish):
@@ -96,10 +121,11 @@ def test_the_model_stays_as_it_is_and_rows_do_not_depend_on_each_other():
     assert not torch.equal(other.states, both.states)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_memory(tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_memory(tmp_path, monkeypatch):
     model, texts = network(), [ids_of(40), ids_of(33, seed=1)]
     memory = Memory.cat([model.compress(text[None], finish=True) for text in texts])
-    every = dataclasses.replace(QUICK, steps=6, checkpoint_seconds=0.0)
+    every = dataclasses.replace(QUICK, steps=6, checkpoint_seconds=0.0, continued_share=0.5)
+    draw = refining._Run._drawn
     whole = refine(model, memory, texts, itself, every, progress=False)
 
     class StopError(Exception):
@@ -108,15 +134,16 @@ def test_an_interrupted_run_goes_on_to_the_same_memory(tmp_path):
     for stop in (1, 4, 6, 9):
         calls = []
 
-        def stopping(piece, calls=calls, stop=stop):
-            calls.append(piece)
+        def stopping(run, drawn, calls=calls, stop=stop):
+            calls.append(run)
             if len(calls) > stop:
                 raise StopError
-            return [piece]
+            return draw(run, drawn)
 
         path = tmp_path / f"{stop}.part"
-        with pytest.raises(StopError):
-            refine(model, memory, texts, stopping, every, checkpoint=path, progress=False)
+        with monkeypatch.context() as patched, pytest.raises(StopError):
+            patched.setattr(refining._Run, "_drawn", stopping)
+            refine(model, memory, texts, itself, every, checkpoint=path, progress=False)
         report = refine(model, memory, texts, itself, every, checkpoint=path, progress=False)
         assert torch.equal(report.memory.states, whole.memory.states) and report.losses == whole.losses
     with pytest.raises(ValueError, match="another memory, text or settings"):
