@@ -7,9 +7,12 @@ Matched memories, and with --adapter anchored ones, are refined to their own tex
 tokens (kind xquad, asked as in `bench.memory_answers`), or of segments of 256 tokens (other kinds, read on as in
 `bench.matched`):
 
-    ARM+N        by the text itself and the queries of its hierarchy, in N steps, as `R3MemPipeline.refine` does
-    ARM+N text   by the text alone
-    ARM+N other  as ARM+N, but asked for another text: a control, for what would be learned from any text
+    ARM+N            in N steps, as `R3MemPipeline.refine` does: half by what asks for pieces of the text (the piece
+                     itself, the queries of its hierarchy), half by how the model goes on behind the text
+    ARM+N asked      by what asks alone
+    ARM+N text       by the pieces alone
+    ARM+N continued  by how the model goes on alone
+    ARM+N other      by what asks for another text: a control, for what would be learned from any text
 
 Measured are shares of what the whole text gains over nothing, and by how many nats refined memories are better, with
 bootstrapped intervals of 95 % over texts, and seconds: of a step, and of compressing.
@@ -44,7 +47,7 @@ from .rivals import laid_out
 from .texts import KINDS as TEXTS
 from .texts import texts_of
 
-ASKED = ("both", "text", "other")
+ASKED = ("both", "asked", "text", "continued", "other")
 _LENGTH, _TAIL = 256, 32
 
 
@@ -62,9 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 80], help="(%(default)s)")
     parser.add_argument("--asked", choices=ASKED, nargs="+", default=["both"], help="see above (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=RefineSettings().learning_rate, help="(%(default)s)")
-    parser.add_argument(
-        "--continued-share", type=float, default=RefineSettings().continued_share, help="(%(default)s)"
-    )
     add_allocation_option(parser)
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are refined, too")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of texts (%(default)s)")
@@ -83,7 +83,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "kind": options.kind, "model": Path(options.model).name, "dtype": options.dtype, "steps": options.steps,
         "allocation": options.allocation, "ratio": options.ratio,
         "learning_rate": options.learning_rate, "asked_tokens": RefineSettings().asked_tokens,
-        "continued_share": options.continued_share,
+        "continued_share": RefineSettings().continued_share,
         "threads": torch.get_num_threads(), "adapter": options.adapter and Path(options.adapter).name,
     }  # fmt: skip
     run = _on_answers if options.kind == "xquad" else _on_what_follows
@@ -134,21 +134,22 @@ class _Timed:
             ids: Token ids that it was made of, int64 `[T]`.
             other: Token ids of another text.
         """
+        share = {"both": RefineSettings().continued_share, "continued": 1.0}
         by: dict[str, Callable] = {
-            "both": self._asking,
             "text": lambda piece: self._asking(piece)[:1],
             "other": lambda piece: self._asking(other),
         }
         for asked in self._options.asked:
+            asked_of = by.get(asked, self._asking)
             for steps in self._options.steps:
                 settings = RefineSettings(
                     steps=steps,
                     learning_rate=self._options.learning_rate,
-                    continued_share=self._options.continued_share,
+                    continued_share=share.get(asked, 0.0),
                 )
-                by[asked](ids)  # which pipelines do once
+                asked_of(ids)  # which pipelines do once
                 with self.timed("step", steps):
-                    report = refine(model, memory, [ids], by[asked], settings, progress=False)
+                    report = refine(model, memory, [ids], asked_of, settings, progress=False)
                 yield f"{arm}+{steps}{'' if asked == 'both' else f' {asked}'}", report.memory
 
 
@@ -211,8 +212,9 @@ def _better(
         unrefined: Gives the arm of memories as they were, for what stands before the "+" of a refined one's.
     """
     for arm, values in nats.items():
-        if "+" in arm and " " not in arm:
-            for rival in (unrefined(arm.partition("+")[0]), f"{arm} other"):
+        way, _, asked = arm.partition(" ")
+        if "+" in arm and asked != "other":
+            for rival in (unrefined(arm.partition("+")[0]), f"{way} other"):
                 if rival in nats:
                     yield {"arm": arm, "nats_better_than": rival, **interval(nats[rival] - values, counts)}
 

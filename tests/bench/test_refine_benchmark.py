@@ -48,16 +48,22 @@ def measured(folder, data, *arguments):
 
 @pytest.mark.parametrize(("allocation", "closed"), [("uniform", "matched"), ("adaptive", "adaptive")])
 def test_answers_behind_refined_memories(folder, data, small, allocation, closed):
-    chosen = "--kind xquad --questions 6 --slots 4 --ratio 3 --steps 1 2 --asked both text other --allocation"
+    asked = "both asked text continued other"
+    chosen = f"--kind xquad --questions 6 --slots 4 --ratio 3 --steps 1 2 --asked {asked} --allocation"
     found = measured(folder, data, *chosen.split(), allocation)
-    refined = {f"{closed}+{steps}{by}" for steps in (1, 2) for by in ("", " text", " other")}
+    refined = {f"{closed}+{steps}{by}" for steps in (1, 2) for by in ("", " asked", " text", " continued", " other")}
     kept = {"full", "nothing", "raw_3", "even_3", "attended_3", "matched_3"}
     kept |= {"adaptive_3", "attended_adaptive_3"} if allocation == "adaptive" else set()
     assert {record["arm"] for record in found if "f1" in record} == kept | refined
     assert refined <= {record["gained_by"] for record in found if "gained_by" in record}
-    assert {"seconds_of": "step", "mean": pytest.approx(0.1, abs=10), "count": 18} in found
+    assert {"seconds_of": "step", "mean": pytest.approx(0.1, abs=10), "count": 30} in found
     better = {(r["arm"], r["nats_better_than"]): r["mean"] for r in found if "nats_better_than" in r}
-    rivals = {(f"{closed}+{n}", rival) for n in (1, 2) for rival in (f"{closed}_3", f"{closed}+{n} other")}
+    rivals = {
+        (f"{closed}+{n}{by}", rival)
+        for n in (1, 2)
+        for by in ("", " asked", " text", " continued")
+        for rival in (f"{closed}_3", f"{closed}+{n} other")
+    }
     assert better.keys() == rivals
     nats = {record["arm"]: record["nats_per_answer_token"] for record in found if "f1" in record}
     for (arm, rival), mean in better.items():
