@@ -16,7 +16,7 @@ from r3mem_fast.config import R3MemConfig
 from r3mem_fast.settings import default_text, settings_of
 from r3mem_fast.training.settings import RefineSettings, RememberSettings, TrainSettings
 
-from . import coupling_tables, inference_tables, kernel_tables, memory_tables, store_tables
+from . import coupling_tables, inference_tables, kernel_tables, memory_tables, store_tables, trained_tables
 from .markdown import ROOT, interval, records, table
 
 _BLOCK = re.compile(r"(<!-- table: ([a-z_0-9]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -333,6 +333,7 @@ TABLES = {
     **inference_tables.TABLES,
     **kernel_tables.TABLES,
     **memory_tables.TABLES,
+    **trained_tables.TABLES,
     **store_tables.TABLES,
     "cli": cli,
     "r3mem_config": lambda: _settings(R3MemConfig),
