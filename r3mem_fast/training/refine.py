@@ -32,7 +32,7 @@ from .settings import RefineSettings
 
 # Gives what is read behind a memory, and behind its text, for a piece of that: token ids, int64 `[n]` each, of `[T]`.
 AskedOf = Callable[[torch.Tensor], Sequence[torch.Tensor]]
-# Continuations that are sampled of a context, at one time.
+# Continuations that are sampled of a text, at one time.
 _CONTINUATIONS = 4
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -76,9 +76,9 @@ def refine(
 ) -> RefineReport:
     """Tune the values of memories to their own texts, row by row.
 
-    In each step a piece of a row's text is drawn, and something that asks for it, or in a share of the steps
-    (`continued_share`) a text that the base model itself goes on with. The base model reads that behind as much of the
-    text around the piece as `context_tokens` says, and behind the memory.
+    In a share of the steps (`continued_share`) the base model reads what it itself goes on with behind the text, in
+    the others something that asks for a piece of the text: behind as much of the text as `context_tokens` says, its
+    end or what is around the piece, and behind the memory.
 
     Args:
         model: The model that made the memory.
@@ -151,8 +151,6 @@ class _Run:
         self._checkpoint, self._saved = checkpoint, time.monotonic()
         self.done = 0
         self.losses: list[list[float]] = [[] for _ in texts]
-        # Continuations of contexts: to sample them takes as long as a few steps.
-        self._known: dict[tuple[int, ...], torch.Tensor] = {}
         self._begin_row()
 
     def memory(self) -> Memory:
@@ -194,6 +192,7 @@ class _Run:
         values = self._one.states[:, 1].float()
         # Slots that are there, but pinned ones, which are tokens of the text as they are.
         slots, pinned = values.shape[3], int(self._one.pinned_slots()[0])
+        self._pinned, self._sampled = pinned, None
         places = torch.arange(slots, device=values.device)
         own = (places >= slots - int(self._one.visible_on_host().sum()) + pinned) & (self._one.ages > 0)
         own = self._may_change = own[..., None].expand(values.shape).float()
@@ -219,37 +218,42 @@ class _Run:
         return (values.float() + self._change * self._unit).to(values.dtype)
 
     def _drawn(self, draw):
-        """Draw a piece of the row's text: what stands around it, and what asks for it, int64 `[n]` each."""
-        settings, text = self._settings, self._texts[self._row]
-        pinned, length = int(self._one.pinned_slots()[0]), self._one.layout.segment_length
-        starts = range(pinned, max(pinned + 1, len(text)), length)
-        start = draw.choice(starts)
-        room = min(settings.context_tokens, len(text) - pinned)
-        if self._model.max_tokens is not None:
-            room = min(room, self._model.max_tokens - pinned - self._most_asked)
-        first = min(max(pinned, start + length // 2 - room // 2), len(text) - room)
-        context = torch.cat([text[:pinned], text[first : first + room]])
-        if draw.random() < settings.continued_share:
-            return context, draw.choice(self._continuations(context))
+        """Draw what is read in a step, int64 `[n]` each: some of the row's text, and what comes behind it.
+
+        Behind the text's end it is how the model goes on there, else something that asks for a piece of the text.
+        """
+        text, pinned, length = self._texts[self._row], self._pinned, self._one.layout.segment_length
+        start = draw.choice(range(pinned, max(pinned + 1, len(text)), length))
+        if draw.random() < self._settings.continued_share:
+            return self._around(len(text)), draw.choice(self._continuations())
         asked = draw.choice(self._asked_of(text[start : start + length]))
         if len(asked) > self._most_asked:
             first = draw.randrange(len(asked) - self._most_asked + 1)
             asked = asked[first : first + self._most_asked]
-        return context, asked
+        return self._around(start + length // 2), asked
 
-    def _continuations(self, context):
-        """What the model goes on with behind a context, sampled, the same whenever it is asked for: int64 `[4, n]`."""
-        key = tuple(context.tolist())
-        if key not in self._known:
-            ids, count = context.expand(_CONTINUATIONS, -1).to(self._model.device), self._most_asked
+    def _around(self, place):
+        """As much of the row's text around a place as the settings and positions allow, and what is pinned."""
+        text, pinned = self._texts[self._row], self._pinned
+        room = min(self._settings.context_tokens, len(text) - pinned)
+        if self._model.max_tokens is not None:
+            room = min(room, self._model.max_tokens - pinned - self._most_asked)
+        first = min(max(pinned, place - room // 2), len(text) - room)
+        return torch.cat([text[:pinned], text[first : first + room]])
+
+    def _continuations(self):
+        """What the model goes on with behind the row's text, int64 `[4, n]`: sampled once, the same in every run."""
+        if self._sampled is None:
+            context, count = self._around(len(self._texts[self._row])), self._most_asked
+            ids = context.expand(_CONTINUATIONS, -1).to(self._model.device)
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(self._settings.seed)
                 found = continued(
                     self._model, ids, torch.ones_like(ids), do_sample=True, top_k=0, min_new_tokens=count,
                     max_new_tokens=count,
                 )  # fmt: skip
-            self._known[key] = found[:, len(context) :].cpu()
-        return self._known[key]
+            self._sampled = found[:, len(context) :].cpu()
+        return self._sampled
 
     def _divergence(self, context, asked):
         """Divergence of the predictions behind the memory from those behind the context, in nats a token."""

@@ -68,9 +68,10 @@ def test_behind_a_refined_memory_the_model_goes_on_more_as_behind_the_text(write
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_the_steps_reads_on_behind_the_text(share, monkeypatch):
-    """As the base model itself goes on there: sampled once of a text, and left out where nobody asks for it."""
-    model, text, asked, sampled = network(), ids_of(40), [], []
+@pytest.mark.parametrize(("writer", "family"), [("matched", "llama"), ("anchored", "llama"), ("matched", "gpt2")])
+def test_a_share_of_the_steps_reads_on_behind_the_text(writer, family, share, monkeypatch):
+    """As the base model itself goes on behind its end: sampled once, and not where nobody asks for it."""
+    model, text, asked, sampled = network(writer, family, learned=0.1 * (writer == "anchored")), ids_of(40), [], []
     memory = model.compress(text[None], finish=True)
     sample = refining.continued
 
@@ -80,14 +81,18 @@ def test_a_share_of_the_steps_reads_on_behind_the_text(share, monkeypatch):
 
     monkeypatch.setattr(refining, "continued", noted)
     random_state = torch.get_rng_state()
-    chosen = dataclasses.replace(QUICK, steps=40, continued_share=share)
+    chosen = dataclasses.replace(QUICK, steps=40, continued_share=share, context_tokens=30)
     report = refine(model, memory, [text], lambda piece: asked.append(piece) or [piece], chosen, progress=False)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert (0 < len(asked) < 40) if share == 0.5 else (len(asked) == 40 * (share == 0))
-    assert len(sampled) == (share > 0) and all(torch.equal(ids[0], text) for ids in sampled)
+    assert len(sampled) == (share > 0) and all(torch.equal(row, text[-30:]) for ids in sampled for row in ids)
     if share == 1:
-        going_on = sample(model, text[None], torch.ones(1, 40), do_sample=True, max_new_tokens=16, min_new_tokens=16)
-        before, after = (divergence(model, some, text, going_on[0, 40:]) for some in (memory, report.memory))
+        ends = {"do_sample": True, "top_k": 0, "max_new_tokens": 16, "min_new_tokens": 16}
+        with model.disable_adapters():  # others than were learned from
+            others = sample(model, text[-30:].expand(8, -1), torch.ones(8, 30), **ends)[:, 30:]
+        before, after = (
+            sum(divergence(model, some, text[-30:], other) for other in others) for some in (memory, report.memory)
+        )
         assert after < before
 
 
