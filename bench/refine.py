@@ -15,12 +15,14 @@ tokens (kind xquad, asked as in `bench.memory_answers`), or of segments of 256 t
     ARM+N other      by what asks for another text: a control, for what would be learned from any text
 
 Measured are shares of what the whole text gains over nothing, and by how many nats refined memories are better, with
-bootstrapped intervals of 95 % over texts, and seconds: of a step, and of compressing.
+bootstrapped intervals of 95 % over texts, and seconds: of a step, and of compressing. With --output, the same command
+goes on where it was interrupted.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +48,7 @@ from .records import add_output_option, add_records
 from .rivals import laid_out
 from .texts import KINDS as TEXTS
 from .texts import texts_of
+from .unfinished import Unfinished, settings_of
 
 ASKED = ("both", "asked", "text", "continued", "other")
 _LENGTH, _TAIL = 256, 32
@@ -88,7 +91,9 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
     run = _on_answers if options.kind == "xquad" else _on_what_follows
     timed = _Timed(options, AskingTexts(TextCodec(tokenizer)))
-    yield from run(options, model, learned, tokenizer, timed)
+    unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=False)
+    yield from run(options, model, learned, tokenizer, timed, unfinished)
+    unfinished.remove()
     for what, seconds in timed.seconds.items():
         yield {"seconds_of": what, "mean": round(sum(seconds) / len(seconds), 3), "count": len(seconds)}
 
@@ -153,7 +158,7 @@ class _Timed:
                 yield f"{arm}+{steps}{'' if asked == 'both' else f' {asked}'}", report.memory
 
 
-def _on_answers(options, model, learned, tokenizer, timed):
+def _on_answers(options, model, learned, tokenizer, timed, unfinished):
     """Ask about paragraphs behind refined memories of them."""
     kind = KINDS["xquad"]
     options.instruction, options.opener, options.new_tokens = kind.instruction, kind.opener, kind.new_tokens
@@ -162,38 +167,50 @@ def _on_answers(options, model, learned, tokenizer, timed):
     closed = "adaptive" if options.adaptive else "matched"
     groups = chosen_groups(read_xquad(options.data), options.questions, options.seed)
     prompts = [prompt_of(options, tokenizer, group) for group in groups]
-    found = []
-    for index, prompt in enumerate(tqdm(prompts, disable=options.json, desc="Refining")):
+
+    def measured(index: int) -> dict[str, dict]:
+        prompt, other = prompts[index], prompts[(index + len(prompts) // 2) % len(prompts)].context[0]
         memories = memories_of(options, model, learned, prompt)
-        other = prompts[(index + len(prompts) // 2) % len(prompts)].context[0]
         ids = torch.cat([prompt.before, prompt.context], 1)[0]
         with laid_out(model, memories["full"].layout):
             for arm in (closed, "anchored")[: 1 if learned is None else 2]:
                 refined = timed.refined(model, arm, memories[f"{arm}_{options.ratio}"], ids, other)
                 memories |= {name: dataclasses.replace(memory, refined=None) for name, memory in refined}
-        found.append(graded(options, model, tokenizer, prompt, memories))
+        return graded(options, model, tokenizer, prompt, memories)
+
+    found = [
+        unfinished.once("paragraphs", index, functools.partial(measured, index))
+        for index in tqdm(range(len(prompts)), disable=options.json, desc="Refining")
+    ]
     sums, counts = yield from gains(prompts, found)
     nats = {arm: values for (arm, measure), values in sums.items() if measure == "nats"}
     yield from _better(nats, counts, lambda arm: f"{arm}_{options.ratio}")
 
 
-def _on_what_follows(options, model, learned, tokenizer, timed):
+def _on_what_follows(options, model, learned, tokenizer, timed, unfinished):
     """Read on behind refined memories of segments."""
     opening, texts = opening_ids(tokenizer), texts_of(options.kind, options.data)
     places = places_of(texts, tokenizer, _LENGTH, held_out=0.5, count=options.segments, before=1)
-    losses: dict[str, list[float]] = {}
-    for index, place in enumerate(tqdm(places, disable=options.json, desc="Refining")):
-        before, segment = begun(opening, place.segments[:1], replace=True), place.segments[1:]
-        other = places[(index + len(places) // 2) % len(places)].segments[0]
+
+    def measured(index: int) -> dict[str, float]:
+        segments, other = places[index].segments, places[(index + len(places) // 2) % len(places)].segments[0]
+        before, segment = begun(opening, segments[:1], replace=True), segments[1:]
+        losses = {}
         for arm, memory in _memories(options, model, learned, tokenizer, timed, before, other):
             with torch.no_grad(), laid_out(model, memory.layout):
-                losses.setdefault(arm, []).append(_nats(model(segment, memory=memory).logits, segment))
+                losses[arm] = _nats(model(segment, memory=memory).logits, segment)
         for arm, ids in (("full", before), ("tail", begun(opening, before[:, -_TAIL:]))):
             with torch.no_grad(), model.disable_adapters():
                 logits = model.plain_model(torch.cat([ids, segment], 1), use_cache=False).logits
-            losses.setdefault(arm, []).append(_nats(logits[:, -_LENGTH:], segment))
+            losses[arm] = _nats(logits[:, -_LENGTH:], segment)
+        return losses
+
+    losses = [
+        unfinished.once("segments", index, functools.partial(measured, index))
+        for index in tqdm(range(len(places)), disable=options.json, desc="Refining")
+    ]
     yield {"segments": len(places)}
-    found = {arm: torch.tensor(values) for arm, values in losses.items()}
+    found = {arm: torch.tensor([one[arm] for one in losses]) for arm in losses[0]}
     for arm, values in found.items():
         yield {"arm": arm, "nats_per_token": round(values.mean().item(), 4)}
         if arm not in ("full", "tail"):

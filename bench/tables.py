@@ -131,7 +131,8 @@ def expand() -> str:
     head = ("documents, placement", "read from", "exact", "edit distance", "more than from its own (95 % CI)")
     rows = []
     names = {"seen": "seen", "unseen": "unseen, learned", "unseen_matched": "unseen, matched",
-             "help_tokens": "help, learned", "help_matched": "help, matched"}  # fmt: skip
+             "unseen_matched_8": "unseen, matched, 8 slots", "help_tokens": "help, learned",
+             "help_matched": "help, matched"}  # fmt: skip
     for name, what in names.items():
         for record in records(f"expand_{name}_smollm2"):
             more = record.get("more_than_own")

@@ -104,7 +104,8 @@ def packaged_pairs() -> str:
 def anchored_chains() -> str:
     """Return the table of seven segments in 152 slots: the oldest forgotten, or all matched again, or once."""
     arms = {"raw": RIVALS["raw"], "matched": "matched, uniform", "adaptive": "matched, adaptive",
-            "anchored": "**anchored, adaptive**"}  # fmt: skip
+            "anchored": "**anchored, adaptive**", "foreign_adaptive": "matched, adaptive, of another text",
+            "foreign_anchored": "anchored, adaptive, of another text"}  # fmt: skip
     files = {"21 slots of each": "anchored_adaptive_chains", "64 of each, matched again": "packaged_chains",
              "128 of each, matched again once": "packaged_chains_once"}  # fmt: skip
     rows = []
@@ -113,6 +114,7 @@ def anchored_chains() -> str:
         rows += [
             (f"{what}, {head['chains']} places", label, interval(closed[f"{arm}_152_of_7", "full_of_7"]))
             for arm, label in arms.items()
+            if (f"{arm}_152_of_7", "full_of_7") in closed
         ]
     return table(("kept", "memory", "share of all seven"), rows)
 

@@ -82,6 +82,29 @@ def test_what_follows_behind_refined_memories(folder, data, small, allocation, c
     assert nats[f"{closed}_8+1"] == nats[f"{closed}_8"] != nats[f"{closed}_4"] == nats[f"{closed}_4+1"]
 
 
+@pytest.mark.parametrize("kind", ["xquad", "help"])
+def test_an_interrupted_run_goes_on(folder, data, small, monkeypatch, kind):
+    """The same command refines what is missing, to what a run without an interruption writes."""
+    chosen = f"--kind {kind} --segments 3 --questions 6 --slots 4 --ratio 3 --steps 1 --asked both".split()
+    whole, run, texts = measured(folder, data, *chosen), refine.refine, []
+
+    def interrupted(*given, **settings):
+        if len(texts) == 2:
+            raise KeyboardInterrupt
+        texts.append(given)
+        return run(*given, **settings)
+
+    (data / "out.jsonl").unlink()
+    monkeypatch.setattr(refine, "refine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(folder, data, *chosen)
+    assert (data / "out.jsonl.unfinished").exists()
+    texts.clear()
+    found = measured(folder, data, *chosen)
+    assert len(texts) == 1 and not (data / "out.jsonl.unfinished").exists()
+    assert [r for r in found if "seconds_of" not in r] == [r for r in whole if "seconds_of" not in r]
+
+
 @pytest.mark.parametrize("talks", [False, True])
 def test_windows_ask_for_their_passage(folder, tmp_path, monkeypatch, talks):
     model, tokenizer = load_model(folder)
