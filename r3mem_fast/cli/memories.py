@@ -157,7 +157,8 @@ def _refine_to(options: argparse.Namespace) -> int:
     report.memory.save(options.output)
     unfinished.unlink(missing_ok=True)
     if options.json:
-        print(json.dumps({"rows": len(memory), "steps": report.steps, "losses": report.losses}))
+        found = {"losses": report.losses, "continued": report.continued}
+        print(json.dumps({"rows": len(memory), "steps": report.steps, **found}))
     else:
         print(f"{options.output}: {report}")
     return 0

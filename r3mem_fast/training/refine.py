@@ -46,22 +46,38 @@ class RefineReport:
         steps: Steps that each row took, including those before an interruption.
         seconds: Seconds that this process took.
         losses: Divergence in each step, in nats a token, a list for each row.
+        continued: Whether each of these steps read on behind the text, in place of what asks for a piece of it.
     """
 
     memory: Memory
     steps: int
     seconds: float
     losses: list[list[float]]
+    continued: list[list[bool]]
 
     def __str__(self) -> str:
-        # A step asks for one piece of a text, and pieces differ: a quarter of the steps says more than one of them.
-        part = max(1, self.steps // 4)
-        ends = [(sum(row[:part]) / part, sum(row[-part:]) / part) for row in self.losses if row]
-        first, last = (sum(values) / len(ends) for values in zip(*ends, strict=True)) if ends else (0.0, 0.0)
+        said = [
+            f"{name} {found}"
+            for name, kind in (("what asks for them", False), ("what follows them", True))
+            if (found := self._from_first_to_last(kind))
+        ]
         return (
-            f"{len(self.memory)} rows, {self.steps} steps each: {first:.3f} nats a token from their text in the first "
-            f"{part} steps, {last:.3f} in the last; {self.seconds:.0f} s"
+            f"{len(self.memory)} rows, {self.steps} steps each, in nats a token from their texts: {', '.join(said)}; "
+            f"{self.seconds:.0f} s"
         )
+
+    def _from_first_to_last(self, kind: bool) -> str:
+        """Mean divergence in the first and the last quarter of the steps of a kind; "" if there are none.
+
+        A step reads one piece of a text, and pieces differ, so that one step alone says little.
+        """
+        first, last = [], []
+        for losses, kinds in zip(self.losses, self.continued, strict=True):
+            some = [loss for loss, its in zip(losses, kinds, strict=True) if its == kind]
+            part = max(1, len(some) // 4)
+            first += some[:part]
+            last += some[-part:]
+        return f"{sum(first) / len(first):.3f} at first, {sum(last) / len(last):.3f} at last" if first else ""
 
 
 def refine(
@@ -111,7 +127,7 @@ def refine(
         while run.done < total:
             bar.set_postfix(loss=f"{run.step():.3f}")
             bar.update()
-    return RefineReport(run.memory(), settings.steps, time.monotonic() - started, run.losses)
+    return RefineReport(run.memory(), settings.steps, time.monotonic() - started, run.losses, run.continued)
 
 
 def _refuse(model, memory, texts):
@@ -142,6 +158,7 @@ class _Run:
     Attributes:
         done: Steps that have been done, of all rows.
         losses: Divergence in each step, a list for each row.
+        continued: Whether each step read on behind the text, a list for each row.
     """
 
     def __init__(self, model, memory, texts, asked_of, settings, checkpoint):
@@ -151,6 +168,7 @@ class _Run:
         self._checkpoint, self._saved = checkpoint, time.monotonic()
         self.done = 0
         self.losses: list[list[float]] = [[] for _ in texts]
+        self.continued: list[list[bool]] = [[] for _ in texts]
         self._begin_row()
 
     def memory(self) -> Memory:
@@ -168,7 +186,7 @@ class _Run:
         draw = random.Random(f"{self._settings.seed} {row} {number}")
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * (0.5 + 0.5 * math.cos(math.pi * number / steps))
-        context, asked = self._drawn(draw)
+        context, asked, is_continuation = self._drawn(draw)
         with torch.enable_grad():
             loss = self._divergence(context, asked)
             loss.backward()
@@ -176,6 +194,7 @@ class _Run:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.losses[row].append(loss.item())
+        self.continued[row].append(is_continuation)
         self.done += 1
         if self.done % steps == 0:
             self._values[:, row] = self._changed().detach()[:, 0]
@@ -218,19 +237,20 @@ class _Run:
         return (values.float() + self._change * self._unit).to(values.dtype)
 
     def _drawn(self, draw):
-        """Draw what is read in a step, int64 `[n]` each: some of the row's text, and what comes behind it.
+        """Draw what is read in a step: some of the row's text, what comes behind it, and which kind that is.
 
-        Behind the text's end it is how the model goes on there, else something that asks for a piece of the text.
+        Token ids, int64 `[n]` each. Either the end of the text and how the model goes on there (True), or what is
+        around a piece and something that asks for it (False).
         """
         text, pinned, length = self._texts[self._row], self._pinned, self._one.layout.segment_length
         start = draw.choice(range(pinned, max(pinned + 1, len(text)), length))
         if draw.random() < self._settings.continued_share:
-            return self._around(len(text)), draw.choice(self._continuations())
+            return self._around(len(text)), draw.choice(self._continuations()), True
         asked = draw.choice(self._asked_of(text[start : start + length]))
         if len(asked) > self._most_asked:
             first = draw.randrange(len(asked) - self._most_asked + 1)
             asked = asked[first : first + self._most_asked]
-        return self._around(start + length // 2), asked
+        return self._around(start + length // 2), asked, False
 
     def _around(self, place):
         """As much of the row's text around a place as the settings and positions allow, and what is pinned."""
@@ -275,7 +295,7 @@ class _Run:
         """Write the state into the checkpoint."""
         state = self._optimizer.state.get(self._change, {})
         tensors = {"values": self._values, "change": self._change.detach(), **{n: state[n] for n in _MOMENTS if state}}
-        described = {"run": self._identity(), "done": self.done, "losses": self.losses}
+        described = {"run": self._identity(), "done": self.done, "losses": self.losses, "continued": self.continued}
         with replacing(self._checkpoint) as path:
             tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
             save_file(tensors, path, {"r3mem": json.dumps(described)})
@@ -286,7 +306,8 @@ class _Run:
             with safe_open(self._checkpoint, "pt") as file:
                 state = json.loads((file.metadata() or {})["r3mem"])
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            identity, self.done, self.losses = state["run"], state["done"], state["losses"]
+            identity, self.done = state["run"], state["done"]
+            self.losses, self.continued = state["losses"], state["continued"]
         except (SafetensorError, ValueError, KeyError, TypeError):
             raise ValueError(f"{self._checkpoint} is damaged; delete it to start again") from None
         if identity != self._identity():

@@ -84,6 +84,8 @@ def test_a_share_of_the_steps_reads_on_behind_the_text(writer, family, share, mo
     chosen = dataclasses.replace(QUICK, steps=40, continued_share=share, context_tokens=30)
     report = refine(model, memory, [text], lambda piece: asked.append(piece) or [piece], chosen, progress=False)
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert len(report.losses[0]) == 40 and report.continued[0].count(False) == len(asked)
+    assert [name in str(report) for name in ("what asks for them", "what follows them")] == [share < 1, share > 0]
     assert (0 < len(asked) < 40) if share == 0.5 else (len(asked) == 40 * (share == 0))
     assert len(sampled) == (share > 0) and all(torch.equal(row, text[-30:]) for ids in sampled for row in ids)
     if share == 1:
@@ -151,6 +153,7 @@ def test_an_interrupted_run_goes_on_to_the_same_memory(tmp_path, monkeypatch):
             refine(model, memory, texts, itself, every, checkpoint=path, progress=False)
         report = refine(model, memory, texts, itself, every, checkpoint=path, progress=False)
         assert torch.equal(report.memory.states, whole.memory.states) and report.losses == whole.losses
+        assert report.continued == whole.continued
     with pytest.raises(ValueError, match="another memory, text or settings"):
         refine(model, memory, texts, itself, QUICK, checkpoint=path, progress=False)
     path.write_bytes(b"half a file")
