@@ -197,14 +197,23 @@ def test_what_the_parts_are_worth():
 
 
 def test_what_refining_buys():
-    found = records("refine_answers_smollm2.jsonl")
+    """Answers gain from what asks for the text, and what follows is read worse for it: the page says both."""
+    found, text = records("refine_answers_smollm2.jsonl"), text_of("docs/memory.md")
     gained = {record["gained_by"]: record["mean"] for record in found if record.get("of") == "nats"}
-    shares = [gained[arm] for arm in ("adaptive_16", "adaptive+4", "adaptive+16", "adaptive+16 other")]
+    better = {(r["arm"], r["nats_better_than"]): r for r in found if "nats_better_than" in r}
     (step,) = (record["mean"] for record in found if record.get("seconds_of") == "step")
-    text = text_of("docs/memory.md")
-    plain, four, sixteen, other = (f"{share:.3f}" for share in shares)
-    assert f"Four steps bring {plain} to {four}, sixteen to {sixteen}; a step took {step:.1f} s" in text
-    assert f"leave the memory where it was, {other}" in text
+    refined = better["adaptive+16", "adaptive_16"]
+    assert refined["low"] > 0
+    said = f"Sixteen steps bring {gained['adaptive_16']:.3f} to {gained['adaptive+16']:.3f}"
+    assert f"{said}, by {interval(refined)} nats a token of an answer; a step took {step:.1f} s" in text
+    assert f"leave the memory where it was, {gained['adaptive+16 other']:.3f}" in text
+    _, *found = records("refine_novels_smollm2.jsonl")
+    better = {(r["arm"], r["nats_better_than"]): r for r in found if "nats_better_than" in r}
+    asked = better["adaptive_16+16 asked", "adaptive_16"]
+    assert asked["high"] < 0
+    assert f"by {-asked['mean']:.3f} ({-asked['high']:.3f} to {-asked['low']:.3f}) nats a token" in text
+    both = better["adaptive_16+16", "adaptive_16"]
+    assert both["low"] < 0 < both["high"]  # as the page says
 
 
 def test_what_comes_back_of_unseen_text():
@@ -215,6 +224,10 @@ def test_what_comes_back_of_unseen_text():
     distances = f"an edit distance of {matched['edit_distance']:.3f} beside {learned['edit_distance']:.3f}"
     text = text_of("docs/memory.md")
     assert f"{distances}, and {matched['exact']} of {matched['rows']} windows exactly" in text
+    fewer = next(r for r in records("expand_unseen_matched_8_smollm2.jsonl") if r["control"] == "own memory")
+    assert (fewer["writer"], fewer["memory_tokens"], fewer["steps"]) == ("matched", 8, matched["steps"])
+    said = f"From half as many slots, 8, the edit distance is {fewer['edit_distance']:.3f}"
+    assert f"{said}, and {fewer['exact']} of {fewer['rows']} windows are exact" in text
 
 
 def test_what_memories_do():

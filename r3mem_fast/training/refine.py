@@ -253,7 +253,7 @@ class _Run:
         return self._around(start + length // 2), asked, False
 
     def _around(self, place):
-        """As much of the row's text around a place as the settings and positions allow, and what is pinned."""
+        """What is pinned, and as much of the row's text around a place as the settings and positions allow."""
         text, pinned = self._texts[self._row], self._pinned
         room = min(self._settings.context_tokens, len(text) - pinned)
         if self._model.max_tokens is not None:
