@@ -299,6 +299,24 @@ def continued(
         )
 
 
+def sampled(network: Network, input_ids: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
+    """Sample how a model goes on behind prompts, the same for the same seed; the random state stays as it is.
+
+    Args:
+        network: The model.
+        input_ids: Token ids of the prompts, int64 `[B, T]`.
+        tokens: Number of new tokens.
+        seed: The seed.
+
+    Returns:
+        Token ids of prompts and continuations, int64 `[B, T + tokens]`.
+    """
+    length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        return continued(network, input_ids, torch.ones_like(input_ids), do_sample=True, top_k=0, **length)
+
+
 def generation_configs(
     own: GenerationConfig, settings: dict[str, Any], prompt: int
 ) -> tuple[GenerationConfig, GenerationConfig, dict[str, Any]]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..batching import unfinished_of
 from ..files import replacing
-from ..generation import continued
+from ..generation import sampled
 from ..integrations.scoped import evaluating
 from ..memory.memory import Memory
 from ..model import R3MemModel
@@ -264,14 +264,9 @@ class _Run:
     def _continuations(self):
         """What the model goes on with behind the row's text, int64 `[4, n]`: sampled once, the same in every run."""
         if self._sampled is None:
-            context, count = self._around(len(self._texts[self._row])), self._most_asked
+            context = self._around(len(self._texts[self._row]))
             ids = context.expand(_CONTINUATIONS, -1).to(self._model.device)
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(self._settings.seed)
-                found = continued(
-                    self._model, ids, torch.ones_like(ids), do_sample=True, top_k=0, min_new_tokens=count,
-                    max_new_tokens=count,
-                )  # fmt: skip
+            found = sampled(self._model, ids, self._most_asked, self._settings.seed)
             self._sampled = found[:, len(context) :].cpu()
         return self._sampled
 

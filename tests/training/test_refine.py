@@ -73,13 +73,13 @@ def test_a_share_of_the_steps_reads_on_behind_the_text(writer, family, share, mo
     """As the base model itself goes on behind its end: sampled once, and not where nobody asks for it."""
     model, text, asked, sampled = network(writer, family, learned=0.1 * (writer == "anchored")), ids_of(40), [], []
     memory = model.compress(text[None], finish=True)
-    sample = refining.continued
+    sample = refining.sampled
 
-    def noted(*given, **settings):
+    def noted(*given):
         sampled.append(given[1])
-        return sample(*given, **settings)
+        return sample(*given)
 
-    monkeypatch.setattr(refining, "continued", noted)
+    monkeypatch.setattr(refining, "sampled", noted)
     random_state = torch.get_rng_state()
     chosen = dataclasses.replace(QUICK, steps=40, continued_share=share, context_tokens=30)
     report = refine(model, memory, [text], lambda piece: asked.append(piece) or [piece], chosen, progress=False)
@@ -89,9 +89,8 @@ def test_a_share_of_the_steps_reads_on_behind_the_text(writer, family, share, mo
     assert (0 < len(asked) < 40) if share == 0.5 else (len(asked) == 40 * (share == 0))
     assert len(sampled) == (share > 0) and all(torch.equal(row, text[-30:]) for ids in sampled for row in ids)
     if share == 1:
-        ends = {"do_sample": True, "top_k": 0, "max_new_tokens": 16, "min_new_tokens": 16}
         with model.disable_adapters():  # others than were learned from
-            others = sample(model, text[-30:].expand(8, -1), torch.ones(8, 30), **ends)[:, 30:]
+            others = sample(model, text[-30:].expand(8, -1), 16, 1)[:, 30:]
         before, after = (
             sum(divergence(model, some, text[-30:], other) for other in others) for some in (memory, report.memory)
         )

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ...generation import continued
+from ...generation import sampled
 from ...hierarchy import Pair
 from ...hierarchy.decoys import decoys
 from ...hierarchy.passage import MAX_QUERY_SHARE
@@ -359,17 +359,8 @@ class Run:
         settings, model = self.settings, self.model
         starts = torch.full((settings.anchor_windows, 1), model.start_token_id, device=model.device)
         tokens = settings.anchor_tokens - 1
-        with torch.random.fork_rng(), torch.no_grad(), evaluating(model), model.disable_adapters():
-            torch.manual_seed(settings.seed)
-            return continued(
-                model,
-                starts,
-                torch.ones_like(starts),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-            )
+        with evaluating(model), model.disable_adapters():
+            return sampled(model, starts, tokens, settings.seed)
 
     def _batch(self, rows):
         return {name: tensor.to(self.model.device) for name, tensor in collate_ids(rows).items()}
