@@ -1,6 +1,7 @@
 """The tables of matched memories and their rivals: what they close, by kind of text, and what they answer."""
 
 import itertools
+from collections.abc import Iterator, Sequence
 
 from .markdown import interval, records, table
 
@@ -144,16 +145,20 @@ def adaptive_answers() -> str:
     return table(("kept", "1/4, nats", "1/8, nats", "1/16, nats", "1/4, F1", "1/8, F1"), rows)
 
 
+def told_values(found: list[dict], arms: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield numbers of pairs, and how each arm tells a value of so many: nats a token, and the share of answers."""
+    for pairs in dict.fromkeys(r["pairs"] for r in found):
+        told = {r["arm"]: r for r in found if r["pairs"] == pairs and "nats_per_answer_token" in r}
+        yield pairs, [f"{told[arm]['nats_per_answer_token']:.3f}, {told[arm]['contains']:.3f}" for arm in arms]
+
+
 def adaptive_pairs() -> str:
     """Return the table of values of keys that are told behind memories of a quarter of JSON objects."""
     arms = ("nothing", "raw_4", "matched_4", "attended_adaptive_4", "adaptive_4", "full")
     rows = []
     for name, characters in (("keys", 8), ("pairs", 36)):
         _, *found = records(f"answers_adaptive_{name}_smollm2")
-        for pairs in dict.fromkeys(r["pairs"] for r in found):
-            told = {r["arm"]: r for r in found if r["pairs"] == pairs and "nats_per_answer_token" in r}
-            cells = (f"{told[arm]['nats_per_answer_token']:.3f}, {told[arm]['contains']:.3f}" for arm in arms)
-            rows.append((f"{pairs} of {characters} characters", *cells))
+        rows += [(f"{pairs} of {characters} characters", *cells) for pairs, cells in told_values(found, arms)]
     names = ("pairs", "behind nothing", "the last quarter", "matched, uniform", "most attended, adaptive",
              "**matched, adaptive**", "the whole text")  # fmt: skip
     return table(names, rows)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from .markdown import interval, records, table
-from .memory_tables import RIVALS, cell, closed_by
+from .memory_tables import RIVALS, cell, closed_by, told_values
 
 # Kinds of text that anchored memories were measured on, with slots shared among heads.
 ANCHORED_KINDS = ("novels", "wikipedia", "code", "help")
@@ -90,12 +90,8 @@ def packaged_pairs() -> str:
     """Return the table of values of keys that are told behind the packaged adapter's memories of a quarter."""
     _, *found = records("packaged_pairs_smollm2")
     better = {r["pairs"]: r for r in found if r.get("nats_better_than") == "adaptive"}
-    rows = []
-    for pairs in dict.fromkeys(r["pairs"] for r in found):
-        told = {r["arm"]: r for r in found if r["pairs"] == pairs and "nats_per_answer_token" in r}
-        arms = (told[arm] for arm in ("nothing", "adaptive_4", "anchored_4", "full"))
-        cells = (f"{r['nats_per_answer_token']:.3f}, {r['contains']:.3f}" for r in arms)
-        rows.append((str(pairs), *cells, interval(better[pairs])))
+    arms = ("nothing", "adaptive_4", "anchored_4", "full")
+    rows = [(str(pairs), *cells, interval(better[pairs])) for pairs, cells in told_values(found, arms)]
     names = ("pairs", "behind nothing", "matched", "**anchored**", "the whole text",
              "anchored is better than matched by, nats a token")  # fmt: skip
     return table(names, rows)
