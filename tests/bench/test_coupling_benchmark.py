@@ -15,6 +15,11 @@ from bench import report
 ROOT = Path(__file__).parents[2]
 
 
+def without_pytest():
+    """Environment of a program that runs pytest: as one of pytest-xdist's workers, a benchmark measures nothing."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU: bench/gpu.sh")
 def test_the_suite_and_its_report(tmp_path, capsys):
     result = tmp_path / "result.json"
@@ -27,10 +32,8 @@ def test_the_suite_and_its_report(tmp_path, capsys):
         "--benchmark-only",
         "--benchmark-max-time=0.05",
     ]
-    # Where pytest-xdist runs the tests, pytest-benchmark would take this for one of its workers, and measure nothing.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command.append(f"--benchmark-json={result}")
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, env=without_pytest(), check=True, capture_output=True)
     assert platform.node() not in result.read_text() and str(ROOT) not in result.read_text()
     report.main([str(result), "--output", str(tmp_path / "lines.jsonl")])
     table = capsys.readouterr().out

@@ -1,7 +1,6 @@
 """`bench/gpu.sh` and the tables that it prints: what can be known of them without a GPU."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from bench import summary
+from tests.bench.test_coupling_benchmark import without_pytest
 
 ROOT = Path(__file__).parents[2]
 # They say what happens on a machine without a GPU; with one, bench/gpu.sh itself is to be run.
@@ -17,7 +17,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 
 def script(*arguments, **variables):
-    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    environment = {**without_pytest(), "PYTHON": sys.executable, **variables}
     return subprocess.run([ROOT / "bench" / "gpu.sh", *arguments], env=environment, capture_output=True, text=True)
 
 
