@@ -16,6 +16,7 @@ from r3mem_fast import Memory, R3MemModel, R3MemPipeline
 from r3mem_fast.choices import ALLOCATIONS, BEYOND_BUDGET
 from r3mem_fast.devices import as_dtype
 from r3mem_fast.memory import MemoryLayout
+from r3mem_fast.store.beside import with_layout
 
 from .rivals import laid_out
 
@@ -75,10 +76,11 @@ def anchored_memory(learned: R3MemModel, ids: torch.Tensor, start: Memory, layou
         start: Memory of what is before them, of B rows.
         layout: Layout of the memory.
     """
+    before = with_layout(start, layout)
     with laid_out(learned, layout):
-        before = dataclasses.replace(start, layout=layout, origin=learned.origin())
-        memory = learned.compress(ids, memory=before, finish=True)
-    return dataclasses.replace(memory, origin=start.origin)
+        mine = dataclasses.replace(before, origin=learned.origin())
+        memory = learned.compress(ids, memory=mine, finish=True)
+    return dataclasses.replace(memory, origin=before.origin)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ from r3mem_fast.reversible.convert import find_decoder_layers
 
 # What KVzip puts between a text and its repetition.
 REPEAT = "\n\nRepeat the previous context exactly."
-_INSTALL = "kvpress is not installed; the benchmark needs it for its presses: pip install --no-deps kvpress==0.5.5"
+_INSTALL = (
+    "the benchmark needs kvpress for its presses, with what that imports, and without the rest of its dependencies: "
+    "pip install --no-deps kvpress==0.5.5 cachetools fire termcolor"
+)
 # Newest tokens of a context whose queries SnapKV looks at, and for how many positions ExpectedAttention looks ahead.
 _WINDOW, _FUTURE = 32, 256
 

@@ -1,5 +1,6 @@
 """The benchmarks of stores: what is read, asked and graded, on a tiny model and texts of the test's own."""
 
+import functools
 import hashlib
 import json
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from bench import agent, asking, rag, store_times
 from bench.asking import Asked, grades, rouge_l
 from r3mem_fast import R3MemConfig
+from r3mem_fast.store import lookup
 from r3mem_fast.store.beside import pinned_memory
 
 TURNS = {"2023-04-27": [["I have a dog called Rex.", "What a fine name."], ["He likes the park.", "Parks are good."]]}
@@ -122,6 +124,28 @@ def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
     assert asking.slots_in(asker._memory(1, 4)) == 4
     mixed = asker._sentence_and_memory(1, 12, [5])
     assert mixed.slots == 13
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_an_adapter_that_has_learned_nothing_answers_as_the_match_does(folder, tmp_path, monkeypatch, allocation):
+    """It begins at the match, so that each of its ways is that of the matched memory, in nats and in words."""
+    from r3mem_fast import R3MemPipeline
+
+    monkeypatch.setattr(agent, "_config", functools.partial(agent._config, segment_length=16, overlap=0))
+    monkeypatch.setattr(agent, "_positions", lambda pipeline: 48)
+    monkeypatch.setattr(lookup, "minilm_embedder", lambda: lambda texts: torch.eye(4)[: len(texts)])
+    config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
+    R3MemPipeline(str(folder), config=config).save(tmp_path / "adapter")
+    pipeline = R3MemPipeline(str(folder), dtype="float32", config=agent._config(8, 64, allocation))
+    settings = {"kept": [8, 4], "raw_tokens": 4, "presses": [], "new_tokens": 3, "allocation": allocation}
+    asker = agent.Asker(SimpleNamespace(adapter=str(tmp_path / "adapter"), **settings), pipeline)
+    ann = agent.Talk("Ann", {"monday": [("A dog.", "Yes."), ("Rex.", "Oh.")]}, [("Who?", "Rex.")])
+    bo = agent.Talk("Bo", {"monday": [("A cat.", "No.")] * 2}, [])
+    found = asker.ask(ann, bo)
+    for kept in (8, 4):
+        for way in ("", "+bm25"):
+            assert found[f"anchored{way}_{kept}"] == pytest.approx(found[f"memory{way}_{kept}"], abs=1e-4)
+    assert found["memory_8"]["slots"] > found["memory_4"]["slots"] and found["history"]["tokens"] > 50
 
 
 def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
