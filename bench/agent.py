@@ -1,9 +1,10 @@
-"""Questions about conversations of ten days: what memories of them are worth, beside looking turns up.
+"""Questions about conversations and meetings: what memories of them are worth, beside looking turns up.
 
     python -m bench.agent --data FOLDER --output bench/results/agent_smollm2.jsonl
 
 MemoryBank's 15 users talk to an assistant, and ask about it later: 99 questions that have an answer, with references
-of our own (`bench/data`). Each question is asked in a user's turn behind the conversation as it is held in each way:
+of our own (`bench/data`); with --kind qmsum a user tells a meeting, and asks QMSum's queries about parts of it. Each
+question is asked in a user's turn behind the conversation as it is held in each way:
 
     nothing         the chat template alone
     memory          what `MemoryStore` keeps: for each 256 tokens as many slots as `--kept` says, matched with no
@@ -16,7 +17,8 @@ of our own (`bench/data`). Each question is asked in a user's turn behind the co
     memory+bm25     a memory with half as many slots, and turns in the place of the others; also memory+minilm
     anchored        as memory, and as memory+minilm, with what an adapter of anchors has learned (--adapter)
     foreign         another user's memory: what one is worth that knows nothing of it
-    full            the whole conversation; its beginning is cut (`full_cut_tokens`) where positions do not suffice
+    full            the whole conversation; its beginning is cut (`full_cut_tokens`) where the model's positions do not
+                    suffice, or half of them if answers are written: they leave half to what stands behind a memory
 
 `last`, `bm25`, `minilm`, the presses and `memory+bm25` have as many tokens and slots before the question as `memory`
 has, for each user and number of slots. A record a way has the mean of nats a token of the references; F1, ROUGE-L and
@@ -26,9 +28,6 @@ an interval over users. No model judges. With --output, the same command goes on
 
 import argparse
 import contextlib
-import dataclasses
-import hashlib
-import json
 import math
 import statistics
 import tempfile
@@ -40,7 +39,6 @@ import torch
 from tqdm import tqdm
 
 from r3mem_fast import Memory, MemoryStore, R3MemConfig, R3MemPipeline
-from r3mem_fast.store import Item
 from r3mem_fast.store.beside import pinned_memory, with_layout
 from r3mem_fast.store.memories import History
 from r3mem_fast.store.turns import TurnCodec
@@ -51,56 +49,10 @@ from .places import interval
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .records import add_output_option, add_records
 from .rivals import laid_out, values_kept
+from .talks import READERS, Talk
 from .unfinished import Unfinished, settings_of
 
-HISTORIES, QUESTIONS = "memorybank/memory_bank_en.json", "memorybank/probing_questions_en.jsonl"
-REFERENCES = Path(__file__).parent / "data" / "memorybank_answers.jsonl"
 _MEASURES = ("nats", "f1", "rouge_l", "contains")
-
-
-@dataclasses.dataclass(frozen=True)
-class Talk:
-    """A user's conversation, and questions about it.
-
-    Attributes:
-        user: The user.
-        days: What was said on each day, `(user's words, answer)` of each turn.
-        questions: Questions, each with the reference answer.
-    """
-
-    user: str
-    days: dict[str, list[tuple[str, str]]]
-    questions: list[tuple[str, str]]
-
-
-def read_talks(folder: Path) -> list[Talk]:
-    """Read MemoryBank's conversations in English, and the questions with their reference answers.
-
-    Args:
-        folder: Folder of the data.
-
-    Raises:
-        ValueError: A reference is of another question.
-    """
-    histories = json.loads((folder / HISTORIES).read_text(encoding="utf-8"))
-    days = {
-        name.strip(): {
-            day: [(turn["query"], turn["response"]) for turn in turns] for day, turns in user["history"].items()
-        }
-        for name, user in histories.items()
-    }
-    asked: dict[str, list[str]] = {}
-    for line in (folder / QUESTIONS).read_text(encoding="utf-8").splitlines():
-        asked |= json.loads(line)
-    found: dict[str, list[tuple[str, str]]] = {}
-    for line in REFERENCES.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        question = asked[record["user"]][record["index"]]
-        if hashlib.sha256(question.encode()).hexdigest()[:16] != record["question_sha256"]:
-            raise ValueError(f"question {record['index']} of {record['user']} is another one than the reference's")
-        if record["answerable"]:
-            found.setdefault(record["user"].strip(), []).append((question, record["answer"]))
-    return [Talk(user, days[user], questions) for user, questions in found.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, see bench/answers_data.py")
+    parser.add_argument("--kind", choices=READERS, default="memorybank", help="data set (%(default)s)")
     parser.add_argument("--users", type=int, default=15, help="whose conversations are read (%(default)s)")
     parser.add_argument("--kept", type=int, nargs="+", default=[64, 16], help="slots of 256 tokens (%(default)s)")
     parser.add_argument("--raw-tokens", type=int, default=64, help="newest tokens as they are (%(default)s)")
@@ -127,9 +80,10 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     pipeline = R3MemPipeline(options.model, dtype=options.dtype, config=_config(64, 256, options.allocation))
     if options.users < 2:
         raise ValueError("--users must be at least 2: the memory of another user is the control")
-    talks = read_talks(options.data)[: options.users]
+    talks = READERS[options.kind](options.data)[: options.users]
     yield {
-        "model": options.model, "dtype": options.dtype, "kept": options.kept, "raw_tokens": options.raw_tokens,
+        "model": options.model, "dtype": options.dtype, "kind": options.kind, "kept": options.kept,
+        "raw_tokens": options.raw_tokens,
         "allocation": options.allocation, "presses": options.presses, "new_tokens": options.new_tokens,
         "adapter": options.adapter and Path(options.adapter).name,
         "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),
@@ -139,11 +93,11 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=not options.json)
     for index, talk in enumerate(tqdm(talks, disable=options.json, desc="Users")):
         graded.append(unfinished.once("users", index, lambda pair=(talk, talks[index - 1]): asker.ask(*pair)))
-    lengths = [int(group.pop("history")["tokens"]) for group in graded]
+    lengths = [group.pop("history") for group in graded]
     counts = torch.tensor([float(len(talk.questions)) for talk in talks])
     yield {
-        "history_tokens": round(statistics.mean(lengths), 1),
-        "full_cut_tokens": [max(0, count - _positions(pipeline)) for count in lengths],
+        "history_tokens": round(statistics.mean(length["tokens"] for length in lengths), 1),
+        "full_cut_tokens": [int(length["cut"]) for length in lengths],
     }  # fmt: skip
     rivals = ("last", "bm25", "minilm", "attended", "memory", "memory+minilm", *options.presses)
     yield from summary(graded, counts, rivals=rivals)
@@ -205,16 +159,17 @@ class Asker:
         """
         options, pipeline = self._options, self._pipeline
         with tempfile.TemporaryDirectory() as folder, MemoryStore(folder, pipeline) as store:
-            add_all(store, talk)
+            talk.add_to(store)
             turns = store.answering().turns
             items = store.get_all(user_id=talk.user)
             history = turns.ids([(item.role, item.text) for item in items])
             head = pinned_memory(pipeline.model, turns.opening)
             last = items[-1].role
             cut = history[-_positions(pipeline) :]
-            full = held_as_it_is(pipeline, head, cut)
+            held = held_as_it_is(pipeline, head, cut)
             scores = self._scores(turns.opening, cut)
-            ways = {"full": (full, [], last)}
+            newest = cut if options.new_tokens else history[-self._read_at_most(turns, talk) :]
+            ways = {"full": (held, [], last) if newest == cut else (head, newest, last)}
             room = {}
             for kept in options.kept:
                 whole, half = (self._memory(talk, slots, "matched") for slots in (kept, kept // 2))
@@ -224,15 +179,18 @@ class Asker:
                     f"half_{kept}": half,
                     f"attended_{kept}": self._memory(talk, kept, "attended"),
                     f"foreign_{kept}": self._memory(other, kept, "matched"),
-                    f"last_{kept}": (held_as_it_is(pipeline, head, history[-_size(whole) :]), [], last),
                 }
+                tail = history[-_size(whole) :]
+                fits = len(tail) <= _positions(pipeline)
+                ways[f"last_{kept}"] = (held_as_it_is(pipeline, head, tail), [], last) if fits else (head, tail, last)
                 if self._learned is not None:
                     read = torch.tensor([turns.opening + history])
                     ways[f"anchored_{kept}"] = self._anchored(whole, read, kept, len(turns.opening))
                     ways[f"half_anchored_{kept}"] = self._anchored(half, read, kept // 2, len(turns.opening))
                 for name, of_keys in scores.items():
-                    ways[f"{name}_{kept}"] = keep(full, of_keys, _size(whole)), [], last
-            totals: dict[str, dict[str, float]] = {"history": {"tokens": float(len(history))}}
+                    ways[f"{name}_{kept}"] = keep(held, of_keys, _size(whole)), [], last
+            read = {"tokens": float(len(history)), "cut": float(len(history) - len(newest))}
+            totals: dict[str, dict[str, float]] = {"history": read}
             for question, answer in talk.questions:
                 alone = turns.reply([("user", question)], None)
                 asked = {"nothing": Asked(head, alone)}
@@ -241,9 +199,9 @@ class Asker:
                         asked[way] = Asked(memory, tail + turns.reply([("user", question)], role))
                 for kept in options.kept:
                     for way, by in (("bm25", "bm25"), ("minilm", "embedding")):
-                        found = self._turns(store, talk.user, question, by, room[kept][0])
+                        found = self._turns(store, talk, question, by, room[kept][0])
                         asked[f"{way}_{kept}"] = Asked(head, _behind(turns, found, question, None))
-                        found = self._turns(store, talk.user, question, by, room[kept][1])
+                        found = self._turns(store, talk, question, by, room[kept][1])
                         for ours, half in (("memory", f"half_{kept}"), ("anchored", f"half_anchored_{kept}")):
                             if half in ways:
                                 memory, tail, role = ways[half]
@@ -251,6 +209,14 @@ class Asker:
                                 asked[f"{ours}+{way}_{kept}"] = Asked(memory, ids)
                 self._grade(asked, answer, len(alone), totals)
         return totals
+
+    def _read_at_most(self, turns: TurnCodec, talk: Talk) -> int:
+        """Tokens that the model reads as they are at most, with each question and its answer behind them."""
+        behind = [
+            len(turns.reply([("user", question)], "user")) + len(self._pipeline.codec.ids(answer))
+            for question, answer in talk.questions
+        ]
+        return (self._pipeline.model.max_tokens or 2**20) - len(turns.opening) - max(behind) - 16
 
     def _memory(self, talk: Talk, kept: int, keeping: str) -> History:
         """A conversation's memory with so many slots of each segment, the tokens behind it, and the last role."""
@@ -266,7 +232,7 @@ class Asker:
                 MemoryStore(folder, self._pipeline, raw_tokens=self._options.raw_tokens) as store,
                 values,
             ):
-                add_all(store, talk)
+                talk.add_to(store)
                 self._held[key] = store.answering().histories.history(talk.user)
         return self._held[key]
 
@@ -301,19 +267,19 @@ class Asker:
                 )
         return found
 
-    def _turns(self, store: MemoryStore, user: str, question: str, by: str, tokens: int) -> list[int]:
+    def _turns(self, store: MemoryStore, talk: Talk, question: str, by: str, tokens: int) -> list[int]:
         """Token ids of the turns that fit a question best, in the order in which they were said, as many as asked for.
 
         Turns without a word of the question come behind those with one, the newest first.
         """
-        every = store.get_all(user_id=user)
-        best = [found.item for found in store.search(question, user_id=user, by=by, limit=len(every))]
+        every = store.get_all(user_id=talk.user)
+        best = [found.item for found in store.search(question, user_id=talk.user, by=by, limit=len(every))]
         known = {item.id for item in best}
         left, chosen = tokens, {}
         for item in [*best, *(item for item in reversed(every) if item.id not in known)]:
             if left <= 0:
                 break
-            chosen[item.id] = self._pipeline.codec.said(_line(item))[:left]
+            chosen[item.id] = self._pipeline.codec.said(f"- {talk.speakers[item.role]}{item.text}\n")[:left]
             left -= len(chosen[item.id])
         return [token for number in sorted(chosen) for token in chosen[number]]
 
@@ -331,14 +297,6 @@ class Asker:
             total = totals.setdefault(way, {})
             for name, value in found[way].items():
                 total[name] = total.get(name, 0.0) + value
-
-
-def add_all(store: MemoryStore, talk: Talk) -> None:
-    """Add all turns of a conversation to a store."""
-    for day, turns in talk.days.items():
-        for said, answer in turns:
-            messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-            store.add(messages, user_id=talk.user, run_id=day)
 
 
 def held_as_it_is(pipeline: R3MemPipeline, head: Memory, ids: Sequence[int]) -> Memory:
@@ -369,10 +327,6 @@ def _size(history: History) -> int:
     memory = history.memory
     assert memory is not None, "a conversation of several segments"
     return slots_in(memory) + len(memory.recent[0]) + len(history.tail)
-
-
-def _line(item: Item) -> str:
-    return f"- {'I' if item.role == 'user' else 'You'} said: {item.text}\n"
 
 
 def _positions(pipeline: R3MemPipeline) -> int:

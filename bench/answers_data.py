@@ -62,9 +62,7 @@ def read_qmsum(folder: Path, length_of: Callable[[str], int], most: int) -> list
         come with its beginning.
     """
     found = []
-    for line in (folder / QMSUM).read_text(encoding="utf-8").splitlines():
-        meeting = json.loads(line)
-        turns = [f"{turn['speaker']}: {_spoken(turn['content'])}\n" for turn in meeting["meeting_transcripts"]]
+    for turns, meeting in meetings(folder):
         lengths = [length_of(turn) for turn in turns]
         for asked in [*meeting["general_query_list"], *meeting["specific_query_list"]]:
             spans = [[int(end) for end in span] for span in asked.get("relevant_text_span", [])]
@@ -72,6 +70,20 @@ def read_qmsum(folder: Path, length_of: Callable[[str], int], most: int) -> list
             window = _window(lengths, min(first, len(turns) - 1), min(last, len(turns) - 1), most)
             found.append(Question("".join(turns[window]), asked["query"], (asked["answer"],)))
     return found
+
+
+def meetings(folder: Path) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Read the meetings of QMSum.
+
+    Args:
+        folder: Folder of the data.
+
+    Yields:
+        What was said, a line with the speaker's name each, and the meeting as it is in the file, with its queries.
+    """
+    for line in (folder / QMSUM).read_text(encoding="utf-8").splitlines():
+        meeting = json.loads(line)
+        yield [f"{turn['speaker']}: {_spoken(turn['content'])}\n" for turn in meeting["meeting_transcripts"]], meeting
 
 
 def _spoken(text: str) -> str:

@@ -37,10 +37,10 @@ from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.store.conversations import DEFAULT_CONFIG
 from r3mem_fast.store.defaults import RAW_TOKENS
 
-from .agent import Talk, read_talks
 from .places import interval
 from .presses import add_allocation_option
 from .records import add_output_option, add_records
+from .talks import Talk, read_memorybank
 
 _PASSAGES, _RAW_TOKENS = 4, RAW_TOKENS
 _WAYS = ("memory", "passages", "opened", "prefill")
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    talks = read_talks(options.data)[: options.users]
+    talks = read_memorybank(options.data)[: options.users]
     timer = Timer(options.model, options.dtype, options.questions, options.allocation)
     yield {
         "model": options.model, "dtype": options.dtype, "users": len(talks),
-        "turns": sum(len(turns) for talk in talks for turns in talk.days.values()),
+        "turns": sum(1 for talk in talks for _ in talk.turns()),
         "config": {name: getattr(DEFAULT_CONFIG, name) for name in ("num_memory_tokens", "segment_length")},
         "allocation": options.allocation,
     }  # fmt: skip
@@ -126,7 +126,7 @@ class Timer:
                 assert memory is not None and memory.slots is not None
                 heads, size = memory.states.shape[3], memory.states.shape[-1]
             files = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
-        texts = [text for turns in talk.days.values() for turn in turns for text in turn]
+        texts = [message["content"] for _, messages in talk.turns() for message in messages]
         layers, width = memory.states.shape[0], memory.states.element_size()
         return found | {
             "memory_bytes": [sum(count for path, count in files.items() if path.suffix == ".safetensors")],
@@ -140,20 +140,17 @@ class Timer:
     def _add(self, store: MemoryStore, talk: Talk, found: dict[str, list[float]]) -> list[int]:
         """Add a conversation's turns, and read them; returns the token ids of all."""
         turns, cache, last = store.answering().turns, DynamicCache(), None
-        ids, number = list(turns.opening), 0
-        for day, of_day in talk.days.items():
-            for said, answer in of_day:
-                messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-                new = turns.ids([("user", said), ("assistant", answer)], last)
-                ids, last = ids + new, "assistant"
-                row = torch.tensor([new if cache.get_seq_length() else ids])
-                ways: list[tuple[str, Callable[[], Any]]] = [
-                    ("add", lambda messages=messages, day=day: store.add(messages, user_id=talk.user, run_id=day)),
-                    ("read", lambda row=row: self._plain(row, **self._behind(cache), logits_to_keep=1)),
-                ]
-                for way, action in ways[:: 1 if number % 2 else -1]:
-                    found[way].append(_seconds(action))
-                number += 1
+        ids = list(turns.opening)
+        for number, (day, messages) in enumerate(talk.turns()):
+            new = turns.ids([(message["role"], message["content"]) for message in messages], last)
+            ids, last = ids + new, messages[-1]["role"]
+            row = torch.tensor([new if cache.get_seq_length() else ids])
+            ways: list[tuple[str, Callable[[], Any]]] = [
+                ("add", lambda messages=messages, day=day: store.add(messages, user_id=talk.user, run_id=day)),
+                ("read", lambda row=row: self._plain(row, **self._behind(cache), logits_to_keep=1)),
+            ]
+            for way, action in ways[:: 1 if number % 2 else -1]:
+                found[way].append(_seconds(action))
         return ids
 
     def _behind(self, cache: DynamicCache) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import agent, asking, rag, store_times
+from bench import agent, asking, rag, store_times, talks
 from bench.asking import Asked, grades, rouge_l
 from r3mem_fast import R3MemConfig
 from r3mem_fast.store import lookup
 from r3mem_fast.store.beside import pinned_memory
 
 TURNS = {"2023-04-27": [["I have a dog called Rex.", "What a fine name."], ["He likes the park.", "Parks are good."]]}
+DAYS = {day: [[("user", said), ("assistant", answer)] for said, answer in turns] for day, turns in TURNS.items()}
+SPEAKERS = {"user": "I said: ", "assistant": "You said: "}
 
 
 def test_rouge_l_is_the_longest_common_subsequence():
@@ -43,19 +45,33 @@ def digest(text):
 
 def test_conversations_and_their_references(tmp_path, monkeypatch):
     references = write_talks(tmp_path)
-    monkeypatch.setattr(agent, "REFERENCES", tmp_path / "references.jsonl")
-    agent.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in references))
-    (talk,) = agent.read_talks(tmp_path)
+    monkeypatch.setattr(talks, "REFERENCES", tmp_path / "references.jsonl")
+    talks.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in references))
+    (talk,) = talks.read_memorybank(tmp_path)
     assert talk.user == "Ann" and talk.questions == [("Which dog?", "Rex.")]
-    assert talk.days == {day: [tuple(turn) for turn in turns] for day, turns in TURNS.items()}
+    assert talk.days == DAYS
     references[0]["question_sha256"] = digest("Which cat?")
-    agent.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in references))
+    talks.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in references))
     with pytest.raises(ValueError, match="question 0 of Ann is another one"):
-        agent.read_talks(tmp_path)
+        talks.read_memorybank(tmp_path)
+
+
+def test_a_meeting_is_told_in_pieces(tmp_path):
+    (tmp_path / "qmsum").mkdir()
+    utterances = [{"speaker": "A", "content": "word " * 60}, {"speaker": "B", "content": "Yes {vocalsound} ."}]
+    asked = {"query": "What?", "answer": "That.", "relevant_text_span": [["0", "1"]]}
+    meeting = {"meeting_transcripts": utterances * 3, "specific_query_list": [asked], "general_query_list": [asked]}
+    (tmp_path / "qmsum" / "val.jsonl").write_text(json.dumps(meeting) + "\n")
+    (talk,) = talks.read_qmsum(tmp_path)
+    ((day, first), (_, second)) = talk.turns()
+    assert day == "meeting" and [message["role"] for message in first + second] == ["user", "user"]
+    # Utterances are never cut: the first piece has three, as two have less than 100 words.
+    assert first[0]["content"].count("A: word") == 2 and first[0]["content"].split("\n")[1] == "B: Yes ."
+    assert second[0]["content"].startswith("B: Yes .\nA: word") and talk.questions == [("What?", "That.")]
 
 
 def test_every_reference_is_a_sentence_of_its_own():
-    lines = [json.loads(line) for line in agent.REFERENCES.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in talks.REFERENCES.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 100 and sum(line["answerable"] for line in lines) == 99
     assert len({(line["user"], line["index"]) for line in lines}) == 100
     for line in lines:
@@ -126,8 +142,10 @@ def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
     assert mixed.slots == 13
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
-def test_an_adapter_that_has_learned_nothing_answers_as_the_match_does(folder, tmp_path, monkeypatch, allocation):
+@pytest.mark.parametrize("allocation, new_tokens, cut", [("uniform", 3, True), ("adaptive", 0, False)])
+def test_an_adapter_that_has_learned_nothing_answers_as_the_match_does(
+    folder, tmp_path, monkeypatch, allocation, new_tokens, cut
+):
     """It begins at the match, so that each of its ways is that of the matched memory, in nats and in words."""
     from r3mem_fast import R3MemPipeline
 
@@ -137,15 +155,16 @@ def test_an_adapter_that_has_learned_nothing_answers_as_the_match_does(folder, t
     config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
     R3MemPipeline(str(folder), config=config).save(tmp_path / "adapter")
     pipeline = R3MemPipeline(str(folder), dtype="float32", config=agent._config(8, 64, allocation))
-    settings = {"kept": [8, 4], "raw_tokens": 4, "presses": [], "new_tokens": 3, "allocation": allocation}
+    settings = {"kept": [8, 4], "raw_tokens": 4, "presses": [], "new_tokens": new_tokens, "allocation": allocation}
     asker = agent.Asker(SimpleNamespace(adapter=str(tmp_path / "adapter"), **settings), pipeline)
-    ann = agent.Talk("Ann", {"monday": [("A dog.", "Yes."), ("Rex.", "Oh.")]}, [("Who?", "Rex.")])
-    bo = agent.Talk("Bo", {"monday": [("A cat.", "No.")] * 2}, [])
+    said = [[("user", "A dog."), ("assistant", "Yes.")], [("user", "Rex."), ("assistant", "Oh.")]]
+    ann = talks.Talk("Ann", {"monday": said}, [("Who?", "Rex.")], SPEAKERS)
+    bo = talks.Talk("Bo", {"monday": [[("user", "A cat."), ("assistant", "No.")]] * 2}, [], SPEAKERS)
     found = asker.ask(ann, bo)
     for kept in (8, 4):
         for way in ("", "+bm25"):
             assert found[f"anchored{way}_{kept}"] == pytest.approx(found[f"memory{way}_{kept}"], abs=1e-4)
-    assert found["memory_8"]["slots"] > found["memory_4"]["slots"] and found["history"]["tokens"] > 50
+    assert found["memory_8"]["slots"] > found["memory_4"]["slots"] and (found["history"]["cut"] > 0) == cut
 
 
 def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
@@ -158,9 +177,10 @@ def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
         SimpleNamespace(adapter=None), R3MemPipeline(pipeline.model.plain_model.name_or_path, config=config)
     )
     with MemoryStore(tmp_path, asker._pipeline) as store:
-        agent.add_all(store, agent.Talk("Ann", TURNS, []))
+        talk = talks.Talk("Ann", DAYS, [], SPEAKERS)
+        talk.add_to(store)
         turns = TurnCodec(asker._pipeline.codec)
-        found = asker._turns(store, "Ann", "Which dog?", "bm25", 50)
+        found = asker._turns(store, talk, "Which dog?", "bm25", 50)
         text = asker._pipeline.codec.text(torch.tensor(found))
         # The turn that has the word first, then the newest; in the order of the conversation, and no token more.
         assert len(found) == 50 and text.startswith("- I said: I have a dog called Rex.\n- You said: Par")
@@ -179,9 +199,9 @@ def test_times_of_a_store(folder, tmp_path, monkeypatch, capsys):
     histories.write_text(json.dumps({name: {"history": {"2023-04-27": turns}} for name in ("Ann", "Bo")}))
     asked = {"Ann": ["Which dog?", "Which cat?"], "Bo": ["Which dog?"]}
     (tmp_path / "memorybank" / "probing_questions_en.jsonl").write_text(json.dumps(asked) + "\n")
-    monkeypatch.setattr(agent, "REFERENCES", tmp_path / "references.jsonl")
+    monkeypatch.setattr(talks, "REFERENCES", tmp_path / "references.jsonl")
     lines = [*references, references[0] | {"user": "Bo"}]
-    agent.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    talks.REFERENCES.write_text("".join(json.dumps(line) + "\n" for line in lines))
     sizes = {"num_memory_tokens": 4, "memory_budget": 16, "segment_length": 16, "segment_overlap": 2}
     config = R3MemConfig(memory_writer="matched", adapter_rows="memory", cycle_weight=0.0, **sizes)
     monkeypatch.setattr(store_times, "DEFAULT_CONFIG", config)
