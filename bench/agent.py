@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from r3mem_fast import Memory, MemoryStore, R3MemConfig, R3MemPipeline
 from r3mem_fast.store.beside import pinned_memory, with_layout
@@ -89,10 +88,9 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),
     }  # fmt: skip
     asker = Asker(options, pipeline)
-    graded: list[dict[str, dict[str, float]]] = []  # of each user: way, measure, sum over questions
     unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=not options.json)
-    for index, talk in enumerate(tqdm(talks, disable=options.json, desc="Users")):
-        graded.append(unfinished.once("users", index, lambda pair=(talk, talks[index - 1]): asker.ask(*pair)))
+    pairs = [(talk, talks[index - 1]) for index, talk in enumerate(talks)]
+    graded = unfinished.each("users", pairs, lambda pair: asker.ask(*pair), "Users")
     lengths = [group.pop("history") for group in graded]
     counts = torch.tensor([float(len(talk.questions)) for talk in talks])
     yield {

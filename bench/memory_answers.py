@@ -21,6 +21,8 @@ Answers are written greedily. `f1` and `contains` grade them by the references, 
 surprising the first reference is. `gained` is the share of the difference between `nothing` and `full` that an arm
 makes up for. Intervals of 95 % are bootstrapped over texts.
 
+With --output, the same command goes on where it was interrupted.
+
 Every arm is a key-value cache behind which the same questions are read, in the same batches. A memory of all slots is
 the text itself, key by key, so that `full`, `nothing` and `raw` are caches of the base model's own states.
 """
@@ -35,7 +37,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
 from r3mem_fast.choices import QUERIES
@@ -51,6 +52,7 @@ from .presses import PRESSES, add_presses_option, keep_best, keep_shared, press_
 from .prompts import KINDS, Prompt, ids_of, prompt_of
 from .records import add_output_option, add_records
 from .rivals import evenly_spaced, laid_out, values_kept
+from .unfinished import Unfinished, settings_of
 
 _MEASURES = ("f1", "contains", "nats")
 
@@ -98,28 +100,35 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "presses": options.presses, "adapter": options.adapter and Path(options.adapter).name,
         "adaptive": options.adaptive,
     }  # fmt: skip
+    unfinished = Unfinished(options.output, settings_of(options), batch=options.batch, progress=not options.json)
+
+    def asked(stage: str, questions: list[Question]) -> Iterator[dict[str, Any]]:
+        """Ask some of the questions, and say how each arm answered."""
+        groups = chosen_groups(questions, options.questions, options.seed)
+        prompts = [prompt_of(options, tokenizer, group) for group in groups]
+
+        def answered(prompt: Prompt) -> dict[str, dict]:
+            return graded(options, model, tokenizer, prompt, memories_of(options, model, learned, prompt))
+
+        return _records_of(options, prompts, unfinished.each(stage, prompts, answered, "Asking"))
+
     if options.kind == "pairs":
         for pairs in options.pairs:
-            for record in _records_of(
-                options, model, learned, tokenizer, read_pairs(options.data, pairs, options.seed, options.characters)
-            ):
+            questions = read_pairs(options.data, pairs, options.seed, options.characters)
+            for record in asked(f"{pairs} pairs", questions):
                 yield {"pairs": pairs, **record}
-        return
-    if options.kind == "xquad":
-        questions = read_xquad(options.data)
+    elif options.kind == "xquad":
+        yield from asked("texts", read_xquad(options.data))
     else:
         questions = read_qmsum(options.data, lambda text: len(ids_of(tokenizer, text)), options.context)
-    yield from _records_of(options, model, learned, tokenizer, questions)
+        yield from asked("texts", questions)
+    unfinished.remove()
 
 
-def _records_of(options, model, learned, tokenizer, questions: list[Question]) -> Iterator[dict[str, Any]]:
-    """Ask some of the questions, and say how each arm answered."""
-    groups = chosen_groups(questions, options.questions, options.seed)
-    prompts = [prompt_of(options, tokenizer, group) for group in groups]
-    found = [
-        graded(options, model, tokenizer, prompt, memories_of(options, model, learned, prompt))
-        for prompt in tqdm(prompts, disable=options.json, desc="Asking")
-    ]
+def _records_of(
+    options: argparse.Namespace, prompts: list[Prompt], found: list[dict[str, dict]]
+) -> Iterator[dict[str, Any]]:
+    """Say how each arm answered, and by how much ours are better than their rivals."""
     sums, counts = yield from gains(prompts, found)
     presses = options.presses
     rivals = {

@@ -33,7 +33,6 @@ from typing import Any
 
 import pysbd
 import torch
-from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemConfig, R3MemPipeline
 from r3mem_fast.store.beside import pinned_memory, side_by_side, with_layout
@@ -88,10 +87,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "found_first": {"bm25": asker.found(questions, "bm25"), "minilm": asker.found(questions, "minilm")},
     }  # fmt: skip
     unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=not options.json)
-    graded = [
-        unfinished.once("questions", index, lambda question=question: asker.ask(question))
-        for index, question in enumerate(tqdm(questions, disable=options.json, desc="Asking"))
-    ]
+    graded = unfinished.each("questions", questions, asker.ask, "Asking")
     rivals = ("bm25", "minilm", "bm25+", "minilm+", "attended", "memory", "memory+minilm", *options.presses)
     yield from summary(graded, torch.ones(len(graded)), rivals=rivals)
     unfinished.remove()

@@ -22,7 +22,6 @@ goes on where it was interrupted.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, RefineSettings, load_model
 from r3mem_fast.codec import TextCodec
@@ -91,7 +89,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
     run = _on_answers if options.kind == "xquad" else _on_what_follows
     timed = _Timed(options, AskingTexts(TextCodec(tokenizer)))
-    unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=False)
+    unfinished = Unfinished(options.output, settings_of(options), batch=1, progress=not options.json)
     yield from run(options, model, learned, tokenizer, timed, unfinished)
     unfinished.remove()
     for what, seconds in timed.seconds.items():
@@ -178,10 +176,7 @@ def _on_answers(options, model, learned, tokenizer, timed, unfinished):
                 memories |= {name: dataclasses.replace(memory, refined=None) for name, memory in refined}
         return graded(options, model, tokenizer, prompt, memories)
 
-    found = [
-        unfinished.once("paragraphs", index, functools.partial(measured, index))
-        for index in tqdm(range(len(prompts)), disable=options.json, desc="Refining")
-    ]
+    found = unfinished.each("paragraphs", range(len(prompts)), measured, "Refining")
     sums, counts = yield from gains(prompts, found)
     nats = {arm: values for (arm, measure), values in sums.items() if measure == "nats"}
     yield from _better(nats, counts, lambda arm: f"{arm}_{options.ratio}")
@@ -205,10 +200,7 @@ def _on_what_follows(options, model, learned, tokenizer, timed, unfinished):
             losses[arm] = _nats(logits[:, -_LENGTH:], segment)
         return losses
 
-    losses = [
-        unfinished.once("segments", index, functools.partial(measured, index))
-        for index in tqdm(range(len(places)), disable=options.json, desc="Refining")
-    ]
+    losses = unfinished.each("segments", range(len(places)), measured, "Refining")
     yield {"segments": len(places)}
     found = {arm: torch.tensor([one[arm] for one in losses]) for arm in losses[0]}
     for arm, values in found.items():

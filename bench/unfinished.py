@@ -1,10 +1,11 @@
 """Keeps what a run that takes long has measured so far, so that the same command goes on where it was interrupted."""
 
 import argparse
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from .records import environment, write_lines
 
 # Nats a token of places, by arm, float32 `[B]`.
 Losses = dict[str, torch.Tensor]
+Part = TypeVar("Part")
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, str]:
@@ -69,6 +71,18 @@ class Unfinished:
                 self.once(stage, start, lambda some=slice(start, start + self._batch): _listed(measure(some)))
             )
         return {arm: torch.tensor([loss for losses in batches for loss in losses[arm]]) for arm in batches[0]}
+
+    def each(self, stage: str, parts: Sequence[Part], measure: Callable[[Part], Any], doing: str) -> list[Any]:
+        """Measure the parts of a stage one by one, but those that are saved.
+
+        Args:
+            stage: Name of the stage.
+            parts: What is measured.
+            measure: Returns what was measured of a part, values for JSON.
+            doing: What the progress bar says.
+        """
+        shown = tqdm(parts, disable=not self._progress, desc=doing)
+        return [self.once(stage, index, functools.partial(measure, part)) for index, part in enumerate(shown)]
 
     def once(self, stage: str, start: int, measure: Callable[[], Any]) -> Any:
         """Measure one part of a stage, unless it is saved.

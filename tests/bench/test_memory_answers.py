@@ -202,3 +202,30 @@ def test_records(kind, data, folder, tmp_path):
     assert gained == {(arm, measure) for arm in arms[2:] for measure in ("f1", "contains", "nats")}
     better = {(r["nats_better_than"], r["ratio"]) for r in found if "nats_better_than" in r}
     assert better == {(rival, ratio) for rival in kinds if rival != "matched" for ratio in (2, 4)}
+
+
+def test_an_interrupted_run_goes_on(data, folder, tmp_path, monkeypatch):
+    """The same command asks about what is missing, of each number of pairs, to what a run at once writes."""
+    settings = ["--kind", "pairs", "--pairs", "1", "2", "--questions", "4", "--new-tokens", "3", "--ratios", "2"]
+    settings += ["--instruction", "", "--model", str(folder), "--dtype", "float32", "--presses", "--json"]
+    output, graded, texts = tmp_path / "out.jsonl", memory_answers.graded, []
+
+    def measured():
+        texts.clear()
+        assert memory_answers.main(["--data", str(data), "--output", str(output), *settings]) == 0
+        return output.read_text().splitlines()[1:]
+
+    def interrupted(*given):
+        if len(texts) == 4:
+            raise KeyboardInterrupt
+        texts.append(given)
+        return graded(*given)
+
+    whole = measured()
+    output.unlink()
+    monkeypatch.setattr(memory_answers, "graded", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured()
+    assert len(texts) == 4 and output.with_name("out.jsonl.unfinished").exists()
+    assert measured() == whole
+    assert len(texts) == 2 and not output.with_name("out.jsonl.unfinished").exists()
