@@ -15,6 +15,8 @@ question is asked in a user's turn behind the conversation as it is held in each
     bm25, minilm    turns that fit the question best, by BM25 (SQLite's FTS5, and then the newest) or by embeddings of
                     all-MiniLM-L6-v2, in the order in which they were said; the worst of them is cut to fit
     memory+bm25     a memory with half as many slots, and turns in the place of the others; also memory+minilm
+    found           with --passages N: the turns that `MemoryStore.ask(passages=N)` finds, alone; and as memory+found
+                    behind the whole memory: fewer tokens, and more, than the other ways have
     anchored        as memory, and as memory+minilm, with what an adapter of anchors has learned (--adapter)
     foreign         another user's memory: what one is worth that knows nothing of it
     full            the whole conversation; its beginning is cut (`full_cut_tokens`) where the model's positions do not
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kept", type=int, nargs="+", default=[64, 16], help="slots of 256 tokens (%(default)s)")
     parser.add_argument("--raw-tokens", type=int, default=64, help="newest tokens as they are (%(default)s)")
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a way, too")
+    parser.add_argument("--passages", type=int, default=0, help="also N turns as `ask` finds them (%(default)s: no)")
     add_allocation_option(parser)
     add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer, at most; 0: none (%(default)s)")
@@ -82,8 +85,8 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     talks = READERS[options.kind](options.data)[: options.users]
     yield {
         "model": options.model, "dtype": options.dtype, "kind": options.kind, "kept": options.kept,
-        "raw_tokens": options.raw_tokens,
-        "allocation": options.allocation, "presses": options.presses, "new_tokens": options.new_tokens,
+        "raw_tokens": options.raw_tokens, "passages": options.passages, "allocation": options.allocation,
+        "presses": options.presses, "new_tokens": options.new_tokens,
         "adapter": options.adapter and Path(options.adapter).name,
         "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),
     }  # fmt: skip
@@ -97,7 +100,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "history_tokens": round(statistics.mean(length["tokens"] for length in lengths), 1),
         "full_cut_tokens": [int(length["cut"]) for length in lengths],
     }  # fmt: skip
-    rivals = ("last", "bm25", "minilm", "attended", "memory", "memory+minilm", *options.presses)
+    rivals = ("last", "bm25", "minilm", "found", "attended", "memory", "memory+minilm", *options.presses)
     yield from summary(graded, counts, rivals=rivals)
     unfinished.remove()
 
@@ -155,58 +158,75 @@ class Asker:
             talk: The conversation.
             other: Another one, whose memory is read as a control.
         """
-        options, pipeline = self._options, self._pipeline
+        pipeline = self._pipeline
         with tempfile.TemporaryDirectory() as folder, MemoryStore(folder, pipeline) as store:
             talk.add_to(store)
             turns = store.answering().turns
             items = store.get_all(user_id=talk.user)
             history = turns.ids([(item.role, item.text) for item in items])
-            head = pinned_memory(pipeline.model, turns.opening)
-            last = items[-1].role
-            cut = history[-_positions(pipeline) :]
-            held = held_as_it_is(pipeline, head, cut)
-            scores = self._scores(turns.opening, cut)
-            newest = cut if options.new_tokens else history[-self._read_at_most(turns, talk) :]
-            ways = {"full": (held, [], last) if newest == cut else (head, newest, last)}
-            room = {}
-            for kept in options.kept:
-                whole, half = (self._memory(talk, slots, "matched") for slots in (kept, kept // 2))
-                room[kept] = _size(whole), _size(whole) - _size(half)
-                ways |= {
-                    f"memory_{kept}": whole,
-                    f"half_{kept}": half,
-                    f"attended_{kept}": self._memory(talk, kept, "attended"),
-                    f"foreign_{kept}": self._memory(other, kept, "matched"),
-                }
-                tail = history[-_size(whole) :]
-                fits = len(tail) <= _positions(pipeline)
-                ways[f"last_{kept}"] = (held_as_it_is(pipeline, head, tail), [], last) if fits else (head, tail, last)
-                if self._learned is not None:
-                    read = torch.tensor([turns.opening + history])
-                    ways[f"anchored_{kept}"] = self._anchored(whole, read, kept, len(turns.opening))
-                    ways[f"half_anchored_{kept}"] = self._anchored(half, read, kept // 2, len(turns.opening))
-                for name, of_keys in scores.items():
-                    ways[f"{name}_{kept}"] = keep(held, of_keys, _size(whole)), [], last
-            read = {"tokens": float(len(history)), "cut": float(len(history) - len(newest))}
+            head = History(pinned_memory(pipeline.model, turns.opening), [], None)
+            most = _positions(pipeline) if self._options.new_tokens else self._read_at_most(turns, talk)
+            ways = self._ways(talk, other, turns, history, head, items[-1].role, most)
+            read = {"tokens": float(len(history)), "cut": float(max(0, len(history) - most))}
             totals: dict[str, dict[str, float]] = {"history": read}
             for question, answer in talk.questions:
-                alone = turns.reply([("user", question)], None)
-                asked = {"nothing": Asked(head, alone)}
-                for way, (memory, tail, role) in ways.items():
-                    if not way.startswith("half"):
-                        asked[way] = Asked(memory, tail + turns.reply([("user", question)], role))
-                for kept in options.kept:
-                    for way, by in (("bm25", "bm25"), ("minilm", "embedding")):
-                        found = self._turns(store, talk, question, by, room[kept][0])
-                        asked[f"{way}_{kept}"] = Asked(head, _behind(turns, found, question, None))
-                        found = self._turns(store, talk, question, by, room[kept][1])
-                        for ours, half in (("memory", f"half_{kept}"), ("anchored", f"half_anchored_{kept}")):
-                            if half in ways:
-                                memory, tail, role = ways[half]
-                                ids = tail + _behind(turns, found, question, role)
-                                asked[f"{ours}+{way}_{kept}"] = Asked(memory, ids)
-                self._grade(asked, answer, len(alone), totals)
+                asked = {way: _asked(turns, held, question) for way, held in ways.items() if "half" not in way}
+                asked |= self._beside_turns(store, talk, question, ways)
+                own = len(turns.reply([("user", question)], None))
+                self._grade(asked, answer, own, totals)
         return totals
+
+    def _ways(
+        self, talk: Talk, other: Talk, turns: TurnCodec, history: list[int], head: History, last: str, most: int
+    ) -> dict[str, History]:
+        """A conversation as it is held in each way, the halves of memories that turns stand beside among them."""
+        full = self._as_it_is(head, history[-most:], last)
+        cut = history[-_positions(self._pipeline) :]
+        scores = self._scores(turns.opening, cut)
+        ways = {"nothing": head, "full": full}
+        for kept in self._options.kept:
+            whole, half = (self._memory(talk, slots, "matched") for slots in (kept, kept // 2))
+            ways |= {
+                f"memory_{kept}": whole,
+                f"half_{kept}": half,
+                f"attended_{kept}": self._memory(talk, kept, "attended"),
+                f"foreign_{kept}": self._memory(other, kept, "matched"),
+                f"last_{kept}": self._as_it_is(head, history[-_size(whole) :], last),
+            }
+            if self._learned is not None:
+                read = torch.tensor([turns.opening + history])
+                ways[f"anchored_{kept}"] = self._anchored(whole, read, kept, len(turns.opening))
+                ways[f"half_anchored_{kept}"] = self._anchored(half, read, kept // 2, len(turns.opening))
+            for name, of_keys in scores.items():
+                held = self._as_it_is(head, cut, last)
+                ways[f"{name}_{kept}"] = held._replace(memory=keep(held.memory, of_keys, _size(whole)))
+        return ways
+
+    def _as_it_is(self, head: History, ids: list[int], last: str) -> History:
+        """Tokens as they are: in a memory's slots, which are read once, or behind it if these are too far away."""
+        if len(ids) > _positions(self._pipeline):
+            return head._replace(tail=ids, last_role=last)
+        return History(held_as_it_is(self._pipeline, head.memory, ids), [], last)
+
+    def _beside_turns(
+        self, store: MemoryStore, talk: Talk, question: str, ways: dict[str, History]
+    ) -> dict[str, Asked]:
+        """A question behind turns that are looked up for it, and behind memories with them."""
+        turns, asked = store.answering().turns, {}
+        for kept in self._options.kept:
+            size, half = _size(ways[f"memory_{kept}"]), _size(ways[f"half_{kept}"])
+            for way, by in (("bm25", "bm25"), ("minilm", "embedding")):
+                found = self._turns(store, talk, question, by, size)
+                asked[f"{way}_{kept}"] = _asked(turns, ways["nothing"], question, found)
+                found = self._turns(store, talk, question, by, size - half)
+                asked[f"memory+{way}_{kept}"] = _asked(turns, ways[f"half_{kept}"], question, found)
+                if self._learned is not None:
+                    asked[f"anchored+{way}_{kept}"] = _asked(turns, ways[f"half_anchored_{kept}"], question, found)
+            if self._options.passages:
+                said = self._with_passages(store, talk, question)
+                asked[f"found_{kept}"] = _asked(turns, ways["nothing"], said)
+                asked[f"memory+found_{kept}"] = _asked(turns, ways[f"memory_{kept}"], said)
+        return asked
 
     def _read_at_most(self, turns: TurnCodec, talk: Talk) -> int:
         """Tokens that the model reads as they are at most, with each question and its answer behind them."""
@@ -281,6 +301,13 @@ class Asker:
             left -= len(chosen[item.id])
         return [token for number in sorted(chosen) for token in chosen[number]]
 
+    def _with_passages(self, store: MemoryStore, talk: Talk, question: str) -> str:
+        """A question behind the turns that `ask` finds for it, as `ask` writes them."""
+        limit = self._options.passages
+        found = [found.item for found in store.search(question, user_id=talk.user, by="bm25", limit=limit)]
+        lines = [f"- {talk.speakers[item.role]}{item.text}" for item in sorted(found, key=lambda item: item.id)]
+        return "\n".join([*lines, "", question] if lines else [question])
+
     def _grade(self, ways, answer, own, totals):
         ids = self._pipeline.codec.ids(answer)
         found: dict[str, dict[str, float]] = {
@@ -313,11 +340,12 @@ def held_as_it_is(pipeline: R3MemPipeline, head: Memory, ids: Sequence[int]) -> 
     return pipeline.model.compress(torch.tensor([list(ids)]), memory=with_layout(head, layout), finish=True)
 
 
-def _behind(turns: TurnCodec, found: list[int], question: str, role: str | None) -> list[int]:
-    """Token ids of a user's turn behind a message of a role: what was found, and the question, up to the answer."""
-    said = [("user", question)]
+def _asked(turns: TurnCodec, held: History, question: str, found: Sequence[int] = ()) -> Asked:
+    """A question in a user's turn behind a conversation, and behind what was found for it, up to the answer."""
+    said, role = [("user", question)], held.last_role
     ids, between = turns.reply(said, role), len(turns.ids(said, role)) - len(turns.ids(said))
-    return ids[:between] + found + ids[between:]
+    assert held.memory is not None, "there is at least the memory of the template"
+    return Asked(held.memory, [*held.tail, *ids[:between], *found, *ids[between:]])
 
 
 def _size(history: History) -> int:

@@ -10,9 +10,10 @@ import torch
 
 from bench import agent, asking, rag, store_times, talks
 from bench.asking import Asked, grades, rouge_l
-from r3mem_fast import R3MemConfig
+from r3mem_fast import MemoryStore, R3MemConfig
 from r3mem_fast.store import lookup
 from r3mem_fast.store.beside import pinned_memory
+from r3mem_fast.store.memories import History
 
 TURNS = {"2023-04-27": [["I have a dog called Rex.", "What a fine name."], ["He likes the park.", "Parks are good."]]}
 DAYS = {day: [[("user", said), ("assistant", answer)] for said, answer in turns] for day, turns in TURNS.items()}
@@ -155,20 +156,33 @@ def test_an_adapter_that_has_learned_nothing_answers_as_the_match_does(
     config = R3MemConfig(memory_writer="anchored", adapter_rows="memory", num_memory_tokens=4, segment_length=16)
     R3MemPipeline(str(folder), config=config).save(tmp_path / "adapter")
     pipeline = R3MemPipeline(str(folder), dtype="float32", config=agent._config(8, 64, allocation))
-    settings = {"kept": [8, 4], "raw_tokens": 4, "presses": [], "new_tokens": new_tokens, "allocation": allocation}
+    settings = {"kept": [8, 4], "raw_tokens": 4, "presses": [], "passages": 1, "allocation": allocation}
+    settings["new_tokens"] = new_tokens
     asker = agent.Asker(SimpleNamespace(adapter=str(tmp_path / "adapter"), **settings), pipeline)
     said = [[("user", "A dog."), ("assistant", "Yes.")], [("user", "Rex."), ("assistant", "Oh.")]]
-    ann = talks.Talk("Ann", {"monday": said}, [("Who?", "Rex.")], SPEAKERS)
+    ann = talks.Talk("Ann", {"monday": said}, [("A dog?", "Rex.")], SPEAKERS)
     bo = talks.Talk("Bo", {"monday": [[("user", "A cat."), ("assistant", "No.")]] * 2}, [], SPEAKERS)
     found = asker.ask(ann, bo)
     for kept in (8, 4):
         for way in ("", "+bm25"):
             assert found[f"anchored{way}_{kept}"] == pytest.approx(found[f"memory{way}_{kept}"], abs=1e-4)
+        assert found[f"memory+found_{kept}"]["slots"] > found[f"memory_{kept}"]["slots"]
     assert found["memory_8"]["slots"] > found["memory_4"]["slots"] and (found["history"]["cut"] > 0) == cut
 
 
+def test_passages_stand_before_a_question_as_a_store_puts_them(pipeline, tmp_path):
+    asker = agent.Asker(SimpleNamespace(adapter=None, passages=1), pipeline)
+    talk = talks.Talk("Ann", DAYS, [], SPEAKERS)
+    with MemoryStore(tmp_path, pipeline) as store:
+        talk.add_to(store)
+        for question in ("Which dog?", "Who?"):  # no turn has a word of the latter
+            found = asker._with_passages(store, talk, question)
+            assert found == store._with_passages(question, 1, "Ann", "bm25")
+    assert found == "Who?"
+
+
 def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
-    from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
+    from r3mem_fast import R3MemPipeline
     from r3mem_fast.store.turns import TurnCodec
 
     sizes = {"num_memory_tokens": 4, "memory_budget": 16, "segment_length": 16, "segment_overlap": 2}
@@ -184,10 +198,11 @@ def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
         text = asker._pipeline.codec.text(torch.tensor(found))
         # The turn that has the word first, then the newest; in the order of the conversation, and no token more.
         assert len(found) == 50 and text.startswith("- I said: I have a dog called Rex.\n- You said: Par")
-        ids = agent._behind(turns, [1, 2], "Who?", "assistant")
+        held = History(pinned_memory(asker._pipeline.model, []), [7], "assistant")
+        (before, *ids) = agent._asked(turns, held, "Who?", [1, 2]).ids
         whole = turns.reply([("user", "Who?")], "assistant")
         place = len(turns.ids([("user", "Who?")], "assistant")) - len("Who?") - 1  # a space before the words
-        assert ids == [*whole[:place], 1, 2, *whole[place:]]
+        assert before == 7 and ids == [*whole[:place], 1, 2, *whole[place:]]
 
 
 @pytest.mark.slow
