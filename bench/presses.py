@@ -23,6 +23,7 @@ from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.memory.memory import Memory
 from r3mem_fast.memory.slots import replaced, slots_of
+from r3mem_fast.memory.states import states_at
 from r3mem_fast.memory.writers.allocation import shared_places
 from r3mem_fast.reversible.convert import find_decoder_layers
 
@@ -178,10 +179,9 @@ def keep_best(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:
     assert memory.ages is not None and memory.slots is not None
     assert scores.shape == memory.ages.shape and bool((memory.slots == scores.shape[-1]).all())
     places = scores.topk(min(limit, scores.shape[-1]), -1).indices.sort(-1).values
-    wide = places[:, None, ..., None].expand(-1, 2, -1, -1, -1, memory.states.shape[-1])
     return dataclasses.replace(
         memory,
-        states=memory.states.gather(4, wide),
+        states=states_at(memory.states, places),
         ages=memory.ages.gather(3, places),
         slots=torch.full_like(memory.slots, places.shape[-1]),
     )

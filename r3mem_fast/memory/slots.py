@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .memory import Memory
-from .states import uploaded
+from .states import states_at, uploaded
 
 
 class Slots(NamedTuple):
@@ -31,7 +31,9 @@ class Slots(NamedTuple):
         return self.exists.sum(1)
 
     def rows(self, rows: Sequence[int]) -> "Slots":
-        """The slots of some rows."""
+        """The slots of some rows; these very slots if the rows are all of them."""
+        if list(rows) == list(range(len(self.exists))):  # all keys and values of a long history would be copied
+            return self
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         index = uploaded(chosen, self.ages.device)
         states, ages = self.states.index_select(2, index), self.ages.index_select(1, index)
@@ -52,12 +54,10 @@ class Slots(NamedTuple):
         Args:
             places: int64 `[A, n]`, on the CPU; -1 for none, which come first. The pinned slots are among them.
         """
-        layers, _, _, heads, _, width = self.states.shape
-        index = uploaded(places, self.ages.device)
-        missing, index = (index < 0)[None, :, None], index.clamp_min(0)
-        states = self.states.gather(4, index[None, None, :, None, :, None].expand(layers, 2, -1, heads, -1, width))
-        ages = self.ages.gather(3, index[None, :, None].expand(layers, -1, heads, -1)).masked_fill(missing, -1)
-        return Slots(states, ages, places >= 0, self.pinned)
+        layers, _, heads, _ = self.ages.shape
+        index = uploaded(places, self.ages.device)[None, :, None].expand(layers, -1, heads, -1)
+        ages = self.ages.gather(3, index.clamp_min(0)).masked_fill(index < 0, -1)
+        return Slots(states_at(self.states, index.clamp_min(0)), ages, places >= 0, self.pinned)
 
     def up_to(self, age: int, least: int) -> "Slots":
         """The slots up to an age, pinned ones and the first; and older ones, where a head would have too few.
@@ -119,7 +119,7 @@ class Slots(NamedTuple):
         index = uploaded(columns, order.device)[None, :, None].expand(*order.shape[:3], -1)
         places = order.gather(3, index.clamp_min(0))
         ages = self.ages.gather(3, places).masked_fill(index < 0, -1)
-        states = self.states.gather(4, places[:, None, ..., None].expand(-1, 2, -1, -1, -1, self.states.shape[-1]))
+        states = states_at(self.states, places)
         # In place: all keys and values of a long history have just been copied.
         return Slots(states.masked_fill_((ages < 0)[:, None, ..., None], 0), ages, columns >= 0, self.pinned)
 
