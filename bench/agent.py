@@ -45,7 +45,7 @@ from r3mem_fast.store.memories import History
 from r3mem_fast.store.turns import TurnCodec
 
 from .anchored import anchored_memory, load_adapter
-from .asking import Asked, answers, grades, nats, slots_in
+from .asking import Asked, ask_in_each_way, slots_in
 from .places import interval
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .records import add_output_option, add_records
@@ -309,15 +309,9 @@ class Asker:
         return "\n".join([*lines, "", question] if lines else [question])
 
     def _grade(self, ways, answer, own, totals):
-        ids = self._pipeline.codec.ids(answer)
-        found: dict[str, dict[str, float]] = {
-            way: {"nats": loss, "slots": ways[way].slots - own}
-            for way, loss in nats(self._pipeline, ways, ids).items()
-        }
-        if self._options.new_tokens:
-            written = answers(self._pipeline, ways, new_tokens=self._options.new_tokens)
-            for way, text in written.items():
-                found[way] |= grades(text, [answer])
+        found = ask_in_each_way(self._pipeline, ways, [answer], new_tokens=self._options.new_tokens)
+        for way, asked in ways.items():
+            found[way]["slots"] = asked.slots - own
         for way in ways:
             total = totals.setdefault(way, {})
             for name, value in found[way].items():

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from r3mem_fast import Memory, R3MemPipeline
+from r3mem_fast import Memory, R3MemModel, R3MemPipeline
 from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.memory.slots import slots_of
 from r3mem_fast.store.documents import rows_of_one
@@ -42,58 +43,98 @@ def slots_in(memory: Memory) -> int:
     return int(slots_of(memory, torch.zeros(1, dtype=torch.int64)).filled()[0])
 
 
-@torch.no_grad()
-def nats(pipeline: R3MemPipeline, ways: Mapping[str, Asked], answer: Sequence[int], most: int = 8) -> dict[str, float]:
-    """Negative log-likelihood of an answer, in nats a token, asked in each way.
+def ask_in_each_way(
+    pipeline: R3MemPipeline,
+    ways: Mapping[str, Asked],
+    references: Sequence[str],
+    *,
+    new_tokens: int = 0,
+    until: str | None = None,
+    most: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Ask a question in each way: grades by way and measure.
 
     Args:
         pipeline: The pipeline.
         ways: The question by way.
-        answer: Token ids of the answer.
+        references: Right answers; nats a token are those of the first one.
+        new_tokens: Tokens of an answer at most; 0: none is written, and nats are all.
+        until: See `answered`.
         most: Ways that are read at one time.
     """
-    model, base, found = pipeline.model, pipeline.model.plain_model, {}
+    found: dict[str, dict[str, float]] = {}
+    answer = pipeline.codec.ids(references[0])
     for names in _batches(ways, most):
-        rows = [[*ways[name].carried, *ways[name].ids, *answer[:-1]] for name in names]
-        ids, mask = _left_padded(rows)
         memory = rows_of_one([ways[name].memory for name in names])
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        with model.disable_adapters():
-            cache = cache_argument(base, memory.to_cache(model))
-            last = {"logits_to_keep": len(answer)} if model.slices_logits else {}
-            logits = base(ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache, **last).logits
-        targets = torch.tensor([list(answer)] * len(names))
-        logits = logits[:, -len(answer) :].float().transpose(1, 2)
-        found |= dict(zip(names, cross_entropy(logits, targets, reduction="none").mean(1).tolist(), strict=True))
+        rows = [[*ways[name].carried, *ways[name].ids] for name in names]
+        answers = [answer] * len(names)
+        nats, texts = answered(pipeline.model, pipeline.tokenizer, memory, rows, answers, new_tokens, until)
+        for name, loss, text in zip(names, nats, texts, strict=True):
+            found[name] = {"nats": loss} | (grades(text, references) if new_tokens else {})
     return found
 
 
 @torch.no_grad()
-def answers(
-    pipeline: R3MemPipeline, ways: Mapping[str, Asked], *, new_tokens: int, until: str | None = None, most: int = 8
-) -> dict[str, str]:
-    """What is answered, greedily, asked in each way.
+def answered(
+    model: R3MemModel,
+    tokenizer: Any,
+    memory: Memory,
+    asked: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    new_tokens: int,
+    until: str | None = None,
+) -> tuple[list[float], list[str]]:
+    """Read questions behind the rows of a memory, and answer them greedily.
 
     Args:
-        pipeline: The pipeline.
-        ways: The question by way.
-        new_tokens: Tokens of an answer at most.
-        until: What an answer ends with, and is not part of it; None: nothing.
-        most: Ways that are asked at one time.
+        model: The model; its base model reads.
+        tokenizer: Its tokenizer.
+        memory: Memory of B rows.
+        asked: Token ids behind each row.
+        answers: Token ids of an answer of each row.
+        new_tokens: Tokens that are written at most.
+        until: What an answer ends with, and is not part of it; None: only the end token.
+
+    Returns:
+        How surprising each answer is, in nats a token, and what is written in each row.
     """
-    found: dict[str, str] = {}
-    settings = {} if until is None else {"stop_strings": [until], "tokenizer": pipeline.tokenizer}
-    for names in _batches(ways, most):
-        ids, mask = _left_padded([ways[name].ids for name in names])
-        memory = rows_of_one([ways[name].memory for name in names])
-        output = pipeline.model.generate(
-            ids, mask, memory=memory, max_new_tokens=new_tokens, do_sample=False, **settings
-        )
-        texts = pipeline.codec.continuations(output[:, ids.shape[1] :])
-        if until is not None:
-            texts = [text.partition(until)[0] for text in texts]
-        found |= dict(zip(names, texts, strict=True))
-    return found
+    base = model.plain_model
+    (ids, mask), (targets, counted) = _padded(asked, left=True), _padded(answers)
+    written: list[list[int]] = [[] for _ in asked]
+    with model.disable_adapters():
+        cache = memory.to_cache(model)
+
+        def read(tokens: torch.Tensor, mask: torch.Tensor, last: int) -> torch.Tensor:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+            settings = {"logits_to_keep": last} if model.slices_logits else {}
+            settings |= cache_argument(base, cache)
+            found = base(tokens, attention_mask=mask, position_ids=positions, use_cache=True, **settings)
+            return found.logits[:, -last:].float()
+
+        predicted = first = read(ids, mask, 1)
+        behind = targets.shape[1] - 1
+        if behind:
+            predicted = torch.cat([first, read(targets[:, :-1], torch.cat([mask, counted[:, :-1]], 1), behind)], 1)
+        nats = cross_entropy(predicted.transpose(1, 2), targets, reduction="none")
+        nats = (nats * counted).sum(1) / counted.sum(1)
+        if behind and new_tokens:
+            cache.crop(-behind)
+        rows, next_tokens = list(range(len(ids))), first[:, -1].argmax(-1)
+        for step in range(new_tokens):
+            going = []
+            for place, (row, token) in enumerate(zip(rows, next_tokens.tolist(), strict=True)):
+                written[row].append(token)
+                if token != model.end_token_id and not (until and until in tokenizer.decode([token])):
+                    going.append(place)
+            if not going or step == new_tokens - 1:
+                break
+            if len(going) < len(rows):  # an answer that has ended costs nothing
+                cache.batch_select_indices(torch.tensor(going))
+                rows, mask = [rows[place] for place in going], mask[going]
+            mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
+            next_tokens = read(next_tokens[going][:, None], mask, 1)[:, -1].argmax(-1)
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return nats.tolist(), [(text.partition(until)[0] if until else text).strip() for text in texts]
 
 
 def grades(found: str, references: Sequence[str]) -> dict[str, float]:
@@ -139,9 +180,11 @@ def _width(asked: Asked) -> int:
     return asked.memory.states.shape[4]
 
 
-def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join rows of tokens: their ids and mask, int64 `[B, T]`, with zeros for padding."""
     width = max(map(len, rows))
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
     for index, row in enumerate(rows):
-        ids[index, width - len(row) :], mask[index, width - len(row) :] = torch.tensor(row), 1
+        here = slice(width - len(row), width) if left else slice(len(row))
+        ids[index, here], mask[index, here] = torch.tensor(row), 1
     return ids, mask

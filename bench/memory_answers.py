@@ -36,17 +36,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from r3mem_fast import Memory, R3MemConfig, R3MemModel, load_model
 from r3mem_fast.choices import QUERIES
 from r3mem_fast.codec import TextCodec
-from r3mem_fast.integrations.compat import cache_argument
 from r3mem_fast.memory import MemoryLayout
 from r3mem_fast.questions import SegmentQuestions
 
 from .anchored import anchored_memory, load_adapter
 from .answers_data import Question, chosen_groups, contains, f1, read_pairs, read_qmsum, read_xquad
+from .asking import answered
 from .places import interval
 from .presses import PRESSES, add_presses_option, keep_best, keep_shared, press_scores
 from .prompts import KINDS, Prompt, ids_of, prompt_of
@@ -210,77 +209,24 @@ def graded(
     count = len(prompt.questions)
     arms = sorted(memories, key=lambda arm: memories[arm].states.shape[4])  # rows of one batch are about as wide
     size = max(1, options.batch // count)
+    until = '"' if options.opener.endswith('"') else None
     grades: dict[str, dict] = {}
     with laid_out(model, memories["full"].layout):
         for start in range(0, len(arms), size):
             some = arms[start : start + size]
             memory = Memory.cat([memories[arm] for arm in some])
             memory = memory.rows([row for row in range(len(some)) for _ in range(count)])
-            texts, nats = _answered(options, model, tokenizer, prompt, memory, len(some))
+            asked, answers = prompt.asked * len(some), prompt.answers * len(some)
+            nats, texts = answered(model, tokenizer, memory, asked, answers, options.new_tokens, until)
             for index, arm in enumerate(some):
                 here = slice(index * count, (index + 1) * count)
-                answered = list(zip(texts[here], prompt.questions, strict=True))
+                replies = list(zip(texts[here], prompt.questions, strict=True))
                 grades[arm] = {
-                    "f1": [f1(text, question.answers) for text, question in answered],
-                    "contains": [contains(text, question.answers) for text, question in answered],
+                    "f1": [f1(text, question.answers) for text, question in replies],
+                    "contains": [contains(text, question.answers) for text, question in replies],
                     "nats": nats[here],
                 }
     return {arm: grades[arm] for arm in memories}
-
-
-def _answered(
-    options: argparse.Namespace, model: R3MemModel, tokenizer: Any, prompt: Prompt, memory: Memory, copies: int
-) -> tuple[list[str], list[float]]:
-    """Read each copy of the questions behind its row of a memory: the answers, and nats a token of the references."""
-    base = model.plain_model
-    ids, mask = _padded(prompt.asked * copies, left=True)
-    answers, counted = _padded(prompt.answers * copies)
-    with model.disable_adapters():
-        cache = memory.to_cache(model)
-
-        def read(tokens: torch.Tensor, mask: torch.Tensor, **settings: int) -> torch.Tensor:
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-            settings |= cache_argument(base, cache)
-            return base(tokens, attention_mask=mask, position_ids=positions, use_cache=True, **settings).logits.float()
-
-        predicted = first = read(ids, mask, logits_to_keep=1)
-        if answers.shape[1] > 1:
-            predicted = torch.cat([first, read(answers[:, :-1], torch.cat([mask, counted[:, :-1]], 1))], 1)
-            cache.crop(1 - answers.shape[1])
-        nats = cross_entropy(predicted.transpose(1, 2), answers, reduction="none")
-        nats = (nats * counted).sum(1) / counted.sum(1)
-        written: list[list[int]] = [[] for _ in ids]
-        rows, next_tokens = list(range(len(ids))), first[:, -1].argmax(-1)
-        for step in range(options.new_tokens):
-            going = []
-            for place, (row, token) in enumerate(zip(rows, next_tokens.tolist(), strict=True)):
-                written[row].append(token)
-                if token != model.end_token_id and not _closes(options, tokenizer.decode([token])):
-                    going.append(place)
-            if not going or step == options.new_tokens - 1:
-                break
-            if len(going) < len(rows):  # an answer that has ended costs nothing
-                cache.batch_select_indices(torch.tensor(going))
-                rows, mask = [rows[place] for place in going], mask[going]
-            mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
-            next_tokens = read(next_tokens[going][:, None], mask)[:, -1].argmax(-1)
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return [(text.partition('"')[0] if _closes(options, text) else text).strip() for text in texts], nats.tolist()
-
-
-def _closes(options: argparse.Namespace, text: str) -> bool:
-    """Whether a text has the quotation mark that ends an answer."""
-    return options.opener.endswith('"') and '"' in text
-
-
-def _padded(rows: list[list[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join rows of tokens: their ids and mask, int64 `[B, T]`, with zeros for padding."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        here = slice(width - len(row), width) if left else slice(len(row))
-        ids[index, here], mask[index, here] = torch.tensor(row), 1
-    return ids, mask
 
 
 def memories_of(

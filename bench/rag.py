@@ -41,7 +41,7 @@ from r3mem_fast.store.lookup import WordIndex, minilm_embedder
 from .agent import summary
 from .anchored import anchored_memory, load_adapter
 from .answers_data import Question, read_xquad, template_parts
-from .asking import Asked, answers, grades, nats
+from .asking import Asked, ask_in_each_way
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .prompts import EXAMPLE, KINDS
 from .records import add_output_option, add_records
@@ -166,16 +166,10 @@ class _Asker:
                 ways[f"anchored+minilm_{slots}"] = mixed
             for name in options.presses:
                 ways[f"{name}_{slots}"] = Asked(self._pressed(first, slots, name), asked)
-        answer = codec.ids(question.answers[0])
-        grade: dict[str, dict[str, float]] = {
-            way: {"nats": loss, "slots": ways[way].slots - len(asked)}
-            for way, loss in nats(self._pipeline, ways, answer).items()
-        }
-        if options.new_tokens:
-            written = answers(self._pipeline, ways, new_tokens=options.new_tokens, until='"')
-            for way, text in written.items():
-                grade[way] |= grades(text, question.answers)
-        return grade
+        found = ask_in_each_way(self._pipeline, ways, question.answers, new_tokens=options.new_tokens, until='"')
+        for way, how in ways.items():
+            found[way]["slots"] = how.slots - len(asked)
+        return found
 
     def _ranked(self, question: str, way: str) -> list[int]:
         if way in self._words:

@@ -10,7 +10,7 @@ import torch
 
 from bench import agent, asking, rag, store_times, talks
 from bench.asking import Asked, grades, rouge_l
-from r3mem_fast import MemoryStore, R3MemConfig
+from r3mem_fast import Memory, MemoryStore, R3MemConfig
 from r3mem_fast.store import lookup
 from r3mem_fast.store.beside import pinned_memory
 from r3mem_fast.store.memories import History
@@ -114,17 +114,34 @@ def test_nats_behind_a_memory_are_those_of_the_text(pipeline):
         "raw": Asked(head, codec.ids("Rex is a dog. Who?.A:")),
         "nothing": Asked(head, codec.ids(" Who?.A:")),
     }
-    answer = codec.ids("Rex")
-    found = asking.nats(pipeline, ways, answer, most=2)
+    found = asking.ask_in_each_way(pipeline, ways, ["Rex"], most=2)
+    nats = {way: grades["nats"] for way, grades in found.items()}
     ids = torch.tensor([codec.ids("U:Rex is a dog. Who?.A:Rex")])
     with torch.no_grad(), model.disable_adapters():
         logits = model.plain_model(ids).logits[0, -4:-1].float()
     expected = torch.nn.functional.cross_entropy(logits, ids[0, -3:]).item()
-    assert found["held"] == pytest.approx(expected, rel=1e-3) and found["raw"] == pytest.approx(expected, rel=1e-3)
-    assert abs(found["nothing"] - expected) > 0.05 * expected
+    assert nats["held"] == pytest.approx(expected, rel=1e-3) and nats["raw"] == pytest.approx(expected, rel=1e-3)
+    assert abs(nats["nothing"] - expected) > 0.05 * expected
     assert ways["held"].slots == ways["raw"].slots == ways["nothing"].slots + len("Rex is a dog.")
-    texts = asking.answers(pipeline, ways, new_tokens=5)
-    assert texts["held"] == texts["raw"]
+
+
+def test_what_is_written_is_what_the_model_generates(pipeline):
+    """In rows of several lengths, some of which end before the others, and after the reference's nats were read."""
+    model, tokenizer = pipeline.model, pipeline.tokenizer
+    head = pinned_memory(model, pipeline.codec.ids("U:"))
+    rows = [pipeline.codec.ids(text) for text in ("Rex.A:", "Rex is a dog. Who?.A:", "A cat.A:")]
+    generated = []
+    for row in rows:
+        ids = model.generate(torch.tensor([row]), memory=head, max_new_tokens=6, do_sample=False)
+        generated.append(tokenizer.decode(ids[0, len(row) :], skip_special_tokens=True).strip())
+    memory = Memory.cat([head] * 3)
+    nats, texts = asking.answered(model, tokenizer, memory, rows, [[5, 6, 7], [5], [6, 5]], 6)
+    assert texts == generated and len(set(texts)) > 1
+    alone, _ = asking.answered(model, tokenizer, memory, rows, [[5, 6, 7], [5], [6, 5]], 0)
+    assert alone == nats
+    until = next(text for text in texts if len(text) > 2)[1]
+    _, ended = asking.answered(model, tokenizer, memory, rows, [[5]] * 3, 6, until)
+    assert ended == [text.partition(until)[0].strip() for text in texts]
 
 
 def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
