@@ -9,6 +9,7 @@ import torch
 
 from bench import answers_data, memory_answers, prompts
 from bench.answers_data import Question
+from bench.asking import answered
 from bench.presses import PRESSES, is_installed, keep_shared
 from bench.rivals import laid_out
 from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, load_model
@@ -108,7 +109,7 @@ def options_of(monkeypatch, *arguments):
 @torch.no_grad()
 def test_arms_of_all_slots_are_the_text_itself(folder, monkeypatch):
     """Answers and nats are those of the base model, which reads prefix, text and question in one pass."""
-    options = options_of(monkeypatch, "--ratios", "1", "--instruction", "", "--opener", "", "--new-tokens", "5")
+    options = options_of(monkeypatch, "--ratios", "1", "--instruction", "", "--opener", "")
     base, tokenizer = load_model(folder)
     group = [
         Question(text_of(3, 40), f"what{index}" * (1 + index), (text_of(index, 2 + index),)) for index in range(2)
@@ -119,7 +120,8 @@ def test_arms_of_all_slots_are_the_text_itself(folder, monkeypatch):
     memories = memory_answers.memories_of(options, model, None, prompt)
     with laid_out(model, memories["full"].layout):
         for arm in memories:
-            texts, nats = memory_answers._answered(options, model, tokenizer, prompt, memories[arm].rows([0, 0]), 1)
+            memory = memories[arm].rows([0, 0])
+            nats, texts = answered(model, tokenizer, memory, prompt.asked, prompt.answers, 5)
             context = prompt.context[:, :0] if arm == "nothing" else prompt.context
             for index, (asked, answer) in enumerate(zip(prompt.asked, prompt.answers, strict=True)):
                 ids = torch.cat([prompt.before, context, torch.tensor([asked])], 1)
