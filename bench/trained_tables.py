@@ -51,11 +51,11 @@ def memories_in_short() -> str:
     """Return the table of the README: what memories of segments of novels close, and rivals of as many slots."""
     matched, packaged = closed_by("matched_novels_smollm2"), closed_by("packaged_novels_smollm2")
     cases = (("matched, without training", matched, "matched"),
-             ("**with the adapter that comes with the package**", packaged, "anchored"),
+             ("**with the adapter that comes with the package**, heads share slots", packaged, "anchored"),
              (RIVALS["attended"], matched, "attended"), (RIVALS["expected"], matched, "expected"),
              (RIVALS["raw"], matched, "raw"))  # fmt: skip
     rows = [(what, *(interval(closed[f"{arm}_{n}", "full"]) for n in (64, 16))) for what, closed, arm in cases]
-    return table(("kept of 256 tokens", "64 slots", "16 slots"), rows)
+    return table(("kept of each 256 tokens", "64 slots", "16 slots"), rows)
 
 
 # Kinds of text that the memories of the packaged adapter were measured on.

@@ -44,7 +44,7 @@ def states_at(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     A slot's numbers are copied at one time. `gather`, which takes them one by one, is many times as slow on a CPU.
 
     Args:
-        states: Of placement "every_layer", `[layers, 2, A, kv_heads, N, head_dim]`.
+        states: States of placement "every_layer", `[layers, 2, A, kv_heads, N, head_dim]`.
         places: int64 `[layers, A, kv_heads, n]`, from 0 to N - 1.
 
     Returns:
