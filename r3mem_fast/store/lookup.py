@@ -1,8 +1,11 @@
 """Looks passages up by the words of a question (BM25) or by embeddings."""
 
 import dataclasses
+import itertools
+import math
 import re
 import sqlite3
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +17,8 @@ if TYPE_CHECKING:  # looking up by words needs no torch
     import torch
 
 
-# Gives an embedding of each text, `[n, width]`, whose dot products say how near texts are.
-Embedder = Callable[[Sequence[str]], "torch.Tensor"]
+# Gives an embedding of each text, `[n, width]`, a tensor or an array, whose cosines say how near texts are.
+Embedder = Callable[[Sequence[str]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +36,65 @@ class Found:
     by: str
 
 
-def match_query(question: str) -> str | None:
-    """A query in the language of SQLite's FTS5 for any of a text's words; None if it has no word.
+# Scripts that put no space between words, or hang endings on them: of these each two letters that follow one another
+# count as a word.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
+)
+# What English words end in behind an apostrophe; with "n't" they are all function words.
+_ENDINGS = frozenset(["d", "ll", "m", "re", "s", "t", "ve"])
+
+
+def words_of(question: str) -> list[str]:
+    """Words of a question to look up, each once: without function words, if there are others.
 
     Function words count only if there are no others: in the few passages of one store they may be rare by chance.
+
+    Args:
+        question: The question.
     """
-    every = dict.fromkeys(re.findall(r"\w+", question.lower()))
-    words = [word for word in every if word not in STOP_WORDS] or every
-    return " OR ".join(f'"{word}"' for word in words) or None
+    every: dict[str, bool] = {}  # and whether they are function words
+    for is_word, letters in itertools.groupby(unicodedata.normalize("NFC", question), _is_of_word):
+        if is_word:
+            for word, is_function in _parts_of("".join(letters).strip("'\u2019")):
+                every[word] = is_function and every.get(word, True)
+    return [word for word, is_function in every.items() if not is_function] or list(every)
+
+
+def _is_of_word(letter):
+    return letter in "'\u2019" or unicodedata.category(letter)[0] in "LNM"
+
+
+def _parts_of(word):
+    """The words that one with apostrophes is taken apart into, and whether they are function words."""
+    *stems, ending = re.split("['\u2019]", word)
+    if stems and ending.casefold() in _ENDINGS:
+        negated = ending.casefold() == "t" and stems[-1].casefold().endswith("n")
+        ending = stems.pop()
+        if negated:
+            yield ending, True
+            return
+    for stem in (*stems, ending):
+        rest = _UNSPACED.sub(" ", stem).split()
+        pairs = [pair for run in _UNSPACED.findall(stem) for pair in _pairs(run)]
+        for part in (*rest, *pairs):
+            if any(map(str.isalnum, part)):
+                yield part, part.casefold() in STOP_WORDS
+
+
+def _pairs(run):
+    return [run[place : place + 2] for place in range(max(1, len(run) - 1))]
+
+
+def match_query(question: str) -> str | None:
+    """A query in the language of SQLite's FTS5 for any of a question's words; None if it has no word."""
+    return " OR ".join(f'"{word}"' for word in words_of(question)) or None
 
 
 def by_words(database: Database, question: str, where: str, values: Sequence[Any], limit: int) -> list[Found]:
     """Items that have words of a question, the best by BM25 first.
+
+    How rare a word is, is counted among the items that fit the condition: what others have said does not tell.
 
     Args:
         database: The database.
@@ -53,15 +103,31 @@ def by_words(database: Database, question: str, where: str, values: Sequence[Any
         values: Values of its parameters.
         limit: Items at most.
     """
-    query = match_query(question)
-    if query is None:
-        return []
-    ranked = database.rows(
-        f"SELECT items.id, bm25(words) AS rank FROM words JOIN items ON items.id = words.rowid "
-        f"WHERE words MATCH ? AND {where} ORDER BY rank, items.id DESC LIMIT ?",
-        (query, *values, limit),
+    scores: dict[int, float] = {}
+    (everywhere,), (here,) = (
+        database.rows(f"SELECT count(*) FROM items WHERE {which}", given)[0]
+        for which, given in (("1", ()), (where, values))
     )
-    return _found(database, [(number, -rank) for number, rank in ranked], "bm25")
+    for word in words_of(question):
+        if _UNSPACED.match(word):
+            found = database.rows(f"SELECT id, -1.0 FROM items WHERE instr(text, ?) AND {where}", (word, *values))
+            weight = _rarity(here, len(found))
+        else:
+            matching = "FROM words JOIN items ON items.id = words.rowid WHERE words MATCH ?"
+            found = database.rows(f"SELECT items.id, bm25(words) {matching} AND {where}", (f'"{word}"', *values))
+            if not found:
+                continue
+            others = database.rows(f"SELECT count(*) {matching}", (f'"{word}"',))[0][0]
+            weight = _rarity(here, len(found)) / _rarity(everywhere, others)  # in place of the index's own
+        for number, rank in found:
+            scores[number] = scores.get(number, 0.0) - rank * weight
+    ranked = sorted(scores.items(), key=lambda scored: (-scored[1], -scored[0]))
+    return _found(database, ranked[:limit], "bm25")
+
+
+def _rarity(count: int, having: int) -> float:
+    """Inverse document frequency of a word, as FTS5 counts it, of so many items and those that have the word."""
+    return max(math.log((count - having + 0.5) / (having + 0.5)), 1e-6)
 
 
 class Nearness:
@@ -77,6 +143,7 @@ class Nearness:
         self._database, self._embedder = database, embedder
         named: Any = embedder if hasattr(embedder, "__qualname__") else type(embedder)
         self._name = name or f"{named.__module__}.{named.__qualname__}"
+        self._checked = False
 
     def search(self, question: str, where: str, values: Sequence[Any], limit: int) -> list[Found]:
         """Items that are nearest to a question, the nearest first.
@@ -89,13 +156,20 @@ class Nearness:
 
         Raises:
             ImportError: There is no embedder.
-            ValueError: Vectors of other sizes are kept under its name.
+            ValueError: Vectors of another embedder are kept under its name, or it gives no vector of each text.
         """
         import torch
 
         if self._embedder is None:
             self._embedder, self._name = minilm_embedder(), "all-MiniLM-L6-v2"
-        self._embed_missing(self._embedder, where, values)
+        if not self._checked:
+            self._check()
+            self._checked = True
+        missing = self._database.items(
+            f"{where} AND id NOT IN (SELECT item FROM embeddings WHERE embedder = ?)", (*values, self._name)
+        )
+        if missing:
+            self._keep(missing, self._vectors([item.text for item in missing]))
         kept = self._database.rows(
             f"SELECT items.id, vector FROM embeddings JOIN items ON items.id = item WHERE embedder = ? AND {where} "
             "ORDER BY items.id",
@@ -103,34 +177,59 @@ class Nearness:
         )
         if not kept:
             return []
-        vectors = torch.stack([torch.frombuffer(bytearray(vector), dtype=torch.float32) for _, vector in kept])
-        asked = self._embedder([question]).to(torch.float32).cpu()
-        if asked.shape[1] != vectors.shape[1]:
-            raise ValueError(
-                f"the embedder {self._name!r} gives vectors of {asked.shape[1]} numbers, and those that are kept have "
-                f"{vectors.shape[1]}: another embedder made them; give this one an embedder_name of its own"
-            )
+        vectors = torch.stack([_vector(kept_bytes) for _, kept_bytes in kept])
+        asked = self._vectors([question])
         best = torch.nn.functional.cosine_similarity(vectors, asked, dim=1).topk(min(limit, len(kept)))
         places = best.indices.tolist()
         ranked = [(kept[place][0], score) for place, score in zip(places, best.values.tolist(), strict=True)]
         return _found(self._database, ranked, "embedding")
 
-    def _embed_missing(self, embedder, where, values):
-        missing = self._database.items(
-            f"{where} AND id NOT IN (SELECT item FROM embeddings WHERE embedder = ?)", (*values, self._name)
+    def _vectors(self, texts: Sequence[str]) -> "torch.Tensor":
+        """Embeddings of texts, float32 `[n, width]`."""
+        import torch
+
+        assert self._embedder is not None, "see search"
+        found = torch.as_tensor(self._embedder(texts)).detach().to("cpu", torch.float32)
+        if found.dim() != 2 or len(found) != len(texts) or not found.isfinite().all():
+            raise ValueError(
+                f"the embedder {self._name!r} must give a finite vector of each of {len(texts)} texts, and gave "
+                f"{tuple(found.shape)}"
+            )
+        return found
+
+    def _check(self) -> None:
+        """Raise ValueError if embeddings are kept under this name which this embedder does not give."""
+        import torch
+
+        kept = self._database.rows(
+            "SELECT text, vector FROM embeddings JOIN items ON items.id = item WHERE embedder = ? LIMIT 1",
+            (self._name,),
         )
-        if not missing:
-            return
-        vectors = embedder([item.text for item in missing]).float().cpu()
+        for text, kept_bytes in kept:
+            mine, its = self._vectors([text])[0], _vector(kept_bytes)
+            same = len(mine) == len(its) and torch.allclose(mine, its, rtol=0.05, atol=0.05 * float(its.abs().max()))
+            if not same:
+                raise ValueError(
+                    f"the embedder {self._name!r} gives other vectors, of {len(mine)} numbers, than those that are "
+                    f"kept, of {len(its)}: another embedder made them; give this one an embedder_name of its own"
+                )
+
+    def _keep(self, items, vectors):
         rows = [
             (item.id, self._name, vector.numpy().tobytes(), item.id)
-            for item, vector in zip(missing, vectors, strict=True)
+            for item, vector in zip(items, vectors, strict=True)
         ]
         with self._database.changing() as connection:  # of what has not been deleted meanwhile
             connection.executemany(
                 "INSERT OR REPLACE INTO embeddings SELECT ?, ?, ? WHERE EXISTS (SELECT 1 FROM items WHERE id = ?)",
                 rows,
             )
+
+
+def _vector(kept: bytes) -> "torch.Tensor":
+    import torch
+
+    return torch.frombuffer(bytearray(kept), dtype=torch.float32)
 
 
 def _found(database, ranked, by):
@@ -151,7 +250,8 @@ class WordIndex:
         self._count = len(texts)
         self._connection = sqlite3.connect(":memory:", check_same_thread=False)
         self._connection.execute("CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61')")
-        self._connection.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", list(enumerate(texts)))
+        rows = [(place, _UNSPACED.sub(_spaced, text)) for place, text in enumerate(texts)]
+        self._connection.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", rows)
 
     def ranked(self, question: str) -> list[int]:
         """Indices of all texts, the best first; those without any of the question's words come last, in order."""
@@ -164,6 +264,11 @@ class WordIndex:
             found = [row[0] for row in rows]
         rest = set(range(self._count)) - set(found)
         return [*found, *sorted(rest)]
+
+
+def _spaced(run: re.Match[str]) -> str:
+    """The letters of a script without spaces, and each two that follow one another, with spaces between them."""
+    return f" {' '.join([*run[0], *_pairs(run[0])])} "
 
 
 def minilm_embedder() -> Embedder:

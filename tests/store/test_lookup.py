@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from r3mem_fast.store.lookup import WordIndex, match_query
+from r3mem_fast.store.lookup import WordIndex, match_query, words_of
 
 SAID = ["Ida is allergic to peanuts.", "We went sailing in Norway.", "The blue boat's name is Ida."]
 
@@ -100,9 +100,9 @@ def test_embeddings_are_kept(filled, embedder, opened):
     assert embedder.asked == ["abc", "a new one", "abc"]
     embedder.asked.clear()
     opened(embedder=embedder).search("abc", user_id="anna", by="embedding")
-    assert embedder.asked == ["abc"]
+    assert embedder.asked == [SAID[0], "abc"]  # the first shows that it is the same embedder
     opened(embedder=embedder, embedder_name="another").search("abc", user_id="anna", by="embedding")
-    assert len(embedder.asked) == 1 + 5 + 1  # of another embedder they are made anew
+    assert len(embedder.asked) == 2 + 5 + 1  # of another embedder they are made anew
 
 
 def test_embeddings_go_with_their_items(filled):
@@ -157,15 +157,76 @@ def test_texts_are_ranked():
 
 
 def test_another_embedder_of_the_same_name_is_noticed(opened):
-    class Embedder:
-        def __init__(self, width):
-            self.width = width
+    """Of another size or not, and before anything of it is kept: the one that was there goes on."""
 
-        def __call__(self, texts):
-            return torch.ones(len(texts), self.width)
+    def embedder(width, scale):
+        def embed(texts):
+            return torch.tensor([[len(text), 10.0, *[0.0] * (width - 2)] for text in texts]) * scale
 
-    opened(embedder=Embedder(2)).add("abc", user_id="anna")
-    assert opened(embedder=Embedder(2)).search("a", user_id="anna", by="embedding")
-    with pytest.raises(ValueError, match="vectors of 3 numbers, and those that are kept have 2"):
-        opened(embedder=Embedder(3)).search("a", user_id="anna", by="embedding")
-    assert opened(embedder=Embedder(3), embedder_name="other").search("a", user_id="anna", by="embedding")
+        return embed
+
+    first, message = embedder(2, torch.tensor([1.0, 1.0])), "gives other vectors, of {} numbers, than those .* of 2"
+    opened(embedder=first).add("abc", user_id="anna")
+    assert opened(embedder=first).search("a", user_id="anna", by="embedding")
+    opened().add("def", user_id="anna")
+    for other, width in ((embedder(3, 1.0), 3), (embedder(2, torch.tensor([1.0, -1.0])), 2)):
+        with pytest.raises(ValueError, match=message.format(width)):
+            opened(embedder=other).search("a", user_id="anna", by="embedding")
+        assert opened().database.rows("SELECT count(*) FROM embeddings") == [(1,)]
+    assert len(opened(embedder=first).search("a", user_id="anna", by="embedding")) == 2
+    assert len(opened(embedder=other, embedder_name="other").search("a", user_id="anna", by="embedding")) == 2
+
+
+def test_an_embedder_may_give_arrays_and_must_give_a_vector_of_each_text(filled, opened):
+    arrays = opened(embedder=lambda texts: Embedder()(texts).numpy(), embedder_name="arrays")
+    assert texts(arrays.search("abi", user_id="anna", by="embedding")) == texts(
+        filled.search("abi", user_id="anna", by="embedding")
+    )
+    for bad in (torch.ones(3), torch.ones(1, 2), torch.full((4, 2), torch.nan)):
+        with pytest.raises(ValueError, match=r"must give a finite vector of each of 4 texts, and gave \("):
+            opened(embedder=lambda texts, bad=bad: bad, embedder_name="bad").search(
+                "abi", user_id="anna", by="embedding"
+            )
+
+
+@pytest.mark.parametrize(
+    "question, words",
+    [
+        ("What's my dentist's name?", ["dentist", "name"]),
+        ("Who's she, and who doesn't swim?", ["swim"]),
+        ("They won't go; she won it at five o\u2019clock", ["won", "five", "clock"]),
+        ("It isn't", ["It", "isn"]),  # function words alone
+        ("re\u0301sume\u0301 of \u0130stanbul", ["r\u00e9sum\u00e9", "\u0130stanbul"]),
+        ("カレーと Ida 猫", ["カレ", "レー", "ーと", "Ida", "猫"]),
+        ("'' \u2019 _ !", []),
+    ],
+)
+def test_words_of_a_question(question, words):
+    assert words_of(question) == words
+
+
+def test_words_of_other_scripts_are_found(opened):
+    """Without spaces between words, with marks that stand apart, and in capitals that Python's lower() takes apart."""
+    said = {
+        "ピーナッツ": "私はピーナッツアレルギーがあります。",
+        "아이다": "아이다는 땅콩을 못 먹는다.",
+        "İstanbul": "Born in İstanbul.",
+        "re\u0301sume\u0301": "My résumé is ready.",
+        "हिन्दी": "मुझे हिन्दी आती है",
+    }
+    store = opened()
+    store.database.add([("user", text) for text in said.values()], user="anna", agent=None, run=None, metadata=None)
+    index = WordIndex(list(said.values()))
+    for place, (query, text) in enumerate(said.items()):
+        assert texts(store.search(query, user_id="anna")) == [text]
+        assert index.ranked(query)[0] == place
+
+
+def test_what_others_have_said_does_not_tell(filled):
+    """Neither how well an item fits nor which fits best."""
+    before = filled.search("peanuts Norway Ida", user_id="anna")
+    filled.database.add([("user", "Norway.")] * 30, user="carla", agent=None, run=None, metadata=None)
+    after = filled.search("peanuts Norway Ida", user_id="anna")
+    assert texts(after) == texts(before)
+    # The length of an item counts beside the mean of all, which is another one now.
+    assert [one.score for one in after] == pytest.approx([one.score for one in before], rel=0.5, abs=1e-5)
