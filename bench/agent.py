@@ -40,6 +40,7 @@ from typing import Any
 import torch
 
 from r3mem_fast import Memory, MemoryStore, R3MemConfig, R3MemPipeline
+from r3mem_fast.store.answering import with_passages
 from r3mem_fast.store.beside import pinned_memory, with_layout
 from r3mem_fast.store.memories import History
 from r3mem_fast.store.turns import TurnCodec
@@ -223,9 +224,11 @@ class Asker:
                 if self._learned is not None:
                     asked[f"anchored+{way}_{kept}"] = _asked(turns, ways[f"half_anchored_{kept}"], question, found)
             if self._options.passages:
-                said = self._with_passages(store, talk, question)
+                limit, whole = self._options.passages, ways[f"memory_{kept}"]
+                best = store.search(question, user_id=talk.user, by="bm25", limit=limit)
+                said = with_passages(question, [one.item for one in best])
                 asked[f"found_{kept}"] = _asked(turns, ways["nothing"], said)
-                asked[f"memory+found_{kept}"] = _asked(turns, ways[f"memory_{kept}"], said)
+                asked[f"memory+found_{kept}"] = _asked(turns, whole, said)
         return asked
 
     def _read_at_most(self, turns: TurnCodec, talk: Talk) -> int:
@@ -300,13 +303,6 @@ class Asker:
             chosen[item.id] = self._pipeline.codec.said(f"- {talk.speakers[item.role]}{item.text}\n")[:left]
             left -= len(chosen[item.id])
         return [token for number in sorted(chosen) for token in chosen[number]]
-
-    def _with_passages(self, store: MemoryStore, talk: Talk, question: str) -> str:
-        """A question behind the turns that `ask` finds for it, as `ask` writes them."""
-        limit = self._options.passages
-        found = [found.item for found in store.search(question, user_id=talk.user, by="bm25", limit=limit)]
-        lines = [f"- {talk.speakers[item.role]}{item.text}" for item in sorted(found, key=lambda item: item.id)]
-        return "\n".join([*lines, "", question] if lines else [question])
 
     def _grade(self, ways, answer, own, totals):
         found = ask_in_each_way(self._pipeline, ways, [answer], new_tokens=self._options.new_tokens)

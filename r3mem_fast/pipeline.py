@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -50,8 +51,7 @@ class R3MemPipeline:
             `R3MemModel`, or a `transformers` causal language model, which is changed in place; the last two with their
             tokenizer.
         tokenizer: Tokenizer of a model that is not given by name.
-        base: Base model of an adapter, by a name as `load_model` takes it, if it lies elsewhere than when the adapter
-            was made. Its fingerprint tells whether it is the right one.
+        base: Base model of an adapter, as `load_model` takes it, if it lies elsewhere now; its fingerprint must fit.
         config: Settings, for a model without adapters.
         device: Device of a model that is loaded here; None: the CPU, or what `device_map` says.
         dtype: Dtype of such a model; None: that which an adapter was trained in, and for a new one bfloat16 where the
@@ -77,7 +77,7 @@ class R3MemPipeline:
             attn_implementation=attn_implementation, seed=seed, **settings,
         )  # fmt: skip
         self.model, self.tokenizer, self.remembered = loaded.model.eval(), loaded.tokenizer, loaded.remembered
-        self._own = OwnFolder()
+        self._own, self.lock = OwnFolder(), threading.RLock()  # stores hold the lock while the model reads
         if loaded.folder is not None:
             self._own.seen(loaded.folder)
         self.codec = TextCodec(loaded.tokenizer)

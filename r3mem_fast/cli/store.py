@@ -192,7 +192,7 @@ def _delete(options: argparse.Namespace) -> int:
 
     quiet()
     with MemoryStore(store_folder(options.store)) as store:
-        gone = store.delete(options.item, **_chosen(options))
+        gone = store.delete(**{name: value for name, value in chosen.items() if value is not None})
     print(f"deleted {_items(gone)}")
     return 0
 

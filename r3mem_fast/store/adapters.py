@@ -118,19 +118,19 @@ def _is_of(line, text):
 
 
 def _pages(items: Sequence[Item], count: Callable[[str], int]) -> dict[str, str]:
-    """Texts to be learned, by name: pages of what was said, in whole items.
+    """Texts to be learned, by name: pages of what was said in a run, in whole items.
 
     Args:
         items: What was said, at least one item.
         count: Counts the tokens of a text.
     """
     pages: dict[str, str] = {}
-    name = ""
+    name, run = "", None
     for item in items:
         line = f"{_SPEAKERS[item.role]}: {item.text}"
         longer = f"{pages[name]}\n{line}" if name else line
-        if not name or count(longer) > _PAGE_TOKENS:
-            name, longer = f"{item.run_id or 'conversation'} from {item.id}", line
+        if not name or item.run_id != run or count(longer) > _PAGE_TOKENS:
+            name, run, longer = f"{item.run_id or 'conversation'} from {item.id}", item.run_id, line
         pages[name] = longer
     return pages
 

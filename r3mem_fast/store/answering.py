@@ -1,5 +1,6 @@
 """`Answering`: writes behind memories, at once or piece by piece."""
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..pipeline import R3MemPipeline
 from ..training.collate import padded
 from .adapters import UserAdapters
 from .database import Database
-from .memories import Histories
+from .items import Item
+from .memories import Histories, History
 from .turns import TurnCodec
 
 _NEW_TOKENS = 128
@@ -39,6 +41,45 @@ class Answering:
         if self._adapters is None:
             self._adapters = UserAdapters(self.pipeline, database, folder)
         return self._adapters
+
+    def row(
+        self, history: History, said: Sequence[tuple[str, str]], items: Sequence[Item], settings: dict[str, Any]
+    ) -> list[int]:
+        """Token ids of messages behind a history, up to the reply.
+
+        Args:
+            history: The history.
+            said: Role and text of each message; the last one is the user's.
+            items: What is to stand before the last one, word for word, the best first: as much of it as fits.
+            settings: Arguments of `transformers`' `generate`, which say how long the reply may become.
+
+        Raises:
+            ValueError: The messages alone do not fit.
+        """
+        *before, (role, text) = said
+        chosen: list[Item] = []
+        room, found = self._room(history, settings), self._behind(history, said)
+        if len(found) > room:
+            raise ValueError(
+                f"the messages, with {len(history.tail)} tokens that are read as they are before them, take "
+                f"{len(found)} tokens, and the model has positions for {room} beside memory and reply: say less, or "
+                "ask for a shorter reply (max_new_tokens)"
+            )
+        for item in items:
+            longer = self._behind(history, [*before, (role, with_passages(text, [*chosen, item]))])
+            if len(longer) <= room:
+                chosen, found = [*chosen, item], longer
+        return found
+
+    def _behind(self, history, said):
+        return history.tail + self.turns.reply(said, history.last_role)
+
+    def _room(self, history, settings):
+        model = self.pipeline.model
+        if model.max_tokens is None:
+            return sys.maxsize
+        before = 0 if history.memory is None else history.memory.layout.first_position
+        return model.max_tokens - before - (settings.get("max_new_tokens") or _NEW_TOKENS) + 1
 
     def written(self, rows: Sequence[list[int]], memory: Memory | None, settings: dict[str, Any]) -> list[str]:
         """Write behind rows of token ids, all of them behind one memory.
@@ -92,6 +133,20 @@ class Answering:
             writer.join()
         if failed:
             raise failed[0]
+
+
+def with_passages(text: str, items: Sequence[Item]) -> str:
+    """A user's text behind what was said before, word for word, in the order in which it was said.
+
+    Args:
+        text: The text.
+        items: What was said.
+    """
+    lines = [
+        f"- {'I' if item.role == 'user' else 'You'} said: {item.text}"
+        for item in sorted(items, key=lambda item: item.id)
+    ]
+    return "\n".join([*lines, "", text] if lines else [text])
 
 
 class _Stopped(StoppingCriteria):

@@ -14,11 +14,12 @@ from ..training.settings import RememberSettings
 from .adapters import UserAdapters
 from .answering import Answering
 from .database import DATABASE, Database
-from .defaults import RAW_TOKENS, SETTINGS, WAYS
-from .items import Item, check_names, condition
-from .lookup import Embedder, Found, Nearness, by_words
+from .defaults import RAW_TOKENS, SETTINGS
+from .items import ANY, Item, check_names, condition, given
+from .lookup import Embedder, Found, Nearness
 from .memories import Histories
 from .opening import StoreModel, kept
+from .search import Search
 from .turns import TurnCodec, as_messages
 
 DEFAULT_CONFIG = R3MemConfig(**SETTINGS)
@@ -74,10 +75,12 @@ class MemoryStore:
         self.folder = Path(folder)
         self.database = Database(self.folder / DATABASE)
         self._model = StoreModel(model, config, self.database, settings)
-        self._nearness = Nearness(self.database, embedder, embedder_name)
+        nearness = Nearness(self.database, embedder, embedder_name)
         self._raw_tokens = kept(self.database, "raw_tokens", RAW_TOKENS) if raw_tokens is None else raw_tokens
         self._system = kept(self.database, "system", None) if system is None else system
-        self._lock = threading.RLock()
+        # Of one pipeline all stores, as reading changes the model while it lasts.
+        self._lock = model.lock if isinstance(model, R3MemPipeline) else threading.RLock()
+        self._search = Search(self.database, nearness, lambda *asked: self._adapters().recalled(*asked), self._lock)
         self._answering: Answering | None = None
         self._sweep()  # a process may have been killed between deleting and this
 
@@ -226,24 +229,7 @@ class MemoryStore:
             ImportError: There is no embedder.
             ValueError: The query is empty, or `by` is none of these ways.
         """
-        check_names(user_id=user_id, agent_id=agent_id, run_id=run_id)
-        if not query.strip():
-            raise ValueError("the query is empty")
-        if by not in WAYS:
-            raise ValueError(f"by must be one of {WAYS}, got {by!r}")
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
-        where, values = condition(user_id=user_id, agent_id=agent_id, run_id=run_id)
-        if by == "embedding":
-            with self._lock:
-                return self._nearness.search(query, where, values, limit)
-        if by == "backward" and self.database.held(user_id).adapter is not None:
-            with self._lock:
-                recalled = self._adapters().recalled(user_id, query)
-            known = {item.id for item in self.database.items(where, values)}
-            if found := [Found(item, 1.0, "backward") for item in recalled if item.id in known]:
-                return found[:limit]
-        return by_words(self.database, query, where, values, limit)
+        return self._search(query, user_id=user_id, limit=limit, by=by, agent_id=agent_id, run_id=run_id)
 
     def get(self, item_id: int) -> Item:
         """An item by its number. Raises KeyError if there is none."""
@@ -252,20 +238,15 @@ class MemoryStore:
             raise KeyError(f"there is no item {item_id}")
         return found[0]
 
-    def get_all(
-        self, *, user_id: str | None = None, agent_id: str | None = None, run_id: str | None = None
-    ) -> list[Item]:
-        """Items of a user, an agent or a run, in the order in which they were added; without any, all."""
-        return self.database.items(*condition(user_id=user_id, agent_id=agent_id, run_id=run_id))
+    def get_all(self, *, user_id: str = ANY, agent_id: str = ANY, run_id: str = ANY) -> list[Item]:
+        """Items of a user, an agent or a run, in the order in which they were added; without any, all.
 
-    def delete(
-        self,
-        item_id: int | None = None,
-        *,
-        user_id: str | None = None,
-        agent_id: str | None = None,
-        run_id: str | None = None,
-    ) -> int:
+        Raises:
+            ValueError: One is given, and is None or empty: a name that an application has lost stands for nobody.
+        """
+        return self.database.items(*condition(**given(user_id=user_id, agent_id=agent_id, run_id=run_id)))
+
+    def delete(self, item_id: int = ANY, *, user_id: str = ANY, agent_id: str = ANY, run_id: str = ANY) -> int:
         """Delete an item, or all of a user, an agent or a run; text, index, embeddings, memory and adapters.
 
         A memory that held some of it is made again from the texts that are left, when it is needed next, and is then
@@ -282,11 +263,12 @@ class MemoryStore:
 
         Raises:
             KeyError: There is no such item.
-            ValueError: Nothing says what is to be deleted.
+            ValueError: Nothing says what is to be deleted, or what is given is None or empty.
         """
-        if item_id is not None:
+        chosen = given(item_id=item_id, user_id=user_id, agent_id=agent_id, run_id=run_id)
+        if "item_id" in chosen:
             self.get(item_id)
-        where, values = condition(item_id=item_id, user_id=user_id, agent_id=agent_id, run_id=run_id)
+        where, values = condition(**chosen)
         if not values:
             raise ValueError("say what is to be deleted: an item_id, a user_id, an agent_id or a run_id")
         with self._lock:
@@ -354,15 +336,17 @@ class MemoryStore:
                 parts = self.database.setting("turns")
                 if parts is not None and kept(self.database, "turns", None) == turns.description:
                     turns = TurnCodec(pipeline.codec, self._system, json.loads(parts))
-                model, layout = pipeline.model, self._model.layout
-                histories = Histories(model, layout, turns, self.database, folder, self._raw_tokens)
+                model, layout, made_with = pipeline.model, self._model.layout, self._identity_of(turns)["made_with"]
+                histories = Histories(model, layout, turns, self.database, folder, self._raw_tokens, made_with)
                 self._answering = Answering(pipeline, turns, histories)
             if checked:  # each time, as another process may have made the memories anew with another model
                 self._model.check(self._identity())
             return self._answering
 
     def _identity(self):
-        turns = self.answering(checked=False).turns
+        return self._identity_of(self.answering(checked=False).turns)
+
+    def _identity_of(self, turns):
         made_with = {"turns": turns.description, "system": self._system, "raw_tokens": self._raw_tokens}
         return {**self._model.identity(**made_with), "turns": json.dumps(turns.parts)}
 
@@ -379,22 +363,16 @@ class MemoryStore:
     def _written(self, conversations, user, passages, by, stream, settings):
         """Replies to messages behind what a user has said, a list, or the pieces of the only one."""
         check_names(user_id=user)
+        if passages < 0:
+            raise ValueError(f"passages must be 0 or more, got {passages}")
         with self._lock:
             reading = self.answering()
             history, rows = reading.histories.history(user), []
             for said in conversations:
-                role, last = said[-1]
-                asked = [*said[:-1], (role, self._with_passages(last, passages, user, by))]
-                rows.append(history.tail + reading.turns.reply(asked, history.last_role))
+                found = []
+                if passages and history.compressed:  # what comes later is read as it is anyway
+                    found = self._search(said[-1][1], user_id=user, limit=passages, by=by, up_to=history.compressed)
+                rows.append(reading.row(history, said, [one.item for one in found], settings))
             if stream:
                 return reading.streamed(rows[0], history.memory, self._lock, settings)
             return reading.written(rows, history.memory, settings)
-
-    def _with_passages(self, text, passages, user, by):
-        """A text behind items that are looked up for it."""
-        found = self.search(text, user_id=user, limit=passages, by=by) if passages else []
-        if not found:
-            return text
-        items = sorted((one.item for one in found), key=lambda item: item.id)
-        said = "\n".join(f"- {'I' if item.role == 'user' else 'You'} said: {item.text}" for item in items)
-        return f"{said}\n\n{text}"

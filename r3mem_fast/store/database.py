@@ -215,21 +215,33 @@ class Database:
         found = self.rows(f"SELECT {columns} FROM users WHERE user = ?", (user,))
         return Held(*found[0]) if found else Held()
 
-    def advance(self, user: str, before: Held, after: Held) -> bool:
+    def advance(self, user: str, before: Held, after: Held, made_with: str | None = None) -> bool:
         """Put a memory in the place of an earlier one, if nothing has changed since that was read.
 
         Args:
             user: Whose memory it is.
             before: What the new memory was made from.
             after: The new memory.
+            made_with: Value of the setting of this name that the store must have, so that no memory of other settings
+                comes in while another process makes all of them anew; None: any.
 
         Returns:
             Whether it was put there. If not, another process has changed the memory, or something was deleted.
         """
         with self.changing() as connection:
             changed = connection.execute(
-                "UPDATE users SET file = ?, item = ?, tokens = ? WHERE user = ? AND revision = ? AND file IS ?",
-                (after.file, after.item, after.tokens, user, before.revision, before.file),
+                "UPDATE users SET file = ?, item = ?, tokens = ? WHERE user = ? AND revision = ? AND file IS ? "
+                "AND ifnull(? = (SELECT value FROM settings WHERE name = 'made_with'), ?)",
+                (
+                    after.file,
+                    after.item,
+                    after.tokens,
+                    user,
+                    before.revision,
+                    before.file,
+                    made_with,
+                    made_with is None,
+                ),
             )
             return changed.rowcount == 1
 
@@ -314,15 +326,18 @@ class Database:
             )
             connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", list(settings.items()))
 
-    def put_settings(self, settings: dict[str, str], *, anew: bool = False) -> None:
+    def put_settings(self, settings: dict[str, str], *, anew: bool = False, if_empty: bool = False) -> None:
         """Take over settings.
 
         Args:
             settings: The settings.
             anew: Whether they take the place of those that are there; if not, another process may have set them.
+            if_empty: Whether to do so only if the store holds no item.
         """
         how = "REPLACE" if anew else "IGNORE"
         with self.changing() as connection:
+            if if_empty and connection.execute("SELECT 1 FROM items LIMIT 1").fetchone():
+                return
             connection.executemany(f"INSERT OR {how} INTO settings VALUES (?, ?)", list(settings.items()))
 
 

@@ -99,7 +99,8 @@ class DocumentStore:
         self._pipeline: R3MemPipeline | None = None
         self._begun: Memory | None = None
         self._memories: dict[str, Memory] = {}
-        self._lock = threading.RLock()
+        # Of one pipeline all stores, as reading changes the model while it lasts.
+        self._lock = model.lock if isinstance(model, R3MemPipeline) else threading.RLock()
 
     @property
     def pipeline(self) -> R3MemPipeline:
@@ -163,10 +164,14 @@ class DocumentStore:
         questions = [question] if isinstance(question, str) else list(question)
         if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
             raise ValueError("a question is empty")
+        if passages < 0:
+            raise ValueError(f"passages must be 0 or more, got {passages}")
+        texts = by_name(documents)
+        if empty := [name for name, text in texts.items() if not text.strip()]:
+            raise ValueError(f"the document {empty[0]!r} is empty")
         with self._lock:
-            parts, _ = cut_to_length(
-                by_name(documents), self.pipeline.codec.count, self.part_tokens, (), anywhere=True
-            )
+            codec = self.pipeline.codec
+            parts, _ = cut_to_length(texts, lambda text: len(codec.said(text)), self.part_tokens, (), anywhere=True)
             index = WordIndex(list(parts.values()))
             needed = {name: self._layout(len(self.pipeline.codec.said(text))).budget for name, text in parts.items()}
             answers: list[Answer] = []

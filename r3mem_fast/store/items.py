@@ -64,6 +64,14 @@ class Held:
         return dataclasses.replace(self, adapter=" ".join(earlier) or None, learned=learned)
 
 
+class _Any:
+    """The default of a name that may be anything; None is not: it may be a name that an application has lost."""
+
+    def __repr__(self) -> str:
+        return "ANY"
+
+
+ANY: Any = _Any()
 _AFTER = "-after-"
 
 
@@ -98,6 +106,24 @@ def check_names(**names: str | None) -> None:
             raise TypeError(f"{what} must be a text, got {type(name).__name__}")
         if name == "" or (name is None and what == "user_id"):
             raise ValueError(f"{what} is empty")
+
+
+def given(**names: Any) -> dict[str, Any]:
+    """Return those of some names, or of an item's number, that are not `ANY`.
+
+    Args:
+        names: Names of users, agents and runs, and an `item_id`, by what they name.
+
+    Raises:
+        TypeError: A name is no text.
+        ValueError: One is None, or empty.
+    """
+    chosen = {what: name for what, name in names.items() if name is not ANY}
+    for what, name in chosen.items():
+        if name is None:
+            raise ValueError(f"{what} is None; leave it out to mean any")
+    check_names(**{what: name for what, name in chosen.items() if what != "item_id"})
+    return chosen
 
 
 def condition(

@@ -36,11 +36,13 @@ class History(NamedTuple):
         memory: Memory of one row, without unfinished tokens; None: the history is shorter than a segment.
         tail: Token ids of what comes behind it.
         last_role: Role of the last message; None: nothing was said.
+        compressed: Number of the last item that is in the memory, wholly or in part; 0: none.
     """
 
     memory: Memory | None
     tail: list[int]
     last_role: str | None
+    compressed: int = 0
 
 
 class Histories:
@@ -53,6 +55,7 @@ class Histories:
         database: What was said.
         folder: Folder of the memories' files, made if it is not there.
         raw_tokens: Tokens, the newest ones, that are never compressed.
+        made_with: What the database says memories are made with, of these arguments (`StoreModel.identity`).
 
     Raises:
         ValueError: What the chat template puts before a conversation does not fit into a segment, or the budget; or
@@ -67,6 +70,7 @@ class Histories:
         database: Database,
         folder: Path,
         raw_tokens: int,
+        made_with: str,
     ):
         if layout.waits:
             raise ValueError(
@@ -74,7 +78,7 @@ class Histories:
                 'use "rematch" or "forget"'
             )
         self._model, self._layout, self._turns, self._database = model, layout, turns, database
-        self._folder, self._raw_tokens = folder, raw_tokens
+        self._folder, self._raw_tokens, self._made_with = folder, raw_tokens, made_with
         self._length = layout.segment_length
         self._cache: dict[str, Memory] = {}  # by name of the file, those that were used last at the end
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,12 +112,13 @@ class Histories:
         last = items[-1].role if items else None
         count = (len(rest) - self._raw_tokens) // self._length
         if count < 1:
-            return History(memory, rest, last)
+            return History(memory, rest, last, held.item)
         new, tail = rest[: count * self._length], rest[count * self._length :]
         before = with_layout(self._model.empty_memory(pinned=begun), self._layout) if memory is None else memory
         memory = self._model.compress(torch.tensor([new]), memory=before)
-        self._keep(user, held, _boundary(items, ends, held.tokens + len(new) - begun), memory)
-        return History(memory, tail, last)
+        boundary = _boundary(items, ends, held.tokens + len(new) - begun)
+        self._keep(user, held, boundary, memory)
+        return History(memory, tail, last, boundary[0])
 
     def sweep(self) -> None:
         """Remove files that are in use no longer: of what was deleted, and of writers that were killed."""
@@ -171,7 +176,7 @@ class Histories:
         after = dataclasses.replace(before, file=name, item=boundary[0], tokens=boundary[1])
         with locked(self._folder, _SECONDS_TO_WAIT):
             memory.save(self._folder / name)
-            kept = self._database.advance(user, before, after)
+            kept = self._database.advance(user, before, after, self._made_with)
             self._drop(before.file if kept else name)
         if kept:
             self._cache[name] = memory

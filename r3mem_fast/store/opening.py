@@ -219,7 +219,9 @@ class StoreModel:
         its = self._database.setting("made_with")
         if its is None:
             self._database.put_settings(identity)
-            its = self._database.setting("made_with")
+        elif its != identity["made_with"]:  # a store in which nothing was said has no memories that could be others
+            self._database.put_settings(identity, anew=True, if_empty=True)
+        its = self._database.setting("made_with")
         if its is not None and its != identity["made_with"]:
             made, asked = json.loads(its), json.loads(identity["made_with"])
             differs = ", ".join(name for name in made | asked if asked.get(name) != made.get(name))

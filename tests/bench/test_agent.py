@@ -187,17 +187,6 @@ def test_an_adapter_that_has_learned_nothing_answers_as_the_match_does(
     assert found["memory_8"]["slots"] > found["memory_4"]["slots"] and (found["history"]["cut"] > 0) == cut
 
 
-def test_passages_stand_before_a_question_as_a_store_puts_them(pipeline, tmp_path):
-    asker = agent.Asker(SimpleNamespace(adapter=None, passages=1), pipeline)
-    talk = talks.Talk("Ann", DAYS, [], SPEAKERS)
-    with MemoryStore(tmp_path, pipeline) as store:
-        talk.add_to(store)
-        for question in ("Which dog?", "Who?"):  # no turn has a word of the latter
-            found = asker._with_passages(store, talk, question)
-            assert found == store._with_passages(question, 1, "Ann", "bm25")
-    assert found == "Who?"
-
-
 def test_turns_that_are_found_fill_their_room(pipeline, tmp_path):
     from r3mem_fast import R3MemPipeline
     from r3mem_fast.store.turns import TurnCodec

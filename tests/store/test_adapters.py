@@ -10,6 +10,7 @@ from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings
 from r3mem_fast.adapter_folder import put_weights, replace_weights, weights_of
 from r3mem_fast.manifest import adapters_in, read_manifest
 from r3mem_fast.store import adapters as module
+from r3mem_fast.store.items import Item
 from r3mem_fast.store.shelf import adapter_in
 from tests.store.conftest import CONFIG
 from tests.store.test_conversations import GREEDY
@@ -169,6 +170,15 @@ def test_a_long_run_is_learned_in_pages(store, monkeypatch):
         f"one from {items[3].id}": f"User: {said[3]}",
     }
     assert len(adapters(store, "anna")) == 3
+
+
+def test_a_page_is_of_one_run():
+    """Also where runs are mixed."""
+    runs = ["monday", "monday", "tuesday", None, "monday"]
+    items = [Item(n, "anna", None, run, "user", f"text {n}", {}, 0.0) for n, run in enumerate(runs, 1)]
+    pages = module._pages(items, len)
+    assert list(pages) == ["monday from 1", "tuesday from 3", "conversation from 4", "monday from 5"]
+    assert pages["monday from 1"].count("text") == 2
 
 
 def test_what_was_taught_before_stays_when_something_is_deleted(store):

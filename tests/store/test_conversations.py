@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 
 from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
 from r3mem_fast.memory.reader import MemoryReader
-from r3mem_fast.store import answering, conversations
+from r3mem_fast.store import DocumentStore, answering, conversations
 from tests.store.conftest import CONFIG, RAW_TOKENS, bits_of
 from tests.store.test_turns import TURNS
 
@@ -73,13 +73,37 @@ def test_behind_a_memory_with_room_for_all_it_is_the_model(chats, opened):
 
 
 def test_passages_stand_before_the_question(chats, opened):
-    store = opened(raw_tokens=1000)
-    store.add("Ida eats no nuts.", user_id="anna")
-    store.add({"role": "assistant", "content": "Noted: nuts."}, user_id="anna")
-    found = "- I said: Ida eats no nuts.\n- You said: Noted: nuts.\n\nNuts?"
-    first = store.ask("Nuts?", user_id="anna", passages=5, **GREEDY)
-    assert first == store.ask(found, user_id="anna", **GREEDY)
+    """What the memory holds, or has forgotten; what is read as it is anyway does not stand there twice."""
+    store, settings = opened(raw_tokens=0), GREEDY | {"max_new_tokens": 2}
+    store.add("Nuts: none at all.", user_id="anna")
+    store.add({"role": "assistant", "content": "No."}, user_id="anna")
+    compressed = store.answering().histories.history("anna").compressed
+    assert compressed == store.get_all(user_id="anna")[0].id
+    found = store.ask("Nuts?", user_id="anna", passages=5, **settings)
+    assert found == store.ask("- I said: Nuts: none at all.\n\nNuts?", user_id="anna", **settings)
     assert store.ask("Zebra?", user_id="anna", passages=5, **GREEDY) == store.ask("Zebra?", user_id="anna", **GREEDY)
+    uncompressed = opened("other", raw_tokens=1000)
+    uncompressed.add("Nuts: none.", user_id="anna")
+    alone = uncompressed.ask("Nuts?", user_id="anna", **GREEDY)
+    assert alone == uncompressed.ask("Nuts?", user_id="anna", passages=5, **GREEDY)
+    with pytest.raises(ValueError, match="passages must be 0 or more, got -1"):
+        store.ask("Nuts?", user_id="anna", passages=-1)
+
+
+def test_as_many_passages_as_fit(chats, opened):
+    """The best first, in the order in which they were said; an item that is too long is left out, not the question."""
+    store = opened(raw_tokens=0)
+    for text in ("n1", "nuts " * 30, "n2", LONG):
+        store.add(text, user_id="anna")
+    reading, (first, long, second, _) = store.answering(), store.get_all(user_id="anna")
+    history, said = reading.histories.history("anna"), [("user", "Nuts?")]
+    both = [("user", answering.with_passages("Nuts?", [first, second]))]
+    expected = history.tail + reading.turns.reply(both, "user")
+    assert reading.row(history, said, [second, long, first], {"max_new_tokens": 1}) == expected
+    assert reading.row(history, said, [], {"max_new_tokens": 1}) == history.tail + reading.turns.reply(said, "user")
+    assert store.ask("Nuts?", user_id="anna", passages=3, **GREEDY)
+    with pytest.raises(ValueError, match=r"the messages, with \d+ tokens .* take \d+ tokens, and .* for \d+ beside"):
+        store.ask("Nuts? " * 20, user_id="anna", **GREEDY)
 
 
 def test_a_stream_is_the_answer(store):
@@ -248,6 +272,68 @@ def test_another_model_or_other_settings(opened, folder, pipeline):
     assert store.users() == ["anna"]
     store.rebuild()
     assert bits_of(store.memory("anna")) == own
+
+
+def test_a_store_in_which_nothing_was_said_is_of_no_model(opened, folder):
+    """Asking it, or deleting all, does not bind it to a model."""
+    store = opened()
+    store.ask("What?", user_id="anna", **GREEDY)
+    config = R3MemConfig(**vars(CONFIG) | {"num_memory_tokens": 3})
+    other = opened(model=R3MemPipeline(str(folder), config=config), raw_tokens=9)
+    other.add(LONG, user_id="anna")
+    with pytest.raises(ValueError, match="differ in: layout, raw_tokens"):
+        store.ask("What?", user_id="anna", **GREEDY)
+    other.delete(user_id="anna")
+    store.add(LONG, user_id="anna")
+    assert store.memory("anna") is not None
+
+
+def test_no_memory_of_settings_that_are_changed_meanwhile_comes_in(opened, folder, monkeypatch):
+    """Another process makes all memories anew while something is added."""
+    store = opened()
+    store.add(LONG, user_id="anna")
+    config = R3MemConfig(**vars(CONFIG) | {"num_memory_tokens": 3})
+    other = opened(model=R3MemPipeline(str(folder), config=config))
+    identity, add, memories = other._identity(), store.database.add, store.folder / "memories"
+    before = set(memories.iterdir())
+
+    def meanwhile(*said, **names):
+        other.database.forget_memories(identity)
+        return add(*said, **names)
+
+    monkeypatch.setattr(store.database, "add", meanwhile)
+    store.add("more of it", user_id="anna")  # which was asked for before
+    assert store.database.held("anna").file is None
+    assert set(memories.iterdir()) == before
+    assert other.memory("anna").layout.num_memory_tokens == 3
+
+
+def test_stores_of_one_pipeline_take_turns(opened, pipeline, tmp_path):
+    """Reading changes the model while it lasts: a stream of one store, and an answer of another."""
+    store, documents = opened(), DocumentStore(tmp_path / "library", pipeline, ratio=2, part_tokens=16, slots=16)
+    store.add(LONG, user_id="anna")
+    settings = GREEDY | {"max_new_tokens": 20}
+    whole = store.ask("What?", user_id="anna", **settings)
+    expected = documents.answer("A mill?", "A mill.", **GREEDY).text
+    pieces = []
+    for piece in store.ask("What?", user_id="anna", stream=True, **settings):
+        pieces.append(piece)
+        assert documents.answer("A mill?", "A mill.", **GREEDY).text == expected
+    assert "".join(pieces) == whole
+    assert store._lock is documents._lock is pipeline.lock
+
+
+def test_a_name_that_is_none_stands_for_nobody(store):
+    store.add("a", user_id="anna", run_id="monday")
+    for work in (store.get_all, store.delete):
+        for names in ({"user_id": None}, {"user_id": "anna", "run_id": None}, {"user_id": "", "run_id": "monday"}):
+            with pytest.raises(ValueError, match=r"(user_id|run_id) is (None; leave it out to mean any|empty)"):
+                work(**names)
+        with pytest.raises(TypeError, match="agent_id must be a text, got int"):
+            work(agent_id=3)
+    with pytest.raises(ValueError, match="item_id is None"):
+        store.delete(None)
+    assert len(store.get_all()) == 1
 
 
 def test_the_model_that_a_folder_was_made_with(opened, folder, tmp_path):

@@ -118,6 +118,11 @@ def test_bad_input(pipeline, tmp_path):
             store.answer(question, TEXTS)
     with pytest.raises(ValueError, match="there is no document"):
         store.answer("Who?", {})
+    for empty in ("", " \n"):
+        with pytest.raises(ValueError, match="the document 'b' is empty"):
+            store.answer("What?", {"a": "x", "b": empty})
+    with pytest.raises(ValueError, match="passages must be 0 or more, got -1"):
+        store.answer("What?", "x", passages=-1)
     with pytest.raises(ValueError, match="a text is empty"):
         store.memory(" ")
     ship, mill = (store.memory(text) for text in TEXTS.values())
