@@ -126,6 +126,12 @@ def test_rebuilding_takes_other_sizes_and_keeps_them(store, capsys):
     with MemoryStore(store) as opened:
         layout = opened.memory("anna").layout
         assert (layout.num_memory_tokens, layout.segment_length) == (4, 16)
+    assert main(["store", "rebuild", "--memory-budget", "12", *DEVICE]) == 0  # in place of one, the others stay
+    with MemoryStore(store) as opened:
+        layout = opened.memory("anna").layout
+        assert (layout.num_memory_tokens, layout.budget, layout.segment_length) == (4, 12, 16)
+    with pytest.raises(TypeError, match="config has settings that R3MemConfig has not: budget"):
+        MemoryStore(store, config={"budget": 3})
 
 
 def test_consolidating_hands_the_settings_on(store, capsys, monkeypatch):

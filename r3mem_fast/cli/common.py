@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 from ..config import R3MemConfig
-from ..store.defaults import OF_MATCHED, SETTINGS
+from ..store.defaults import OF_MATCHED
 from .options import given_settings
 
 
@@ -77,13 +77,12 @@ def store_of(options: argparse.Namespace) -> Any:
     from ..store.texts import store_folder
 
     given = given_settings(options, R3MemConfig, OF_MATCHED)
-    config = R3MemConfig(**{**SETTINGS, **given}) if given else None
     from .. import MemoryStore
 
     return MemoryStore(
         store_folder(options.store),
         options.model,
-        config=config,
+        config=given or None,
         raw_tokens=getattr(options, "raw_tokens", None),
         system=getattr(options, "system", None),
         device=device_of(options),

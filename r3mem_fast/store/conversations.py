@@ -43,8 +43,8 @@ class MemoryStore:
         folder: The folder, made if it is not there.
         model: What `R3MemPipeline` takes by name, or an `R3MemPipeline`, whose base model reads its memories: matched
             ones, or of anchors; None: what the folder was made with, "smollm2-135m" if new. It is loaded when needed.
-        config: Sizes of memories and settings of adapters; None: what the folder was made with, `DEFAULT_CONFIG` for
-            a new one.
+        config: Sizes of memories and settings of adapters, or some of them by name in place of those that it would
+            have (`{"memory_budget": 2048}`); None: what the folder was made with, `DEFAULT_CONFIG` for a new one.
         system: System prompt of all conversations; None: what the folder was made with, the template's for a new one.
         raw_tokens: Tokens, the newest ones, that are never compressed; None: what the folder was made with, 128 for a
             new one.
@@ -63,7 +63,7 @@ class MemoryStore:
         folder: str | Path,
         model: "str | Path | R3MemPipeline | None" = None,
         *,
-        config: R3MemConfig | None = None,
+        config: R3MemConfig | Mapping[str, Any] | None = None,
         system: str | None = None,
         raw_tokens: int | None = None,
         embedder: Embedder | None = None,

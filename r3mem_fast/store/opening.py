@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +108,33 @@ class StoreModel:
 
     Args:
         given: What `R3MemPipeline` takes by name, or a pipeline; None: what the store was made with.
-        config: Settings of a pipeline that is loaded here; None: what the store was made with.
+        config: Settings of a pipeline that is loaded here, or some of them by name, in place of those that it would
+            have; None: what the store was made with.
         database: The store's database.
         settings: More arguments of such a pipeline.
 
     Raises:
-        TypeError: A pipeline is given, and settings of one.
+        TypeError: A pipeline is given, and settings of one; or there is no setting of a name.
     """
 
     def __init__(
         self,
         given: "str | Path | R3MemPipeline | None",
-        config: R3MemConfig | None,
+        config: R3MemConfig | Mapping[str, Any] | None,
         database: Database,
         settings: dict[str, Any],
     ):
         if isinstance(given, R3MemPipeline) and config is not None:
             raise TypeError("an R3MemPipeline has its config already")
-        self._given, self._config, self._database, self._settings = given, config, database, settings
+        self._changes: dict[str, Any] = {}
+        self._config: R3MemConfig | None = None
+        if isinstance(config, Mapping):
+            self._changes = dict(config)
+            if unknown := sorted(set(config) - {field.name for field in dataclasses.fields(R3MemConfig)}):
+                raise TypeError(f"config has settings that R3MemConfig has not: {', '.join(unknown)}")
+        else:
+            self._config = config
+        self._given, self._database, self._settings = given, database, settings
         self._pipeline: R3MemPipeline | None = None
 
     def pipeline(self, default: R3MemConfig) -> R3MemPipeline:
@@ -140,17 +150,19 @@ class StoreModel:
         if self._pipeline is None:
             given = self._given or self._database.setting("model") or DEFAULT_MODEL
             chosen, settings = self._config or self._kept_config(), dict(self._settings)
-            config, named = chosen or default, not isinstance(given, R3MemPipeline)
+            base, named = chosen or default, not isinstance(given, R3MemPipeline)
+            config = dataclasses.replace(base, **self._changes)
             if named and settings.get("dtype") is None:
                 settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
             found = pipeline_of(given, config, settings)
             learned_for = kept(self._database, "adapter", None)
             if self._config is None and found.model.is_anchored and found.model.origin().adapter != learned_for:
                 chosen = None  # what is kept is of another adapter, or of none
-            if named and chosen is None and (known := _known_to(found.model, config)) != config:
+            if named and chosen is None:
+                known = dataclasses.replace(_known_to(found.model, base), **self._changes)
+                if known != config and not found.model.is_anchored:
+                    found = pipeline_of(given, known, settings)
                 config = known
-                if not found.model.is_anchored:
-                    found = pipeline_of(given, config, settings)
             self._config = config if named else self._config
             self._pipeline = found
         return self._pipeline
