@@ -10,7 +10,7 @@ answer) is
 
 one after the other, the first one by turns. Then each question is asked, for one token, in four ways:
 
-    memory      `MemoryStore.ask`: behind the memory and the newest turns
+    memory      `MemoryStore.ask(passages=0)`: behind the memory and the newest turns
     passages    the same, with four turns that are looked up by words before it
     opened      the same as memory, by a store that has just been opened, so that the memory's file is read
     prefill     by the model alone, behind the whole conversation, which it reads (`cut_tokens`: its beginning is left
@@ -181,8 +181,8 @@ class Timer:
         return ids[-(self._pipeline.model.max_tokens - 256) :]
 
 
-def _ask(store: MemoryStore, question: str, user: str, **settings: Any) -> None:
-    store.ask(question, user_id=user, max_new_tokens=1, do_sample=False, **settings)
+def _ask(store: MemoryStore, question: str, user: str, passages: int = 0) -> None:
+    store.ask(question, user_id=user, passages=passages, max_new_tokens=1, do_sample=False)
 
 
 def _seconds(action: Callable[[], Any]) -> float:

@@ -18,7 +18,7 @@ def main(arguments=None):
     parser.add_argument("--model", help="a folder or hub id (what the store was made with)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of the reply (%(default)s)")
     parser.add_argument(
-        "--passages", type=int, default=2, help="items that stand before it, word for word (%(default)s)"
+        "--passages", type=int, default=3, help="items that stand before it, word for word (%(default)s)"
     )
     options = parser.parse_args(arguments)
 

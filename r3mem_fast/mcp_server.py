@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from . import __version__
 from .store.database import DATABASE
+from .store.defaults import PASSAGES
 from .store.items import Item
 from .store.lookup import Found
 from .store.texts import StoredTexts
@@ -164,7 +165,9 @@ class Tools:
     def ask_memory(
         self,
         question: Annotated[str, Field(description="The question.")],
-        passages: Annotated[int, Field(description="Items that are looked up and read word for word.", ge=0)] = 3,
+        passages: Annotated[
+            int, Field(description="Items that are looked up and read word for word.", ge=0)
+        ] = PASSAGES,
         max_new_tokens: Annotated[int, Field(description="Tokens of the answer at most.", ge=1)] = 128,
         user_id: User = None,
     ) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ..choices import LEVELS
 from ..config import ADAPTER, BACKWARD, MEMORY, TRAINING, R3MemConfig
 from ..settings import check_value, default_text, is_whole, names_of_group, settings_of
-from ..store.defaults import OF_MATCHED, RAW_TOKENS, SETTINGS, WAYS
+from ..store.defaults import OF_MATCHED, PASSAGES, RAW_TOKENS, SETTINGS, WAYS
 
 _DTYPES = ("bfloat16", "float16", "float32")
 # Settings of a new adapter, and those among them that need memory tokens.
@@ -137,7 +137,7 @@ def add_store_model(parser: argparse.ArgumentParser, *, json: bool = True, sizes
 def add_lookup(parser: argparse.ArgumentParser) -> None:
     """Add the options that have what was said looked up for a question."""
     parser.add_argument(
-        "--passages", type=int, default=0, help="items that are looked up, and read word for word (%(default)s)"
+        "--passages", type=int, default=PASSAGES, help="items that are looked up, and read word for word (%(default)s)"
     )
     add_way(parser)
 

@@ -14,7 +14,7 @@ from ..training.settings import RememberSettings
 from .adapters import UserAdapters
 from .answering import Answering
 from .database import DATABASE, Database
-from .defaults import RAW_TOKENS, SETTINGS
+from .defaults import PASSAGES, RAW_TOKENS, SETTINGS
 from .items import ANY, Item, check_names, condition, given
 from .lookup import Embedder, Found, Nearness
 from .memories import Histories
@@ -145,7 +145,7 @@ class MemoryStore:
         question: str | Sequence[str],
         *,
         user_id: str,
-        passages: int = 0,
+        passages: int = PASSAGES,
         by: str = "bm25",
         stream: bool = False,
         **settings: Any,
@@ -155,7 +155,8 @@ class MemoryStore:
         Args:
             question: A question, or several, which are answered in one batch.
             user_id: Whose conversation it is.
-            passages: Items that are looked up for the question and stand before it, word for word.
+            passages: Items that are looked up for the question and stand before it, word for word, as many as fit;
+                those that are not in the memory yet are read anyway. 0: none, which is faster, and worth less.
             by: How they are looked up, see `search`.
             stream: Whether to return an iterator of the answer's pieces, as they are written; of one question.
             settings: Arguments of `transformers`' `generate`; 128 new tokens if no length is among them.
@@ -179,7 +180,7 @@ class MemoryStore:
         messages: Messages,
         *,
         user_id: str,
-        passages: int = 0,
+        passages: int = PASSAGES,
         by: str = "bm25",
         stream: bool = False,
         **settings: Any,

@@ -20,6 +20,9 @@ SETTINGS: dict[str, Any] = {
 }
 # Tokens, the newest ones, that are never compressed.
 RAW_TOKENS = 128
+# Items that are looked up for a question and read word for word behind the memory, which are worth far more than the
+# tokens that they take (docs/conversations.md).
+PASSAGES = 3
 # Settings of `R3MemConfig` that say what matched memories are like.
 OF_MATCHED = (
     "num_memory_tokens", "memory_budget", "beyond_budget", "memory_allocation", "memory_queries", "segment_length",
