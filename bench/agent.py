@@ -15,8 +15,8 @@ question is asked in a user's turn behind the conversation as it is held in each
     bm25, minilm    turns that fit the question best, by BM25 (SQLite's FTS5, and then the newest) or by embeddings of
                     all-MiniLM-L6-v2, in the order in which they were said; the worst of them is cut to fit
     memory+bm25     a memory with half as many slots, and turns in the place of the others; also memory+minilm
-    found           with --passages N: the turns that `MemoryStore.ask(passages=N)` finds, alone; and as memory+found
-                    behind the whole memory: fewer tokens, and more, than the other ways have
+    found           with --passages N: N turns that BM25 finds, as `MemoryStore.ask(passages=N)` quotes them, alone;
+                    and as memory+found behind the whole memory: fewer tokens, and more, than the other ways have
     anchored        as memory, and as memory+minilm, with what an adapter of anchors has learned (--adapter)
     foreign         another user's memory: what one is worth that knows nothing of it
     full            the whole conversation; its beginning is cut (`full_cut_tokens`) where the model's positions do not

@@ -14,6 +14,11 @@ _WAYS = {
     "memories": "two memories side by side",
     "memory+bm25": "**memory and BM25**",
     "memory+minilm": "**memory and MiniLM**",
+    "found": "three {} by BM25, alone",
+    "memory+found": "**all of the memory, and three {} by BM25**",
+    "anchored": "**memory of the packaged adapter**",
+    "anchored+bm25": "**that, and BM25**",
+    "anchored+minilm": "**that, and MiniLM**",
     "snapkv": "SnapKV",
     "keydiff": "KeyDiff",
     "expected": "Expected Attention",
@@ -54,6 +59,31 @@ def conversations_shared() -> str:
 def conversations_shared_paired() -> str:
     """Tabulate what memories of conversations are better by than their rivals, where heads share slots."""
     return _paired("agent_adaptive_smollm2", "turns")
+
+
+def conversations_answers() -> str:
+    """Tabulate answers to questions about some of the conversations."""
+    return _ways("agent_answers_smollm2", "turns")
+
+
+def meetings() -> str:
+    """Tabulate questions about meetings."""
+    return _ways("agent_meetings_smollm2", "pieces")
+
+
+def meetings_paired() -> str:
+    """Tabulate what memories of meetings are better by than their rivals at equal slots."""
+    return _paired("agent_meetings_smollm2", "pieces")
+
+
+def conversations_second_model() -> str:
+    """Tabulate questions about some of the conversations, asked of a second model."""
+    return _ways("agent_gemma3_270m", "turns")
+
+
+def conversations_second_model_paired() -> str:
+    """Tabulate what memories are better by there."""
+    return _paired("agent_gemma3_270m", "turns")
 
 
 def documents_shared() -> str:
@@ -120,8 +150,12 @@ def _ways(name: str, pieces: str) -> str:
 
 
 def _paired(name: str, pieces: str) -> str:
-    """Tabulate how many nats a token our ways are better by, a row for each rival and number of slots."""
-    found = {(r["way"], r["better_than"]): interval(r) for r in records(name) if r.get("of") == "nats"}
+    """Tabulate how many nats a token matched memories are better by, a row for each rival and number of slots."""
+    found = {
+        (r["way"], r["better_than"]): interval(r)
+        for r in records(name)
+        if r.get("of") == "nats" and r["way"].startswith("memory")
+    }
     ways = list(dict.fromkeys(way.rpartition("_")[0] for way, _ in found))
     ways.sort(key=list(_WAYS).index)
     cases = dict.fromkeys((way.rpartition("_")[2], rival) for way, rival in found if not rival.startswith("memory"))
@@ -129,7 +163,7 @@ def _paired(name: str, pieces: str) -> str:
         (_name(f"{rival}_{slots}", pieces), *(found[f"{way}_{slots}", rival] for way in ways))
         for slots, rival in cases
     ]
-    return table(("beside (nats a token, 95 %)", *(_WAYS[way] for way in ways)), rows)
+    return table(("beside (nats a token, 95 %)", *(_WAYS[way].format(pieces) for way in ways)), rows)
 
 
 def _name(way: str, pieces: str) -> str:
@@ -147,4 +181,9 @@ TABLES = {
     "documents_shared": documents_shared,
     "conversations_shared": conversations_shared,
     "conversations_shared_paired": conversations_shared_paired,
+    "conversations_answers": conversations_answers,
+    "meetings": meetings,
+    "meetings_paired": meetings_paired,
+    "conversations_second_model": conversations_second_model,
+    "conversations_second_model_paired": conversations_second_model_paired,
 }

@@ -86,7 +86,7 @@ def test_what_is_added_is_found_asked_for_and_deleted(run, folder, tmp_path):
         assert await call(client, "list_memories", limit=1) == [second]
         answer = await call(client, "ask_memory", question="Who?", passages=0, max_new_tokens=4)
         with MemoryStore(tmp_path / "store") as store:
-            assert answer == store.ask("Who?", user_id="anna", max_new_tokens=4, do_sample=False)
+            assert answer == store.ask("Who?", user_id="anna", passages=0, max_new_tokens=4, do_sample=False)
         assert "1 is not one of bob" in await refused(client, "delete_memory", item_id=1, user_id="bob")
         assert "was deleted" in await call(client, "delete_memory", item_id=1)
         assert await call(client, "list_memories") == [second]

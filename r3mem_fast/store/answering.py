@@ -75,11 +75,16 @@ class Answering:
         return history.tail + self.turns.reply(said, history.last_role)
 
     def _room(self, history, settings):
-        model = self.pipeline.model
-        if model.max_tokens is None:
-            return sys.maxsize
-        before = 0 if history.memory is None else history.memory.layout.first_position
-        return model.max_tokens - before - (settings.get("max_new_tokens") or _NEW_TOKENS) + 1
+        """Tokens that fit before the reply; where only `generate` knows how long that may be, before a token of it."""
+        model, config = self.pipeline.model, settings.get("generation_config")
+        before, memory = 0, history.memory
+        if memory is not None:  # with the tokens that it carries as they are
+            before = memory.layout.first_position + len(memory.recent[0]) + len(memory.unfinished[0])
+        room = sys.maxsize if model.max_tokens is None else model.max_tokens - before
+        new = settings.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+        if new is None and (longest := settings.get("max_length")):
+            return min(room, longest - 1)
+        return room + 1 - (new or (_NEW_TOKENS if config is None else 1))
 
     def written(self, rows: Sequence[list[int]], memory: Memory | None, settings: dict[str, Any]) -> list[str]:
         """Write behind rows of token ids, all of them behind one memory.

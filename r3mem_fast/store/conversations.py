@@ -337,11 +337,13 @@ class MemoryStore:
                 parts = self.database.setting("turns")
                 if parts is not None and kept(self.database, "turns", None) == turns.description:
                     turns = TurnCodec(pipeline.codec, self._system, json.loads(parts))
-                model, layout, made_with = pipeline.model, self._model.layout, self._identity_of(turns)["made_with"]
-                histories = Histories(model, layout, turns, self.database, folder, self._raw_tokens, made_with)
+                model, layout = pipeline.model, self._model.layout
+                histories = Histories(model, layout, turns, self.database, folder, self._raw_tokens)
                 self._answering = Answering(pipeline, turns, histories)
+            identity = self._identity_of(self._answering.turns)
+            self._answering.histories.made_with = identity["made_with"]
             if checked:  # each time, as another process may have made the memories anew with another model
-                self._model.check(self._identity())
+                self._model.check(identity)
             return self._answering
 
     def _identity(self):
@@ -366,6 +368,7 @@ class MemoryStore:
         check_names(user_id=user)
         if passages < 0:
             raise ValueError(f"passages must be 0 or more, got {passages}")
+        self._search.check_way(by)  # not only when there is something to look up
         with self._lock:
             reading = self.answering()
             history, rows = reading.histories.history(user), []

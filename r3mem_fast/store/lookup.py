@@ -39,7 +39,8 @@ class Found:
 # Scripts that put no space between words, or hang endings on them: of these each two letters that follow one another
 # count as a word.
 _UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff]+"
 )
 # What English words end in behind an apostrophe; with "n't" they are all function words.
 _ENDINGS = frozenset(["d", "ll", "m", "re", "s", "t", "ve"])
@@ -53,12 +54,14 @@ def words_of(question: str) -> list[str]:
     Args:
         question: The question.
     """
-    every: dict[str, bool] = {}  # and whether they are function words
+    # By the word in small letters: as it is, and whether it is a function word.
+    every: dict[str, tuple[str, bool]] = {}
     for is_word, letters in itertools.groupby(unicodedata.normalize("NFC", question), _is_of_word):
         if is_word:
             for word, is_function in _parts_of("".join(letters).strip("'\u2019")):
-                every[word] = is_function and every.get(word, True)
-    return [word for word, is_function in every.items() if not is_function] or list(every)
+                first, before = every.setdefault(word.casefold(), (word, is_function))
+                every[word.casefold()] = first, before and is_function
+    return [word for word, is_function in every.values() if not is_function] or [word for word, _ in every.values()]
 
 
 def _is_of_word(letter):
@@ -76,7 +79,8 @@ def _parts_of(word):
             return
     for stem in (*stems, ending):
         rest = _UNSPACED.sub(" ", stem).split()
-        pairs = [pair for run in _UNSPACED.findall(stem) for pair in _pairs(run)]
+        # An ending of one letter behind a word of another script is in nearly all texts.
+        pairs = [pair for run in _UNSPACED.findall(stem) if len(run) > 1 or run == stem for pair in _pairs(run)]
         for part in (*rest, *pairs):
             if any(map(str.isalnum, part)):
                 yield part, part.casefold() in STOP_WORDS
@@ -103,26 +107,40 @@ def by_words(database: Database, question: str, where: str, values: Sequence[Any
         values: Values of its parameters.
         limit: Items at most.
     """
-    scores: dict[int, float] = {}
+    words, scores = words_of(question), dict[int, float]()
+    if _UNSPACED.search(unicodedata.normalize("NFC", question)):
+        texts = database.rows(f"SELECT id, text FROM items WHERE {where}", values)
+        found = _by_pieces(texts, words)
+    else:
+        found = _by_index(database, words, where, values)
+    for weight, having in found:
+        for number, fit in having:
+            scores[number] = scores.get(number, 0.0) + fit * weight
+    ranked = sorted(scores.items(), key=lambda scored: (-scored[1], -scored[0]))
+    return _found(database, ranked[:limit], "bm25")
+
+
+def _by_index(database, words, where, values):
+    """Weight of each word, and the items that have it, with how well they fit, in the index of all users."""
     (everywhere,), (here,) = (
         database.rows(f"SELECT count(*) FROM items WHERE {which}", given)[0]
         for which, given in (("1", ()), (where, values))
     )
-    for word in words_of(question):
-        if _UNSPACED.match(word):
-            found = database.rows(f"SELECT id, -1.0 FROM items WHERE instr(text, ?) AND {where}", (word, *values))
-            weight = _rarity(here, len(found))
-        else:
-            matching = "FROM words JOIN items ON items.id = words.rowid WHERE words MATCH ?"
-            found = database.rows(f"SELECT items.id, bm25(words) {matching} AND {where}", (f'"{word}"', *values))
-            if not found:
-                continue
-            others = database.rows(f"SELECT count(*) {matching}", (f'"{word}"',))[0][0]
-            weight = _rarity(here, len(found)) / _rarity(everywhere, others)  # in place of the index's own
-        for number, rank in found:
-            scores[number] = scores.get(number, 0.0) - rank * weight
-    ranked = sorted(scores.items(), key=lambda scored: (-scored[1], -scored[0]))
-    return _found(database, ranked[:limit], "bm25")
+    # The order is forced: from the items, SQLite would look each of them up in the index.
+    matching = "FROM words CROSS JOIN items ON items.id = words.rowid WHERE words MATCH ?"
+    for word in words:
+        found = database.rows(f"SELECT items.id, -bm25(words) {matching} AND {where}", (f'"{word}"', *values))
+        if found:
+            others = database.rows("SELECT count(*) FROM words WHERE words MATCH ?", (f'"{word}"',))[0][0]
+            yield _rarity(here, len(found)) / _rarity(everywhere, others), found  # in place of the index's own
+
+
+def _by_pieces(texts, words):
+    """The same, of texts that may have no spaces between words, in which pieces of them are looked for."""
+    folded = [(number, unicodedata.normalize("NFC", text).casefold()) for number, text in texts]
+    for word in words:
+        found = [(number, 1.0) for number, text in folded if word.casefold() in text]
+        yield _rarity(len(folded), len(found)), found
 
 
 def _rarity(count: int, having: int) -> float:
@@ -160,8 +178,7 @@ class Nearness:
         """
         import torch
 
-        if self._embedder is None:
-            self._embedder, self._name = minilm_embedder(), "all-MiniLM-L6-v2"
+        self.load()
         if not self._checked:
             self._check()
             self._checked = True
@@ -183,6 +200,11 @@ class Nearness:
         places = best.indices.tolist()
         ranked = [(kept[place][0], score) for place, score in zip(places, best.values.tolist(), strict=True)]
         return _found(self._database, ranked, "embedding")
+
+    def load(self) -> None:
+        """Load the embedder where none was given. Raises ImportError if there is none."""
+        if self._embedder is None:
+            self._embedder, self._name = minilm_embedder(), "all-MiniLM-L6-v2"
 
     def _vectors(self, texts: Sequence[str]) -> "torch.Tensor":
         """Embeddings of texts, float32 `[n, width]`."""

@@ -55,7 +55,9 @@ class Histories:
         database: What was said.
         folder: Folder of the memories' files, made if it is not there.
         raw_tokens: Tokens, the newest ones, that are never compressed.
-        made_with: What the database says memories are made with, of these arguments (`StoreModel.identity`).
+
+    Attributes:
+        made_with: What the database must say that memories are made with, as a memory is written; None: anything.
 
     Raises:
         ValueError: What the chat template puts before a conversation does not fit into a segment, or the budget; or
@@ -70,7 +72,6 @@ class Histories:
         database: Database,
         folder: Path,
         raw_tokens: int,
-        made_with: str,
     ):
         if layout.waits:
             raise ValueError(
@@ -78,7 +79,8 @@ class Histories:
                 'use "rematch" or "forget"'
             )
         self._model, self._layout, self._turns, self._database = model, layout, turns, database
-        self._folder, self._raw_tokens, self._made_with = folder, raw_tokens, made_with
+        self._folder, self._raw_tokens = folder, raw_tokens
+        self.made_with: str | None = None
         self._length = layout.segment_length
         self._cache: dict[str, Memory] = {}  # by name of the file, those that were used last at the end
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,7 @@ class Histories:
         after = dataclasses.replace(before, file=name, item=boundary[0], tokens=boundary[1])
         with locked(self._folder, _SECONDS_TO_WAIT):
             memory.save(self._folder / name)
-            kept = self._database.advance(user, before, after, self._made_with)
+            kept = self._database.advance(user, before, after, self.made_with)
             self._drop(before.file if kept else name)
         if kept:
             self._cache[name] = memory

@@ -149,10 +149,12 @@ class StoreModel:
         """
         if self._pipeline is None:
             given = self._given or self._database.setting("model") or DEFAULT_MODEL
-            chosen, settings = self._config or self._kept_config(), dict(self._settings)
+            # Where nothing was said, the model that is named need not be the one that the folder was opened with.
+            goes_on = self._given is None or bool(self._database.rows("SELECT 1 FROM items LIMIT 1"))
+            chosen, settings = self._config or (self._kept_config() if goes_on else None), dict(self._settings)
             base, named = chosen or default, not isinstance(given, R3MemPipeline)
             config = dataclasses.replace(base, **self._changes)
-            if named and settings.get("dtype") is None:
+            if goes_on and named and settings.get("dtype") is None:
                 settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
             found = pipeline_of(given, config, settings)
             learned_for = kept(self._database, "adapter", None)

@@ -45,8 +45,7 @@ class Search:
         check_names(user_id=user_id, **names)
         if not query.strip():
             raise ValueError("the query is empty")
-        if by not in WAYS:
-            raise ValueError(f"by must be one of {WAYS}, got {by!r}")
+        self.check_way(by)
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         where, values = condition(user_id=user_id, **names)
@@ -62,3 +61,19 @@ class Search:
             if found := [Found(item, 1.0, "backward") for item in recalled if item.id in known]:
                 return found[:limit]
         return by_words(self._database, query, where, values, limit)
+
+    def check_way(self, by: str) -> None:
+        """Check that items can be looked up in a way, without looking any up.
+
+        Args:
+            by: The way.
+
+        Raises:
+            ImportError: There is no embedder.
+            ValueError: There is no such way.
+        """
+        if by not in WAYS:
+            raise ValueError(f"by must be one of {WAYS}, got {by!r}")
+        if by == "embedding":
+            with self._lock:
+                self._nearness.load()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from r3mem_fast import MemoryStore, R3MemConfig, R3MemPipeline
 from r3mem_fast.memory.reader import MemoryReader
@@ -72,22 +72,26 @@ def test_behind_a_memory_with_room_for_all_it_is_the_model(chats, opened):
     assert store.ask("What?", user_id="anna", **GREEDY) == pipeline.generate(rendered, **GREEDY).strip()
 
 
-def test_passages_stand_before_the_question(chats, opened):
+def test_passages_stand_before_the_question(chats, opened, monkeypatch):
     """What the memory holds, or has forgotten; what is read as it is anyway does not stand there twice."""
-    store, settings = opened(raw_tokens=0), GREEDY | {"max_new_tokens": 2}
-    store.add("Nuts: none at all.", user_id="anna")
-    store.add({"role": "assistant", "content": "No."}, user_id="anna")
-    compressed = store.answering().histories.history("anna").compressed
-    assert compressed == store.get_all(user_id="anna")[0].id
-    found = store.ask("Nuts?", user_id="anna", passages=5, **settings)
-    assert found == store.ask("- I said: Nuts: none at all.\n\nNuts?", user_id="anna", **settings)
-    assert store.ask("Zebra?", user_id="anna", passages=5, **GREEDY) == store.ask("Zebra?", user_id="anna", **GREEDY)
-    uncompressed = opened("other", raw_tokens=1000)
-    uncompressed.add("Nuts: none.", user_id="anna")
-    alone = uncompressed.ask("Nuts?", user_id="anna", **GREEDY)
-    assert alone == uncompressed.ask("Nuts?", user_id="anna", passages=5, **GREEDY)
+    store, settings, rows = opened(raw_tokens=0), {"do_sample": False, "max_new_tokens": 2}, []
+    store.add("Nuts: not any.", user_id="anna")
+    store.add({"role": "assistant", "content": "Nut."}, user_id="anna")
+    reading, first = store.answering(), store.get_all(user_id="anna")[0]
+    history = reading.histories.history("anna")
+    assert history.compressed == first.id
+    written = reading.written
+    monkeypatch.setattr(reading, "written", lambda some, *others: rows.extend(some) or written(some, *others))
+    store.ask(["Nuts?", "Zebra?"], user_id="anna", **settings)
+    store.ask("Nuts?", user_id="anna", passages=0, **settings)
+    said = answering.with_passages("Nuts?", [first]), "Zebra?", "Nuts?"
+    assert said[0] == "- I said: Nuts: not any.\n\nNuts?" and "Nut." not in said[0]
+    expected = [history.tail + reading.turns.reply([("user", text)], history.last_role) for text in said]
+    assert rows == expected
     with pytest.raises(ValueError, match="passages must be 0 or more, got -1"):
         store.ask("Nuts?", user_id="anna", passages=-1)
+    with pytest.raises(ValueError, match="by must be one of"):
+        opened("empty").ask("Nuts?", user_id="anna", by="luck")
 
 
 def test_as_many_passages_as_fit(chats, opened):
@@ -101,7 +105,14 @@ def test_as_many_passages_as_fit(chats, opened):
     expected = history.tail + reading.turns.reply(both, "user")
     assert reading.row(history, said, [second, long, first], {"max_new_tokens": 1}) == expected
     assert reading.row(history, said, [], {"max_new_tokens": 1}) == history.tail + reading.turns.reply(said, "user")
-    assert store.ask("Nuts?", user_id="anna", passages=3, **GREEDY)
+    for settings, fits in (
+        ({"max_length": len(expected)}, False),
+        ({"max_length": len(expected) + 1}, True),
+        ({"generation_config": GenerationConfig(max_new_tokens=9)}, True),
+        ({"generation_config": GenerationConfig(max_new_tokens=45)}, False),
+    ):
+        row = reading.row(history, said, [second, first], settings)
+        assert (row == expected) == fits and (fits or len(row) < len(expected))
     with pytest.raises(ValueError, match=r"the messages, with \d+ tokens .* take \d+ tokens, and .* for \d+ beside"):
         store.ask("Nuts? " * 20, user_id="anna", **GREEDY)
 
@@ -286,6 +297,25 @@ def test_a_store_in_which_nothing_was_said_is_of_no_model(opened, folder):
     other.delete(user_id="anna")
     store.add(LONG, user_id="anna")
     assert store.memory("anna") is not None
+
+
+def test_what_an_empty_store_was_opened_with_does_not_stay(opened, folder, monkeypatch):
+    monkeypatch.setattr(conversations, "DEFAULT_CONFIG", CONFIG)
+    opened("new", str(folder), config={"num_memory_tokens": 3}).ask("What?", user_id="anna", **GREEDY)
+    store = opened("new", str(folder))
+    store.add(LONG, user_id="anna")
+    assert store.memory("anna").layout.num_memory_tokens == CONFIG.num_memory_tokens
+
+
+def test_rebuilding_keeps_memories_of_what_a_model_has_become(opened):
+    """As of an adapter of anchors that was trained since the store was opened; here it is the system prompt."""
+    store = opened()
+    store.add(LONG, user_id="anna")
+    store._system = "You are another."
+    with pytest.raises(ValueError, match="differ in: system"):
+        store.memory("anna")
+    store.rebuild()
+    assert store.database.held("anna").file is not None
 
 
 def test_no_memory_of_settings_that_are_changed_meanwhile_comes_in(opened, folder, monkeypatch):

@@ -1,5 +1,7 @@
 """What was said is found again: by its words, by the nearness of meaning, and whatever the query is."""
 
+import unicodedata
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -198,6 +200,9 @@ def test_an_embedder_may_give_arrays_and_must_give_a_vector_of_each_text(filled,
         ("It isn't", ["It", "isn"]),  # function words alone
         ("re\u0301sume\u0301 of \u0130stanbul", ["r\u00e9sum\u00e9", "\u0130stanbul"]),
         ("カレーと Ida 猫", ["カレ", "レー", "ーと", "Ida", "猫"]),
+        ("Paris? paris! PARIS", ["Paris"]),
+        ("Python을 언제 배웠지?", ["Python", "언제", "배웠", "웠지"]),  # no ending of a letter
+        ("佐々木", ["佐々", "々木"]),
         ("'' \u2019 _ !", []),
     ],
 )
@@ -220,6 +225,28 @@ def test_words_of_other_scripts_are_found(opened):
     for place, (query, text) in enumerate(said.items()):
         assert texts(store.search(query, user_id="anna")) == [text]
         assert index.ranked(query)[0] == place
+
+
+def test_words_behind_or_before_other_scripts_are_found(opened):
+    """Where a question has letters of a script without spaces, its words may be pieces of longer ones."""
+    store, said = opened(), ["Python을 좋아해요.", "私はPythonが好きです。", "Rust.", "고양이를 좋아해요."]
+    store.database.add([("user", text) for text in said], user="anna", agent=None, run=None, metadata=None)
+    assert texts(store.search("Python을 언제 배웠지?", user_id="anna", limit=2)) == [said[1], said[0]]
+    decomposed = unicodedata.normalize("NFD", "고양이")
+    assert texts(store.search(decomposed, user_id="anna", limit=1)) == [said[3]]
+
+
+def test_looking_up_begins_with_the_index(filled):
+    """And not with all that a user has said, each of which would be looked up in it."""
+    seen = []
+    filled.database._connection.set_trace_callback(seen.append)
+    filled.search("allergic peanuts", user_id="anna", run_id="one")
+    filled.database._connection.set_trace_callback(None)
+    ranked = [query for query in seen if "bm25" in query]
+    assert len(ranked) == 2
+    for query in ranked:
+        plan = [row[3] for row in filled.database.rows(f"EXPLAIN QUERY PLAN {query}")]
+        assert plan[0].startswith("SCAN words VIRTUAL TABLE") and "INTEGER PRIMARY KEY" in plan[1], plan
 
 
 def test_what_others_have_said_does_not_tell(filled):
