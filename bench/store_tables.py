@@ -17,8 +17,8 @@ _WAYS = {
     "found": "three {} by BM25, alone",
     "memory+found": "**all of the memory, and three {} by BM25**",
     "anchored": "**memory of the packaged adapter**",
-    "anchored+bm25": "**that, and BM25**",
-    "anchored+minilm": "**that, and MiniLM**",
+    "anchored+bm25": "**memory of the packaged adapter and BM25**",
+    "anchored+minilm": "**memory of the packaged adapter and MiniLM**",
     "snapkv": "SnapKV",
     "keydiff": "KeyDiff",
     "expected": "Expected Attention",
@@ -59,31 +59,6 @@ def conversations_shared() -> str:
 def conversations_shared_paired() -> str:
     """Tabulate what memories of conversations are better by than their rivals, where heads share slots."""
     return _paired("agent_adaptive_smollm2", "turns")
-
-
-def conversations_answers() -> str:
-    """Tabulate answers to questions about some of the conversations."""
-    return _ways("agent_answers_smollm2", "turns")
-
-
-def meetings() -> str:
-    """Tabulate questions about meetings."""
-    return _ways("agent_meetings_smollm2", "pieces")
-
-
-def meetings_paired() -> str:
-    """Tabulate what memories of meetings are better by than their rivals at equal slots."""
-    return _paired("agent_meetings_smollm2", "pieces")
-
-
-def conversations_second_model() -> str:
-    """Tabulate questions about some of the conversations, asked of a second model."""
-    return _ways("agent_gemma3_270m", "turns")
-
-
-def conversations_second_model_paired() -> str:
-    """Tabulate what memories are better by there."""
-    return _paired("agent_gemma3_270m", "turns")
 
 
 def documents_shared() -> str:
@@ -181,9 +156,4 @@ TABLES = {
     "documents_shared": documents_shared,
     "conversations_shared": conversations_shared,
     "conversations_shared_paired": conversations_shared_paired,
-    "conversations_answers": conversations_answers,
-    "meetings": meetings,
-    "meetings_paired": meetings_paired,
-    "conversations_second_model": conversations_second_model,
-    "conversations_second_model_paired": conversations_second_model_paired,
 }
