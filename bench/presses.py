@@ -14,9 +14,11 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from r3mem_fast.choices import ALLOCATIONS
 from r3mem_fast.integrations.compat import cache_argument
@@ -219,8 +221,13 @@ def keep_shared(memory: Memory, scores: torch.Tensor, limit: int) -> Memory:
 
 
 def _kvpress() -> Any:
+    """kvpress, without the wrappers that it puts around all of transformers' attention functions as it is imported.
+
+    They let a model generate from what a press has kept, other keys in each head, which nothing here does.
+    """
     try:
-        import kvpress
+        with mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping):
+            import kvpress
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_INSTALL, name=error.name) from error
     return kvpress

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench import presses
 from r3mem_fast import R3MemModel
@@ -76,6 +77,13 @@ def test_kvzip_is_the_largest_attention_of_a_repetition():
         largest = weights[:, :, 20:, 2:20].unflatten(1, (2, 2)).amax((2, 3))
         torch.testing.assert_close(found[..., 4:], largest[..., 2:])
         assert (found[..., :4] > largest.max()).all()  # what it always keeps
+
+
+@needs_kvpress
+def test_attention_stays_what_it_was():
+    """Importing kvpress wraps every attention function, for what is not done here."""
+    functions = ALL_ATTENTION_FUNCTIONS.items()
+    assert not [name for name, function in functions if function.__module__.startswith("kvpress")]
 
 
 def test_the_best_slots_are_kept_in_order():
