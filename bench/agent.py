@@ -85,7 +85,7 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError("--users must be at least 2: the memory of another user is the control")
     talks = READERS[options.kind](options.data)[: options.users]
     yield {
-        "model": options.model, "dtype": options.dtype, "kind": options.kind, "kept": options.kept,
+        "model": Path(options.model).name, "dtype": options.dtype, "kind": options.kind, "kept": options.kept,
         "raw_tokens": options.raw_tokens, "passages": options.passages, "allocation": options.allocation,
         "presses": options.presses, "new_tokens": options.new_tokens,
         "adapter": options.adapter and Path(options.adapter).name,

@@ -80,7 +80,8 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     questions = questions[: options.questions]
     asker = _Asker(options, pipeline, list(by_paragraph))
     yield {
-        "model": options.model, "dtype": options.dtype, "slots": options.slots, "new_tokens": options.new_tokens,
+        "model": Path(options.model).name, "dtype": options.dtype, "slots": options.slots,
+        "new_tokens": options.new_tokens,
         "allocation": options.allocation,
         "presses": options.presses, "adapter": options.adapter and Path(options.adapter).name,
         "questions": len(questions), "paragraphs": len(by_paragraph), "paragraph_tokens": asker.mean_tokens,

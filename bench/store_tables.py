@@ -61,6 +61,16 @@ def conversations_shared_paired() -> str:
     return _paired("agent_adaptive_smollm2", "turns")
 
 
+def conversations_second_model() -> str:
+    """Tabulate questions about some of the conversations, asked of a second model."""
+    return _ways("agent_gemma3_270m", "turns")
+
+
+def conversations_second_model_paired() -> str:
+    """Tabulate what memories are better by there."""
+    return _paired("agent_gemma3_270m", "turns")
+
+
 def documents_shared() -> str:
     """Tabulate shares behind memories of paragraphs of both allocations, and what sharing slots is better by."""
     rivals = ("bm25+", "minilm+", "kvzip")
@@ -156,4 +166,6 @@ TABLES = {
     "documents_shared": documents_shared,
     "conversations_shared": conversations_shared,
     "conversations_shared_paired": conversations_shared_paired,
+    "conversations_second_model": conversations_second_model,
+    "conversations_second_model_paired": conversations_second_model_paired,
 }

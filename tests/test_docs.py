@@ -364,6 +364,19 @@ def test_what_memories_of_conversations_are_worth_where_heads_share_slots():
     assert better["memory", "last"]["low"] > 0
 
 
+def test_what_memories_of_conversations_are_worth_to_a_second_model():
+    head, *found = records("agent_gemma3_270m.jsonl")
+    better = {(r["way"].removesuffix("_64"), r["better_than"]): r for r in found if r.get("of") == "nats"}
+    share = next(r["share"] for r in found if r.get("way") == "memory_64" and "share" in r)
+    text = text_of("docs/conversations.md")
+    assert f"the first {head['users']} of these users, {head['questions']} questions" in text
+    assert f"{interval(share)} of what the whole conversation is" in text
+    assert f"{interval(better['memory+found', 'memory'])} nats a token better than the memory alone" in text
+    assert f"on Gemma 3 270M, {share['mean']:.3f}" in text_of("README.md")
+    assert better["memory", "last"]["low"] > 0 and better["memory", "attended"]["low"] > 0
+    assert better["memory+minilm", "minilm"]["high"] < 0
+
+
 def test_what_memories_are_worth_behind_a_lookup():
     head, *found = records("rag_smollm2.jsonl")
     better = {(r["way"], r["better_than"], r["of"]): r for r in found if "better_than" in r}
