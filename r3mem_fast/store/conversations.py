@@ -1,7 +1,6 @@
 """`MemoryStore`: what users have said, kept in a folder, behind which a model answers."""
 
 import json
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .defaults import PASSAGES, RAW_TOKENS, SETTINGS
 from .items import ANY, Item, check_names, condition, given
 from .lookup import Embedder, Found, Nearness
 from .memories import Histories
-from .opening import StoreModel, kept
+from .opening import StoreModel, kept, lock_of
 from .search import Search
 from .turns import TurnCodec, as_messages
 
@@ -78,8 +77,7 @@ class MemoryStore:
         nearness = Nearness(self.database, embedder, embedder_name)
         self._raw_tokens = kept(self.database, "raw_tokens", RAW_TOKENS) if raw_tokens is None else raw_tokens
         self._system = kept(self.database, "system", None) if system is None else system
-        # Of one pipeline all stores, as reading changes the model while it lasts.
-        self._lock = model.lock if isinstance(model, R3MemPipeline) else threading.RLock()
+        self._lock = lock_of(model)
         self._search = Search(self.database, nearness, lambda *asked: self._adapters().recalled(*asked), self._lock)
         self._answering: Answering | None = None
         self._sweep()  # a process may have been killed between deleting and this

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..settings import check_value
 from .answering import written
 from .beside import pinned_memory, side_by_side, with_layout
 from .lookup import WordIndex
-from .opening import DEFAULT_MODEL, allocation_for, pipeline_of, queries_for
+from .opening import DEFAULT_MODEL, allocation_for, lock_of, pipeline_of, queries_for
 
 _SUFFIX = ".safetensors"
 # Memories that stay on the model's device, and questions that are answered at one time.
@@ -99,8 +98,7 @@ class DocumentStore:
         self._pipeline: R3MemPipeline | None = None
         self._begun: Memory | None = None
         self._memories: dict[str, Memory] = {}
-        # Of one pipeline all stores, as reading changes the model while it lasts.
-        self._lock = model.lock if isinstance(model, R3MemPipeline) else threading.RLock()
+        self._lock = lock_of(model)
 
     @property
     def pipeline(self) -> R3MemPipeline:

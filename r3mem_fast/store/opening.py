@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def pipeline_of(
             'read with its adapters; use R3MemConfig(memory_writer="matched", adapter_rows="memory", ...)'
         )
     return found
+
+
+def lock_of(given: Any) -> threading.RLock:
+    """Return the lock that a store holds while its model reads, which changes the model for that time.
+
+    Args:
+        given: What the store was given as its model. All stores of one pipeline hold the pipeline's lock, one after
+            another; a store that loads a pipeline of its own has a lock of its own.
+    """
+    return given.lock if isinstance(given, R3MemPipeline) else threading.RLock()
 
 
 def allocation_for(model: R3MemModel) -> str:

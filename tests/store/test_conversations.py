@@ -308,7 +308,7 @@ def test_what_an_empty_store_was_opened_with_does_not_stay(opened, folder, monke
 
 
 def test_rebuilding_keeps_memories_of_what_a_model_has_become(opened):
-    """As of an adapter of anchors that was trained since the store was opened; here it is the system prompt."""
+    """A model may change while a store is open, as when its adapter is trained; here the system prompt changes."""
     store = opened()
     store.add(LONG, user_id="anna")
     store._system = "You are another."

@@ -159,7 +159,7 @@ def test_texts_are_ranked():
 
 
 def test_another_embedder_of_the_same_name_is_noticed(opened):
-    """Of another size or not, and before anything of it is kept: the one that was there goes on."""
+    """It is refused before any of its vectors are kept, so that the first embedder still works afterwards."""
 
     def embedder(width, scale):
         def embed(texts):
