@@ -62,6 +62,11 @@ def pipeline_of(
     return found
 
 
+def _name_of(given):
+    """The name that a store keeps of a model: a folder is found from elsewhere, too."""
+    return str(Path(given).resolve() if Path(given).exists() else given)
+
+
 def lock_of(given: Any) -> threading.RLock:
     """Return the lock that a store holds while its model reads, which changes the model for that time.
 
@@ -160,8 +165,7 @@ class StoreModel:
         """
         if self._pipeline is None:
             given = self._given or self._database.setting("model") or DEFAULT_MODEL
-            # Where nothing was said, the model that is named need not be the one that the folder was opened with.
-            goes_on = self._given is None or bool(self._database.rows("SELECT 1 FROM items LIMIT 1"))
+            goes_on = self._goes_on()
             chosen, settings = self._config or (self._kept_config() if goes_on else None), dict(self._settings)
             base, named = chosen or default, not isinstance(given, R3MemPipeline)
             config = dataclasses.replace(base, **self._changes)
@@ -223,10 +227,19 @@ class StoreModel:
             if model.is_anchored:  # without a folder it has to be given again
                 folder = self._given.folder
                 name = self._database.setting("model") or name if folder is None else str(folder.resolve())
-        else:  # a folder is found from elsewhere, too
-            name = str(Path(self._given).resolve() if Path(self._given).exists() else self._given)
+        else:
+            name = _name_of(self._given)
         config = json.dumps((self._config or _sizes_of(model)).to_dict())
         return {"made_with": json.dumps(made_with, sort_keys=True), "model": name, "config": config}
+
+    def _goes_on(self):
+        """Whether settings that the store keeps are for the model that is given.
+
+        Where nothing was said, that need not be the one that the folder was opened with before.
+        """
+        if self._given is None or self._database.rows("SELECT 1 FROM items LIMIT 1"):
+            return True
+        return not isinstance(self._given, R3MemPipeline) and _name_of(self._given) == self._database.setting("model")
 
     def _kept_config(self):
         kept = self._database.setting("config")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -299,10 +300,15 @@ def test_a_store_in_which_nothing_was_said_is_of_no_model(opened, folder):
     assert store.memory("anna") is not None
 
 
-def test_what_an_empty_store_was_opened_with_does_not_stay(opened, folder, monkeypatch):
+def test_settings_of_an_empty_store_stay_for_their_model_alone(opened, folder, tmp_path, monkeypatch):
+    """Whoever made a folder chose them for its model; another one, while nothing is said, begins with the defaults."""
     monkeypatch.setattr(conversations, "DEFAULT_CONFIG", CONFIG)
     opened("new", str(folder), config={"num_memory_tokens": 3}).ask("What?", user_id="anna", **GREEDY)
-    store = opened("new", str(folder))
+    other = shutil.copytree(folder, tmp_path / "other")
+    for model, tokens in ((folder, 3), (None, 3), (other, CONFIG.num_memory_tokens)):
+        store = opened("new", None if model is None else str(model))
+        store.ask("What?", user_id="anna", **GREEDY)
+        assert store.memory("anna") is None and store._model.layout.num_memory_tokens == tokens
     store.add(LONG, user_id="anna")
     assert store.memory("anna").layout.num_memory_tokens == CONFIG.num_memory_tokens
 
