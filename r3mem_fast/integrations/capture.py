@@ -88,6 +88,29 @@ def captured_attention(decoder: Any) -> Iterator[dict[int, AttentionCall]]:
             yield calls
 
 
+@contextlib.contextmanager
+def scaled_attention(decoder: Any, factor: float) -> Iterator[set[int]]:
+    """Multiply what each layer's attention gives, before its output projection, in the block.
+
+    Args:
+        decoder: The decoder.
+        factor: What it is multiplied by.
+
+    Yields:
+        Layers where that was done; those whose attention is a method of its own are none of them.
+    """
+    config = decoder.config
+    name, done = config._attn_implementation, set()
+
+    def attention(module: Any, *tensors: Any, **settings: Any) -> Any:
+        output, *others = _attention_of(module, name)(module, *tensors, **settings)
+        done.add(module.layer_idx)
+        return output * factor, *others
+
+    with replaced_attention(config, attention, ALL_MASK_ATTENTION_FUNCTIONS[name]):
+        yield done
+
+
 class SlotsOfHeads(NamedTuple):
     """The slots that a layer has at the beginning of a cache, and which of them each head sees.
 

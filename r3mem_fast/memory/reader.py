@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..integrations.capture import captured_attention
+from ..integrations.capture import captured_attention, scaled_attention
 from ..integrations.compat import as_of_tokens, cache_argument, inputs_of_layers
 from ..integrations.scoped import evaluating, kinds_of_layers, temporarily
 from ..reversible.convert import text_config
@@ -44,6 +44,7 @@ class MemoryReader:
         self._carried: Carried = {}  # states of recurrent layers, of one row
         self._sizes: tuple[LayerSizes, ...] = ()
         self._carrier = 0
+        self._normalises: bool | None = None
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of token ids, `[batch, tokens, width]`, on the model's device."""
@@ -227,6 +228,23 @@ class MemoryReader:
         if found != sizes:
             raise ValueError(f"the memory's states are {shape}, of another model than one of {sizes}")
         check_states(memory.carried, self._carried)
+
+    def normalises_attention(self) -> bool:
+        """Whether layers normalise what their attention gives, as Gemma 3 and OLMo 2 do. Raises as `state_sizes`.
+
+        Then the length of values says nothing of how much they count. The first call runs the decoder on a few tokens:
+        with attention twice as large, which normalised makes no difference, and with none.
+        """
+        self.state_sizes()
+        if self._normalises is None:
+            ids, hidden = torch.arange(4, device=self._model.device)[None], []
+            for factor in (1.0, 2.0, 0.0):
+                with scaled_attention(self.decoder, factor) as scaled:
+                    hidden.append(self._read_few(ids, self.new_cache(keep=False)).float())
+            plain, twice, without = hidden
+            change, most = (float((some - plain).norm()) for some in (twice, without))
+            self._normalises = bool(scaled) and change < 0.1 * most
+        return self._normalises
 
     def layer_sizes(self) -> tuple[LayerSizes, ...]:
         """Sizes of keys and values, of the layers that have some of their own. Raises as `state_sizes`."""

@@ -16,7 +16,8 @@ class Slots(NamedTuple):
     Attributes:
         states: Keys without positions, and values, `[layers, 2, A, kv_heads, N, head_dim]`.
         ages: Tokens to the first token behind them, int64 `[layers, A, kv_heads, N]`; -1 where a head has no slot.
-        exists: Which of them each row has, bool `[A, N]`, on the CPU. A head may have fewer (`up_to`, `packed`).
+        exists: Which of them each row has, bool `[A, N]`, on the CPU. A head may have fewer (`up_to`,
+            `seen_within`, `packed`).
         pinned: How many of them, the first ones, stay what they are, int64 `[A]`, on the CPU.
     """
 
@@ -71,6 +72,16 @@ class Slots(NamedTuple):
         first = exists.cumsum(-1) <= uploaded(self.pinned.clamp_min(1), exists.device)[None, :, None, None]
         stays = exists & ((self.ages <= age) | (from_youngest <= least) | first)
         return self._replace(ages=self.ages.masked_fill(~stays, -1))
+
+    def seen_within(self, windows: Sequence[int | None]) -> "Slots":
+        """The slots that a token behind them sees, and pinned ones.
+
+        Args:
+            windows: Number of keys that a query of each layer sees, its own included; None for all.
+        """
+        farthest = torch.tensor([torch.iinfo(torch.int64).max if window is None else window for window in windows])
+        unseen = self._others() & (self.ages >= uploaded(farthest, self.ages.device)[:, None, None, None])
+        return self._replace(ages=self.ages.masked_fill(unseen, -1))
 
     def within(self, budget: int) -> "Slots":
         """The slots that stay within a budget, without gaps: pinned ones, the oldest, and as many of the youngest.

@@ -6,7 +6,9 @@ the largest
 
     squared attention x |V|^2
 
-which says how much a head's output would miss without them, whichever head they are of. Few heads look things up in
+which says how much a head's output would miss without them, whichever head they are of. Where layers normalise what
+their attention gives (Gemma 3, OLMo 2), its length says nothing: it is a share there of what the layer's
+attention gives to all queries. Few heads look things up in
 the text, and need nearly all of their keys; many look at what is near, or at the first token, and need few. Each keeps
 at least a quarter of what it would have of equal shares, and eight, without which text is read worse; and four times
 as many at most: while a memory is read, it is as wide as its widest head.
@@ -39,14 +41,15 @@ def best_places(scores: torch.Tensor, positions: torch.Tensor, limit: int) -> to
     return places.gather(2, order)
 
 
-def shared_places(weights: torch.Tensor, limit: int) -> torch.Tensor:
+def shared_places(weights: torch.Tensor, limit: int, widest: int = MAX_KEPT) -> torch.Tensor:
     """Which keys stay where heads share the slots of all layers: those with the largest weights of a row.
 
     Args:
         weights: What each key is worth, `[layers, B, kv_heads, S]`; infinite for one that stays beside the others, and
             negative where there is none.
         limit: Number of slots of a head on average, beside those. Each has as many at least, if it has so many keys,
-            and at most, as is said above; and no more than can be matched.
+            and at most, as is said above.
+        widest: Number of slots of a head at most, with those beside; by default as many as can be matched.
 
     Returns:
         bool, of the same shape.
@@ -56,7 +59,7 @@ def shared_places(weights: torch.Tensor, limit: int) -> torch.Tensor:
     rank = weights.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     exists = weights >= 0
     stays = exists & (rank < min(limit, max(_LEAST_SLOTS, int(_LEAST * limit))))
-    most = min(int(_MOST * limit), MAX_KEPT - int(beside.sum(-1).max()))
+    most = min(int(_MOST * limit), widest - int(beside.sum(-1).max()))
     heads = (exists | beside).any(-1).sum((0, 2)).tolist()
     for row, count in enumerate(heads):
         left = torch.where(exists & ~stays & (rank < most), weights, -1)[:, row]
@@ -67,15 +70,17 @@ def shared_places(weights: torch.Tensor, limit: int) -> torch.Tensor:
     return stays | beside
 
 
-def of_like_width(widths: Sequence[int]) -> list[list[int]]:
+def of_like_width(widths: Sequence[int], most: int = MAX_KEPT) -> list[list[int]]:
     """Places of widths in groups, in none of which one is twice as large as another.
 
     Args:
         widths: The widths.
+        most: A width above which there are groups of their own.
     """
     found: list[list[int]] = []
     for place in sorted(range(len(widths)), key=widths.__getitem__):
-        if not found or widths[place] >= 2 * widths[found[-1][0]]:
+        least = widths[found[-1][0]] if found else 0
+        if not found or widths[place] >= 2 * least or least <= most < widths[place]:
             found.append([])
         found[-1].append(place)
     return found

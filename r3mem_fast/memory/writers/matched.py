@@ -1,13 +1,13 @@
 """`MatchedWriter`: matched memories, the keys of a segment that will be asked for, with values to stand for all of it.
 
-How slots are matched to queries is `matching`'s. This file decides which queries those are, and what happens to slots
-beyond the budget. Every pass begins at the same position, however long the history is, so that queries of this one
+How slots are matched to queries is `matching`'s, and how many there are is `budget`'s. This file decides which queries
+those are. Every pass begins at the same position, however long the history is, so that queries of this one
 have the positions that those of the next one will have; keys keep their distances, up to the layout's reach.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from ..rotary import depends_on_pass
 from ..segments import Segment, without_padding
 from ..slots import Slots, replaced, slots_of
 from ..states import uploaded
+from .budget import Budget
 from .matching import Match, Queries, asked_of_slots, joined, joined_calls
 
 # Gives what will be asked of a text: token ids, int64 `[n]` each, of the text's ids, int64 `[T]`.
@@ -193,11 +194,16 @@ class MatchedWriter:
 
     def _matched(self, found, old, new):
         """Match slots as `written` does: places of rows, and their slots, a list."""
-        self._check_budget(old, new)
         own = Queries(found.calls, self._positions(found.segment.mask, found.hidden.device))
-        first, adaptive = self._layout.first_position, self._layout.is_adaptive
-        match = Match(self._queries(found, (old, new), own), found.cache, first, adaptive=adaptive)
-        parts = list(self._parts(old, new, match, torch.tensor(found.segment.ends)))
+        match = Match(
+            self._queries(found, (old, new), own), found.cache, self._layout.first_position,
+            adaptive=self._layout.is_adaptive,
+            relative=self._layout.is_adaptive and self._reader.normalises_attention(),
+        )  # fmt: skip
+        segment, before = found.segment, found.before
+        held = self._begun(segment, before) + self._fresh(segment) - before.pinned_slots()
+        budget = Budget(self._layout, self._reader.windows())
+        parts = list(budget.parts(old, new, match, torch.tensor(segment.ends), held))
         self.unmatched += match.unmatched
         return parts
 
@@ -272,10 +278,14 @@ class MatchedWriter:
 
     def _newly_pinned(self, segment, before, fresh):
         """How many of the tokens that will not be read again are pinned ones, int64 `[A]`."""
+        unread = before.pinned_slots() - self._begun(segment, before)  # pinned tokens from the first one on
+        return torch.minimum(unread.clamp_min(0), fresh)
+
+    def _begun(self, segment, before):
+        """How many tokens of each row stand before those that a pass over a segment reads, int64 `[A]`."""
         starts = segment.places[:, -1] + 1 - segment.mask.sum(1)
         carried = torch.stack([torch.tensor(list(map(len, ids))) for ids in (before.recent, before.unfinished)]).sum(0)
-        unread = before.pinned_slots() - (before.tokens_seen - carried + starts)  # pinned tokens from the first one on
-        return torch.minimum(unread.clamp_min(0), fresh)
+        return before.tokens_seen - carried + starts
 
     def _queries(self, passed, slots, own):
         """The queries that the memory is matched to; `own` are those of the pass that has read the segment."""
@@ -342,54 +352,6 @@ class MatchedWriter:
         lengths = segment.mask.sum(1)
         ends = segment.places[:, -1] + 1
         return torch.maximum(ends - self._layout.segment_overlap, ends - lengths) - (ends - lengths)
-
-    def _check_budget(self, old, new):
-        layout = self._layout
-        if layout.beyond_budget == "error":
-            found = int((self._filled(old) + self._gained(new)).max())
-            if found > layout.budget:
-                raise ValueError(
-                    f"a memory has {found} slots, and its budget is {layout.budget}: raise the budget "
-                    '(memory_budget), or choose beyond_budget="rematch" or "forget"'
-                )
-
-    def _filled(self, old):
-        return old.filled() if self._layout.is_adaptive else old.counts - old.pinned
-
-    def _gained(self, new):
-        return (new.counts - new.pinned).clamp_max(self._layout.num_memory_tokens)
-
-    def _parts(self, old: Slots, new: Slots, match: Match, ends: torch.Tensor) -> Iterator[tuple[list[int], Slots]]:
-        """Match slots as the budget says, of rows whose texts end here or go on: places of rows, and their slots."""
-        layout = self._layout
-        beyond = self._filled(old) + self._gained(new) > layout.budget
-        alike: dict[tuple[bool, int], list[int]] = {}
-        joint = (beyond & layout.rematches & (ends | (not layout.waits))).tolist()
-        kinds = zip(joint, old.pinned.tolist(), new.pinned.tolist(), strict=True)
-        for row, (is_joint, earlier, later) in enumerate(kinds):
-            alike.setdefault((is_joint, later + (earlier if is_joint else 0)), []).append(row)
-        for (is_joint, _), rows in alike.items():
-            some_old, some_new = old.rows(rows), new.rows(rows)
-            if is_joint:
-                yield rows, self._matched_again(some_old.followed_by(some_new), match, rows)
-            else:
-                together = some_old.followed_by(match(some_new, layout.num_memory_tokens, rows))
-                yield rows, (together.youngest if layout.is_adaptive else together.within)(layout.most_slots)
-
-    def _matched_again(self, slots: Slots, match: Match, rows: list[int]) -> Slots:
-        """Match old and new slots together. What is too old goes first, and the first slot stays as it is.
-
-        A key that is matched ever again takes over ever more: after eight times all is well, after sixty a text is
-        read worse than behind no memory.
-        """
-        layout, pinned = self._layout, slots.pinned
-        held = pinned.clamp_min(1)  # attention rests on a text's first token: an error in it would spread
-        # Pinned slots have the largest ages to themselves, so that those of others end before these (`slots_of`).
-        age = min(layout.lifetime, layout.reach - 1 - int(pinned[0]))
-        slots = slots.up_to(age, layout.budget + int(pinned[0]))
-        found = match(slots._replace(pinned=held), layout.budget - int((held - pinned)[0]), rows)
-        found = found._replace(pinned=pinned)
-        return found.packed() if layout.is_adaptive else found
 
 
 def _replaced(found, parts):

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from r3mem_fast.kernels.matching import attention_scores, value_system
+from r3mem_fast.kernels.matching import MAX_KEPT, attention_scores, value_system
 
 from ...integrations.capture import AttentionCall
 from ..cache import PrefixCache
@@ -36,12 +36,8 @@ from ..sizes import padded
 from ..slots import Slots
 from ..states import uploaded
 from .allocation import best_places, of_like_width, shared_places
+from .equations import move_for_mass, solved, without
 
-# Lambda and epsilon. Text behind a memory is read as well, within 0.002 nats a token, with 0.1 to 1 and 0 to 0.1; the
-# largest changes of values are four times smaller with an epsilon of 0.1 than with none.
-_RIDGE, _RIDGE_OF_ALL = 0.3, 0.1
-# Ridge of the direction, as a share of the mean of the diagonal.
-_DIRECTION_RIDGE = 1e-3
 # Bytes of the equations that are held at once.
 _BYTES = 2**28
 
@@ -109,13 +105,17 @@ class Match:
         cache: A cache of the pass that read the slots' tokens, which knows how keys are rotated.
         first: Position of the first token behind the slots.
         adaptive: Whether heads share the slots of all layers; otherwise each has as many.
+        relative: Whether a layer's keys then count as shares of what its attention gives.
 
     Attributes:
         unmatched: For each group of equations whether some could not be solved: bool, on the device.
     """
 
-    def __init__(self, queries: Queries, cache: PrefixCache, first: int, *, adaptive: bool = False):
-        self._queries, self._cache, self._first, self._adaptive = queries, cache, first, adaptive
+    def __init__(
+        self, queries: Queries, cache: PrefixCache, first: int, *, adaptive: bool = False, relative: bool = False
+    ):
+        self._queries, self._cache, self._first = queries, cache, first
+        self._adaptive, self._relative = adaptive, relative
         self.unmatched: list[torch.Tensor] = []
 
     @torch.no_grad()
@@ -158,9 +158,12 @@ class Match:
         for layer, (group, at) in asked.items():
             some = scored[group[0]]
             weight = some.scores * some.value.float().square().sum(-1)
+            if self._relative:
+                given = some.target.float().square().sum((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny)
+                weight = weight / given[:, None, None]
             weight = weight.masked_fill(some.positions < 0, -1).masked_fill(some.pinned, torch.inf)
             weights[layer, :, : weight.shape[1]] = weight.chunk(len(group))[at]
-        stays = shared_places(weights, limit - int(slots.pinned[0]))
+        stays = shared_places(weights, limit - int(slots.pinned[0]), self._widest(count))
         found: dict[int, list[torch.Tensor]] = {}
         for group in groups:
             some = scored.pop(group[0])
@@ -185,6 +188,14 @@ class Match:
         states = torch.stack([found[layer][part] for layer in range(layers) for part in (0, 1)]).unflatten(0, (-1, 2))
         ages = torch.stack([found[layer][2] for layer in range(layers)])
         return Slots(states, ages, torch.ones(rows, width, dtype=torch.bool), slots.pinned).packed()
+
+    def _widest(self, count):
+        """Slots of a head at most, of `count`.
+
+        Where some layers have windows, those that see everything may keep more than can be matched.
+        """
+        windows = {call.window for call in self._queries.calls.values()}
+        return count if None in windows and len(windows) > 1 else MAX_KEPT
 
     def _of_layers(self, group, slots, limit, chosen):
         """Keys, values and ages of the slots that stay in some layers, whose rows follow one another, layer by layer.
@@ -219,7 +230,7 @@ class Match:
         return _Asked(query, asked_from, key, raw, value, ages, positions, pinned, scores, lse, target)
 
     def _kept(self, group, asked, places, stays, slots):
-        """Keys, values and ages of slots that are kept, with new values; of some layers.
+        """Keys, values and ages of slots that are kept, with new values, unless they are too many; of some layers.
 
         Args:
             group: The layers.
@@ -228,30 +239,40 @@ class Match:
             stays: Which of them stay; the others are none, bool, of the same shape.
             slots: The slots.
         """
-        settings = self._queries.calls[group[0]].settings
         heads, width = slots.states.shape[3::2]
         wide = places[..., None].expand(-1, -1, -1, asked.key.shape[-1])
+        raw, value = asked.raw.gather(2, wide), asked.value.gather(2, wide)
         kept = asked.positions.gather(2, places).masked_fill(~stays, -1)
-        held, value = asked.pinned.gather(2, places) & stays, asked.value.gather(2, wide)
-        where = {"query_positions": asked.query_positions, "key_positions": kept}
-        gram, residual, kept_lse = value_system(
-            asked.query, asked.key.gather(2, wide), value, asked.target, **where, **settings
-        )
-        gram, residual = _without(gram, residual, held)
         # Where nothing is left out there is nothing to match.
         left_out = (asked.ages >= 0).sum(2, keepdim=True) > (kept >= 0).sum(2, keepdim=True)
-        fixed = (held | ~left_out)[..., None]
-        change, right = solved(gram, residual)
-        self.unmatched.append(~right.all())
-        value = value.float() + change.masked_fill(fixed, 0)
-        move = move_for_mass(asked.query, asked.lse - kept_lse, asked.key.shape[1], settings["scale"])
-        move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
-        raw = asked.raw.gather(2, wide).float() + move.masked_fill(fixed, 0)
+        held = asked.pinned.gather(2, places) & stays
+        fixed = held | ~left_out
+        if places.shape[-1] <= MAX_KEPT and not (self._adaptive and bool(fixed.all())):
+            raw, value = self._matched(group, asked, wide, kept, (held, fixed[..., None]), raw, value)
         ages = asked.ages.gather(2, places).masked_fill(~stays, -1)
         # A layer with fewer heads than others is filled up: with the first head's ages, or with no slots.
         more = ages[:, :1].expand(-1, heads - ages.shape[1], -1)
         ages = torch.cat([ages, torch.full_like(more, -1) if self._adaptive else more], 1)
         return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
+
+    def _matched(self, group, asked, wide, kept, stay, raw, value):
+        """Keys and values of slots, moved and matched.
+
+        wide: Places of the slots, an index of keys. kept: Their positions. stay: Which are pinned, and which of all
+        stay what they are.
+        """
+        held, fixed = stay
+        settings = self._queries.calls[group[0]].settings
+        where = {"query_positions": asked.query_positions, "key_positions": kept}
+        gram, residual, kept_lse = value_system(
+            asked.query, asked.key.gather(2, wide), value, asked.target, **where, **settings
+        )
+        gram, residual = without(gram, residual, held)
+        change, right = solved(gram, residual)
+        self.unmatched.append(~right.all())
+        move = move_for_mass(asked.query, asked.lse - kept_lse, asked.key.shape[1], settings["scale"])
+        move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
+        return raw.float() + move.masked_fill(fixed, 0), value.float() + change.masked_fill(fixed, 0)
 
     def _kept_latents(self, layer, slots, limit, chosen):
         """What `_of_layers` returns, of a layer with latent attention: the slots that are asked for most, as they are.
@@ -332,62 +353,3 @@ class _Asked(NamedTuple):
     def of_layers(self, index: torch.Tensor, count: int) -> "_Asked":
         """The same of some of `count` layers, int64 `[n]`."""
         return _Asked(*(part.unflatten(0, (count, -1))[index].flatten(0, 1) for part in self))
-
-
-def _without(gram, residual, pinned):
-    """The equations without the values of pinned slots, bool `[B, kv_heads, t]`, whose change comes out as 0."""
-    gram = gram.masked_fill(pinned[..., None] | pinned[..., None, :], 0)
-    return gram, residual.masked_fill(pinned[..., None], 0)
-
-
-def move_for_mass(query: torch.Tensor, missing: torch.Tensor, key_heads: int, scale: float) -> torch.Tensor:
-    """How keys move so that logits gain, on average over queries, what is missing; zero where that cannot be computed.
-
-    Args:
-        query: `[B, H, n, D]`.
-        missing: What the logits of each query are to gain, the logarithm of a mass, `[B, H, n]`; not finite where a
-            query does not count.
-        key_heads: Number of key heads.
-        scale: Factor of the products of queries and keys.
-
-    Returns:
-        float32 `[B, key_heads, D]`, for all keys of a head.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        missing = missing.float().reshape(len(missing), key_heads, -1)
-        counts = missing.isfinite()
-        number = counts.sum(-1, keepdim=True).clamp_min(1)
-        gain = missing.masked_fill(~counts, 0).sum(-1, keepdim=True) / number
-        asked = query.reshape(*missing.shape, query.shape[-1]).float().masked_fill(~counts[..., None], 0)
-        gram = asked.mT @ asked
-        ridge = _DIRECTION_RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(gram.dtype).tiny
-        eye = torch.eye(gram.shape[-1], device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye)
-        move = gain / scale * torch.cholesky_solve(asked.sum(2)[..., None], factor)[..., 0]
-        right = (failed == 0)[..., None] & move.isfinite().all(-1, keepdim=True)
-        return torch.where(right, move, 0.0)
-
-
-def solved(gram: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Solve for the change of kept values by ridge regression; zero where the equations cannot be solved.
-
-    Args:
-        gram: `X^T X`, `[B, kv_heads, t, t]`; no element is negative.
-        residual: `X^T (y - X V)`, `[B, kv_heads, t, head_dim]`.
-
-    Returns:
-        The change, float32, the shape of `residual`, and where it could be had, bool `[B, kv_heads]`.
-    """
-    with torch.autocast(gram.device.type, enabled=False):
-        return _solved(gram, residual)
-
-
-def _solved(gram, residual):
-    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
-    gram = torch.where(finite, gram.float(), torch.eye(gram.shape[-1], device=gram.device))
-    asked = gram.diagonal(dim1=-2, dim2=-1)
-    ridge = _RIDGE * (asked + _RIDGE_OF_ALL * asked.mean(-1, keepdim=True)) + torch.finfo(gram.dtype).tiny
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge.diag_embed())
-    change = torch.cholesky_solve(residual.float(), factor)
-    right = finite & (failed == 0)[..., None, None] & change.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.where(right, change, 0.0), right[..., 0, 0]
