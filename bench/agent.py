@@ -51,7 +51,7 @@ from .places import interval
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .records import add_output_option, add_records
 from .rivals import laid_out, values_kept
-from .talks import READERS, Talk
+from .talks import READERS, Talk, short_enough
 from .unfinished import Unfinished, settings_of
 
 _MEASURES = ("nats", "f1", "rouge_l", "contains")
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, see bench/answers_data.py")
     parser.add_argument("--kind", choices=READERS, default="memorybank", help="data set (%(default)s)")
     parser.add_argument("--users", type=int, default=15, help="whose conversations are read (%(default)s)")
+    parser.add_argument("--most-tokens", type=int, help="of a conversation that is read (any)")
     parser.add_argument("--kept", type=int, nargs="+", default=[64, 16], help="slots of 256 tokens (%(default)s)")
     parser.add_argument("--raw-tokens", type=int, default=64, help="newest tokens as they are (%(default)s)")
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are a way, too")
@@ -81,12 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     pipeline = R3MemPipeline(options.model, dtype=options.dtype, config=_config(64, 256, options.allocation))
-    if options.users < 2:
-        raise ValueError("--users must be at least 2: the memory of another user is the control")
-    talks = READERS[options.kind](options.data)[: options.users]
+    talks = short_enough(READERS[options.kind](options.data), pipeline.codec, options.most_tokens)[: options.users]
+    if len(talks) < 2:
+        raise ValueError("there must be two conversations at least: the memory of another user is the control")
     yield {
         "model": Path(options.model).name, "dtype": options.dtype, "kind": options.kind, "kept": options.kept,
-        "raw_tokens": options.raw_tokens, "passages": options.passages, "allocation": options.allocation,
+        "most_tokens": options.most_tokens, "raw_tokens": options.raw_tokens, "passages": options.passages, "allocation": options.allocation,
         "presses": options.presses, "new_tokens": options.new_tokens,
         "adapter": options.adapter and Path(options.adapter).name,
         "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),

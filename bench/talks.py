@@ -7,10 +7,11 @@ The files lie in one folder: `memorybank/memory_bank_en.json` and `memorybank/pr
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from r3mem_fast import MemoryStore
+from r3mem_fast.codec import TextCodec
 
 from .answers_data import meetings
 
@@ -41,6 +42,14 @@ class Talk:
         for day, turns in self.days.items():
             for turn in turns:
                 yield day, [{"role": role, "content": text} for role, text in turn]
+
+    def tokens(self, codec: TextCodec) -> int:
+        """Tokens of all messages, without what a template puts around them.
+
+        Args:
+            codec: Turns text into tokens.
+        """
+        return sum(len(codec.ids(message["content"])) for _, messages in self.turns() for message in messages)
 
     def add_to(self, store: MemoryStore) -> None:
         """Add all turns to a store, one by one."""
@@ -101,6 +110,17 @@ def read_qmsum(folder: Path) -> list[Talk]:
         questions = [(asked["query"], asked["answer"]) for asked in meeting["specific_query_list"]]
         found.append(Talk(f"meeting {index}", {"meeting": turns}, questions, {"user": ""}))
     return found
+
+
+def short_enough(talks: Sequence[Talk], codec: TextCodec, most_tokens: int | None) -> list[Talk]:
+    """Conversations of a number of tokens at most.
+
+    Args:
+        talks: The conversations.
+        codec: Turns text into tokens.
+        most_tokens: Tokens of all messages of one; None: any.
+    """
+    return [talk for talk in talks if most_tokens is None or talk.tokens(codec) <= most_tokens]
 
 
 READERS = {"memorybank": read_memorybank, "qmsum": read_qmsum}

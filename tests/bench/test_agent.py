@@ -71,6 +71,14 @@ def test_a_meeting_is_told_in_pieces(tmp_path):
     assert second[0]["content"].startswith("B: Yes .\nA: word") and talk.questions == [("What?", "That.")]
 
 
+def test_conversations_may_be_too_long(pipeline):
+    said = [[("user", "A dog."), ("assistant", "Yes.")]]
+    short, long = (talks.Talk("Ann", {"monday": said * count}, [], SPEAKERS) for count in (1, 3))
+    assert short.tokens(pipeline.codec) == len("A dog.Yes.")
+    assert talks.short_enough([long, short], pipeline.codec, 10) == [short]
+    assert talks.short_enough([long, short], pipeline.codec, None) == [long, short]
+
+
 def test_every_reference_is_a_sentence_of_its_own():
     lines = [json.loads(line) for line in talks.REFERENCES.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 100 and sum(line["answerable"] for line in lines) == 99
