@@ -87,8 +87,8 @@ def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError("there must be two conversations at least: the memory of another user is the control")
     yield {
         "model": Path(options.model).name, "dtype": options.dtype, "kind": options.kind, "kept": options.kept,
-        "most_tokens": options.most_tokens, "raw_tokens": options.raw_tokens, "passages": options.passages, "allocation": options.allocation,
-        "presses": options.presses, "new_tokens": options.new_tokens,
+        "most_tokens": options.most_tokens, "raw_tokens": options.raw_tokens, "passages": options.passages,
+        "allocation": options.allocation, "presses": options.presses, "new_tokens": options.new_tokens,
         "adapter": options.adapter and Path(options.adapter).name,
         "users": len(talks), "questions": sum(len(talk.questions) for talk in talks),
     }  # fmt: skip
