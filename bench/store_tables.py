@@ -63,12 +63,23 @@ def conversations_shared_paired() -> str:
 
 def conversations_second_model() -> str:
     """Tabulate questions about some of the conversations, asked of a second model."""
-    return _ways("agent_gemma3_270m", "turns")
+    # Where nothing stands before a question, or all, is the same in both files.
+    return _ways("agent_gemma3_270m", "turns", "agent_gemma3_270m_16")
 
 
 def conversations_second_model_paired() -> str:
     """Tabulate what memories are better by there."""
-    return _paired("agent_gemma3_270m", "turns")
+    return _paired("agent_gemma3_270m", "turns", "agent_gemma3_270m_16")
+
+
+def conversations_meetings() -> str:
+    """Tabulate questions about meetings that were told to a store."""
+    return _ways("agent_qmsum_smollm2", "pieces")
+
+
+def conversations_meetings_paired() -> str:
+    """Tabulate what memories of meetings are better by than their rivals at equal slots."""
+    return _paired("agent_qmsum_smollm2", "pieces")
 
 
 def documents_shared() -> str:
@@ -123,8 +134,10 @@ def _times(name: str) -> str:
     return table(("", "median", "of the first row of its kind (95 %)"), rows)
 
 
-def _ways(name: str, pieces: str) -> str:
+def _ways(name: str, pieces: str, *more: str) -> str:
+    """Tabulate the ways of a file, and of more files those that have slots."""
     found = [record for record in records(name) if "share" in record or record.get("way") in ("nothing", "full")]
+    found += [record for other in more for record in records(other) if "share" in record]
     measures = {key: head for key, head in _MEASURES.items() if key in found[0]}
     rows = []
     for record in found:
@@ -134,11 +147,12 @@ def _ways(name: str, pieces: str) -> str:
     return table(("before the question", "tokens and slots", "nats a token", "share", *measures.values()), rows)
 
 
-def _paired(name: str, pieces: str) -> str:
+def _paired(name: str, pieces: str, *more: str) -> str:
     """Tabulate how many nats a token matched memories are better by, a row for each rival and number of slots."""
     found = {
         (r["way"], r["better_than"]): interval(r)
-        for r in records(name)
+        for file in (name, *more)
+        for r in records(file)
         if r.get("of") == "nats" and r["way"].startswith("memory")
     }
     ways = list(dict.fromkeys(way.rpartition("_")[0] for way, _ in found))
@@ -168,4 +182,6 @@ TABLES = {
     "conversations_shared_paired": conversations_shared_paired,
     "conversations_second_model": conversations_second_model,
     "conversations_second_model_paired": conversations_second_model_paired,
+    "conversations_meetings": conversations_meetings,
+    "conversations_meetings_paired": conversations_meetings_paired,
 }

@@ -100,11 +100,15 @@ class Slots(NamedTuple):
         width = max(map(len, rows))
         return self.kept(torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]))
 
-    def filled(self) -> torch.Tensor:
-        """Slots that a head of each row has on average, without pinned ones, rounded up: int64 `[A]`, on the CPU."""
-        others = self._others()
-        heads = (self.ages >= 0).any(-1).sum((0, 2)).clamp_min(1)
-        return (-(-others.sum((0, 2, 3)) // heads)).cpu()
+    def filled(self, heads: int | None = None) -> torch.Tensor:
+        """Slots that a head of each row has on average, without pinned ones, rounded up: int64 `[A]`, on the CPU.
+
+        Args:
+            heads: Number of heads of all layers; None: those that have a slot, which are all but for layers with
+                windows, where it may be that no token sees any of theirs.
+        """
+        count = (self.ages >= 0).any(-1).sum((0, 2)).clamp_min(1) if heads is None else heads
+        return (-(-self._others().sum((0, 2, 3)) // count)).cpu()
 
     def _others(self):
         """Where a head has a slot that is not pinned, bool, the shape of the ages."""

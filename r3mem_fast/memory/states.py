@@ -226,10 +226,12 @@ def with_gaps(
     width = int(slots.max()) if len(slots) else 0
     counts = head_slots.to(states.device)[..., None]
     slots, pinned = (some.to(states.device)[:, None, None, None] for some in (slots, pinned))
-    if not (int(head_slots.sum()) == len(ages) == states.shape[1] and ((pinned <= counts) & (counts <= slots)).all()):
+    # What fills up a layer with fewer heads than others has none.
+    right = (counts == 0) | ((pinned <= counts) & (counts <= slots))
+    if not (int(head_slots.sum()) == len(ages) == states.shape[1] and right.all()):
         raise ValueError("its heads have other numbers of slots than it says")
     place = torch.arange(width, device=states.device) - (width - slots)
-    exists = (place >= 0) & ((place < pinned) | (place >= slots - (counts - pinned)))
+    exists = (place >= 0) & ((place < pinned) | (place >= slots - (counts - pinned))) & (counts > 0)
     shape = (2, *exists.shape, states.shape[2])
     found, found_ages = states.new_zeros(shape), ages.new_zeros(exists.shape)
     found[:, exists], found_ages[exists] = states, ages

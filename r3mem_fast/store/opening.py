@@ -175,6 +175,11 @@ class StoreModel:
             learned_for = kept(self._database, "adapter", None)
             if self._config is None and found.model.is_anchored and found.model.origin().adapter != learned_for:
                 chosen = None  # what is kept is of another adapter, or of none
+            kept_unused = named and chosen is not None and self._config is None and not self._is_used()
+            if kept_unused and config.memory_allocation != allocation_for(found.model) == "uniform":
+                # Nothing is lost if the model is opened in a way in which it reads no such memories.
+                config = chosen = dataclasses.replace(config, memory_allocation="uniform")
+                found = pipeline_of(given, config, settings)
             if named and chosen is None:
                 known = dataclasses.replace(_known_to(found.model, base), **self._changes)
                 if known != config and not found.model.is_anchored:
@@ -237,9 +242,13 @@ class StoreModel:
 
         Where nothing was said, that need not be the one that the folder was opened with before.
         """
-        if self._given is None or self._database.rows("SELECT 1 FROM items LIMIT 1"):
+        if self._given is None or self._is_used():
             return True
         return not isinstance(self._given, R3MemPipeline) and _name_of(self._given) == self._database.setting("model")
+
+    def _is_used(self):
+        """Whether something was said."""
+        return bool(self._database.rows("SELECT 1 FROM items LIMIT 1"))
 
     def _kept_config(self):
         kept = self._database.setting("config")

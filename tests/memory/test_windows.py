@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast import Memory, R3MemConfig, R3MemModel
 from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.memory.slots import Slots
 from r3mem_fast.memory.writers import allocation, matching
@@ -112,16 +112,44 @@ def test_pieces_of_a_text_are_one():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("slots", [2, 4])
+def test_the_room_is_used(slots):
+    """Segments here are longer than the window, so that nothing of a layer with one is left when the next comes."""
+    model = network(slots=slots)
+    counts = slots_of_heads(model.compress(ids_of(10 * LENGTH), finish=True))
+    allowed = 10 * slots * counts.shape[0] * counts.shape[2]
+    assert 0.9 * allowed <= counts.sum() <= allowed
+
+
+@torch.no_grad()
 def test_more_than_can_be_matched_stays_as_it_is():
     """Matched again together, wide heads keep their keys and values; without windows no head is so wide."""
-    model, plain = (
-        network(family, beyond_budget="rematch", memory_budget=24, slots=6) for family in ("gemma2", "qwen3")
-    )
-    with temporarily(matching, MAX_KEPT=28), temporarily(allocation, MAX_KEPT=28):
-        memory, narrow = model.compress(ids_of(160)), plain.compress(ids_of(160))
-        assert (slots_of_heads(narrow) <= 28).all() and (slots_of_heads(memory) > 28).any()
-        wide = (slots_of_heads(memory) > 28).any(-1)[:, 0]
-    assert not wide[[window is not None for window in model.reader.windows()]].any()
+    changes = {"beyond_budget": "rematch", "memory_budget": 24, "slots": 6}
+    model, plain = (network(family, **changes) for family in ("gemma2", "qwen3"))
+    ids = ids_of(160, rows=2)
+    with temporarily(matching, MAX_KEPT=28):
+        memory, alone = model.compress(ids), [model.compress(row[None]) for row in ids]
+        assert (slots_of_heads(plain.compress(ids)) <= 28).all()
+    wide = slots_of_heads(memory) > 28
+    assert wide.any() and not wide[[window is not None for window in model.reader.windows()]].any()
+    for row, its in enumerate(alone):  # whatever other rows have
+        assert torch.equal(slots_of_heads(its)[:, 0], slots_of_heads(memory)[:, row])
+        count = its.states.shape[4]
+        torch.testing.assert_close(its.states[:, :, 0], memory.states[:, :, row, :, -count:], atol=5e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_layers_with_fewer_heads_have_no_slots_in_others(tmp_path):
+    model = network("gemma4_text", slots=12)
+    memory = model.compress(ids_of(140), finish=True, pinned=2)
+    counts = (memory.ages > 0).sum(-1)[:, 0]
+    sizes = model.reader.layer_sizes()
+    assert len({size.heads for size in sizes}) == 2
+    for size, of_layer in zip(sizes, counts, strict=True):
+        assert (of_layer[: size.heads] > 2).all() and not of_layer[size.heads :].any()
+    memory.save(tmp_path / "memory.safetensors")
+    again = Memory.load(tmp_path / "memory.safetensors", model)
+    assert torch.equal(again.states, memory.states) and torch.equal(again.ages, memory.ages)
 
 
 def test_a_budget_counts_what_is_held():

@@ -313,6 +313,14 @@ def test_settings_of_an_empty_store_stay_for_their_model_alone(opened, folder, t
     assert store.memory("anna").layout.num_memory_tokens == CONFIG.num_memory_tokens
 
 
+def test_an_empty_store_may_be_opened_in_a_way_that_reads_fewer_memories(opened, folder, monkeypatch):
+    monkeypatch.setattr(conversations, "DEFAULT_CONFIG", CONFIG)
+    opened("new", str(folder)).ask("What?", user_id="anna", **GREEDY)
+    store = opened("new", str(folder), attn_implementation="r3mem")
+    store.add(LONG, user_id="anna")
+    assert store.memory("anna").layout.allocation == "uniform"
+
+
 def test_rebuilding_keeps_memories_of_what_a_model_has_become(opened):
     """A model may change while a store is open, as when its adapter is trained; here the system prompt changes."""
     store = opened()

@@ -70,17 +70,15 @@ def shared_places(weights: torch.Tensor, limit: int, widest: int = MAX_KEPT) -> 
     return stays | beside
 
 
-def of_like_width(widths: Sequence[int], most: int = MAX_KEPT) -> list[list[int]]:
+def of_like_width(widths: Sequence[int]) -> list[list[int]]:
     """Places of widths in groups, in none of which one is twice as large as another.
 
     Args:
         widths: The widths.
-        most: A width above which there are groups of their own.
     """
     found: list[list[int]] = []
     for place in sorted(range(len(widths)), key=widths.__getitem__):
-        least = widths[found[-1][0]] if found else 0
-        if not found or widths[place] >= 2 * least or least <= most < widths[place]:
+        if not found or widths[place] >= 2 * widths[found[-1][0]]:
             found.append([])
         found[-1].append(place)
     return found

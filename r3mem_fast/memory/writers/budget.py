@@ -21,10 +21,11 @@ class Budget:
     Args:
         layout: Layout of the memories.
         windows: Number of keys that a query of each layer sees, its own included; None for all.
+        heads: Number of key heads of all layers.
     """
 
-    def __init__(self, layout: MemoryLayout, windows: Sequence[int | None]):
-        self._layout, self._windows = layout, windows
+    def __init__(self, layout: MemoryLayout, windows: Sequence[int | None], heads: int):
+        self._layout, self._windows, self._heads = layout, windows, heads
         self._drops = layout.is_adaptive and any(window is not None for window in windows)
 
     def parts(
@@ -37,7 +38,7 @@ class Budget:
             new: Slots of the segment's tokens.
             match: Matches slots to queries.
             ends: Whether each row's text ends with the segment, bool `[A]`.
-            held: Tokens that old and new slots stand for, without pinned ones, int64 `[A]`.
+            held: Tokens of each row's text so far, without pinned ones and those that will be read again, int64 `[A]`.
 
         Raises:
             ValueError: The memory is beyond its budget, and that is to be an error.
@@ -47,7 +48,7 @@ class Budget:
             old, new = old.seen_within(self._windows), new.seen_within(self._windows)
         filled = self._filled(old)
         limits = self._limits(filled, held)
-        wanted = filled + torch.minimum(new.counts - new.pinned, limits)
+        wanted = filled + torch.minimum(self._filled(new), limits)
         if layout.beyond_budget == "error" and int(wanted.max()) > layout.budget:
             raise ValueError(
                 f"a memory has {int(wanted.max())} slots, and its budget is {layout.budget}: raise the budget "
@@ -67,8 +68,8 @@ class Budget:
                 together = some_old.followed_by(match(some_new, limit, rows))
                 yield rows, (together.youngest if layout.is_adaptive else together.within)(layout.most_slots)
 
-    def _filled(self, old):
-        return old.filled() if self._layout.is_adaptive else old.counts - old.pinned
+    def _filled(self, slots):
+        return slots.filled(self._heads) if self._layout.is_adaptive else slots.counts - slots.pinned
 
     def _limits(self, filled, held):
         """Slots that the segment of each row gets at most, int64 `[A]`: with the room of what no token sees again."""

@@ -202,7 +202,8 @@ class MatchedWriter:
         )  # fmt: skip
         segment, before = found.segment, found.before
         held = self._begun(segment, before) + self._fresh(segment) - before.pinned_slots()
-        budget = Budget(self._layout, self._reader.windows())
+        heads = sum(size.heads for size in found.cache.sizes)
+        budget = Budget(self._layout, self._reader.windows(), heads)
         parts = list(budget.parts(old, new, match, torch.tensor(segment.ends), held))
         self.unmatched += match.unmatched
         return parts
@@ -272,8 +273,11 @@ class MatchedWriter:
         exists = (offsets >= 0) & (offsets < fresh[:, None])
         ages = uploaded(torch.where(exists, fresh[:, None] - offsets, -1), states.device)
         layers, _, _, heads, _, _ = states.shape
-        pinned = self._newly_pinned(segment, before, fresh)
-        new = Slots(states, ages[None, :, None].expand(layers, -1, heads, -1), exists, pinned)
+        ages, pinned = ages[None, :, None].expand(layers, -1, heads, -1), self._newly_pinned(segment, before, fresh)
+        if self._layout.is_adaptive:  # what fills up layers with fewer heads than others has no slots
+            filling = torch.arange(heads) >= torch.tensor([size.heads for size in found.cache.sizes])[:, None]
+            ages = ages.masked_fill(uploaded(filling, ages.device)[:, None, :, None], -1)
+        new = Slots(states, ages, exists, pinned)
         return slots_of(before, fresh), new
 
     def _newly_pinned(self, segment, before, fresh):

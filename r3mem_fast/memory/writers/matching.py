@@ -230,7 +230,7 @@ class Match:
         return _Asked(query, asked_from, key, raw, value, ages, positions, pinned, scores, lse, target)
 
     def _kept(self, group, asked, places, stays, slots):
-        """Keys, values and ages of slots that are kept, with new values, unless they are too many; of some layers.
+        """Keys, values and ages of slots that are kept, with new values unless a head has too many; of some layers.
 
         Args:
             group: The layers.
@@ -240,39 +240,48 @@ class Match:
             slots: The slots.
         """
         heads, width = slots.states.shape[3::2]
-        wide = places[..., None].expand(-1, -1, -1, asked.key.shape[-1])
-        raw, value = asked.raw.gather(2, wide), asked.value.gather(2, wide)
+        index = places[..., None].expand(-1, -1, -1, asked.key.shape[-1])
+        raw, value = asked.raw.gather(2, index).float(), asked.value.gather(2, index).float()
+        # Those that stay come last: what can be matched of a head, if it is no more than that, has these columns.
+        last = slice(max(0, places.shape[-1] - MAX_KEPT), None)
         kept = asked.positions.gather(2, places).masked_fill(~stays, -1)
+        number = (kept >= 0).sum(2, keepdim=True)
         # Where nothing is left out there is nothing to match.
-        left_out = (asked.ages >= 0).sum(2, keepdim=True) > (kept >= 0).sum(2, keepdim=True)
+        changes = ((asked.ages >= 0).sum(2, keepdim=True) > number) & (number <= MAX_KEPT)
         held = asked.pinned.gather(2, places) & stays
-        fixed = held | ~left_out
-        if places.shape[-1] <= MAX_KEPT and not (self._adaptive and bool(fixed.all())):
-            raw, value = self._matched(group, asked, wide, kept, (held, fixed[..., None]), raw, value)
+        if not self._adaptive or bool(changes.any()):
+            parts = (index[:, :, last], kept[..., last].masked_fill(number > MAX_KEPT, -1), held[..., last], changes)
+            move, change = self._changes(group, asked, *parts)
+            raw[:, :, last] += move
+            value[:, :, last] += change
         ages = asked.ages.gather(2, places).masked_fill(~stays, -1)
         # A layer with fewer heads than others is filled up: with the first head's ages, or with no slots.
         more = ages[:, :1].expand(-1, heads - ages.shape[1], -1)
         ages = torch.cat([ages, torch.full_like(more, -1) if self._adaptive else more], 1)
         return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
 
-    def _matched(self, group, asked, wide, kept, stay, raw, value):
-        """Keys and values of slots, moved and matched.
+    def _changes(self, group, asked, index, kept, held, changes):
+        """What is added to the keys and the values of slots.
 
-        wide: Places of the slots, an index of keys. kept: Their positions. stay: Which are pinned, and which of all
-        stay what they are.
+        Args:
+            group: The layers.
+            asked: Their keys, and what is asked of them.
+            index: Places of the slots, an index of keys.
+            kept: Positions of the slots; -1 for none.
+            held: Which of them are pinned.
+            changes: Of which heads slots are matched.
         """
-        held, fixed = stay
         settings = self._queries.calls[group[0]].settings
         where = {"query_positions": asked.query_positions, "key_positions": kept}
-        gram, residual, kept_lse = value_system(
-            asked.query, asked.key.gather(2, wide), value, asked.target, **where, **settings
-        )
+        key, value = asked.key.gather(2, index), asked.value.gather(2, index)
+        gram, residual, kept_lse = value_system(asked.query, key, value, asked.target, **where, **settings)
         gram, residual = without(gram, residual, held)
         change, right = solved(gram, residual)
         self.unmatched.append(~right.all())
         move = move_for_mass(asked.query, asked.lse - kept_lse, asked.key.shape[1], settings["scale"])
-        move = self._turned(self._cache.unplaced, move[:, :, None].expand(wide.shape), group, kept)
-        return raw.float() + move.masked_fill(fixed, 0), value.float() + change.masked_fill(fixed, 0)
+        move = self._turned(self._cache.unplaced, move[:, :, None].expand(index.shape), group, kept)
+        fixed = (held | ~changes)[..., None]
+        return move.masked_fill(fixed, 0), change.masked_fill(fixed, 0)
 
     def _kept_latents(self, layer, slots, limit, chosen):
         """What `_of_layers` returns, of a layer with latent attention: the slots that are asked for most, as they are.
