@@ -365,16 +365,34 @@ def test_what_memories_of_conversations_are_worth_where_heads_share_slots():
 
 
 def test_what_memories_of_conversations_are_worth_to_a_second_model():
-    head, *found = records("agent_gemma3_270m.jsonl")
-    better = {(r["way"].removesuffix("_64"), r["better_than"]): r for r in found if r.get("of") == "nats"}
-    share = next(r["share"] for r in found if r.get("way") == "memory_64" and "share" in r)
+    better, share = {}, {}
+    for name in ("agent_gemma3_270m", "agent_gemma3_270m_16"):
+        head, *found = records(f"{name}.jsonl")
+        better |= {(r["way"], r["better_than"]): r for r in found if r.get("of") == "nats"}
+        share |= {r["way"]: r["share"] for r in found if "share" in r}
     text = text_of("docs/conversations.md")
     assert f"the first {head['users']} of these users, {head['questions']} questions" in text
-    assert f"{interval(share)} of what the whole conversation is" in text
-    assert f"{interval(better['memory+found', 'memory'])} nats a token better than the memory alone" in text
-    assert f"on Gemma 3 270M, most of whose layers see 512 tokens back, {share['mean']:.3f}" in text_of("README.md")
-    assert better["memory", "last"]["low"] > 0 and better["memory", "attended"]["low"] > 0
-    assert better["memory+minilm", "minilm"]["high"] < 0
+    assert f"nearly what the whole conversation is, {interval(share['memory_64'])}" in text
+    ours, last = interval(share["memory_16"]), interval(share["last_16"])
+    assert f"worth {ours} of it**, where as many last tokens are worth {last}" in text
+    assert f"the match adds {interval(better['memory_16', 'attended'])} nats a token to the most attended" in text
+    alone, turns = better["memory+found_16", "memory"], better["memory+found_16", "found"]
+    assert f"with 16 slots {interval(alone)} nats a token better than the memory alone, and {interval(turns)}" in text
+    assert f"by BM25 {interval(better['memory+bm25_64', 'bm25'])} nats a token better, and worse with 16" in text
+    said = (
+        f"on Gemma 3 270M, most of whose layers see 512 keys, one a seventh as long {share['memory_16']['mean']:.3f},"
+    )
+    slots, tokens = (
+        next(r[name] for r in found if r.get("way", "memory_16") == "memory_16" and name in r)
+        for name in ("slots", "history_tokens")
+    )
+    assert said in text_of("README.md") and round(tokens / slots) == 7
+    for slots in (64, 16):
+        assert better[f"memory_{slots}", "last"]["low"] > 0
+        assert all(better[f"memory_{slots}", way]["high"] < 0 for way in ("bm25", "minilm"))
+        assert all(better[f"memory+found_{slots}", way]["low"] > 0 for way in ("memory", "found"))
+    assert better["memory_16", "attended"]["low"] > 0
+    assert better["memory+bm25_16", "bm25"]["high"] < 0 and better["memory+minilm_64", "minilm"]["mean"] > 0
 
 
 def test_what_memories_are_worth_behind_a_lookup():
