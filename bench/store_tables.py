@@ -72,6 +72,16 @@ def conversations_second_model_paired() -> str:
     return _paired("agent_gemma3_270m", "turns", "agent_gemma3_270m_16")
 
 
+def conversations_meetings() -> str:
+    """Tabulate questions about meetings that were told to a store."""
+    return _ways("agent_qmsum_smollm2", "pieces")
+
+
+def conversations_meetings_paired() -> str:
+    """Tabulate what memories of meetings are better by than their rivals at equal slots."""
+    return _paired("agent_qmsum_smollm2", "pieces")
+
+
 def documents_shared() -> str:
     """Tabulate shares behind memories of paragraphs of both allocations, and what sharing slots is better by."""
     rivals = ("bm25+", "minilm+", "kvzip")
@@ -172,4 +182,6 @@ TABLES = {
     "conversations_shared_paired": conversations_shared_paired,
     "conversations_second_model": conversations_second_model,
     "conversations_second_model_paired": conversations_second_model_paired,
+    "conversations_meetings": conversations_meetings,
+    "conversations_meetings_paired": conversations_meetings_paired,
 }

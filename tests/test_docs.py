@@ -395,6 +395,24 @@ def test_what_memories_of_conversations_are_worth_to_a_second_model():
     assert better["memory+bm25_16", "bm25"]["high"] < 0 and better["memory+minilm_64", "minilm"]["mean"] > 0
 
 
+def test_what_memories_of_meetings_are_worth():
+    head, *found = records("agent_qmsum_smollm2.jsonl")
+    better = {r["better_than"]: r for r in found if r.get("way") == "memory_64" and r.get("of") == "nats"}
+    share = {r["way"]: r["share"] for r in found if "share" in r}
+    slots = {r["way"]: r["slots"] for r in found if "slots" in r}
+    text = text_of("docs/conversations.md")
+    assert f"{head['users']} meetings, {head['questions']} queries" in text
+    length = f"in {slots['memory_64']:,.0f} of {slots['full']:,.0f} slots"
+    assert f"{interval(share['memory_64'])} of the whole meeting {length}" in text
+    assert (
+        f"{interval(better['bm25'])} nats a token better than BM25's, {interval(better['last'])} than the last" in text
+    )
+    assert f"beside MiniLM's the interval holds 0, {interval(better['minilm'])}" in text
+    assert f"The match adds {interval(better['attended'])} to the most attended" in text
+    assert f"Half of what it gives, {interval(share['foreign_64'])}, another meeting's" in text
+    assert better["minilm"]["low"] < 0 < min(better[rival]["low"] for rival in ("bm25", "last", "attended"))
+
+
 def test_what_memories_are_worth_behind_a_lookup():
     head, *found = records("rag_smollm2.jsonl")
     better = {(r["way"], r["better_than"], r["of"]): r for r in found if "better_than" in r}

@@ -269,7 +269,7 @@ class Match:
             index: Places of the slots, an index of keys.
             kept: Positions of the slots; -1 for none.
             held: Which of them are pinned.
-            changes: Of which heads slots are matched.
+            changes: The heads whose slots are matched, bool.
         """
         settings = self._queries.calls[group[0]].settings
         where = {"query_positions": asked.query_positions, "key_positions": kept}
