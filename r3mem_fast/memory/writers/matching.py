@@ -243,17 +243,19 @@ class Match:
         index = places[..., None].expand(-1, -1, -1, asked.key.shape[-1])
         raw, value = asked.raw.gather(2, index).float(), asked.value.gather(2, index).float()
         # Those that stay come last: what can be matched of a head, if it is no more than that, has these columns.
-        last = slice(max(0, places.shape[-1] - MAX_KEPT), None)
+        first = max(0, places.shape[-1] - MAX_KEPT)
         kept = asked.positions.gather(2, places).masked_fill(~stays, -1)
         number = (kept >= 0).sum(2, keepdim=True)
         # Where nothing is left out there is nothing to match.
         changes = ((asked.ages >= 0).sum(2, keepdim=True) > number) & (number <= MAX_KEPT)
         held = asked.pinned.gather(2, places) & stays
         if not self._adaptive or bool(changes.any()):
-            parts = (index[:, :, last], kept[..., last].masked_fill(number > MAX_KEPT, -1), held[..., last], changes)
-            move, change = self._changes(group, asked, *parts)
-            raw[:, :, last] += move
-            value[:, :, last] += change
+            kept = kept[..., first:].masked_fill(number > MAX_KEPT, -1)
+            more = self._changes(group, asked, index[:, :, first:], kept, held[..., first:], changes)
+            raw, value = (
+                part + torch.nn.functional.pad(added, (0, 0, first, 0))
+                for part, added in zip((raw, value), more, strict=True)
+            )
         ages = asked.ages.gather(2, places).masked_fill(~stays, -1)
         # A layer with fewer heads than others is filled up: with the first head's ages, or with no slots.
         more = ages[:, :1].expand(-1, heads - ages.shape[1], -1)
