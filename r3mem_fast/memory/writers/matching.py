@@ -241,7 +241,7 @@ class Match:
         """
         heads, width = slots.states.shape[3::2]
         index = places[..., None].expand(-1, -1, -1, asked.key.shape[-1])
-        raw, value = asked.raw.gather(2, index).float(), asked.value.gather(2, index).float()
+        raw, value = asked.raw.gather(2, index), asked.value.gather(2, index)
         # Those that stay come last: what can be matched of a head, if it is no more than that, has these columns.
         first = max(0, places.shape[-1] - MAX_KEPT)
         kept = asked.positions.gather(2, places).masked_fill(~stays, -1)
@@ -251,9 +251,11 @@ class Match:
         held = asked.pinned.gather(2, places) & stays
         if not self._adaptive or bool(changes.any()):
             kept = kept[..., first:].masked_fill(number > MAX_KEPT, -1)
-            more = self._changes(group, asked, index[:, :, first:], kept, held[..., first:], changes)
+            more = self._changes(
+                group, asked, index[:, :, first:], value[:, :, first:], kept, held[..., first:], changes
+            )
             raw, value = (
-                part + torch.nn.functional.pad(added, (0, 0, first, 0))
+                part.float() + torch.nn.functional.pad(added, (0, 0, first, 0))
                 for part, added in zip((raw, value), more, strict=True)
             )
         ages = asked.ages.gather(2, places).masked_fill(~stays, -1)
@@ -262,20 +264,21 @@ class Match:
         ages = torch.cat([ages, torch.full_like(more, -1) if self._adaptive else more], 1)
         return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
 
-    def _changes(self, group, asked, index, kept, held, changes):
+    def _changes(self, group, asked, index, value, kept, held, changes):
         """What is added to the keys and the values of slots.
 
         Args:
             group: The layers.
             asked: Their keys, and what is asked of them.
             index: Places of the slots, an index of keys.
+            value: Their values.
             kept: Positions of the slots; -1 for none.
             held: Which of them are pinned.
             changes: The heads whose slots are matched, bool.
         """
         settings = self._queries.calls[group[0]].settings
         where = {"query_positions": asked.query_positions, "key_positions": kept}
-        key, value = asked.key.gather(2, index), asked.value.gather(2, index)
+        key = asked.key.gather(2, index)
         gram, residual, kept_lse = value_system(asked.query, key, value, asked.target, **where, **settings)
         gram, residual = without(gram, residual, held)
         change, right = solved(gram, residual)
