@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,22 +77,41 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def prompt_of(options: argparse.Namespace, tokenizer: Any, questions: list[Question]) -> Prompt:
-    """Put questions about one text into the chat template."""
-    closing = '"' if options.opener.endswith('"') else ""
+def template_of(
+    tokenizer: Any, kind: str, instruction: str | None = None, opener: str | None = None
+) -> tuple[str, str, Callable[[str], str]]:
+    """Put questions about a text into the chat template: return what stands around them, and how to ask.
+
+    Args:
+        tokenizer: The tokenizer.
+        kind: The data set, whose examples come first.
+        instruction: What is said before each question; None: that of the kind.
+        opener: How each answer begins; None: that of the kind.
+
+    Returns:
+        What stands before the text, and after a user's words; and a function that gives what stands between the text
+        and the answer to a question.
+    """
+    instruction = KINDS[kind].instruction if instruction is None else instruction
+    opener = KINDS[kind].opener if opener is None else opener
+    closing = '"' if opener.endswith('"') else ""
     turns = [
-        (f"{EXAMPLE}{options.instruction}Question: {question}", f"{options.opener}{answer}{closing}")
-        for question, answer in KINDS[options.kind].examples
+        (f"{EXAMPLE}{instruction}Question: {question}", f"{opener}{answer}{closing}")
+        for question, answer in KINDS[kind].examples
     ]
     before, after = template_parts(tokenizer, turns)
+    return before, after, lambda question: f"\n\n{instruction}Question: {question}{after}{opener}"
+
+
+def prompt_of(options: argparse.Namespace, tokenizer: Any, questions: list[Question]) -> Prompt:
+    """Put questions about one text into the chat template."""
+    before, after, asking = template_of(tokenizer, options.kind, options.instruction, options.opener)
     context, segment = ids_of(tokenizer, questions[0].context), KINDS[options.kind].segment
     if segment is not None and len(context) > segment:
         # Whole segments, of which each gets its share of the slots: otherwise the last, short one would be matched
         # together with all others.
         context = context[: len(context) // segment * segment]
-    asked = [
-        f"\n\n{options.instruction}Question: {question.question}{after}{options.opener}" for question in questions
-    ]
+    asked = [asking(question.question) for question in questions]
     return Prompt(
         questions,
         torch.tensor([ids_of(tokenizer, before)], dtype=torch.int64),

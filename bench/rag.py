@@ -40,10 +40,10 @@ from r3mem_fast.store.lookup import WordIndex, minilm_embedder
 
 from .agent import summary
 from .anchored import anchored_memory, load_adapter
-from .answers_data import Question, read_xquad, template_parts
+from .answers_data import Question, read_xquad
 from .asking import Asked, ask_in_each_way
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
-from .prompts import EXAMPLE, KINDS
+from .prompts import template_of
 from .records import add_output_option, add_records
 from .rivals import values_kept
 from .unfinished import Unfinished, settings_of
@@ -117,10 +117,7 @@ class _Asker:
         self._words = {"bm25": WordIndex(paragraphs), "bm25+": WordIndex(texts)}
         self._embed = minilm_embedder()
         self._vectors = {"minilm": self._embed(paragraphs), "minilm+": self._embed(texts)}
-        kind = KINDS["xquad"]
-        self._kind = kind
-        turns = [(f"{EXAMPLE}{kind.instruction}Question: {q}", f'{kind.opener}{a}"') for q, a in kind.examples]
-        before, self._after = template_parts(pipeline.tokenizer, turns)
+        before, _, self._asking = template_of(pipeline.tokenizer, "xquad")
         self._before, self._repeat = pipeline.codec.ids(before), pipeline.codec.ids(REPEAT)
         self._head = pinned_memory(pipeline.model, self._before)
         self._line = pipeline.codec.ids("\n")
@@ -136,10 +133,9 @@ class _Asker:
     def ask(self, question: Question) -> dict[str, dict[str, float]]:
         """Ask a question in all ways; grades by way and measure."""
         codec, options = self._pipeline.codec, self._options
-        kind = self._kind
         self._memories.clear()  # another question is about another paragraph
         self._scores.clear()
-        asked = codec.ids(f"\n\n{kind.instruction}Question: {question.question}{self._after}{kind.opener}")
+        asked = codec.ids(self._asking(question.question))
         ranked = {way: self._ranked(question.question, way) for way in (*self._words, *self._vectors)}
         right, first = self._paragraphs.index(question.context), ranked["bm25"][0]
         ways = {

@@ -154,7 +154,7 @@ def test_what_is_written_is_what_the_model_generates(pipeline):
 
 def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
     monkeypatch.setattr(rag, "minilm_embedder", lambda: lambda texts: torch.eye(3)[: len(texts)])
-    monkeypatch.setattr(rag, "template_parts", lambda tokenizer, turns: ("U:", ".A:"))
+    monkeypatch.setattr(rag, "template_of", lambda *_: ("U:", ".A:", lambda question: f" {question}.A:"))
     allocation = pipeline.model.r3mem_config.memory_allocation
     options = SimpleNamespace(slots=[12], new_tokens=0, adapter=None, allocation=allocation)
     asker = rag._Asker(options, pipeline, ["Rex is here. He eats.", "A cat.", "No."])
