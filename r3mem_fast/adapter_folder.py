@@ -19,7 +19,7 @@ import r3mem_fast
 from .config import R3MemConfig
 from .data import hub
 from .data.models import EMBEDDED_MODEL, load_model
-from .files import flush, locked
+from .files import flush, locked, permissions_of
 from .fingerprints import fingerprint
 from .integrations.masters import master_weights
 from .manifest import (
@@ -84,6 +84,8 @@ def _save(model, folder, manifest, adapter_dtype):
         manifest["files"] = {name: _digest(staging / name) for name in files}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in (*files, MANIFEST):
+            earlier = folder / name
+            (staging / name).chmod(permissions_of(earlier if earlier.exists() else staging / MANIFEST))
             flush(staging / name)
         staging.rename(folder / SAVED)
         finish_save(folder)

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -130,7 +131,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Replace a file by a new one, so that at any time either the old or the whole new file is there.
 
     Of several writers at one time each writes a file of its own, and the last one's stays. A process that is killed
-    may leave one of `unfinished_files` behind.
+    may leave one of `unfinished_files` behind. The new file has the permissions of the old one, or those that the
+    process's umask gives a new one.
 
     Args:
         path: Path of the file, which need not exist.
@@ -141,11 +143,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        unfinished.touch()
+        mode = permissions_of(path if path.exists() else unfinished)
         yield unfinished
+        unfinished.chmod(mode)
         flush(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def permissions_of(path: str | os.PathLike[str]) -> int:
+    """Return who may read and write a file, as `chmod` takes it.
+
+    Some versions of safetensors write files that only their owner may read, whatever the umask says.
+
+    Args:
+        path: Path of the file.
+    """
+    return stat.S_IMODE(os.stat(path).st_mode)
 
 
 def unfinished_files(path: str | os.PathLike[str]) -> Iterator[Path]:

@@ -1,12 +1,24 @@
 """One writer at a time: folders and files that another process holds, or that cannot be written to."""
 
+import os
 import subprocess
 import sys
 import threading
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from r3mem_fast.files import LOCK, InUseError, check_writable, is_held, locked, locked_file
+from r3mem_fast.files import (
+    LOCK,
+    InUseError,
+    check_writable,
+    is_held,
+    locked,
+    locked_file,
+    permissions_of,
+    replacing,
+)
 
 HOLD = """
 import sys
@@ -103,5 +115,25 @@ def test_a_file_that_is_held(tmp_path):
         assert lock.exists()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ZeroDivisionError), locked_file(tmp_path / "memory"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_a_new_file_is_readable_as_the_umask_says(tmp_path, umask, mode):
+    path = tmp_path / "tensors"
+    before = os.umask(umask)
+    try:
+        for expected in (mode, 0o640):
+            with replacing(path) as unfinished:
+                save_file({"some": torch.zeros(2)}, unfinished)
+            assert permissions_of(path) == expected and list(tmp_path.iterdir()) == [path]
+            path.chmod(0o640)  # which the file that replaces it has, too
+    finally:
+        os.umask(before)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "tensors"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []

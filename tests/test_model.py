@@ -21,6 +21,7 @@ from r3mem_fast import (
     load_model,
     manifest,
 )
+from r3mem_fast.files import permissions_of
 from r3mem_fast.reversible.direction import reading_backward
 from r3mem_fast.training.collate import collate_ids
 from tests.reversible.tiny import EXACT_FAMILIES, GENERIC_FAMILIES, build, token_ids
@@ -294,6 +295,12 @@ def test_saved_and_loaded(folder, tmp_path):
     again.save_pretrained(tmp_path / "a")
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {".r3mem.lock", "adapter_config.json", "adapter_model.safetensors", "notes.txt", "r3mem.json"}
+    # Who may read the folder's files may read all of them, whatever safetensors thinks, and also after another save.
+    modes = {permissions_of(tmp_path / "a" / name) for name in names - {".r3mem.lock", "notes.txt"}}
+    assert modes == {permissions_of(tmp_path / "a" / "notes.txt")}
+    (tmp_path / "a" / "adapter_model.safetensors").chmod(0o640)
+    again.save_pretrained(tmp_path / "a")
+    assert permissions_of(tmp_path / "a" / "adapter_model.safetensors") == 0o640
     # A plain PEFT folder, which the plain network understands.
     plain = PeftModel.from_pretrained(load_model(str(folder))[0], tmp_path / "a")
     with torch.no_grad():

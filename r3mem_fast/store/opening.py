@@ -176,7 +176,8 @@ class StoreModel:
             if self._config is None and found.model.is_anchored and found.model.origin().adapter != learned_for:
                 chosen = None  # what is kept is of another adapter, or of none
             kept_unused = named and chosen is not None and self._config is None and not self._is_used()
-            if kept_unused and config.memory_allocation != allocation_for(found.model) == "uniform":
+            unasked = kept_unused and "memory_allocation" not in self._changes
+            if unasked and config.memory_allocation != allocation_for(found.model) == "uniform":
                 # Nothing is lost if the model is opened in a way in which it reads no such memories.
                 config = chosen = dataclasses.replace(config, memory_allocation="uniform")
                 found = pipeline_of(given, config, settings)

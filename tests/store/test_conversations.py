@@ -321,6 +321,16 @@ def test_an_empty_store_may_be_opened_in_a_way_that_reads_fewer_memories(opened,
     assert store.memory("anna").layout.allocation == "uniform"
 
 
+def test_an_empty_store_is_told_of_what_was_asked_for_and_cannot_be(opened, folder, monkeypatch):
+    """What is asked for by name is not replaced in silence, in an old folder as in a new one."""
+    monkeypatch.setattr(conversations, "DEFAULT_CONFIG", CONFIG)
+    opened("old", str(folder)).ask("What?", user_id="anna", **GREEDY)
+    for name in ("old", "new"):
+        store = opened(name, str(folder), attn_implementation="r3mem", config={"memory_allocation": "adaptive"})
+        with pytest.raises(ValueError, match="cannot read a matched memory.*adaptive"):
+            store.add(LONG, user_id="anna")
+
+
 def test_rebuilding_keeps_memories_of_what_a_model_has_become(opened):
     """A model may change while a store is open, as when its adapter is trained; here the system prompt changes."""
     store = opened()
