@@ -327,7 +327,7 @@ def test_an_empty_store_is_told_of_what_was_asked_for_and_cannot_be(opened, fold
     opened("old", str(folder)).ask("What?", user_id="anna", **GREEDY)
     for name in ("old", "new"):
         store = opened(name, str(folder), attn_implementation="r3mem", config={"memory_allocation": "adaptive"})
-        with pytest.raises(ValueError, match="cannot read a matched memory.*adaptive"):
+        with pytest.raises(ValueError, match=r"cannot read a matched memory.*adaptive"):
             store.add(LONG, user_id="anna")
 
 
