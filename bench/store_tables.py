@@ -28,6 +28,18 @@ _WAYS = {
     "full": "all of it",
 }
 
+# Of `bench.recalled`.
+_RECALLED = {
+    "nothing": "nothing",
+    "full": "the paragraph that it is about",
+    "another": "another paragraph",
+    "bm25": "the best paragraph by BM25",
+    "minilm": "the best paragraph by MiniLM",
+    "bm25+": "the best sentence by BM25",
+    "recalled": "**recalled for the question itself**",
+    "by_query": "**recalled for the learned query that fits best by BM25**",
+    "recalled_else": "**the first of these, else the second**",
+}
 _MEASURES = {"f1": "F1", "rouge_l": "ROUGE-L", "contains": "contains"}
 
 
@@ -80,6 +92,29 @@ def conversations_meetings() -> str:
 def conversations_meetings_paired() -> str:
     """Tabulate what memories of meetings are better by than their rivals at equal slots."""
     return _paired("agent_qmsum_smollm2", "pieces")
+
+
+def conversations_written() -> str:
+    """Tabulate what is written behind memories of some of the conversations, and beside them."""
+    return _ways("agent_written_smollm2", "turns")
+
+
+def documents_anchored() -> str:
+    """Tabulate questions about paragraphs behind memories of the packaged adapter."""
+    return _ways("rag_anchored_smollm2", "paragraphs")
+
+
+def documents_recalled() -> str:
+    """Tabulate questions about paragraphs that adapters have learned, behind what is recalled or looked up."""
+    rows = []
+    for record in records("recalled_smollm2"):
+        if "way" in record and "better_than" not in record:
+            share = interval(record["share"]) if "share" in record else "–"
+            counts = [f"{record[name]:.2f}" for name in ("found", "has_answer")]
+            grades = [f"{record[name]:.3f}" for name in ("nats", *_MEASURES)]
+            rows.append((_RECALLED[record["way"]], *counts, f"{record['tokens']:.0f}", grades[0], share, *grades[1:]))
+    head = ("before the question", "found", "has the answer", "tokens", "nats a token", "share", *_MEASURES.values())
+    return table(head, rows)
 
 
 def documents_shared() -> str:
@@ -178,6 +213,9 @@ TABLES = {
     "documents": documents,
     "documents_paired": documents_paired,
     "documents_shared": documents_shared,
+    "documents_anchored": documents_anchored,
+    "documents_recalled": documents_recalled,
+    "conversations_written": conversations_written,
     "conversations_shared": conversations_shared,
     "conversations_shared_paired": conversations_shared_paired,
     "conversations_second_model": conversations_second_model,

@@ -35,6 +35,44 @@ _ASKED_EVERY = 8
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
 
 
+def generate_alone(network: Network, rows: Rows, settings: dict[str, Any]) -> Any:
+    """Run the base model's `generate` with nothing before the prompts: see `R3MemModel.generate`.
+
+    Args:
+        network: The model.
+        rows: The prompts.
+        settings: Arguments of `generate`.
+
+    Returns:
+        Token ids of prompts and continuations, int64 `[B, T + n]`, or an output with them as `sequences`.
+
+    Raises:
+        ValueError: A row has no token, or the positions do not suffice.
+    """
+    base = network.plain_model
+    ids, mask = rows.left_padded()
+    if not mask.any(1).all():
+        raise ValueError("a row has no token that could be continued")
+    _, config, _ = generation_configs(base.generation_config, settings, ids.shape[1])
+    network.check_length(int(mask.sum(1).max()) + config.max_new_tokens - 1, behind_memory=False)
+    if settings.get("streamer") is not None:
+        settings = {**settings, "streamer": _StreamerOfPrompts(settings["streamer"], rows.ids)}
+    with evaluating(network), network.without_memory():
+        output = base.generate(input_ids=ids, attention_mask=mask, **settings)
+    return _behind_prompts(output, rows, ids.shape[1])
+
+
+def _behind_prompts(output, rows, width):
+    """What `generate` gave, with the prompts as they were given in place of the first columns, so many."""
+    found = output if isinstance(output, torch.Tensor) else output.sequences
+    prompts = rows.ids.repeat_interleave(len(found) // len(rows.ids), 0)
+    found = torch.cat([prompts.to(found.device), found[:, width:]], 1)
+    if isinstance(output, torch.Tensor):
+        return found
+    output.sequences = found
+    return output
+
+
 def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict[str, Any]) -> Any:
     """Run the base model's `generate` behind a memory: see `R3MemModel.generate`.
 
@@ -63,6 +101,8 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
     ids, mask, _, _ = unfinished_of(memory, network.device).joined(rows).left_padded_with_labels()
     if not mask.any(1).all():
         raise ValueError("a row has neither a prompt nor unfinished tokens that could be continued")
+    longest = int(mask.sum(1).max())  # what is unfinished of one row may be short where another's prompt is long
+    ids, mask = ids[:, -longest:], mask[:, -longest:]
     own, config, others = generation_configs(base.generation_config, settings, rows.ids.shape[1])
     network.check_length(ids.shape[1] + config.max_new_tokens - 1, behind_memory=True)
     if memory.carried is not None and memory.slots is not None and not mask.all():
@@ -76,13 +116,7 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
         plain = is_prefix(network, memory) and not (counted or config.prefill_chunk_size)
         read = _read_as_prefix if plain else _read_with_hooks
         output = read(network, memory, ids, mask, config, kind, others)
-    found = output if isinstance(output, torch.Tensor) else output.sequences
-    prompts = rows.ids.repeat_interleave(len(found) // len(ids), 0)
-    found = torch.cat([prompts, found[:, ids.shape[1] :]], 1)
-    if isinstance(output, torch.Tensor):
-        return found
-    output.sequences = found
-    return output
+    return _behind_prompts(output, rows, ids.shape[1])
 
 
 def _of_one_length(network, memory, ids, mask):
@@ -358,6 +392,8 @@ def _new_tokens(given, config, prompt):
     if most is None:
         most = _DEFAULT_NEW_TOKENS if given["max_length"] is None else given["max_length"] - prompt
     if most < 1:
+        if given["max_new_tokens"] is not None:
+            raise ValueError(f"max_new_tokens must be at least 1, got {most}")
         raise ValueError(f"max_length={given['max_length']} leaves no token behind a prompt of {prompt}")
     least = given["min_new_tokens"] if given["min_new_tokens"] is not None else config.min_new_tokens
     if least is None:

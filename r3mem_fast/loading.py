@@ -64,19 +64,24 @@ def load(
     dtype = None if dtype is None else as_dtype(dtype)
     if device is not None:
         as_device(device)
+    of_names = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation, **settings}
+    given = sorted(name for name, value in of_names.items() if value is not None)
     if isinstance(base, R3MemModel):
         if tokenizer is None or not isinstance(model, (str, Path)):
             raise TypeError("a memory network as base takes the folder of an adapter, and its tokenizer")
-        manifest = adapter_folder.replace_weights(base, model)
-        return Loaded(base, tokenizer, manifest.get("remembered", []), Path(model))
+        if given or config is not None:
+            raise TypeError(f"{(given or ['config'])[0]} is for a model that is loaded here, and base is one already")
+        folder = adapter_folder.find(model)
+        manifest = adapter_folder.replace_weights(base, folder)
+        return Loaded(base, tokenizer, manifest.get("remembered", []), folder)
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise TypeError("a model that is given by name brings its own tokenizer")
         settings |= {"device": device, "attn_implementation": attn_implementation}
-        if folder := adapter_folder.adapter_named(model, **settings):
+        if (adapter := adapter_folder.adapter_named(model, **settings)) is not None:
             if config is not None:
                 raise TypeError(f"{model} was saved with its config; another one does not fit its adapters")
-            return _load_adapter(folder, base, dtype, settings)
+            return _load_adapter(adapter, base, dtype, settings)
         if base is not None:
             raise TypeError(f"base is of an adapter, and {model} is a model of its own")
         if run := interrupted_run(model):
@@ -84,8 +89,8 @@ def load(
         model, tokenizer = load_model(model, dtype=dtype or default_dtype(device or "cpu"), **settings)
     elif tokenizer is None:
         raise TypeError("a model object needs its tokenizer: R3MemPipeline(model, tokenizer)")
-    elif given := sorted([*settings, *(["base"] if base is not None else [])]):
-        raise TypeError(f"{given[0]} is for a model that is given by name")
+    elif given or base is not None:
+        raise TypeError(f"{(given or ['base'])[0]} is for a model that is given by name")
     if not isinstance(model, R3MemModel):
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -51,8 +51,8 @@ def folder_of_adapter(name: str | os.PathLike[str]) -> Path:
         The embedded adapter's folder if one has this name and no file or folder of that name is here; else the path
         itself, whether or not it exists.
     """
-    embedded = EMBEDDED_ADAPTERS / str(name)
-    return embedded if Path(name).name == str(name) and embedded.is_dir() and not Path(name).exists() else Path(name)
+    embedded, path = EMBEDDED_ADAPTERS / str(name), Path(name).expanduser()
+    return embedded if path.name == str(name) and embedded.is_dir() and not path.exists() else path
 
 
 def is_adapter(name: str | os.PathLike[str]) -> bool:

@@ -258,8 +258,7 @@ class R3MemModel(TrainerInterface, Network):
         if memory is None:
             if self._is_sampled_from and sampling.is_written_by_segments(self, rows, settings):
                 return sampling.generate_by_segments(self, rows, settings)
-            with evaluating(self), self.without_memory():
-                return self.plain_model.generate(input_ids=rows.ids, attention_mask=rows.mask, **settings)
+            return generation.generate_alone(self, rows, settings)
         self.check_memory(memory, len(rows.ids))
         return generation.generate_behind(self, memory, rows, settings)
 
@@ -301,7 +300,10 @@ class R3MemModel(TrainerInterface, Network):
         if memory is None:
             memory = self.new_memory(len(rows), self.origin(), pinned, memory_tokens, memory_budget)
         elif pinned or (memory_tokens, memory_budget) != (None, None):
-            raise ValueError("pinned tokens (chat) begin a row, in a size: leave them out where a memory goes on")
+            raise ValueError(
+                "pinned tokens (chat), memory_tokens and memory_budget are for one that begins: leave them out where "
+                "a memory goes on"
+            )
         self.check_memory(memory, len(rows))
         total = sum(map(len, (*rows, *memory.unfinished)))
         with (

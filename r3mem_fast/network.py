@@ -334,13 +334,12 @@ class Network(nn.Module):
         Raises:
             ValueError: There are pinned tokens and no matched memories, or too many; or so many slots cannot be.
         """
-        memory = self.reader.empty_memory(rows, cast(Origin, origin), pinned)
+        layout = self.reader.layout
         if (memory_tokens, memory_budget) != (None, None):
-            memory = dataclasses.replace(memory, layout=memory.layout.with_memory_tokens(memory_tokens, memory_budget))
+            layout = layout.with_memory_tokens(memory_tokens, memory_budget)
             if self.memories_are_of_base and origin is not None:
-                origin = dataclasses.replace(origin, adapter=layout_fingerprint(memory.layout))
-                memory = dataclasses.replace(memory, origin=origin)
-        return memory
+                origin = dataclasses.replace(origin, adapter=layout_fingerprint(layout))
+        return self.reader.empty_memory(rows, cast(Origin, origin), layout, pinned)
 
     def reading_cache(self, memory: Memory, *, keep: bool = True, forward: bool = True) -> PrefixCache:
         """A cache that holds a memory, to read tokens behind it.

@@ -47,5 +47,6 @@ class AskingTexts:
         if piece not in self._known:  # the queries take longer to find than a step takes
             text = self._codec.text(ids)
             asked = [text, "\n".join(queries_of(text, self._codec.tokenizer))]
-            self._known[piece] = [torch.tensor(self._codec.ids(f"\n\n{text}")) for text in asked if text]
+            found = [torch.tensor(self._codec.ids(f"\n\n{text}")) for text in asked if text]
+            self._known[piece] = found or [ids]  # a piece of special tokens alone is no text
         return self._known[piece]

@@ -129,10 +129,11 @@ class Scheduler:
         if prompt.dim() != 1:
             raise ValueError(f"a request is one prompt, int64 [T], got {list(prompt.shape)}")
         model.check_memory(memory, 1)
-        if not is_prefix(model, memory):
+        if not is_prefix(model, memory) or memory.layout.is_adaptive:
             raise ValueError(
                 "many requests are read together behind matched memories of a base model without sliding windows, "
-                'with attn_implementation "sdpa" or "eager"; for others use model.generate'
+                'with attn_implementation "sdpa" or "eager", in which all heads have as many slots '
+                '(memory_allocation="uniform"); for others use model.generate'
             )
         count = len(prompt) + len(memory.recent[0]) + len(memory.unfinished[0])
         if not count:
@@ -165,14 +166,14 @@ class Scheduler:
                 if read is not None:
                     scores.append(read[0])
                     self._join(*read[1:])
-                together = torch.cat(scores) if scores else None
+                tokens = self._chosen(torch.cat(scores), [*self._rows, *joining]) if scores else []
             except BaseException:
                 self._go_back(*before)
                 raise
         self._rows += joining
         for _ in joining:
             self._waiting.popleft()
-        return [] if together is None else self._write(together)
+        return self._write(tokens)
 
     def _state(self):
         """What a step changes of the rows, for `_go_back`."""
@@ -243,11 +244,26 @@ class Scheduler:
             output = base(ids, position_ids=positions, use_cache=True, **cache_argument(base, cache), **last)
         return output.logits[:, -1].float()
 
-    def _write(self, scores):
-        """Choose a token of each row, and let rows that are done leave."""
-        best, found = scores.argmax(-1).tolist(), []
-        for row, request in enumerate(self._rows):
-            token = best[row] if request.choose is None else request.choose(scores[row : row + 1])
+    @staticmethod
+    def _chosen(scores, requests):
+        """The next token of each request, by its scores; samplers are as before where one of them fails."""
+        samplers = [request.choose for request in requests if request.choose is not None]
+        states = [sampler.state() for sampler in samplers]
+        best = scores.argmax(-1).tolist()
+        try:
+            return [
+                best[row] if request.choose is None else request.choose(scores[row : row + 1])
+                for row, request in enumerate(requests)
+            ]
+        except BaseException:
+            for sampler, state in zip(samplers, states, strict=True):
+                sampler.go_back(state)
+            raise
+
+    def _write(self, tokens):
+        """Give each row its next token, and let rows that are done leave."""
+        found = []
+        for token, request in zip(tokens, self._rows, strict=True):
             if token not in self._ends:
                 request.tokens.append(token)
                 found.append((request, token))
@@ -293,6 +309,14 @@ class _Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
+
+    def state(self) -> torch.Tensor:
+        """What the next draws depend on, for `go_back`."""
+        return self._generator.get_state()
+
+    def go_back(self, state: torch.Tensor) -> None:
+        """Draw as if nothing had been drawn since a state."""
+        self._generator.set_state(state)
 
     def __call__(self, scores: torch.Tensor) -> int:
         """Draw a token from scores `[1, V]`."""

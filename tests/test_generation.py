@@ -1,13 +1,15 @@
-"""Reading backward by graphs: the same step on the same tensors for every token."""
+"""Writing: prompts of several lengths; and reading backward by graphs, the same step on the same tensors each time."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from r3mem_fast import R3MemConfig, R3MemModel
+from r3mem_fast import Memory, R3MemConfig, R3MemModel
+from r3mem_fast.batching import Rows
 from r3mem_fast.integrations import graphs
 from r3mem_fast.reversible.integrity import Integrity
 from r3mem_fast.reversible.stack import ReversibleStack
+from tests.memory.test_matched import ids_of, network
 from tests.reversible.tiny import LAYERED, build
 from tests.tape import ASKING
 
@@ -142,3 +144,50 @@ def test_graphs_of_a_gpu(monkeypatch, backward):
     expected = model.recall(ids, max_new_tokens=30)
     monkeypatch.setenv(graphs.VARIABLE, "1")
     assert all(map(torch.equal, model.recall(ids, max_new_tokens=30), expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_several_lengths_with_nothing_before_them(family):
+    """Each is continued as if it were alone, on whichever side it is padded, and stands in front as it was given."""
+    model = made(family).eval()
+    prompts = [[5, 6, 7, 8, 9, 10], [20, 21], [11, 30, 13]]
+    greedy = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
+    alone = [model.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :] for prompt in prompts]
+    ids, mask = torch.zeros(2, 3, 6, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
+    for given in ((ids, mask), Rows(ids, mask).left_padded()):
+        found = model.generate(*given, **greedy)
+        assert torch.equal(found[:, :6], given[0]) and torch.equal(found[:, 6:], torch.stack(alone))
+    output = model.generate(ids, mask, num_beams=2, num_return_sequences=2, return_dict_in_generate=True, **greedy)
+    assert torch.equal(output.sequences[:, :6], ids.repeat_interleave(2, 0))
+
+
+def test_what_cannot_be_continued():
+    model = made().eval()
+    ids = torch.tensor([[5, 6], [7, 8]])
+    with pytest.raises(ValueError, match="a row has no token"):
+        model.generate(ids, torch.tensor([[1, 1], [0, 0]]))
+    with pytest.raises(ValueError, match="positions"):
+        model.generate(ids, max_new_tokens=model.max_tokens)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        model.generate(ids, max_new_tokens=0)
+
+
+def test_long_prompts_beside_short_ones_that_wait_behind_a_memory():
+    """Columns that are padding in all rows take no positions: two rows that fit alone fit together."""
+    model = network(segment_overlap=0, beyond_budget="forget")
+    memory = model.compress(torch.stack([ids_of(31)[0], ids_of(31, seed=1)[0]]), torch.ones(2, 31, dtype=torch.int64))
+    short = model.compress(ids_of(17)).rows([0])
+    waiting = Memory.cat([memory.rows([0]), short])
+    assert [len(ids) for ids in waiting.unfinished] == [15, 1]
+    room = model.max_tokens - model.reader.layout.first_position
+    ids, mask = torch.zeros(2, 2, room - 4, dtype=torch.int64)
+    for row, length in enumerate((2, room - 4)):
+        ids[row, :length], mask[row, :length] = ids_of(length, seed=row)[0], 1
+    found = model.generate(ids, mask, memory=waiting, max_new_tokens=2, do_sample=False)
+    for row, length in enumerate((2, room - 4)):
+        alone = model.generate(
+            ids[row : row + 1, :length], memory=waiting.rows([row]), max_new_tokens=2, do_sample=False
+        )
+        assert torch.equal(found[row, room - 4 :], alone[0, length:])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r3mem_fast import Memory, R3MemConfig, R3MemModel
+from r3mem_fast import Memory, R3MemConfig, R3MemModel, serving
 from r3mem_fast.memory.shared import SharedMemories
 from r3mem_fast.serving import Scheduler
 from tests.memory.test_matched import ids_of, network
@@ -164,6 +164,34 @@ def test_a_step_that_fails_changes_nothing(when):
         assert request.tokens == expected[0, 3:].tolist()
 
 
+def test_a_draw_that_fails_changes_nothing():
+    """Neither rows that have a token already, nor what they would draw next."""
+    model = network()
+    model.plain_model.generation_config.eos_token_id = 96  # which no text has
+    memory, ids = model.compress(ids_of(50)), ids_of(3, seed=1)[0]
+    drawn = {"max_new_tokens": 4, "do_sample": True}
+    expected = []
+    for seed in (1, 2):
+        scheduler = Scheduler(model)
+        expected.append(scheduler.submit(ids, memory, seed=seed, **drawn))
+        scheduler.run()
+    scheduler = Scheduler(model)
+    requests = [scheduler.submit(ids, memory, seed=seed, **drawn) for seed in (1, 2)]
+    scheduler.step()
+    real = serving._Sampler.__call__
+
+    def failing(sampler, scores):
+        if sampler is requests[1].choose:
+            raise RuntimeError("probability tensor contains nan")
+        return real(sampler, scores)
+
+    with mock.patch.object(serving._Sampler, "__call__", failing), pytest.raises(RuntimeError, match="nan"):
+        scheduler.step()
+    assert [len(request.tokens) for request in requests] == [1, 1]
+    scheduler.run()
+    assert [request.tokens for request in requests] == [request.tokens for request in expected]
+
+
 def test_rows_take_their_columns_along_when_they_leave():
     model = network()
     model.plain_model.generation_config.eos_token_id = 96  # which no text has
@@ -256,10 +284,15 @@ def test_requests_that_cannot_be_served():
         scheduler.submit(ids, memory, do_sample=True, temperature=0.0)
     for model in (
         network("mistral"),
+        network(memory_allocation="adaptive"),
         R3MemModel(build(), R3MemConfig(num_memory_tokens=2, segment_length=16, core=(1, 3))).eval(),
     ):
         with pytest.raises(ValueError, match="for others use"):
             Scheduler(model).submit(ids, model.compress(ids_of(50)))
+    # The base model reads memories of any settings that were made of it: each head has other slots here.
+    shared = network(memory_allocation="adaptive").compress(ids_of(50))
+    with pytest.raises(ValueError, match='memory_allocation="uniform"'):
+        scheduler.submit(ids, shared)
     assert len(scheduler) == 0
 
 

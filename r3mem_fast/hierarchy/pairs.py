@@ -15,7 +15,7 @@ from ..choices import LEVELS
 from .builders import ExtractiveBuilder
 from .entities import EntityFinder, default_entity_finder
 from .passage import MAX_QUERY_SHARE, MAX_SHARED_RUN, Passage, QueryBuilder
-from .split import Document, split_document
+from .split import Document, has_words, split_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +117,7 @@ def queries_of(text: str, tokenizer: "PreTrainedTokenizerBase", language: str = 
         tokenizer: Tokenizer of the model that is to be asked.
         language: Language of the sentences, as pysbd names it.
     """
-    if not text.strip():
+    if not has_words(text):
         return []
     ids_of, count_tokens = _readers(tokenizer)
     document = split_document(text, "text", count_tokens, language)

@@ -74,6 +74,11 @@ class Document(NamedTuple):
     paragraphs: list[Paragraph]
 
 
+def has_words(text: str) -> bool:
+    """Whether a text has a letter or a digit, and is not a rule or white space alone."""
+    return re.search(r"\w", text) is not None
+
+
 def split_document(text: str, name: str, count_tokens: Callable[[str], int], language: str = "en") -> Document:
     """Split a text into paragraphs (at blank lines), sentences (pysbd) and passages of sentences.
 
@@ -96,7 +101,7 @@ def split_document(text: str, name: str, count_tokens: Callable[[str], int], lan
     """
     if not isinstance(text, str):
         raise TypeError(f"document {name!r} must be a string, got {type(text).__name__}")
-    if not re.search(r"\w", text):
+    if not has_words(text):
         raise ValueError(f"document {name!r} holds no text")
     segmenter = pysbd.Segmenter(language=language, clean=False, char_span=True)
     low, high = PARAGRAPH_TOKENS

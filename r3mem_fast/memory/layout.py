@@ -99,11 +99,13 @@ class MemoryLayout:
             budget: Slots of a row's memory, beside pinned ones; None: for as many segments as here.
 
         Raises:
+            TypeError: A number is no int.
             ValueError: There are too few or too many, or these are no matched memories.
         """
-        from r3mem_fast.kernels.matching import MAX_KEPT
-
         count = self.num_memory_tokens if count is None else count
+        for name, number in (("memory_tokens", count), ("memory_budget", budget)):
+            if number is not None and type(number) is not int:
+                raise TypeError(f"{name} must be an int, got {number!r}")
         if self.writer != "matched" or not 1 <= count <= self.segment_length:
             raise ValueError(
                 f"memory_tokens={count!r} must lie in 1..{self.segment_length}, the tokens of a segment, and is for "

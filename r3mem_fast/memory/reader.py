@@ -199,23 +199,28 @@ class MemoryReader:
         self.state_sizes()
         return self._still
 
-    def empty_memory(self, rows: int, origin: Origin, pinned: int = 0) -> Memory:
+    def empty_memory(self, rows: int, origin: Origin, layout: MemoryLayout, pinned: int = 0) -> Memory:
         """Make a memory of nothing.
 
         Args:
             rows: Number of rows.
             origin: Fingerprints that it carries.
+            layout: Its layout: the model's, or one of another size.
             pinned: Tokens at the beginning of each row whose slots stay as they are.
 
         Raises:
             ValueError: There are pinned tokens and no matched memories, or too many; or as of `state_sizes`.
         """
-        layout, device, dtype = self.layout, self._model.device, self._model.dtype
+        device, dtype = self._model.device, self._model.dtype
         if pinned and layout.writer != "matched":
             raise ValueError(f"pinned={pinned!r} is for matched memories, not for memory tokens that learned")
         most = layout.most_pinned
         if not 0 <= pinned <= most:
-            raise ValueError(f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}")
+            raise ValueError(
+                f"pinned must be 0 to {most} tokens, beside a budget of {layout.budget}; got {pinned!r}. What a chat "
+                "template or a tokenizer puts first is pinned, too; a smaller memory_budget leaves more room, and "
+                'beyond_budget="forget"'
+            )
         sizes = self.state_sizes()
         carried = no_states(self._carried, rows) if self._carried else None
         return empty_memory(layout, origin, rows, sizes, dtype=dtype, device=device, pinned=pinned, carried=carried)

@@ -77,7 +77,7 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Ids and mask, int64 `[B, longest]`, where `longest` is at least 1. The mask is 1 at tokens and 0 at padding.
     """
-    longest = max(1, *(len(row) for row in rows))
+    longest = max((1, *map(len, rows)))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):

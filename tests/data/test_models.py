@@ -137,6 +137,9 @@ def test_keywords_of_from_pretrained(folder):
     assert repr(pipeline).startswith(f"R3MemPipeline('{folder}', ") and "0 contexts remembered" in repr(pipeline)
     with pytest.raises(TypeError, match="revision is for a model that is given by name"):
         R3MemPipeline(model, pipeline.tokenizer, revision="main")
+    for name, value in (("dtype", "bfloat16"), ("device", "cpu"), ("attn_implementation", "eager"), ("base", "some")):
+        with pytest.raises(TypeError, match=f"{name} is for a model that is given by name"):
+            R3MemPipeline(model, pipeline.tokenizer, **{name: value})
 
 
 def test_something_that_is_no_model():

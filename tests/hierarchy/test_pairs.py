@@ -17,7 +17,7 @@ from r3mem_fast.hierarchy import (
     default_entity_finder,
 )
 from r3mem_fast.hierarchy.decoys import decoys, swap_entities
-from r3mem_fast.hierarchy.pairs import Runs, mentioned
+from r3mem_fast.hierarchy.pairs import Runs, mentioned, queries_of
 from tests.hierarchy.test_split import PAGE
 
 
@@ -185,3 +185,9 @@ def test_runs_that_two_sequences_share(left, right, length):
     runs = [left[start : start + length] for start in range(len(left) - length + 1)]
     shared = [run for run in runs if any(right[k : k + length] == run for k in range(len(right)))]
     assert Runs(left, length).are_in(right) == bool(shared)
+
+
+@pytest.mark.parametrize("text", ["-" * 80, "* * *", '."', " \n "])
+def test_a_piece_without_a_word_asks_for_nothing(tokenizer, text):
+    """Pieces of a text are cut at any token: one may be a rule alone."""
+    assert queries_of(text, tokenizer) == []

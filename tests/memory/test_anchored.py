@@ -266,9 +266,12 @@ def test_one_adapter_for_memories_of_any_size(tmp_path):
     assert torch.equal(model(text, memory=loaded).logits, model(text, memory=small).logits)
     with pytest.raises(ValueError, match=r"memory_tokens=17 must lie in 1..16"):
         model.empty_memory(memory_tokens=17)
+    for sizes in ({"memory_tokens": 2.5}, {"memory_tokens": 2, "memory_budget": 4.0}, {"memory_tokens": True}):
+        with pytest.raises(TypeError, match="must be an int"):
+            model.compress(ids, **sizes)
     with pytest.raises(ValueError, match=r"memory_budget=2 must lie in 4..\d+"):
         model.compress(ids, memory_budget=2)
-    with pytest.raises(ValueError, match="in a size: leave them out"):
+    with pytest.raises(ValueError, match="leave them out where a memory goes on"):
         model.compress(ids, memory=small, memory_tokens=2)
     other = network(learned=0.2)
     with pytest.raises(ValueError, match="made with other adapters or settings"):

@@ -97,6 +97,10 @@ def test_pinned_tokens_stay_as_they_are(beyond):
         model.compress(ids, pinned=-1)
     with pytest.raises(ValueError, match="pinned must be 0 to 4 tokens"):
         network(memory_budget=1020, beyond_budget="rematch").compress(ids, pinned=5)
+    with pytest.raises(ValueError, match="pinned must be 0 to 4 tokens"):  # of the size that is asked for
+        network(beyond_budget="rematch").compress(ids, pinned=5, memory_budget=1020)
+    small = network(memory_budget=1024, beyond_budget="rematch").compress(ids, pinned=5, memory_budget=12)
+    assert small.slots.tolist() == [12 + 5]
     learned = R3MemModel(build(), R3MemConfig(num_memory_tokens=2, segment_length=LENGTH, core=(1, 3)))
     with pytest.raises(ValueError, match="not for memory tokens that learned"):
         learned.compress(ids, pinned=1)

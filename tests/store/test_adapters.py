@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings
+from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings, manifest
 from r3mem_fast.adapter_folder import put_weights, replace_weights, weights_of
 from r3mem_fast.manifest import adapters_in, read_manifest
 from r3mem_fast.store import adapters as module
@@ -325,6 +325,15 @@ def test_an_adapter_that_is_removed_while_it_is_looked_for(store, monkeypatch):
     assert users.recalled("boris", "Who?") == []
 
 
+def test_an_adapter_that_comes_with_the_package_takes_its_place(own_pipeline, tmp_path, monkeypatch):
+    own_pipeline.save(tmp_path / "packaged")
+    monkeypatch.setattr(manifest, "EMBEDDED_ADAPTERS", tmp_path)
+    found = R3MemPipeline("packaged", own_pipeline.tokenizer, base=own_pipeline.model)
+    assert found.folder == tmp_path / "packaged" and found.model is own_pipeline.model
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert R3MemPipeline("~/packaged").folder == tmp_path / "packaged"
+
+
 def test_what_cannot_take_an_adapters_place(own_pipeline, folder, tmp_path):
     model, before = own_pipeline.model, weights_of(own_pipeline.model)
     own_pipeline.save(tmp_path / "own")
@@ -340,6 +349,9 @@ def test_what_cannot_take_an_adapters_place(own_pipeline, folder, tmp_path):
         replace_weights(model, tmp_path / "nowhere")
     with pytest.raises(TypeError, match="takes the folder of an adapter, and its tokenizer"):
         R3MemPipeline(tmp_path / "own", base=model)
+    for name, value in (("config", other), ("dtype", "float32"), ("revision", "main")):
+        with pytest.raises(TypeError, match=f"{name} is for a model that is loaded here"):
+            R3MemPipeline(tmp_path / "own", own_pipeline.tokenizer, base=model, **{name: value})
     assert same(weights_of(model), before)
 
 
