@@ -45,7 +45,7 @@ Way = Annotated[
 
 
 class Opening:
-    """A store that is opened, with its model, in a thread of its own, so that a server answers at once.
+    """A store that is opened, and its model, in a thread of its own, so that a server answers at once.
 
     Args:
         folder: Folder of the store; made if it is not there.
@@ -58,16 +58,14 @@ class Opening:
         self._store: MemoryStore | None = None
 
     def start(self) -> None:
-        """Begin to open the store; what goes wrong is printed to standard error, and said when the store is used."""
+        """Begin to load the model; what goes wrong is printed to standard error, and said when it is needed."""
         threading.Thread(target=self._try, daemon=True).start()
 
     def store(self) -> "MemoryStore":
-        """The store; waits until it is open."""
+        """The store; its model is loaded by what needs it, which waits until it is."""
         with self._lock:
             if self._store is None:
-                store = self._opened()
-                store.answering()
-                self._store = store
+                self._store = self._opened()
             return self._store
 
     def is_there(self) -> bool:
@@ -80,7 +78,7 @@ class Opening:
 
     def _try(self):
         try:
-            self.store()
+            self.store().answering()
         except Exception as error:  # tools that need the store try again, and say so
             print(f"r3mem mcp: {error}", file=sys.stderr, flush=True)
 

@@ -56,7 +56,7 @@ def test_what_is_remembered_is_shown_and_found(chat):
     assert printed[0] == "nothing is remembered"
     count, compressed, raw, found, nothing = printed[-5:]
     assert count == "4 items" and found == "user: Ida is allergic to peanuts." and nothing == "nothing was found"
-    tokens, slots, size = map(int, re.fullmatch(r"(\d+) \D+ (\d+) slots a layer, (\d+) bytes", compressed).groups())
+    tokens, slots, size = map(int, re.fullmatch(r"(\d+) \D+ (\d+) slots a head, (\d+) bytes", compressed).groups())
     assert tokens >= 32 and 8 <= slots < tokens and size > 0
     assert re.fullmatch(r"\d+ tokens, the newest, are read as they are", raw)
 
@@ -106,6 +106,39 @@ def test_a_reply_that_is_stopped_is_not_added(chat, tmp_path, monkeypatch):
     monkeypatch.setattr(MemoryStore, "reply", lambda self, message, **settings: (piece for piece in (" ", "")))
     assert "the model wrote nothing, and nothing was added" in chat("Hello.")[1]
     assert not items(tmp_path)
+
+
+def test_what_is_stopped_while_it_is_added_is_said_to_be_there(chat, tmp_path, monkeypatch):
+    """It is on the disk before it is compressed."""
+    real = MemoryStore.add
+
+    def stopped(when):
+        def add(self, *given, **named):
+            if when == "after":
+                real(self, *given, **named)
+            raise KeyboardInterrupt
+
+        return add
+
+    for when, message, count in (("before", "nothing was added", 0), ("after", "both are remembered", 2)):
+        with monkeypatch.context() as patched:
+            patched.setattr(MemoryStore, "add", stopped(when))
+            assert chat("Hello.")[1] == f"(stopped; {message})"
+        assert len(items(tmp_path)) == count
+
+
+def test_what_another_process_deletes_meanwhile_is_said(chat, tmp_path, monkeypatch):
+    chat("One.", "Two.")
+    real = MemoryStore.delete
+
+    def delete(self, numbers):
+        self.database.delete("id = ?", (numbers[-1],))
+        return real(self, numbers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryStore, "delete", delete)
+        assert chat("/forget")[0] == "(there is no item 4)"
+    assert len(items(tmp_path)) == 3
 
 
 def test_sampling_is_repeated_with_its_seed(chat, tmp_path):

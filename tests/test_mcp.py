@@ -105,6 +105,8 @@ def test_a_store_of_another_model_is_an_error_of_the_tools_that_read_it(run, fol
     async def used(client):
         assert "differ in: layout" in await refused(client, "ask_memory", question="Who?")
         assert len(await call(client, "list_memories")) == 1
+        assert "was deleted" in await call(client, "delete_memory", item_id=1)  # which needs no model
+        assert await call(client, "list_memories") == []
 
     assert "differ in: layout" in run(used, "--memory-budget", "16")
 

@@ -10,6 +10,7 @@ import pytest
 
 from r3mem_fast import MemoryStore, R3MemPipeline
 from r3mem_fast.cli import main
+from r3mem_fast.cli import store as cli_store
 from r3mem_fast.store.texts import store_folder
 
 # Sizes that the 128 positions of the tiny model have room for.
@@ -162,17 +163,53 @@ def test_consolidating_hands_the_settings_on(store, capsys, monkeypatch):
         (["list", "--store", "no-such-store"], "there is no store in no-such-store"),
         (["delete"], "say what is to be deleted"),
         (["rebuild", "--store", "no-such-store"], "there is no store in no-such-store"),
+        (["rebuild", "--user", "anan"], "nothing was said by 'anan'"),
+        (["add", "--user", "anna", "--messages", "{latin}"], "is no JSON of messages in UTF-8"),
+        (["delete", "--item", str(10**30), "--yes"], "there is nothing of that kind"),
     ],
 )
 def test_bad_input_is_one_clear_line(store, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "torn").write_text('[{"role"')
     (tmp_path / "robot").write_text('{"role": "robot", "content": "beep"}')
-    names = {name: tmp_path / name for name in ("torn", "robot")}
-    assert main(["store", *(argument.format(**names) for argument in arguments)]) == 2
+    (tmp_path / "latin").write_bytes('{"content": "é"}'.encode("latin-1"))
+    names = {name: tmp_path / name for name in ("torn", "robot", "latin")}
+    status = main(["store", *(argument.format(**names) for argument in arguments)])
+    assert status == (1 if "--item" in arguments else 2)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r3mem ")]
     assert len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "no-such-store").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--temperature", "-1"], ["--temperature", "nan"], ["--top-p", "2"], ["--top-p", "0"], ["--passages", "-1"]],
+)
+def test_options_out_of_range_are_refused_before_anything_is_loaded(store, capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        main(["store", "ask", "Who?", "--user", "anna", *arguments])
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_a_temperature_of_0_is_greedy(store, capsys):
+    ask = ["store", "ask", "Who?", "--user", "anna", "--max-new-tokens", "4", *DEVICE]
+    assert main(ask) == 0
+    greedy = capsys.readouterr().out
+    assert main([*ask, "--temperature", "0", "--top-p", "0.5"]) == 0 and capsys.readouterr().out == greedy
+
+
+def test_who_reads_the_output_may_stop(store):
+    """As `head` does; also where a file begins as some editors on Windows begin it."""
+    said = [{"role": "user", "content": "A long line. " * 50}] * 200
+    (store / "said.json").write_text("\ufeff" + json.dumps(said), encoding="utf-8")
+    run = [sys.executable, "-m", "r3mem_fast", "store"]
+    with MemoryStore(store) as opened:
+        opened.database.add([("user", one["content"]) for one in said], user="b", agent=None, run=None, metadata=None)
+    process = subprocess.Popen([*run, "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert len(cli_store._messages(str(store / "said.json"))) == 200
 
 
 def test_where_a_store_is(tmp_path, monkeypatch):

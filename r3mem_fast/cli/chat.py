@@ -10,13 +10,14 @@ from .common import agreed, begin, print_streamed, sampling_of, store_of
 from .options import add_lookup, add_sampling, add_store, add_store_model
 
 if TYPE_CHECKING:
+    from ..memory.memory import Memory
     from ..store import MemoryStore
 
 _HELP = """/memories        what is remembered, and in what form
 /search WORDS    what was said about something, word for word
 /forget [N]      delete the last exchange, or the last N
 /forget all      delete the whole conversation
-/quit            end; Ctrl-D does, too. Ctrl-C stops a reply, which is then not added"""
+/quit            end; Ctrl-D does, too. Ctrl-C stops a reply that is being written, which is then not added"""
 # Lines of earlier conversations that the arrow keys bring back.
 _LINES = 500
 
@@ -83,8 +84,9 @@ class Conversation:
                     self._take(line)
                 except KeyboardInterrupt:
                     print("(stopped)")
-                except (ValueError, ImportError) as error:  # what was typed, or too much of it: said, and on it goes
-                    print(f"({error})")
+                except (ValueError, ImportError, KeyError) as error:
+                    # What was typed, too much of it, or what another process deleted: said, and on it goes.
+                    print(f"({error.args[0] if isinstance(error, KeyError) else error})")
 
     def _take(self, line):
         if not line.startswith("/"):
@@ -105,7 +107,12 @@ class Conversation:
         if not reply:
             raise ValueError("the model wrote nothing, and nothing was added; other words, or --temperature, may help")
         said = [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
-        self._store.add(said, user_id=self._user, run_id=self._run)
+        try:
+            self._store.add(said, user_id=self._user, run_id=self._run)
+        except KeyboardInterrupt:  # while it is compressed, most likely, which is done next time
+            items = self._store.get_all(user_id=self._user, run_id=self._run)
+            is_kept = bool(items) and items[-1].text == reply
+            print(f"(stopped; {'both are remembered' if is_kept else 'nothing was added'})")
 
     def _forget(self, how):
         exchanges = how or "1"
@@ -115,17 +122,18 @@ class Conversation:
         if not items:
             print("nothing is remembered")
             return
-        if exchanges == "all":
-            if not agreed(f"Forget all {len(items)} items of {self._user}, for good?"):
-                print("nothing was forgotten")
-                return
-            gone = self._store.delete(user_id=self._user)
-        else:
-            # An exchange begins with what the user says.
-            begins = [place for place, item in enumerate(items) if item.role == "user"][-int(exchanges) :]
-            last = items[begins[0] if begins else 0 :]
-            gone = sum(self._store.delete(item.id) for item in reversed(last))
-        self._remind()
+        try:
+            if exchanges == "all":
+                if not agreed(f"Forget all {len(items)} items of {self._user}, for good?"):
+                    print("nothing was forgotten")
+                    return
+                gone = self._store.delete(user_id=self._user)
+            else:
+                # An exchange begins with what the user says.
+                begins = [place for place, item in enumerate(items) if item.role == "user"][-int(exchanges) :]
+                gone = self._store.delete([item.id for item in items[begins[0] if begins else 0 :]])
+        finally:
+            self._remind()
         print(f"{gone} items were forgotten; {len(items) - gone} are left")
 
     def _memories(self, _):
@@ -139,8 +147,8 @@ class Conversation:
         if memory is None:
             print("nothing is compressed yet")
         else:
-            slots = int(memory.visible_on_host()[0].sum())
-            print(f"{int(memory.tokens_seen[0])} tokens compressed into {slots} slots a layer, {memory.nbytes} bytes")
+            slots = _slots_a_head(memory)
+            print(f"{int(memory.tokens_seen[0])} tokens compressed into {slots} slots a head, {memory.nbytes} bytes")
         print(f"{len(history.tail)} tokens, the newest, are read as they are")
 
     def _search(self, query):
@@ -157,6 +165,16 @@ class Conversation:
         """Have the arrow keys bring back what the store holds, so that nothing comes back that was forgotten."""
         items = self._store.get_all(user_id=self._user)
         self._lines.replace([item.text for item in items if item.role == "user" and "\n" not in item.text][-_LINES:])
+
+
+def _slots_a_head(memory: "Memory") -> int:
+    """Slots that a head of a memory of one row has on average, rounded up, with those that stay as they are."""
+    import torch
+
+    from ..memory.slots import slots_of
+
+    slots = slots_of(memory, torch.zeros(1, dtype=torch.int64))
+    return int(slots.filled()[0]) + int(memory.pinned_slots()[0])
 
 
 class _Lines:

@@ -61,6 +61,8 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.manual_seed(options.seed)
     given = {name: value for name in ("temperature", "top_p") if (value := getattr(options, name)) is not None}
+    if options.temperature == 0:
+        given = {}
     return {"max_new_tokens": options.max_new_tokens, "do_sample": bool(given), **given}
 
 

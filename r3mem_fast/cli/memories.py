@@ -99,6 +99,9 @@ def _name_folder(options: argparse.Namespace) -> None:
     """Tell texts from the adapter that may be named before them: a word that is no file."""
     _refuse_adapter_alone(options.words, "the texts")
     first, *others = options.words
+    ending = os.path.splitext(first)[1]
+    if others and ending and ending == os.path.splitext(others[0])[1] and not os.path.exists(first):
+        raise FileNotFoundError(f"there is no file {first}")  # nor an adapter of such a name, on the hub neither
     options.folder, options.texts = (first, others) if others and not os.path.isfile(first) else (None, options.words)
 
 

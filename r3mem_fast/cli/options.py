@@ -137,7 +137,10 @@ def add_store_model(parser: argparse.ArgumentParser, *, json: bool = True, sizes
 def add_lookup(parser: argparse.ArgumentParser) -> None:
     """Add the options that have what was said looked up for a question."""
     parser.add_argument(
-        "--passages", type=int, default=PASSAGES, help="items that are looked up, and read word for word (%(default)s)"
+        "--passages",
+        type=whole,
+        default=PASSAGES,
+        help="items that are looked up, and read word for word (%(default)s)",
     )
     add_way(parser)
 
@@ -156,9 +159,9 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
         max_new_tokens: Default of the most tokens that are written.
     """
     parser.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="tokens at most (%(default)s)")
-    parser.add_argument("--temperature", type=float, help="sample with this temperature (greedy)")
+    parser.add_argument("--temperature", type=temperature, help="sample with this temperature; 0: greedily (greedy)")
     parser.add_argument(
-        "--top-p", type=float, help="sample from the likeliest tokens that have this probability together"
+        "--top-p", type=share, help="sample from the likeliest tokens that have this probability together"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (%(default)s)")
 
@@ -211,6 +214,30 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def whole(text: str) -> int:
+    """Read an integer of 0 or more: the `type` of an argument."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {number}")
+    return number
+
+
+def temperature(text: str) -> float:
+    """Read a temperature, 0 or more: the `type` of an argument."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """Read a share above 0, and 1 at most: the `type` of an argument."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, and 1 at most, got {text}")
     return number
 
 

@@ -122,11 +122,12 @@ def _messages(path: str) -> list[Any]:
     """Messages of a JSON file, or of standard input."""
     from pathlib import Path
 
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     try:
+        # With the mark that some editors on Windows begin a file with.
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON of messages: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON of messages in UTF-8: {error}") from None
     return found if isinstance(found, list) else [found]
 
 

@@ -59,6 +59,12 @@ class Answering:
         *before, (role, text) = said
         chosen: list[Item] = []
         room, found = self._room(history, settings), self._behind(history, said)
+        if len(found) > room and len(history.tail) >= room:
+            raise ValueError(
+                f"{len(history.tail)} tokens, the newest, are read as they are, and the model has positions for "
+                f"{max(0, room)} beside memory and reply: rebuild the store with fewer raw_tokens (rebuild(), r3mem "
+                "store rebuild --raw-tokens), or ask for a shorter reply (max_new_tokens)"
+            )
         if len(found) > room:
             raise ValueError(
                 f"the messages, with {len(history.tail)} tokens that are read as they are before them, take "

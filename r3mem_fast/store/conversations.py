@@ -14,7 +14,7 @@ from .adapters import UserAdapters
 from .answering import Answering
 from .database import DATABASE, Database
 from .defaults import PASSAGES, RAW_TOKENS, SETTINGS
-from .items import ANY, Item, check_names, condition, given
+from .items import ANY, Item, check_names, check_whole, condition, given
 from .lookup import Embedder, Found, Nearness
 from .memories import Histories
 from .opening import StoreModel, kept, lock_of
@@ -168,6 +168,8 @@ class MemoryStore:
         questions = [question] if isinstance(question, str) else list(question)
         if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
             raise ValueError("a question is empty")
+        for text in questions:
+            check_whole(text, "a question")
         if stream and not isinstance(question, str):
             raise ValueError("stream=True is for one question at a time")
         found = self._written([[("user", text)] for text in questions], user_id, passages, by, stream, settings)
@@ -232,9 +234,9 @@ class MemoryStore:
 
     def get(self, item_id: int) -> Item:
         """An item by its number. Raises KeyError if there is none."""
-        found = self.database.items("id = ?", (item_id,))
+        found = self.database.items(*condition(item_id=item_id))
         if not found:
-            raise KeyError(f"there is no item {item_id}")
+            raise KeyError(f"there is no item {item_id!r}")
         return found[0]
 
     def get_all(self, *, user_id: str = ANY, agent_id: str = ANY, run_id: str = ANY) -> list[Item]:
@@ -245,14 +247,18 @@ class MemoryStore:
         """
         return self.database.items(*condition(**given(user_id=user_id, agent_id=agent_id, run_id=run_id)))
 
-    def delete(self, item_id: int = ANY, *, user_id: str = ANY, agent_id: str = ANY, run_id: str = ANY) -> int:
-        """Delete an item, or all of a user, an agent or a run; text, index, embeddings, memory and adapters.
+    def delete(
+        self, item_id: int | Sequence[int] = ANY, *, user_id: str = ANY, agent_id: str = ANY, run_id: str = ANY
+    ) -> int:
+        """Delete items, or all of a user, an agent or a run; text, index, embeddings, memory and adapters.
+
+        All of them go, or none.
 
         A memory that held some of it is made again from the texts that are left, when it is needed next, and is then
         the memory of a user who never said it, bit for bit. Adapters that were taught some of it, or later, go.
 
         Args:
-            item_id: Number of an item.
+            item_id: Number of an item, or several.
             user_id: Whose items are deleted.
             agent_id: Agent that they were said to.
             run_id: Conversation that they belong to.
@@ -266,7 +272,8 @@ class MemoryStore:
         """
         chosen = given(item_id=item_id, user_id=user_id, agent_id=agent_id, run_id=run_id)
         if "item_id" in chosen:
-            self.get(item_id)
+            for number in item_id if isinstance(item_id, Sequence) else [item_id]:
+                self.get(number)
         where, values = condition(**chosen)
         if not values:
             raise ValueError("say what is to be deleted: an item_id, a user_id, an agent_id or a run_id")
@@ -308,8 +315,13 @@ class MemoryStore:
             user_id: Whose memory; None: all, also if they were made with another model.
 
         Raises:
-            ValueError: One user's memory cannot be another model's than those of the others.
+            ValueError: One user's memory cannot be another model's than those of the others; or the user has said
+                nothing.
         """
+        if user_id is not None:
+            check_names(user_id=user_id)
+            if not self.database.items(*condition(user_id=user_id), more="LIMIT 1"):
+                raise ValueError(f"nothing was said by {user_id!r}")
         with self._lock:
             if user_id is not None:
                 self.answering()

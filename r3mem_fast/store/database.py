@@ -20,7 +20,7 @@ from .items import Held, Item
 
 FORMAT = 1
 DATABASE = "store.sqlite"
-_SECONDS_TO_WAIT = 60.0
+_SECONDS_TO_WAIT, _SECONDS_TO_OVERWRITE = 60.0, 1.0
 _SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE items (
@@ -54,7 +54,7 @@ class Database:
         read_only: Whether nothing is to be written, made or waited for.
 
     Raises:
-        OSError: It cannot be opened or made.
+        OSError: It cannot be opened or made; if it is only read, also where nothing has been made in it yet.
         ValueError: It is no file of a store, or a newer version's.
     """
 
@@ -66,7 +66,10 @@ class Database:
                 self._connection = sqlite3.connect(
                     f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
                 )
-                self._check_format(self._connection.execute("PRAGMA user_version").fetchone()[0])
+                if self._is_empty():  # whoever makes it has not come further, or was killed there
+                    self.close()
+                    raise FileNotFoundError(f"there is no store in {path.parent} yet")
+                self._check_format()
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,17 +87,23 @@ class Database:
         run("PRAGMA synchronous = FULL")  # what was acknowledged outlives a loss of power, too
         run("PRAGMA secure_delete = ON")  # what was deleted is overwritten
         with self.changing():
-            version = run("PRAGMA user_version").fetchone()[0]
-            if version == 0 and run("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            if self._is_empty():
                 for statement in _statements(_SCHEMA):
                     run(statement)
                 run(f"PRAGMA user_version = {FORMAT}")
             else:
-                self._check_format(version)
+                self._check_format()
         self._overwrite()  # a process may have been killed between deleting and this
 
-    def _check_format(self, version):
-        if version != FORMAT:
+    def _version(self):
+        return self._connection.execute("PRAGMA user_version").fetchone()[0]
+
+    def _is_empty(self):
+        tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        return self._version() == 0 and tables == 0
+
+    def _check_format(self):
+        if (version := self._version()) != FORMAT:
             raise ValueError(
                 f"{self.path} has format {version}, and this version of r3mem_fast reads format {FORMAT}: "
                 "install the version that wrote it, or choose another folder"
@@ -274,8 +283,11 @@ class Database:
         with self.changing() as connection:
             gone = self.items(where, values)
             connection.executemany("DELETE FROM items WHERE id = ?", [(item.id,) for item in gone])
-            for user in {item.user_id for item in gone}:
-                first, held = min(item.id for item in gone if item.user_id == user), self.held(user)
+            first_of: dict[str, int] = {}
+            for item in gone:  # in the order of their numbers
+                first_of.setdefault(item.user_id, item.id)
+            for user, first in first_of.items():
+                held = self.held(user)
                 kept = (held.file, held.item, held.tokens) if first > held.item else (None, 0, 0)
                 left = held.without(first)
                 connection.execute(
@@ -308,8 +320,20 @@ class Database:
                 time.sleep(0.01)
 
     def _overwrite(self):
-        """Move what was written into the file, so that nothing deleted is in the log; whether that must wait."""
-        return bool(self.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0])
+        """Move what was written into the file, so that nothing deleted is in the log; whether that must wait.
+
+        Another program that reads, as a backup does, may do so for long: it is not waited for.
+        """
+        with self._lock, self._explained():
+            self._wait_at_most(_SECONDS_TO_OVERWRITE)
+            try:
+                return bool(self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+            finally:
+                self._wait_at_most(_SECONDS_TO_WAIT)
+
+    def _wait_at_most(self, seconds):
+        """Wait so long for what other connections hold."""
+        self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
 
     def forget_memories(self, settings: dict[str, str], user: str | None = None) -> None:
         """Forget memories and adapters, which are made again, and take over other settings.

@@ -213,10 +213,13 @@ class DocumentStore:
             return codec.opening, codec.ids("\n")
         digest = hashlib.sha256(json.dumps([template, codec.fingerprint]).encode()).hexdigest()
         path = self.folder / f"turn-{digest[:16]}.json"
-        if not path.exists():
+        try:
+            before, after = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # there is none, or it is damaged
+            before, after = codec.turn
+            self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as unfinished:
-                unfinished.write_text(json.dumps(codec.turn), encoding="utf-8")
-        before, after = json.loads(path.read_text(encoding="utf-8"))
+                unfinished.write_text(json.dumps([before, after]), encoding="utf-8")
         return before, after
 
     def _beginning(self):
@@ -259,6 +262,7 @@ class DocumentStore:
         memory = self.pipeline.model.compress(
             torch.tensor([ids]), memory=with_layout(self._beginning(), layout), finish=True
         )
+        self.folder.mkdir(parents=True, exist_ok=True)
         memory.save(self.folder / name)
         return memory
 

@@ -1,7 +1,13 @@
 """`Item`: something that was said; `Held`: how far what is made of a user's items has come."""
 
 import dataclasses
+import json
+import re
+from collections.abc import Sequence
 from typing import Any
+
+# Halves of characters that UTF-16 writes as two.
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,30 @@ def check_names(**names: str | None) -> None:
             raise TypeError(f"{what} must be a text, got {type(name).__name__}")
         if name == "" or (name is None and what == "user_id"):
             raise ValueError(f"{what} is empty")
+        check_whole(name or "", what)
+
+
+def check_whole(text: str, what: str) -> None:
+    """Check that a text can be written as UTF-8.
+
+    Args:
+        text: The text.
+        what: What it is, for the message.
+
+    Raises:
+        ValueError: It holds half a character: an argument of a command whose bytes are no UTF-8 has some.
+    """
+    if _HALVES.search(text):
+        raise ValueError(f"{what} holds half a character (a lone surrogate), which no file can hold as UTF-8")
+
+
+def check_query(query: str, limit: int) -> None:
+    """Check what is looked for, and how many items at most. Raises ValueError if it is empty, or limit below 1."""
+    if not query.strip():
+        raise ValueError("the query is empty")
+    check_whole(query, "the query")
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
 
 
 def given(**names: Any) -> dict[str, Any]:
@@ -128,7 +158,7 @@ def given(**names: Any) -> dict[str, Any]:
 
 def condition(
     *,
-    item_id: int | None = None,
+    item_id: int | Sequence[int] | None = None,
     user_id: str | None = None,
     agent_id: str | None = None,
     run_id: str | None = None,
@@ -136,11 +166,15 @@ def condition(
     """Condition in SQL for items, and the values of its parameters; what is None may be anything.
 
     Args:
-        item_id: Number of the item.
+        item_id: Number of the item, or several.
         user_id: Whose it is.
         agent_id: Agent that it was said to.
         run_id: Conversation that it belongs to.
     """
-    wanted = {"items.id": item_id, "items.user": user_id, "items.agent": agent_id, "items.run": run_id}
-    given = {column: value for column, value in wanted.items() if value is not None}
-    return " AND ".join(f"{column} = ?" for column in given) or "1", tuple(given.values())
+    wanted = {"items.user": user_id, "items.agent": agent_id, "items.run": run_id}
+    parts = [(f"{column} = ?", value) for column, value in wanted.items() if value is not None]
+    if item_id is not None:
+        numbers = list(item_id) if isinstance(item_id, Sequence) else [item_id]
+        # Of JSON, because numbers may be more, and larger, than parameters of SQLite can be.
+        parts.insert(0, ("items.id IN (SELECT value FROM json_each(?))", json.dumps(numbers)))
+    return " AND ".join(part for part, _ in parts) or "1", tuple(value for _, value in parts)

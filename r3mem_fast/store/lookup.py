@@ -129,9 +129,11 @@ def _by_index(database, words, where, values):
     # The order is forced: from the items, SQLite would look each of them up in the index.
     matching = "FROM words CROSS JOIN items ON items.id = words.rowid WHERE words MATCH ?"
     for word in words:
-        found = database.rows(f"SELECT items.id, -bm25(words) {matching} AND {where}", (f'"{word}"', *values))
+        # Texts are in the index as they were said, with accents as letters of their own or not.
+        forms = " OR ".join(f'"{form}"' for form in dict.fromkeys([word, unicodedata.normalize("NFD", word)]))
+        found = database.rows(f"SELECT items.id, -bm25(words) {matching} AND {where}", (forms, *values))
         if found:
-            others = database.rows("SELECT count(*) FROM words WHERE words MATCH ?", (f'"{word}"',))[0][0]
+            others = database.rows("SELECT count(*) FROM words WHERE words MATCH ?", (forms,))[0][0]
             yield _rarity(here, len(found)) / _rarity(everywhere, others), found  # in place of the index's own
 
 
@@ -160,7 +162,8 @@ class Nearness:
     def __init__(self, database: Database, embedder: Embedder | None, name: str | None):
         self._database, self._embedder = database, embedder
         named: Any = embedder if hasattr(embedder, "__qualname__") else type(embedder)
-        self._name = name or f"{named.__module__}.{named.__qualname__}"
+        own = "all-MiniLM-L6-v2" if embedder is None else f"{named.__module__}.{named.__qualname__}"
+        self._name = name or own
         self._checked = False
 
     def search(self, question: str, where: str, values: Sequence[Any], limit: int) -> list[Found]:
@@ -204,7 +207,7 @@ class Nearness:
     def load(self) -> None:
         """Load the embedder where none was given. Raises ImportError if there is none."""
         if self._embedder is None:
-            self._embedder, self._name = minilm_embedder(), "all-MiniLM-L6-v2"
+            self._embedder = minilm_embedder()
 
     def _vectors(self, texts: Sequence[str]) -> "torch.Tensor":
         """Embeddings of texts, float32 `[n, width]`."""
@@ -272,7 +275,8 @@ class WordIndex:
         self._count = len(texts)
         self._connection = sqlite3.connect(":memory:", check_same_thread=False)
         self._connection.execute("CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61')")
-        rows = [(place, _UNSPACED.sub(_spaced, text)) for place, text in enumerate(texts)]
+        composed = [unicodedata.normalize("NFC", text) for text in texts]
+        rows = [(place, _UNSPACED.sub(_spaced, text)) for place, text in enumerate(composed)]
         self._connection.executemany("INSERT INTO words (rowid, text) VALUES (?, ?)", rows)
 
     def ranked(self, question: str) -> list[int]:

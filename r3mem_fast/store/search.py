@@ -6,7 +6,7 @@ from typing import Any
 
 from .database import Database
 from .defaults import WAYS
-from .items import Item, check_names, condition
+from .items import Item, check_names, check_query, condition
 from .lookup import Found, Nearness, by_words
 
 
@@ -43,11 +43,8 @@ class Search:
             names: An `agent_id` and a `run_id` that they must have; None: any.
         """
         check_names(user_id=user_id, **names)
-        if not query.strip():
-            raise ValueError("the query is empty")
+        check_query(query, limit)
         self.check_way(by)
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
         where, values = condition(user_id=user_id, **names)
         if up_to is not None:
             where, values = f"{where} AND items.id <= ?", (*values, up_to)

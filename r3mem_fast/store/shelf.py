@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class AdapterShelf:
     does not change when another is added or forgotten. A query finds its adapter by its words, and what comes back is
     checked against the digest of what was learned: it is the text, to the last character, or nothing.
 
+    Several threads may use a shelf: they take turns, also with stores of the same pipeline.
+
     >>> shelf = AdapterShelf("shelf")
     >>> reports = shelf.remember({"page 1": page})
     >>> shelf.recall(reports["page 1"].pairs[0].query) == page.strip()
@@ -63,7 +66,7 @@ class AdapterShelf:
         **settings: Any,
     ):
         self._folder, self._model, self._config, self._settings = Path(folder), model, config, settings
-        self._loaded = model if isinstance(model, R3MemPipeline) else None
+        self._loaded, self._lock = model if isinstance(model, R3MemPipeline) else None, threading.Lock()
         if self._loaded is not None and (config is not None or settings):
             raise TypeError("a pipeline has its settings already: give neither a config nor other settings beside it")
         if isinstance(model, (str, Path)) and is_adapter(model):
@@ -261,17 +264,22 @@ class AdapterShelf:
 
     def _pipeline(self) -> R3MemPipeline:
         """The pipeline in whose model all adapters take turns."""
-        if self._loaded is None:
-            model: Any = self._model
-            config, settings = self._config, dict(self._settings)
-            if manifests := self._manifests():
-                _, manifest = manifests[0]
-                if not (model or manifest["base_model"]):
-                    raise ValueError(f"{self._folder} was made for a model that had no name: give that model")
-                model, config = model or manifest["base_model"], config or _config_of(manifest)
-                settings["dtype"] = settings.get("dtype") or manifest.get("dtype")
-            self._loaded = R3MemPipeline(model or _MODEL, config=config, **settings)
-        return self._loaded
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._opened()
+            return self._loaded
+
+    def _opened(self):
+        """Load the pipeline."""
+        model: Any = self._model
+        config, settings = self._config, dict(self._settings)
+        if manifests := self._manifests():
+            _, manifest = manifests[0]
+            if not (model or manifest["base_model"]):
+                raise ValueError(f"{self._folder} was made for a model that had no name: give that model")
+            model, config = model or manifest["base_model"], config or _config_of(manifest)
+            settings["dtype"] = settings.get("dtype") or manifest.get("dtype")
+        return R3MemPipeline(model or _MODEL, config=config, **settings)
 
     def _remove(self, paths):
         """Remove folders: each is whole until it is gone, even if the process is killed meanwhile."""
@@ -304,11 +312,12 @@ def adapter_in(pipeline: R3MemPipeline, folder: Path | None) -> Iterator[R3MemPi
         ValueError: A file is damaged, or base model or settings are other ones.
     """
     model, tokenizer = pipeline.model, pipeline.tokenizer
-    own = weights_of(model)
-    try:
-        yield R3MemPipeline(model, tokenizer) if folder is None else R3MemPipeline(folder, tokenizer, base=model)
-    finally:
-        put_weights(model, own)
+    with pipeline.lock:  # which stores of the pipeline hold while its model reads
+        own = weights_of(model)
+        try:
+            yield R3MemPipeline(model, tokenizer) if folder is None else R3MemPipeline(folder, tokenizer, base=model)
+        finally:
+            put_weights(model, own)
 
 
 def entries_in(folders: Sequence[Path]) -> dict[Path, list[Entry]]:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from .database import DATABASE, Database
-from .items import Item, check_names, condition
+from .items import Item, check_names, check_query, condition
 from .lookup import Found, by_words
 
 FOLDER = "R3MEM_STORE"
@@ -64,10 +64,9 @@ class StoredTexts:
             limit: Items at most.
 
         Raises:
-            ValueError: The query is empty.
+            ValueError: The query or a name is empty, or limit is below 1.
         """
-        check_names(user_id=user_id)
-        if not query.strip():
-            raise ValueError("the query is empty")
+        check_names(user_id=user_id, agent_id=agent_id, run_id=run_id)
+        check_query(query, limit)
         where, values = condition(user_id=user_id, agent_id=agent_id, run_id=run_id)
         return by_words(self.database, query, where, values, limit)

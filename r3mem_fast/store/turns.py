@@ -3,16 +3,15 @@
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..codec import TextCodec
+from .items import check_whole
 
 ROLES = ("user", "assistant")
 # Stand for what is said in a chat template; no template holds them.
 _WORDS = ("\u2047first\u2047", "\u2047answer\u2047", "\u2047second\u2047")
-_HALVES = re.compile("[\ud800-\udfff]")
 # What stands between two messages of one speaker.
 _PAUSE = "\n\n"
 # A conversation with a model that has no chat template.
@@ -54,8 +53,7 @@ def as_messages(messages: str | Mapping[str, Any] | Iterable[Mapping[str, Any]])
             raise TypeError(f"the content of a message must be a text, got {type(text).__name__}")
         if not text.strip():
             raise ValueError("a message is empty")
-        if _HALVES.search(text):
-            raise ValueError("a message holds half a character (a lone surrogate), which no file can hold as UTF-8")
+        check_whole(text, "a message")
         found.append((role, text))
     if not found:
         raise ValueError("there is no message")

@@ -453,6 +453,11 @@ def test_settings_that_do_not_go_together(opened, folder, pipeline):
         (lambda s: s.ask("x" * 200, user_id="a"), ValueError, "positions"),
         (lambda s: s.reply({"role": "assistant", "content": "x"}, user_id="a"), ValueError, "must be the user's"),
         (lambda s: s.memory(""), ValueError, "user_id is empty"),
+        (lambda s: s.ask("half \ud83d", user_id="a"), ValueError, "a question holds half a character"),
+        (lambda s: s.search("half \ud83d", user_id="a"), ValueError, "the query holds half a character"),
+        (lambda s: s.add("x", user_id="half \ud83d"), ValueError, "user_id holds half a character"),
+        (lambda s: s.rebuild(""), ValueError, "user_id is empty"),
+        (lambda s: s.rebuild("nobody"), ValueError, "nothing was said by 'nobody'"),
         (lambda s: s.get(77), KeyError, "there is no item 77"),
         (lambda s: s.delete(77), KeyError, "there is no item 77"),
         (lambda s: s.delete(), ValueError, "say what is to be deleted"),
@@ -529,3 +534,31 @@ def test_what_a_reader_keeps_is_told_of(store, tmp_path):
         store.delete(user_id="anna")
     reader.execute("COMMIT")
     reader.close()
+
+
+def test_several_items_go_together_or_not_at_all(opened):
+    store = opened()
+    numbers = [store.add(text, user_id="anna")[0].id for text in ("One.", "Two.", "Three.")]
+    with pytest.raises(KeyError, match="there is no item 77"):
+        store.delete([numbers[0], 77])
+    assert len(store.get_all()) == 3
+    assert store.delete(numbers[1:]) == 2 and [item.text for item in store.get_all()] == ["One."]
+    for number in (10**30, -1, 0):
+        with pytest.raises(KeyError, match=f"there is no item {number}"):
+            store.delete(number)
+
+
+def test_newest_tokens_that_leave_no_room_are_named(opened):
+    """Nothing that is said or asked could be made short enough then."""
+    store = opened("much", raw_tokens=64)
+    for _ in range(12):
+        store.add("A ship.", user_id="anna")
+    assert store.memory("anna") is not None
+    with pytest.raises(ValueError, match=r"newest, are read as they are, and .* 0 beside .* fewer raw_tokens"):
+        store.ask("h", user_id="anna", passages=0, max_new_tokens=90)
+    with pytest.raises(ValueError, match="rebuild the store with fewer raw_tokens"):
+        store.ask("h", user_id="anna", passages=0, max_new_tokens=1)
+    store.close()
+    fewer = opened("much", raw_tokens=16)
+    fewer.rebuild()
+    fewer.ask("h", user_id="anna", passages=0, max_new_tokens=1)

@@ -1,5 +1,6 @@
 """`Database`: what was said is there or it is not, for several processes, and what is wrong with a file is said."""
 
+import contextlib
 import json
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r3mem_fast.store import database as module
 from r3mem_fast.store.database import FORMAT, Database
 from r3mem_fast.store.items import Held, check_names, condition
 
@@ -254,3 +256,28 @@ def test_names():
 def test_items_are_plain_values(database):
     item = database.add([("user", "x")], **(NAMED | {"metadata": {"a": 1}}))[0]
     assert json.loads(json.dumps(vars(item)))["metadata"] == {"a": 1}
+
+
+def test_who_reads_is_not_waited_for(database, path, monkeypatch):
+    """A backup, or a browser of databases, may read for hours: what was deleted is overwritten another time."""
+    monkeypatch.setattr(module, "_SECONDS_TO_OVERWRITE", 0.01)
+    monkeypatch.setattr(module, "_SECONDS_TO_WAIT", 1e6)
+    database.add([("user", "a secret")], user="anna", agent=None, run=None, metadata=None)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM items").fetchall()
+        with pytest.warns(UserWarning, match="somebody is reading"):
+            database.delete("user = ?", ("anna",))
+        module.Database(path).close()
+        assert b"a secret" in path.read_bytes() + path.with_name(f"{path.name}-wal").read_bytes()
+    module.Database(path).close()
+    assert b"a secret" not in path.read_bytes()
+
+
+def test_a_file_that_nothing_was_made_in_yet(path):
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(FileNotFoundError, match=r"there is no store in .* yet"):
+        Database(path, read_only=True)
+    Database(path).close()
+    Database(path, read_only=True).close()

@@ -1,6 +1,8 @@
 """`DocumentStore`: memories of documents, made once, side by side before a question; on a tiny model."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -215,3 +217,17 @@ def test_heads_share_slots_where_the_model_can_read_such_memories(pipeline, tmp_
     monkeypatch.undo()
     monkeypatch.setattr(pipeline.model.decoder.config, "_attn_implementation", "r3mem")
     assert not store._layout(9).is_adaptive
+
+
+def test_the_folder_can_be_deleted_at_any_time(pipeline, tmp_path):
+    """Before anything is asked, and while the store is open; and what is damaged is made again."""
+    folder = tmp_path / "library"
+    store = store_of(pipeline, folder)
+    shutil.rmtree(folder)
+    expected = store.answer("Who?", TEXTS["mill"], **SETTINGS)
+    (turn,) = folder.glob("turn-*.json")
+    turn.write_text("[torn")
+    assert store_of(pipeline, folder).answer("Who?", TEXTS["mill"], **SETTINGS) == expected
+    assert json.loads(turn.read_text())
+    shutil.rmtree(folder)
+    assert store.answer("Who?", TEXTS["mill"], **SETTINGS) == expected

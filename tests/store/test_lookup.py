@@ -227,6 +227,19 @@ def test_words_of_other_scripts_are_found(opened):
         assert index.ranked(query)[0] == place
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_are_the_same_however_they_are_written(opened, form):
+    """As letters of their own, as files of macOS and PDFs have them, or not."""
+    said = [unicodedata.normalize(form, text) for text in ("Tiếng Việt rất khó.", "Kein Wort davon.", "foo 고양이.")]
+    store = opened()
+    store.database.add([("user", text) for text in said], user="anna", agent=None, run=None, metadata=None)
+    index = WordIndex(said)
+    for query, place in (("Việt", 0), ("고양이", 2)):
+        for asked in (query, unicodedata.normalize("NFD", query)):
+            assert texts(store.search(asked, user_id="anna")) == [said[place]]
+            assert index.ranked(asked)[0] == place
+
+
 def test_words_behind_or_before_other_scripts_are_found(opened):
     """Where a question has letters of a script without spaces, its words may be pieces of longer ones."""
     store, said = opened(), ["Python을 좋아해요.", "私はPythonが好きです。", "Rust.", "고양이를 좋아해요."]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -262,6 +263,30 @@ def test_it_takes_a_pipeline(folder, tmp_path):
     assert same(weights_of(pipeline.model), own)
     with pytest.raises(TypeError, match="a pipeline has its settings already"):
         AdapterShelf(tmp_path / "one", pipeline, device="cpu")
+
+
+def test_threads_take_turns(folder, tmp_path):
+    """The model has the adapter of one document at a time, and its own in the end."""
+    pipeline = R3MemPipeline(str(folder), config=CONFIG)
+    own = weights_of(pipeline.model)
+    shelves = [AdapterShelf(tmp_path / "shelf", pipeline) for _ in range(2)]
+    shelves[0].remember(TEXTS, settings=FEW, progress=False)
+    inside, entered = [], threading.Event()
+
+    def other():
+        with shelves[1].adapter("house"):
+            inside.append("house")
+            entered.set()
+
+    with shelves[0].adapter("ship"):
+        ship = weights_of(pipeline.model)
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not entered.wait(0.3)
+        assert same(weights_of(pipeline.model), ship) and not same(ship, own)
+        inside.append("ship")
+    thread.join()
+    assert inside == ["ship", "house"] and same(weights_of(pipeline.model), own)
 
 
 def test_a_document_that_another_process_removes(few, monkeypatch):
