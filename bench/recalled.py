@@ -14,12 +14,13 @@ asked behind what each way finds, and what is found stands there as it is:
     recalled        what `recall` gives for the question itself; nothing, if it gives nothing
     by_query        what `recall` gives for the query, of all that were learned, that fits the question best by words:
                     what is looked up are queries, and no text is kept
-    recalled_else   as recalled, and as by_query where that gives nothing
+    by_document     what `recall` gives for the document's own query, of that document
 
 A record a way has the mean of nats a token of the reference; F1, ROUGE-L and containment of what is written, greedily;
 how often something was found, and how often the answer is in it; tokens before the question; and the share of what the
-paragraph gains over nothing in nats, with an interval over paragraphs. With --folder the shelf is kept, and with
---output, the same command goes on where it was interrupted.
+paragraph gains over nothing in nats, with an interval over paragraphs. With --folder the shelf is kept, and what it
+has learned is not taught again (no seconds are told then); with --output, the same command goes on where it was
+interrupted.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from .records import add_output_option, add_records
 from .unfinished import Unfinished, settings_of
 
 _MEASURES = ("nats", "f1", "rouge_l", "contains", "found", "has_answer", "tokens")
-_RECALLED, _LOOKED_UP = ("recalled", "by_query", "recalled_else"), ("another", "bm25", "minilm", "bm25+")
+_RECALLED, _LOOKED_UP = ("recalled", "by_query", "by_document"), ("another", "bm25", "minilm", "bm25+")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,17 +79,17 @@ def _records(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, An
     settings = {name: value for name, value in settings_of(options).items() if name != "folder"}
     unfinished = Unfinished(options.output, settings, batch=1, progress=not options.json)
 
-    def teach(index: int) -> dict[str, Any]:
+    def teach(index: int) -> list[float]:
         reports = shelf.remember({f"paragraph {index}": paragraphs[index]}, progress=False)
-        return {"seconds": sum(report.seconds for report in reports.values())}
+        return [report.seconds for report in reports.values()]
 
-    taught = unfinished.each("taught", range(len(groups)), teach, "Teaching")
+    seconds = [one for some in unfinished.each("taught", range(len(groups)), teach, "Teaching") for one in some]
     entries = shelf.entries()
     yield {
         "model": Path(options.model).name, "dtype": options.dtype, "new_tokens": options.new_tokens,
         "paragraphs": len(groups), "questions": sum(map(len, groups)),
         "contexts": len(entries), "exact": sum(entry["exact"] for entry in entries),
-        "seconds_a_paragraph": round(sum(one["seconds"] for one in taught) / len(taught), 1),
+        "seconds_a_paragraph": round(sum(seconds) / len(seconds), 1) if seconds else None,
         "bytes_a_paragraph": round(sum(_sizes(folder)) / len(groups)),
         "bytes_of_text": round(sum(len(text.encode()) for text in paragraphs) / len(groups)),
     }  # fmt: skip
@@ -138,7 +139,10 @@ class _Asker:
         self._pipeline, self._shelf, self._paragraphs, self._new_tokens = pipeline, shelf, paragraphs, new_tokens
         segmenter = pysbd.Segmenter(language="en", clean=False)
         self._sentences = [found.strip() for text in paragraphs for found in segmenter.segment(text) if found.strip()]
-        self._queries = [entry["query"] for entry in shelf.entries()]
+        entries = shelf.entries()
+        self._queries = [entry["query"] for entry in entries]
+        whole = {entry["document"]: entry["query"] for entry in entries if entry["level"] == "document"}
+        self._queries_of_documents = [whole[entry["document"]] for entry in entries]
         by_words = (paragraphs, self._sentences, self._queries)
         self._words, self._words_of_sentences, self._words_of_queries = map(WordIndex, by_words)
         self._embed = minilm_embedder()
@@ -167,8 +171,10 @@ class _Asker:
     def _found(self, question: Question) -> dict[str, str]:
         """What stands before a question in each way."""
         asked, place = question.question, self._paragraphs.index(question.context)
-        nearest = self._queries[self._words_of_queries.ranked(asked)[0]]
-        recalled, by_query = self._shelf.recall([asked, nearest])
+        nearest = self._words_of_queries.ranked(asked)[0]
+        recalled, by_query, by_document = self._shelf.recall(
+            [asked, self._queries[nearest], self._queries_of_documents[nearest]]
+        )
         by_meaning = int((self._vectors @ self._embed([asked])[0]).argmax())
         return {
             "nothing": "",
@@ -179,7 +185,7 @@ class _Asker:
             "bm25+": self._sentences[self._words_of_sentences.ranked(asked)[0]],
             "recalled": recalled,
             "by_query": by_query,
-            "recalled_else": recalled or by_query,
+            "by_document": by_document,
         }
 
     def _ids(self, text: str, question: Question) -> list[int]:

@@ -38,7 +38,7 @@ _RECALLED = {
     "bm25+": "the best sentence by BM25",
     "recalled": "**recalled for the question itself**",
     "by_query": "**recalled for the learned query that fits best by BM25**",
-    "recalled_else": "**the first of these, else the second**",
+    "by_document": "**recalled for the query of the document that this one is of**",
 }
 _MEASURES = {"f1": "F1", "rouge_l": "ROUGE-L", "contains": "contains"}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import adapter_folder, generation, objective, sampling
+from . import adapter_folder, decoding, generation, objective, sampling
 from .batching import Rows, nothing
 from .config import R3MemConfig
 from .data import hub
@@ -189,7 +189,7 @@ class R3MemModel(TrainerInterface, Network):
         Raises:
             ValueError: A query is longer than the model's positions, or max_new_tokens is below 1.
         """
-        return generation.decode_backward(self, Rows(query_input_ids, query_attention_mask), None, max_new_tokens)
+        return decoding.decode_backward(self, Rows(query_input_ids, query_attention_mask), None, max_new_tokens)
 
     @torch.no_grad()
     def expand(
@@ -221,7 +221,7 @@ class R3MemModel(TrainerInterface, Network):
         self.check_memory(memory, len(rows.ids))
         objective.refuse_raw_tail(memory.layout)
         finished = self.compress(None, memory=memory, finish=True)
-        return generation.decode_backward(self, rows, finished, max_new_tokens)
+        return decoding.decode_backward(self, rows, finished, max_new_tokens)
 
     @torch.no_grad()
     def generate(
@@ -301,8 +301,7 @@ class R3MemModel(TrainerInterface, Network):
             memory = self.new_memory(len(rows), self.origin(), pinned, memory_tokens, memory_budget)
         elif pinned or (memory_tokens, memory_budget) != (None, None):
             raise ValueError(
-                "pinned tokens (chat), memory_tokens and memory_budget are for one that begins: leave them out where "
-                "a memory goes on"
+                "pinned (chat) and sizes are for a memory that begins: leave them out where a memory goes on"
             )
         self.check_memory(memory, len(rows))
         total = sum(map(len, (*rows, *memory.unfinished)))

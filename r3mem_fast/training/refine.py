@@ -22,8 +22,8 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from ..batching import unfinished_of
+from ..decoding import sampled
 from ..files import replacing
-from ..generation import sampled
 from ..integrations.scoped import evaluating
 from ..memory.memory import Memory
 from ..model import R3MemModel

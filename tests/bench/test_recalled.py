@@ -28,7 +28,12 @@ class Shelf:
         self.learned, self.asked = learned, asked
 
     def entries(self):
-        return [{"query": query} for query in self.learned]
+        return [
+            {"query": query, "document": TEXTS.index(text), "level": "document"}
+            if text in TEXTS
+            else {"query": query, "document": 1, "level": "entity"}
+            for query, text in self.learned.items()
+        ]
 
     def recall(self, queries):
         return [self.learned.get(query, self.asked.get(query, "")) for query in queries]
@@ -41,14 +46,15 @@ def question(place):
 
 def test_what_stands_before_a_question(folder):
     pipeline = R3MemPipeline(str(folder), dtype="float32")
-    shelf = Shelf({"Rex; eats": TEXTS[0], "cat; sleeps": "A cat sleeps."}, {"Who eats?": "He eats."})
+    learned = {"Rex; eats": TEXTS[0], "snores": TEXTS[1], "cat; sleeps": "A cat sleeps."}
+    shelf = Shelf(learned, {"Who eats?": "He eats."})
     asker = recalled._Asker(pipeline, shelf, TEXTS, 0)
     assert asker._found(question(0)) == {
         "nothing": "", "full": TEXTS[0], "another": TEXTS[1], "bm25": TEXTS[0], "minilm": TEXTS[0],
-        "bm25+": "He eats.", "recalled": "He eats.", "by_query": TEXTS[0], "recalled_else": "He eats.",
+        "bm25+": "He eats.", "recalled": "He eats.", "by_query": TEXTS[0], "by_document": TEXTS[0],
     }  # fmt: skip
     found = asker._found(question(1))
-    assert found["recalled"] == "" and found["by_query"] == found["recalled_else"] == "A cat sleeps."
+    assert found["recalled"] == "" and found["by_query"] == "A cat sleeps." and found["by_document"] == TEXTS[1]
     graded = asker.ask([question(1)])
     assert graded["recalled"] == graded["nothing"] and graded["recalled"]["found"] == 0
     assert graded["by_query"]["has_answer"] == 1 and graded["by_query"]["tokens"] == len("A cat sleeps.")
@@ -72,7 +78,7 @@ def test_a_shelf_that_has_learned_nothing_recalls_nothing(folder, tmp_path, monk
     assert first["paragraphs"] == first["questions"] == 2 and first["exact"] == 0 < first["contexts"]
     assert first["bytes_a_paragraph"] > first["bytes_of_text"] > 20
     by_way = {record["way"]: record for record in records if "better_than" not in record}
-    for way in ("recalled", "by_query", "recalled_else"):
+    for way in ("recalled", "by_query", "by_document"):
         assert by_way[way]["found"] == 0 and by_way[way]["nats"] == by_way["nothing"]["nats"]
         assert by_way[way]["share"]["mean"] == 0
     assert by_way["bm25"]["nats"] == by_way["full"]["nats"] and by_way["bm25"]["f1"] == by_way["full"]["f1"]

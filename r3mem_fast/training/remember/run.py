@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ...generation import sampled
+from ...decoding import sampled
 from ...hierarchy import Pair
 from ...hierarchy.decoys import decoys
 from ...hierarchy.passage import MAX_QUERY_SHARE
