@@ -139,12 +139,7 @@ class _Asker:
         self._pipeline, self._shelf, self._paragraphs, self._new_tokens = pipeline, shelf, paragraphs, new_tokens
         segmenter = pysbd.Segmenter(language="en", clean=False)
         self._sentences = [found.strip() for text in paragraphs for found in segmenter.segment(text) if found.strip()]
-        entries = shelf.entries()
-        self._queries = [entry["query"] for entry in entries]
-        whole = {entry["document"]: entry["query"] for entry in entries if entry["level"] == "document"}
-        self._queries_of_documents = [whole[entry["document"]] for entry in entries]
-        by_words = (paragraphs, self._sentences, self._queries)
-        self._words, self._words_of_sentences, self._words_of_queries = map(WordIndex, by_words)
+        self._words, self._words_of_sentences = WordIndex(paragraphs), WordIndex(self._sentences)
         self._embed = minilm_embedder()
         self._vectors = self._embed(paragraphs)
         before, _, self._asking = template_of(pipeline.tokenizer, "xquad")
@@ -171,10 +166,8 @@ class _Asker:
     def _found(self, question: Question) -> dict[str, str]:
         """What stands before a question in each way."""
         asked, place = question.question, self._paragraphs.index(question.context)
-        nearest = self._words_of_queries.ranked(asked)[0]
-        recalled, by_query, by_document = self._shelf.recall(
-            [asked, self._queries[nearest], self._queries_of_documents[nearest]]
-        )
+        near = [self._shelf.find(asked, whole=whole)[0] for whole in (False, True)]
+        recalled, by_query, by_document = self._shelf.recall([asked, *near])
         by_meaning = int((self._vectors @ self._embed([asked])[0]).argmax())
         return {
             "nothing": "",

@@ -19,6 +19,7 @@ from ..pipeline import R3MemPipeline
 from ..remembered import Entry, sha256
 from ..training.remember import RememberReport
 from ..training.settings import RememberSettings
+from .items import check_query
 from .lookup import WordIndex
 
 _MODEL = "smollm2-135m"
@@ -195,6 +196,32 @@ class AdapterShelf:
                         has_all = all(name.casefold() in text.casefold() for name in strange)
                         found[index] = text if is_known and has_all else ""
         return found
+
+    def find(self, question: str, *, limit: int = 1, whole: bool = True) -> list[str]:
+        """Learned queries that fit a question best by their words, for `recall`; no model is asked.
+
+        Adapters give back what they have learned for its own query alone: a question in other words is mostly answered
+        with nothing.
+
+        Args:
+            question: The question.
+            limit: Queries at most.
+            whole: Whether to give, in place of a query of a part of a document, that of the whole document.
+
+        Returns:
+            The queries, the best first.
+
+        Raises:
+            ValueError: Nothing is remembered, the question is empty, or limit is below 1.
+        """
+        check_query(question, limit)
+        entries = self.entries()
+        if not entries:
+            raise ValueError(f"nothing is remembered in {self._folder}: remember documents there first")
+        of_document: dict[str, str] = {e["document"]: e["query"] for e in entries if e["level"] == "document"}
+        ranked = (entries[place] for place in WordIndex([entry["query"] for entry in entries]).ranked(question))
+        found = [of_document.get(entry["document"], entry["query"]) if whole else entry["query"] for entry in ranked]
+        return list(dict.fromkeys(found))[:limit]
 
     @contextlib.contextmanager
     def adapter(self, document: str) -> Iterator[R3MemPipeline]:

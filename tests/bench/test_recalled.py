@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import recalled
-from r3mem_fast import R3MemPipeline
+from r3mem_fast import AdapterShelf, R3MemPipeline
 
 TEXTS = ["Rex is here. He eats.", "A cat sleeps. It snores."]
 QUESTIONS = [("Who eats?", "Rex"), ("Who sleeps?", "cat")]
@@ -21,7 +21,7 @@ def short_prompts(monkeypatch):
     monkeypatch.setattr(recalled, "minilm_embedder", lambda: embed)
 
 
-class Shelf:
+class Shelf(AdapterShelf):
     """Stands for an `AdapterShelf` that gives contexts for learned queries, and for one question."""
 
     def __init__(self, learned, asked):

@@ -155,6 +155,22 @@ def test_no_query_asks_for_two_documents(few):
     assert len(set(queries)) == len(queries)
 
 
+def test_a_question_finds_the_query_that_is_most_like_it(few):
+    shelf, remember = few
+    with pytest.raises(ValueError, match="nothing is remembered"):
+        shelf.find("Who?")
+    reports = remember(TEXTS)
+    pairs = {(pair.document, pair.level): pair.query for report in reports.values() for pair in report.pairs}
+    for name, report in reports.items():
+        for pair in report.pairs:
+            asked = f"What of {pair.query}?"
+            assert shelf.find(asked, whole=False) == [pair.query]
+            assert shelf.find(asked) == [pairs[name, "document"]]
+    assert shelf.find("?", limit=9) == [query for (_, level), query in pairs.items() if level == "document"]
+    with pytest.raises(ValueError, match="the query is empty"):
+        shelf.find(" ")
+
+
 def test_a_text_without_a_name_keeps_its_own(few):
     shelf, remember = few
     names = [*remember([TEXTS["ship"], TEXTS["house"]]), *remember(TEXTS["mill"])]
