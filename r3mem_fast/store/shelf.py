@@ -218,10 +218,12 @@ class AdapterShelf:
         entries = self.entries()
         if not entries:
             raise ValueError(f"nothing is remembered in {self._folder}: remember documents there first")
-        of_document: dict[str, str] = {e["document"]: e["query"] for e in entries if e["level"] == "document"}
-        ranked = (entries[place] for place in WordIndex([entry["query"] for entry in entries]).ranked(question))
-        found = [of_document.get(entry["document"], entry["query"]) if whole else entry["query"] for entry in ranked]
-        return list(dict.fromkeys(found))[:limit]
+        queries: list[str] = [entry["query"] for entry in entries]
+        given = queries
+        if whole:
+            of_document = {entry["document"]: entry["query"] for entry in entries if entry["level"] == "document"}
+            given = [of_document.get(entry["document"]) or entry["query"] for entry in entries]
+        return list(dict.fromkeys(given[place] for place in WordIndex(queries).ranked(question)))[:limit]
 
     @contextlib.contextmanager
     def adapter(self, document: str) -> Iterator[R3MemPipeline]:
