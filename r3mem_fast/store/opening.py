@@ -164,31 +164,36 @@ class StoreModel:
             ValueError: Its base model does not read its memories.
         """
         if self._pipeline is None:
-            given = self._given or self._database.setting("model") or DEFAULT_MODEL
-            goes_on = self._goes_on()
-            chosen, settings = self._config or (self._kept_config() if goes_on else None), dict(self._settings)
-            base, named = chosen or default, not isinstance(given, R3MemPipeline)
-            config = dataclasses.replace(base, **self._changes)
-            if goes_on and named and settings.get("dtype") is None:
-                settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
-            found = pipeline_of(given, config, settings)
-            learned_for = kept(self._database, "adapter", None)
-            if self._config is None and found.model.is_anchored and found.model.origin().adapter != learned_for:
-                chosen = None  # what is kept is of another adapter, or of none
-            kept_unused = named and chosen is not None and self._config is None and not self._is_used()
-            unasked = kept_unused and "memory_allocation" not in self._changes
-            if unasked and config.memory_allocation != allocation_for(found.model) == "uniform":
-                # Nothing is lost if the model is opened in a way in which it reads no such memories.
-                config = chosen = dataclasses.replace(config, memory_allocation="uniform")
-                found = pipeline_of(given, config, settings)
-            if named and chosen is None:
-                known = dataclasses.replace(_known_to(found.model, base), **self._changes)
-                if known != config and not found.model.is_anchored:
-                    found = pipeline_of(given, known, settings)
-                config = known
-            self._config = config if named else self._config
-            self._pipeline = found
+            self._pipeline = self._opened(default)
         return self._pipeline
+
+    def _opened(self, default):
+        """Load the pipeline; again, where the model turns out to know no memories of settings that nobody chose."""
+        given = self._given or self._database.setting("model") or DEFAULT_MODEL
+        if isinstance(given, R3MemPipeline):
+            return pipeline_of(given, None, self._settings)
+        goes_on, settings = self._goes_on(), dict(self._settings)
+        if goes_on and settings.get("dtype") is None:
+            settings["dtype"] = kept(self._database, "dtype", None)  # not what this machine would choose
+        earlier = self._kept_config() if goes_on and self._config is None else None
+        config = dataclasses.replace(self._config or earlier or default, **self._changes)
+        found = pipeline_of(given, config, settings)
+        if self._config is None:
+            self._config = self._fitting(found.model, config, is_kept=earlier is not None)
+            if self._config != config and not found.model.is_anchored:
+                found = pipeline_of(given, self._config, settings)
+        return found
+
+    def _fitting(self, model, config, is_kept):
+        """Settings of memories that a model knows, in place of those that nobody chose for it."""
+        if is_kept and model.is_anchored:  # what is kept may be of another adapter, or of none
+            is_kept = model.origin().adapter == kept(self._database, "adapter", None)
+        if not is_kept:
+            return dataclasses.replace(_known_to(model, config), **self._changes)
+        if not self._is_used() and allocation_for(model) == "uniform":
+            # Nothing is lost if the model is opened in a way in which it reads no other memories.
+            return dataclasses.replace(config, **{"memory_allocation": "uniform", **self._changes})
+        return config
 
     @property
     def layout(self) -> MemoryLayout:
@@ -252,8 +257,8 @@ class StoreModel:
         return bool(self._database.rows("SELECT 1 FROM items LIMIT 1"))
 
     def _kept_config(self):
-        kept = self._database.setting("config")
-        return None if kept is None else R3MemConfig.from_dict(json.loads(kept))
+        config = self._database.setting("config")
+        return None if config is None else R3MemConfig.from_dict(json.loads(config))
 
     def check(self, identity: dict[str, str]) -> None:
         """Check that a store's memories are of a model, or take note of it in a new store.
