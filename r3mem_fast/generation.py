@@ -17,7 +17,7 @@ from .memory.memory import Memory
 from .memory.prefix import placed_prefix, with_own_slots
 from .memory.reader import positions_of_mask
 from .network import Network
-from .reading import held, read_but_last
+from .reading import hold_beginnings, read_but_last
 from .reversible.past import MemoryNotReadError
 
 # Number of new tokens that transformers writes where no length is asked for.
@@ -112,11 +112,11 @@ def generate_behind(network: Network, memory: Memory, rows: Rows, settings: dict
 
 
 def _of_one_length(network, memory, ids, mask):
-    """The same prompts, of one length: what longer ones begin with is held by the memory (`reading.held`)."""
+    """The same prompts, of one length: what longer ones begin with is held by the memory (`hold_beginnings`)."""
     lengths, host = mask.sum(1).tolist(), ids.cpu()
     shortest, width = min(lengths), ids.shape[1]
     begun = [row[width - length : width - shortest] for row, length in zip(host, lengths, strict=True)]
-    return held(network, begun, memory), ids[:, width - shortest :], mask[:, width - shortest :]
+    return hold_beginnings(network, begun, memory), ids[:, width - shortest :], mask[:, width - shortest :]
 
 
 def is_prefix(network: Network, memory: Memory) -> bool:

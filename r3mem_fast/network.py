@@ -349,10 +349,10 @@ class Network(nn.Module):
             keep: Whether the tokens' own keys and values are kept.
             forward: Whether this is the forward direction, in which adapters may act on memory tokens alone.
         """
-        held = forward and not self.adapts_tokens and self.memory_embeddings is not None
-        # Its own first position, because `reading.held` extends the reach.
+        unadapted = forward and not self.adapts_tokens and self.memory_embeddings is not None
+        # Its own first position, because `reading.hold_beginnings` extends the reach.
         first = memory.layout.first_position
-        cache = self.reader.new_cache(keep=keep, adapted_tokens=0 if held else None, first_position=first)
+        cache = self.reader.new_cache(keep=keep, adapted_tokens=0 if unadapted else None, first_position=first)
         return self.reader.read(cache, memory)
 
     def origin(self) -> Origin:

@@ -204,7 +204,7 @@ def compress_rows(
     return dataclasses.replace(after, **carried)
 
 
-def held(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memory:
+def hold_beginnings(network: Network, rows: Sequence[torch.Tensor], memory: Memory) -> Memory:
     """Read the beginning of rows behind a matched memory, and hold it with a slot for every token.
 
     So what is left of rows of several lengths can have one length: recurrent layers would take padding for tokens.

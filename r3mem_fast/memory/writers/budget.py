@@ -29,7 +29,7 @@ class Budget:
         self._drops = layout.is_adaptive and any(window is not None for window in windows)
 
     def parts(
-        self, old: Slots, new: Slots, match: Match, ends: torch.Tensor, held: torch.Tensor
+        self, old: Slots, new: Slots, match: Match, ends: torch.Tensor, tokens_so_far: torch.Tensor
     ) -> Iterator[tuple[list[int], Slots]]:
         """Match slots of rows whose texts end here or go on: places of rows, and their slots.
 
@@ -38,7 +38,7 @@ class Budget:
             new: Slots of the segment's tokens.
             match: Matches slots to queries.
             ends: Whether each row's text ends with the segment, bool `[A]`.
-            held: Tokens of each row's text so far, without pinned ones and those that will be read again, int64 `[A]`.
+            tokens_so_far: Tokens of each row's text, but pinned ones and those that will be read again, int64 `[A]`.
 
         Raises:
             ValueError: The memory is beyond its budget, and that is to be an error.
@@ -47,7 +47,7 @@ class Budget:
         if self._drops:
             old, new = old.seen_within(self._windows), new.seen_within(self._windows)
         filled = self._filled(old)
-        limits = self._limits(filled, held)
+        limits = self._limits(filled, tokens_so_far)
         wanted = filled + torch.minimum(self._filled(new), limits)
         if layout.beyond_budget == "error" and int(wanted.max()) > layout.budget:
             raise ValueError(
@@ -71,13 +71,13 @@ class Budget:
     def _filled(self, slots):
         return slots.filled(self._heads) if self._layout.is_adaptive else slots.counts - slots.pinned
 
-    def _limits(self, filled, held):
+    def _limits(self, filled, tokens_so_far):
         """Slots that the segment of each row gets at most, int64 `[A]`: with the room of what no token sees again."""
         layout = self._layout
         usual = torch.full_like(filled, layout.num_memory_tokens)
         if not self._drops:
             return usual
-        allowed = (held * layout.num_memory_tokens // layout.segment_length).clamp_max(layout.most_slots)
+        allowed = (tokens_so_far * layout.num_memory_tokens // layout.segment_length).clamp_max(layout.most_slots)
         return torch.maximum(usual, (allowed - filled).clamp_max(layout.segment_length))
 
     def _matched_again(self, slots: Slots, match: Match, rows: list[int]) -> Slots:
@@ -87,10 +87,10 @@ class Budget:
         read worse than behind no memory.
         """
         layout, pinned = self._layout, slots.pinned
-        held = pinned.clamp_min(1)  # attention rests on a text's first token: an error in it would spread
+        fixed = pinned.clamp_min(1)  # attention rests on a text's first token: an error in it would spread
         # Pinned slots have the largest ages to themselves, so that those of others end before these (`slots_of`).
         age = min(layout.lifetime, layout.reach - 1 - int(pinned[0]))
         slots = slots.up_to(age, layout.budget + int(pinned[0]))
-        found = match(slots._replace(pinned=held), layout.budget - int((held - pinned)[0]), rows)
+        found = match(slots._replace(pinned=fixed), layout.budget - int((fixed - pinned)[0]), rows)
         found = found._replace(pinned=pinned)
         return found.packed() if layout.is_adaptive else found

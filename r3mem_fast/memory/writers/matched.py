@@ -201,10 +201,10 @@ class MatchedWriter:
             relative=self._layout.is_adaptive and self._reader.normalises_attention(),
         )  # fmt: skip
         segment, before = found.segment, found.before
-        held = self._begun(segment, before) + self._fresh(segment) - before.pinned_slots()
+        tokens_so_far = self._begun(segment, before) + self._fresh(segment) - before.pinned_slots()
         heads = sum(size.heads for size in found.cache.sizes)
         budget = Budget(self._layout, self._reader.windows(), heads)
-        parts = list(budget.parts(old, new, match, torch.tensor(segment.ends), held))
+        parts = list(budget.parts(old, new, match, torch.tensor(segment.ends), tokens_so_far))
         self.unmatched += match.unmatched
         return parts
 

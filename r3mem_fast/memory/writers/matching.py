@@ -248,11 +248,11 @@ class Match:
         number = (kept >= 0).sum(2, keepdim=True)
         # Where nothing is left out there is nothing to match.
         changes = ((asked.ages >= 0).sum(2, keepdim=True) > number) & (number <= MAX_KEPT)
-        held = asked.pinned.gather(2, places) & stays
+        pinned = asked.pinned.gather(2, places) & stays
         if not self._adaptive or bool(changes.any()):
             kept = kept[..., first:].masked_fill(number > MAX_KEPT, -1)
             more = self._changes(
-                group, asked, index[:, :, first:], value[:, :, first:], kept, held[..., first:], changes
+                group, asked, index[:, :, first:], value[:, :, first:], kept, pinned[..., first:], changes
             )
             raw, value = (
                 part.float() + torch.nn.functional.pad(added, (0, 0, first, 0))
@@ -264,7 +264,7 @@ class Match:
         ages = torch.cat([ages, torch.full_like(more, -1) if self._adaptive else more], 1)
         return *(padded(some.to(slots.states.dtype), heads, width) for some in (raw, value)), ages
 
-    def _changes(self, group, asked, index, value, kept, held, changes):
+    def _changes(self, group, asked, index, value, kept, pinned, changes):
         """What is added to the keys and the values of slots.
 
         Args:
@@ -273,19 +273,19 @@ class Match:
             index: Places of the slots, an index of keys.
             value: Their values.
             kept: Positions of the slots; -1 for none.
-            held: Which of them are pinned.
+            pinned: Which of them are pinned.
             changes: The heads whose slots are matched, bool.
         """
         settings = self._queries.calls[group[0]].settings
         where = {"query_positions": asked.query_positions, "key_positions": kept}
         key = asked.key.gather(2, index)
         gram, residual, kept_lse = value_system(asked.query, key, value, asked.target, **where, **settings)
-        gram, residual = without(gram, residual, held)
+        gram, residual = without(gram, residual, pinned)
         change, right = solved(gram, residual)
         self.unmatched.append(~right.all())
         move = move_for_mass(asked.query, asked.lse - kept_lse, asked.key.shape[1], settings["scale"])
         move = self._turned(self._cache.unplaced, move[:, :, None].expand(index.shape), group, kept)
-        fixed = (held | ~changes)[..., None]
+        fixed = (pinned | ~changes)[..., None]
         return move.masked_fill(fixed, 0), change.masked_fill(fixed, 0)
 
     def _kept_latents(self, layer, slots, limit, chosen):
