@@ -17,7 +17,7 @@ from .defaults import PASSAGES, RAW_TOKENS, SETTINGS
 from .items import ANY, Item, check_names, check_whole, condition, given
 from .lookup import Embedder, Found, Nearness
 from .memories import Histories
-from .opening import StoreModel, kept, lock_of
+from .opening import StoreModel, check_config, kept, lock_of
 from .search import Search
 from .turns import TurnCodec, as_messages
 
@@ -71,6 +71,7 @@ class MemoryStore:
     ):
         if raw_tokens is not None and raw_tokens < 0:
             raise ValueError(f"raw_tokens must be 0 or more, got {raw_tokens}")
+        check_config(model, config)
         self.folder = Path(folder)
         self.database = Database(self.folder / DATABASE)
         self._model = StoreModel(model, config, self.database, settings)

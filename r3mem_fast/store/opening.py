@@ -67,6 +67,23 @@ def _name_of(given):
     return str(Path(given).resolve() if Path(given).exists() else given)
 
 
+def check_config(given: Any, config: R3MemConfig | Mapping[str, Any] | None) -> None:
+    """Check what a store is given as its config, before its folder is made.
+
+    Args:
+        given: What it is given as its model.
+        config: The config, or some of its settings by name.
+
+    Raises:
+        TypeError: A pipeline is given, which has one; or there is no setting of a name.
+    """
+    if isinstance(given, R3MemPipeline) and config is not None:
+        raise TypeError("an R3MemPipeline has its config already")
+    names = set(config) if isinstance(config, Mapping) else set()
+    if unknown := sorted(names - {field.name for field in dataclasses.fields(R3MemConfig)}):
+        raise TypeError(f"config has settings that R3MemConfig has not: {', '.join(unknown)}")
+
+
 def lock_of(given: Any) -> threading.RLock:
     """Return the lock that a store holds while its model reads, which changes the model for that time.
 
@@ -128,9 +145,6 @@ class StoreModel:
             have; None: what the store was made with.
         database: The store's database.
         settings: More arguments of such a pipeline.
-
-    Raises:
-        TypeError: A pipeline is given, and settings of one; or there is no setting of a name.
     """
 
     def __init__(
@@ -140,16 +154,8 @@ class StoreModel:
         database: Database,
         settings: dict[str, Any],
     ):
-        if isinstance(given, R3MemPipeline) and config is not None:
-            raise TypeError("an R3MemPipeline has its config already")
-        self._changes: dict[str, Any] = {}
-        self._config: R3MemConfig | None = None
-        if isinstance(config, Mapping):
-            self._changes = dict(config)
-            if unknown := sorted(set(config) - {field.name for field in dataclasses.fields(R3MemConfig)}):
-                raise TypeError(f"config has settings that R3MemConfig has not: {', '.join(unknown)}")
-        else:
-            self._config = config
+        self._changes: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {}
+        self._config: R3MemConfig | None = None if isinstance(config, Mapping) else config
         self._given, self._database, self._settings = given, database, settings
         self._pipeline: R3MemPipeline | None = None
 

@@ -421,9 +421,12 @@ def test_heads_of_a_new_store_share_slots_where_the_model_can_read_such_memories
     assert opened("new", None).memory("anna").layout.is_adaptive == reads
 
 
-def test_settings_that_do_not_go_together(opened, folder, pipeline):
+def test_settings_that_do_not_go_together(opened, folder, pipeline, tmp_path):
     with pytest.raises(TypeError, match="has its config"):
-        opened(config=CONFIG)
+        opened("never", config=CONFIG)
+    with pytest.raises(TypeError, match="R3MemConfig has not: budget"):
+        opened("never", str(folder), config={"budget": 9})
+    assert not (tmp_path / "never").exists()
     with pytest.raises(ValueError, match="raw_tokens must be 0 or more"):
         opened(raw_tokens=-1)
     tokens = R3MemConfig(num_memory_tokens=2, segment_length=8, core=(1, 3))
