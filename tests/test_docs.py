@@ -437,6 +437,22 @@ def test_what_memories_are_worth_behind_a_lookup():
     )
 
 
+def test_what_recalling_is_worth_before_a_question():
+    head, *found = records("recalled_smollm2.jsonl")
+    ways = {r["way"]: r for r in found if "better_than" not in r}
+    better = {(r["way"], r["better_than"]): r for r in found if "better_than" in r}
+    text = text_of("docs/documents.md")
+    assert f"{head['exact']} of {head['contexts']} contexts come back" in text and head["exact"] == head["contexts"]
+    assert f"all {head['questions']} questions about these paragraphs" in text
+    assert f"{ways['recalled']['found']:.3f} of the questions give a text" in text
+    assert f"on average is worth {interval(ways['by_query']['share'])} of the paragraph" in text
+    assert f"whole document's query {interval(ways['by_document']['share'])}" in text
+    assert f"its sentence is worth {interval(ways['bm25+']['share'])}" in text
+    assert f"is {head['bytes_of_text']} bytes, its adapter {head['bytes_a_paragraph'] / 1e6:.1f} MB" in text
+    assert ways["bm25"]["share"]["mean"] == 1 and ways["another"]["share"]["high"] < 0.1
+    assert better["by_document", "another"]["low"] > 0 > better["by_document", "bm25"]["high"]
+
+
 def test_what_a_matched_memory_is_worth():
     head, *found = records("matched_novels_smollm2.jsonl")
     closed = {(r["closed_by"], r["of"]): r for r in found if "closed_by" in r}
