@@ -46,7 +46,14 @@ def generate_alone(network: Network, rows: Rows, settings: dict[str, Any]) -> An
     if not mask.any(1).all():
         raise ValueError("a row has no token that could be continued")
     _, config, _ = generation_configs(base.generation_config, settings, ids.shape[1])
-    network.check_length(int(mask.sum(1).max()) + config.max_new_tokens - 1, behind_memory=False)
+    # What nobody asked for, but the model's own settings, need not fit: it ends where the text does.
+    is_asked = any(settings.get(name) is not None for name in ("max_new_tokens", "max_length", "generation_config"))
+    longest, new = int(mask.sum(1).max()), config.max_new_tokens if is_asked else 1
+    if network.max_tokens is not None and longest + new - 1 > network.max_tokens:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones are more than the {network.max_tokens} positions: "
+            "ask for fewer (max_new_tokens), or give it less to read"
+        )
     if settings.get("streamer") is not None:
         settings = {**settings, "streamer": _StreamerOfPrompts(settings["streamer"], rows.ids)}
     with evaluating(network), network.without_memory():

@@ -166,10 +166,14 @@ def test_prompts_of_several_lengths_with_nothing_before_them(family):
 def test_what_cannot_be_continued():
     model = made().eval()
     ids = torch.tensor([[5, 6], [7, 8]])
+    assert model.max_tokens == 128
     with pytest.raises(ValueError, match="a row has no token"):
         model.generate(ids, torch.tensor([[1, 1], [0, 0]]))
-    with pytest.raises(ValueError, match="positions"):
+    with pytest.raises(ValueError, match=r"a prompt of 2 tokens and 128 new ones .* positions: ask for fewer"):
         model.generate(ids, max_new_tokens=model.max_tokens)
+    model.plain_model.generation_config.max_length = 10**6  # a model's own, which need not be reached
+    model.plain_model.generation_config.eos_token_id = list(range(96))
+    assert model.generate(ids, do_sample=False).shape == (2, 3)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         model.generate(ids, max_new_tokens=0)
 

@@ -107,11 +107,11 @@ class Conversation:
         if not reply:
             raise ValueError("the model wrote nothing, and nothing was added; other words, or --temperature, may help")
         said = [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
+        before = self._store.get_all(user_id=self._user, run_id=self._run)
         try:
             self._store.add(said, user_id=self._user, run_id=self._run)
         except KeyboardInterrupt:  # while it is compressed, most likely, which is done next time
-            items = self._store.get_all(user_id=self._user, run_id=self._run)
-            is_kept = bool(items) and items[-1].text == reply
+            is_kept = len(self._store.get_all(user_id=self._user, run_id=self._run)) > len(before)
             print(f"(stopped; {'both are remembered' if is_kept else 'nothing was added'})")
 
     def _forget(self, how):

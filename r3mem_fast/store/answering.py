@@ -118,7 +118,15 @@ class Answering:
 
         Yields:
             Pieces of the text. Once nobody asks for more, no more are written.
+
+        Raises:
+            RuntimeError: This thread holds the lock, so that no other thread could write.
         """
+        if lock._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "another thread writes what is streamed, and this one holds the model (in `with shelf.adapter(...)`): "
+                "ask without stream there"
+            )
         streamer = TextIteratorStreamer(
             self.pipeline.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

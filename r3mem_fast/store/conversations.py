@@ -14,7 +14,7 @@ from .adapters import UserAdapters
 from .answering import Answering
 from .database import DATABASE, Database
 from .defaults import PASSAGES, RAW_TOKENS, SETTINGS
-from .items import ANY, Item, check_names, check_whole, condition, given
+from .items import ANY, Item, check_names, check_whole, condition, given, numbers_of
 from .lookup import Embedder, Found, Nearness
 from .memories import Histories
 from .opening import StoreModel, check_config, kept, lock_of
@@ -235,9 +235,10 @@ class MemoryStore:
 
     def get(self, item_id: int) -> Item:
         """An item by its number. Raises KeyError if there is none."""
-        found = self.database.items(*condition(item_id=item_id))
+        (number,) = numbers_of([item_id])
+        found = self.database.items(*condition(item_id=number))
         if not found:
-            raise KeyError(f"there is no item {item_id!r}")
+            raise KeyError(f"there is no item {number}")
         return found[0]
 
     def get_all(self, *, user_id: str = ANY, agent_id: str = ANY, run_id: str = ANY) -> list[Item]:
@@ -273,7 +274,8 @@ class MemoryStore:
         """
         chosen = given(item_id=item_id, user_id=user_id, agent_id=agent_id, run_id=run_id)
         if "item_id" in chosen:
-            for number in item_id if isinstance(item_id, Sequence) else [item_id]:
+            chosen["item_id"] = numbers_of(item_id)
+            for number in chosen["item_id"]:
                 self.get(number)
         where, values = condition(**chosen)
         if not values:

@@ -138,6 +138,22 @@ def check_query(query: str, limit: int) -> None:
         raise ValueError(f"limit must be at least 1, got {limit}")
 
 
+def numbers_of(item_id: Any) -> list[int]:
+    """Numbers of items, of one number or several.
+
+    Args:
+        item_id: An int, or a list or tuple of some.
+
+    Raises:
+        KeyError: What is given is no number of an item.
+    """
+    numbers = list(item_id) if isinstance(item_id, (list, tuple)) else [item_id]
+    for number in numbers:
+        if type(number) is not int:
+            raise KeyError(f"there is no item {number!r}")
+    return numbers
+
+
 def given(**names: Any) -> dict[str, Any]:
     """Return those of some names, or of an item's number, that are not `ANY`.
 
@@ -174,7 +190,7 @@ def condition(
     wanted = {"items.user": user_id, "items.agent": agent_id, "items.run": run_id}
     parts = [(f"{column} = ?", value) for column, value in wanted.items() if value is not None]
     if item_id is not None:
-        numbers = list(item_id) if isinstance(item_id, Sequence) else [item_id]
-        # Of JSON, because numbers may be more, and larger, than parameters of SQLite can be.
+        numbers = [item_id] if isinstance(item_id, int) else list(item_id)
+        # As JSON, because numbers may be more, and larger, than parameters of SQLite can be.
         parts.insert(0, ("items.id IN (SELECT value FROM json_each(?))", json.dumps(numbers)))
     return " AND ".join(part for part, _ in parts) or "1", tuple(value for _, value in parts)

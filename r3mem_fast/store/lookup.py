@@ -129,12 +129,16 @@ def _by_index(database, words, where, values):
     # The order is forced: from the items, SQLite would look each of them up in the index.
     matching = "FROM words CROSS JOIN items ON items.id = words.rowid WHERE words MATCH ?"
     for word in words:
+        best: dict[int, float] = {}
         # Texts are in the index as they were said, with accents as letters of their own or not.
-        forms = " OR ".join(f'"{form}"' for form in dict.fromkeys([word, unicodedata.normalize("NFD", word)]))
-        found = database.rows(f"SELECT items.id, -bm25(words) {matching} AND {where}", (forms, *values))
-        if found:
-            others = database.rows("SELECT count(*) FROM words WHERE words MATCH ?", (forms,))[0][0]
-            yield _rarity(here, len(found)) / _rarity(everywhere, others), found  # in place of the index's own
+        for form in dict.fromkeys([word, unicodedata.normalize("NFD", word)]):
+            found = database.rows(f"SELECT items.id, -bm25(words) {matching} AND {where}", (f'"{form}"', *values))
+            if found:
+                others = database.rows("SELECT count(*) FROM words WHERE words MATCH ?", (f'"{form}"',))[0][0]
+                weight = _rarity(here, len(found)) / _rarity(everywhere, others)  # in place of the index's own
+                for number, fit in found:  # the index may take both forms for one word
+                    best[number] = max(best.get(number, 0.0), fit * weight)
+        yield 1.0, list(best.items())
 
 
 def _by_pieces(texts, words):

@@ -39,7 +39,8 @@ class AdapterShelf:
     does not change when another is added or forgotten. A query finds its adapter by its words, and what comes back is
     checked against the digest of what was learned: it is the text, to the last character, or nothing.
 
-    Several threads may use a shelf: they take turns, also with stores of the same pipeline.
+    Several threads may recall: they take turns, also with stores of the same pipeline. Of two that remember or forget
+    at one time the second is refused.
 
     >>> shelf = AdapterShelf("shelf")
     >>> reports = shelf.remember({"page 1": page})
@@ -198,15 +199,16 @@ class AdapterShelf:
         return found
 
     def find(self, question: str, *, limit: int = 1, whole: bool = True) -> list[str]:
-        """Learned queries that fit a question best by their words, for `recall`; no model is asked.
+        """Learned queries, those that fit a question best by their words first, for `recall`; no model is asked.
 
         Adapters give back what they have learned for its own query alone: a question in other words is mostly answered
-        with nothing.
+        with nothing. Queries without a word of the question come last, the oldest first.
 
         Args:
             question: The question.
             limit: Queries at most.
-            whole: Whether to give, in place of a query of a part of a document, that of the whole document.
+            whole: Whether to give, in place of the query of a passage, that of the document that it is of; of one that
+                was too long, and cut, that of the part.
 
         Returns:
             The queries, the best first.
@@ -227,7 +229,7 @@ class AdapterShelf:
 
     @contextlib.contextmanager
     def adapter(self, document: str) -> Iterator[R3MemPipeline]:
-        """Give the model a document's adapter inside a `with` block.
+        """Give the model a document's adapter inside a `with` block, in which no other thread uses the model.
 
         Args:
             document: Name of the document.

@@ -546,9 +546,22 @@ def test_several_items_go_together_or_not_at_all(opened):
         store.delete([numbers[0], 77])
     assert len(store.get_all()) == 3
     assert store.delete(numbers[1:]) == 2 and [item.text for item in store.get_all()] == ["One."]
-    for number in (10**30, -1, 0):
-        with pytest.raises(KeyError, match=f"there is no item {number}"):
+    for number in (10**30, -1, 0, "1", b"\x01", 1.0, True, {1}, [[1]]):
+        with pytest.raises(KeyError, match="there is no item"):
             store.delete(number)
+    for number in (None, "1", [1]):
+        with pytest.raises(KeyError, match="there is no item"):
+            store.get(number)
+    assert [item.text for item in store.get_all()] == ["One."]
+
+
+def test_nothing_is_streamed_where_this_thread_holds_the_model(opened, pipeline):
+    """The thread that writes would wait for ever."""
+    store = opened()
+    with pipeline.lock:
+        with pytest.raises(RuntimeError, match="ask without stream"):
+            list(store.ask("Who?", user_id="anna", stream=True, **GREEDY))
+        store.ask("Who?", user_id="anna", **GREEDY)
 
 
 def test_newest_tokens_that_leave_no_room_are_named(opened):

@@ -240,6 +240,15 @@ def test_accents_are_the_same_however_they_are_written(opened, form):
             assert index.ranked(asked)[0] == place
 
 
+def test_a_word_with_an_accent_counts_as_one_without(opened):
+    store = opened()
+    said = ["Das Café ist zu.", "Das Haus ist zu.", "Müller war da.", "Schmidt, Schmidt und Schmidt."]
+    store.database.add([("user", text) for text in said], user="anna", agent=None, run=None, metadata=None)
+    for asked, plain in (("Café Haus", "Cafe Haus"), ("Müller Schmidt", "Muller Schmidt")):
+        found, expected = (store.search(query, user_id="anna") for query in (asked, plain))
+        assert len(found) == 2 and found == expected
+
+
 def test_words_behind_or_before_other_scripts_are_found(opened):
     """Where a question has letters of a script without spaces, its words may be pieces of longer ones."""
     store, said = opened(), ["Python을 좋아해요.", "私はPythonが好きです。", "Rust.", "고양이를 좋아해요."]
