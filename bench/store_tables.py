@@ -99,11 +99,6 @@ def conversations_written() -> str:
     return _ways("agent_written_smollm2", "turns")
 
 
-def documents_anchored() -> str:
-    """Tabulate questions about paragraphs behind memories of the packaged adapter."""
-    return _ways("rag_anchored_smollm2", "paragraphs")
-
-
 def documents_recalled() -> str:
     """Tabulate questions about paragraphs that adapters have learned, behind what is recalled or looked up."""
     rows = []
@@ -213,7 +208,6 @@ TABLES = {
     "documents": documents,
     "documents_paired": documents_paired,
     "documents_shared": documents_shared,
-    "documents_anchored": documents_anchored,
     "documents_recalled": documents_recalled,
     "conversations_written": conversations_written,
     "conversations_shared": conversations_shared,

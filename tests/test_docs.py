@@ -437,6 +437,17 @@ def test_what_memories_are_worth_behind_a_lookup():
     )
 
 
+def test_what_anchors_are_worth_behind_a_lookup():
+    head, *found = records("rag_anchored_smollm2.jsonl")
+    better = {(r["way"], r["better_than"]): r for r in found if r.get("of") == "nats"}
+    alone, beside = better["anchored_48", "memory"], better["anchored+minilm_48", "memory+minilm"]
+    worse = f"{-alone['mean']:.3f} ({-alone['high']:.3f} to {-alone['low']:.3f})"
+    text = text_of("docs/documents.md")
+    assert f"{head['questions']} of these questions in 48 slots" in text
+    assert f"are answered {worse} nats a token worse" in text and alone["high"] < 0
+    assert f"by MiniLM as well, {interval(beside)}." in text and beside["low"] < 0 < beside["high"]
+
+
 def test_what_recalling_is_worth_before_a_question():
     head, *found = records("recalled_smollm2.jsonl")
     ways = {r["way"]: r for r in found if "better_than" not in r}
