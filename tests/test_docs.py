@@ -1,6 +1,7 @@
 """The documentation: tables are made from the result files, figures in the text stand there, links lead somewhere."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -362,6 +363,20 @@ def test_what_memories_of_conversations_are_worth_where_heads_share_slots():
     for way in ("bm25", "minilm"):
         assert better[f"memory+{way}", way]["low"] > 0 and better["memory", way]["high"] < 0
     assert better["memory", "last"]["low"] > 0
+
+
+def test_what_is_written_behind_memories_of_conversations():
+    head, history, *found = records("agent_written_smollm2.jsonl")
+    ways = {r["way"]: r for r in found if "better_than" not in r}
+    grades = [record["f1"] for record in ways.values()]
+    text = text_of("docs/conversations.md")
+    said = f"The {head['questions']} questions of the first {head['users']} users, answered greedily in at most"
+    assert f"{said} {head['new_tokens']} tokens" in text and max(history["full_cut_tokens"]) > 0
+    assert f"F1 is {min(grades):.3f} to {max(grades):.3f} whatever" in text
+    assert f"{ways['nothing']['f1']:.3f} where nothing does" in text
+    assert not any(record["contains"] for record in ways.values())
+    assert ways["nothing"]["nats"] - ways["memory_64"]["nats"] > math.log(2)
+    assert ways["nothing"]["nats"] - ways["memory+bm25_64"]["nats"] > math.log(5)
 
 
 def test_what_memories_of_conversations_are_worth_to_a_second_model():
