@@ -304,11 +304,11 @@ class R3MemModel(TrainerInterface, Network):
                 "pinned (chat) and sizes are for a memory that begins: leave them out where a memory goes on"
             )
         self.check_memory(memory, len(rows))
+        if not progress:  # a bar, also one that is not shown, takes a lock that a killed child process may have held
+            with evaluating(self):
+                return compress_rows(self, rows, memory, finish=finish)
         total = sum(map(len, (*rows, *memory.unfinished)))
-        with (
-            evaluating(self),
-            tqdm(total=total, desc="Compressing", unit="tok", unit_scale=True, disable=not progress) as bar,
-        ):
+        with evaluating(self), tqdm(total=total, desc="Compressing", unit="tok", unit_scale=True) as bar:
             return compress_rows(self, rows, memory, finish=finish, on_tokens=bar.update)
 
     def empty_memory(

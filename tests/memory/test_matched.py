@@ -494,3 +494,16 @@ def test_backward_it_learns_to_read_them():
     with pytest.raises(ValueError, match="terms must be some of"):
         model(context, query_input_ids=query, terms=["compress"])
     assert dataclasses.asdict(model.r3mem_config)["memory_writer"] == "matched"
+
+
+def test_without_a_bar_nothing_is_waited_for(monkeypatch):
+    """A bar takes a lock that processes share: a forked child, killed while it held it, kept others for ever."""
+
+    class Held:
+        def __new__(cls, *arguments, **settings):
+            raise AssertionError("a bar was made")
+
+    monkeypatch.setattr("r3mem_fast.model.tqdm", Held)
+    assert network().compress(ids_of(40)).slots.tolist() == [2 * SLOTS]
+    with pytest.raises(AssertionError, match="a bar was made"):
+        network().compress(ids_of(40), progress=True)
