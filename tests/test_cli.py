@@ -120,3 +120,11 @@ def test_check_of_a_real_model(capsys, dtype, bits):
     report = json.loads(capsys.readouterr().out)
     assert report["exact"] and report["layers"] == 30
     assert report["gradients"]["max_relative_error"] <= (1e-5 if dtype == "float32" else 0.1)
+
+
+def test_a_misspelt_text_is_no_adapter(tmp_path, capsys, monkeypatch):
+    """Nor is it looked for on the hub: it ends like the other text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.txt").write_text("A text.")
+    assert main(["compress", "texts/missing.txt", "b.txt", "-o", "m"]) == 2
+    assert capsys.readouterr().err.endswith("there is no file texts/missing.txt\n")
