@@ -40,13 +40,14 @@ from typing import Any
 import torch
 
 from r3mem_fast import Memory, MemoryStore, R3MemConfig, R3MemPipeline
+from r3mem_fast.memory.slots import slots_a_head
 from r3mem_fast.store.answering import with_passages
 from r3mem_fast.store.beside import pinned_memory, with_layout
 from r3mem_fast.store.memories import History
 from r3mem_fast.store.turns import TurnCodec
 
 from .anchored import anchored_memory, load_adapter
-from .asking import Asked, ask_in_each_way, slots_in
+from .asking import Asked, add_grades, ask_in_each_way
 from .places import interval
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .records import add_output_option, add_records
@@ -309,10 +310,7 @@ class Asker:
         found = ask_in_each_way(self._pipeline, ways, [answer], new_tokens=self._options.new_tokens)
         for way, asked in ways.items():
             found[way]["slots"] = asked.slots - own
-        for way in ways:
-            total = totals.setdefault(way, {})
-            for name, value in found[way].items():
-                total[name] = total.get(name, 0.0) + value
+        add_grades(totals, found)
 
 
 def held_as_it_is(pipeline: R3MemPipeline, head: Memory, ids: Sequence[int]) -> Memory:
@@ -343,7 +341,7 @@ def _size(history: History) -> int:
     """Slots and tokens of a conversation, without pinned slots, with the tokens that the memory carries."""
     memory = history.memory
     assert memory is not None, "a conversation of several segments"
-    return slots_in(memory) + len(memory.recent[0]) + len(history.tail)
+    return slots_a_head(memory) + len(memory.recent[0]) + len(history.tail)
 
 
 def _positions(pipeline: R3MemPipeline) -> int:

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from r3mem_fast import Memory, R3MemModel, R3MemPipeline
 from r3mem_fast.integrations.compat import cache_argument
-from r3mem_fast.memory.slots import slots_of
+from r3mem_fast.memory.slots import slots_a_head
 from r3mem_fast.store.documents import rows_of_one
 
 from .answers_data import contains, f1, normalised
@@ -35,12 +35,20 @@ class Asked:
     @property
     def slots(self) -> int:
         """Slots and tokens before the answer, without the memory's pinned ones."""
-        return slots_in(self.memory) + len(self.carried) + len(self.ids)
+        return slots_a_head(self.memory) + len(self.carried) + len(self.ids)
 
 
-def slots_in(memory: Memory) -> int:
-    """Slots that a head of a matched memory of one row has on average, without pinned ones, rounded up."""
-    return int(slots_of(memory, torch.zeros(1, dtype=torch.int64)).filled()[0])
+def add_grades(totals: dict[str, dict[str, float]], graded: Mapping[str, Mapping[str, float]]) -> None:
+    """Add the grades of a question to those of others, by way and measure.
+
+    Args:
+        totals: Sums of the grades so far, which are changed.
+        graded: The grades of the question.
+    """
+    for way, grades in graded.items():
+        total = totals.setdefault(way, {})
+        for name, value in grades.items():
+            total[name] = total.get(name, 0.0) + value
 
 
 def ask_in_each_way(

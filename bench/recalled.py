@@ -38,7 +38,7 @@ from r3mem_fast.store.beside import pinned_memory
 from r3mem_fast.store.lookup import WordIndex, minilm_embedder
 
 from .answers_data import Question, chosen_groups, contains, read_xquad
-from .asking import Asked, ask_in_each_way
+from .asking import Asked, add_grades, ask_in_each_way
 from .places import interval
 from .prompts import template_of
 from .records import add_output_option, add_records
@@ -158,9 +158,7 @@ class _Asker:
                     "has_answer": contains(text, question.answers),
                     "tokens": float(len(self._pipeline.codec.ids(text))),
                 }
-                total = totals.setdefault(way, {})
-                for name, value in graded[way].items():
-                    total[name] = total.get(name, 0.0) + value
+            add_grades(totals, graded)
         return totals
 
     def _found(self, question: Question) -> dict[str, str]:

@@ -28,7 +28,7 @@ _WAYS = {
     "full": "all of it",
 }
 
-# Of `bench.recalled`.
+# Ways of `bench.recalled`, as the table calls them.
 _RECALLED = {
     "nothing": "nothing",
     "full": "the paragraph that it is about",

@@ -4,13 +4,13 @@ import argparse
 import contextlib
 import datetime
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from .common import agreed, begin, print_streamed, sampling_of, store_of
 from .options import add_lookup, add_sampling, add_store, add_store_model
 
 if TYPE_CHECKING:
-    from ..memory.memory import Memory
     from ..store import MemoryStore
 
 _HELP = """/memories        what is remembered, and in what form
@@ -107,11 +107,12 @@ class Conversation:
         if not reply:
             raise ValueError("the model wrote nothing, and nothing was added; other words, or --temperature, may help")
         said = [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
-        before = self._store.get_all(user_id=self._user, run_id=self._run)
+        begun = time.time()
         try:
             self._store.add(said, user_id=self._user, run_id=self._run)
         except KeyboardInterrupt:  # while it is compressed, most likely, which is done next time
-            is_kept = len(self._store.get_all(user_id=self._user, run_id=self._run)) > len(before)
+            items = self._store.get_all(user_id=self._user, run_id=self._run)
+            is_kept = bool(items) and items[-1].created >= begun
             print(f"(stopped; {'both are remembered' if is_kept else 'nothing was added'})")
 
     def _forget(self, how):
@@ -147,7 +148,9 @@ class Conversation:
         if memory is None:
             print("nothing is compressed yet")
         else:
-            slots = _slots_a_head(memory)
+            from ..memory.slots import slots_a_head
+
+            slots = slots_a_head(memory) + int(memory.pinned_slots()[0])
             print(f"{int(memory.tokens_seen[0])} tokens compressed into {slots} slots a head, {memory.nbytes} bytes")
         print(f"{len(history.tail)} tokens, the newest, are read as they are")
 
@@ -165,16 +168,6 @@ class Conversation:
         """Have the arrow keys bring back what the store holds, so that nothing comes back that was forgotten."""
         items = self._store.get_all(user_id=self._user)
         self._lines.replace([item.text for item in items if item.role == "user" and "\n" not in item.text][-_LINES:])
-
-
-def _slots_a_head(memory: "Memory") -> int:
-    """Slots that a head of a memory of one row has on average, rounded up, with those that stay as they are."""
-    import torch
-
-    from ..memory.slots import slots_of
-
-    slots = slots_of(memory, torch.zeros(1, dtype=torch.int64))
-    return int(slots.filled()[0]) + int(memory.pinned_slots()[0])
 
 
 class _Lines:

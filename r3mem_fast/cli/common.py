@@ -60,9 +60,8 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(options.seed)
-    given = {name: value for name in ("temperature", "top_p") if (value := getattr(options, name)) is not None}
-    if options.temperature == 0:
-        given = {}
+    names = () if options.temperature == 0 else ("temperature", "top_p")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return {"max_new_tokens": options.max_new_tokens, "do_sample": bool(given), **given}
 
 

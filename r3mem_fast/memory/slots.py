@@ -215,3 +215,12 @@ def replaced(memory: Memory, rows: Sequence[int], parts: Sequence[tuple[Sequence
             states[:, :, index, :, width - last :] = found.states[..., start:, :].to(states.dtype)
             ages[:, index, :, width - last :] = found.ages[..., start:].clamp_min(0).to(ages.dtype)
     return dataclasses.replace(memory, states=states, ages=ages, slots=counts)
+
+
+def slots_a_head(memory: Memory) -> int:
+    """Slots that a head of a matched memory of one row has on average, without pinned ones, rounded up.
+
+    Args:
+        memory: The memory.
+    """
+    return int(slots_of(memory, torch.zeros(1, dtype=torch.int64)).filled()[0])

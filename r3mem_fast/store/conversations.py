@@ -235,11 +235,17 @@ class MemoryStore:
 
     def get(self, item_id: int) -> Item:
         """An item by its number. Raises KeyError if there is none."""
-        (number,) = numbers_of([item_id])
-        found = self.database.items(*condition(item_id=number))
-        if not found:
-            raise KeyError(f"there is no item {number}")
-        return found[0]
+        (item,) = self._items([item_id])
+        return item
+
+    def _items(self, item_id: int | Sequence[int]) -> list[Item]:
+        """Items by their numbers. Raises KeyError if one is not there."""
+        numbers = numbers_of(item_id)
+        found = {item.id: item for item in self.database.items(*condition(item_id=numbers))}
+        for number in numbers:
+            if number not in found:
+                raise KeyError(f"there is no item {number}")
+        return [found[number] for number in numbers]
 
     def get_all(self, *, user_id: str = ANY, agent_id: str = ANY, run_id: str = ANY) -> list[Item]:
         """Items of a user, an agent or a run, in the order in which they were added; without any, all.
@@ -274,9 +280,7 @@ class MemoryStore:
         """
         chosen = given(item_id=item_id, user_id=user_id, agent_id=agent_id, run_id=run_id)
         if "item_id" in chosen:
-            chosen["item_id"] = numbers_of(item_id)
-            for number in chosen["item_id"]:
-                self.get(number)
+            chosen["item_id"] = [item.id for item in self._items(item_id)]
         where, values = condition(**chosen)
         if not values:
             raise ValueError("say what is to be deleted: an item_id, a user_id, an agent_id or a run_id")

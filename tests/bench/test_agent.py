@@ -11,6 +11,7 @@ import torch
 from bench import agent, asking, rag, store_times, talks
 from bench.asking import Asked, grades, rouge_l
 from r3mem_fast import Memory, MemoryStore, R3MemConfig
+from r3mem_fast.memory.slots import slots_a_head
 from r3mem_fast.store import lookup
 from r3mem_fast.store.beside import pinned_memory
 from r3mem_fast.store.memories import History
@@ -163,7 +164,7 @@ def test_passages_fill_their_slots(pipeline, monkeypatch, tmp_path):
     assert text == "A cat.\nRex \n" and len(text) == 12
     sentences = pipeline.codec.text(torch.tensor(asker._passages("bm25+", [1, 0], 12)))
     assert sentences == "Re\nHe eats.\n"  # in the order of the text
-    assert asking.slots_in(asker._memory(1, 4)) == 4
+    assert slots_a_head(asker._memory(1, 4)) == 4
     mixed = asker._sentence_and_memory(1, 12, [5])
     assert mixed.slots == 13
 
