@@ -27,7 +27,9 @@ from .manifest import (
     FORMAT_VERSION,
     MANIFEST,
     MEMORY_TOKENS,
+    REMEMBER_CHECKPOINT,
     SAVED,
+    TRAIN_CHECKPOINTS,
     finish_save,
     folder_of_adapter,
     is_adapter,
@@ -243,6 +245,10 @@ def put_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
         parameters[name].copy_(weight)
 
 
+# Settings of PEFT's that change what the same weights compute.
+_OF_LORA = ("r", "target_modules", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
 @torch.no_grad()
 def replace_weights(model: Any, folder: str | Path) -> dict[str, Any]:
     """Put the adapter of a folder in the place of a model's own, without loading the base model again.
@@ -265,7 +271,8 @@ def replace_weights(model: Any, folder: str | Path) -> dict[str, Any]:
     _check_base(folder, manifest, model.peft_model.get_base_model(), model.base_fingerprint())
     saved = PeftConfig.from_pretrained(folder)
     own = model.peft_model.peft_config[model.peft_model.active_adapter]
-    if config != model.r3mem_config or (saved.r, saved.target_modules) != (own.r, own.target_modules):
+    differ = [name for name in _OF_LORA if getattr(saved, name, None) != getattr(own, name, None)]
+    if config != model.r3mem_config or differ:
         raise ValueError(
             f"{folder} was made with other settings than the model's adapters, and cannot take their place; load it "
             f"alone: R3MemPipeline({str(folder)!r})"
@@ -330,7 +337,7 @@ class OwnFolder:
         self._digest = _digest(self.path / MANIFEST)
 
     def refuse_foreign(self, folder: Path, checkpoint: str) -> None:
-        """Refuse to write to a folder whose adapter is another one, or was changed since it was seen.
+        """Refuse to write to a folder whose adapter is another one, or was changed since it was seen, or to a model's.
 
         Args:
             folder: The folder that is to be written to.
@@ -340,6 +347,13 @@ class OwnFolder:
         Raises:
             ValueError: The folder must not be written to.
         """
+        _refuse_model(folder)
+        for other in {REMEMBER_CHECKPOINT, TRAIN_CHECKPOINTS} - {checkpoint}:
+            if (folder / other).exists():
+                raise ValueError(
+                    f"a run of another kind was interrupted in {folder}, which has left {other}: finish that run, "
+                    "delete what it has left, or choose another folder"
+                )
         if not (folder / MANIFEST).is_file() or self.refuse_changed(folder):
             return
         if not (folder / checkpoint).exists():
@@ -365,6 +379,14 @@ class OwnFolder:
                 f"load it again: R3MemPipeline({str(folder)!r})"
             )
         return own
+
+
+def _refuse_model(folder):
+    """Raise ValueError where a new adapter would stand in the way of a model, which is loaded by the same name."""
+    if (folder / MANIFEST).is_file():
+        return
+    if str(folder) == EMBEDDED_MODEL or (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is a model, and an adapter there would hide it; choose another folder")
 
 
 def _digest(path):

@@ -95,6 +95,8 @@ class TextCodec:
     def histories(self, texts: Sequence[str], *, chat: bool, begins: bool) -> tuple[list[list[int]], int]:
         """Token ids of texts that are to be compressed, and how many of them are pinned at the beginning of each.
 
+        In a user's turn special tokens of a text, such as the end of a turn, are mere letters.
+
         Args:
             texts: The texts.
             chat: Whether each stands in a user's turn.
@@ -105,7 +107,7 @@ class TextCodec:
         """
         if chat:
             before = self.turn[0]
-            return [before + self.ids(text) for text in texts], len(before)
+            return [before + self.said(text) for text in texts], len(before)
         if begins:
             return [self.begun(text) for text in texts], len(self.opening)
         return [self.ids(text) for text in texts], 0
@@ -123,7 +125,7 @@ class TextCodec:
         return [torch.tensor(row, dtype=torch.int64) for row in rows]
 
     def prompts(self, prompts: Sequence[str], *, chat: bool | None, pinned: Sequence[int] | None) -> list[list[int]]:
-        """Token ids of prompts that are to be continued.
+        """Token ids of prompts that are to be continued; special tokens as in `histories`.
 
         Args:
             prompts: The prompts.
@@ -143,13 +145,13 @@ class TextCodec:
             return [self.begun(text) if pinned is None else self.ids(text) for text in prompts]
         before, after = self.turn
         if pinned is None:
-            return [before + self.ids(text) + after for text in prompts]
+            return [before + self.said(text) + after for text in prompts]
         if any(count != len(before) for count in pinned):
             raise ValueError(
                 "a memory's text stands in no user's turn, or in that of another template; compress it with chat=True "
                 "(--chat), or ask with chat=False"
             )
-        return [self.ids(f"\n\n{text}") + after for text in prompts]
+        return [self.said(f"\n\n{text}") + after for text in prompts]
 
     def _is_of_turn(self, pinned: int) -> bool:
         """Whether a memory with so many pinned tokens is of a text in a user's turn, as far as that can be known."""

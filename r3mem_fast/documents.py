@@ -172,7 +172,7 @@ def by_level(
         Texts by `(level, name)`. A part is called "NAME, paragraph 1" or "NAME, passage 1", and so on.
 
     Raises:
-        ValueError: A level is unknown, or there is no text of these levels.
+        ValueError: A level is unknown, or a document holds no text.
     """
     if not levels or set(levels) - set(LEVELS):
         raise ValueError(f"levels must be some of {LEVELS}, got {levels!r}")
@@ -181,10 +181,8 @@ def by_level(
         if "document" in levels:
             texts["document", name] = text
         if set(levels) - {"document"}:
-            contexts = contexts_of(split_document(text, name, count))
+            contexts = contexts_of(split_document(text, name, count), levels)
             for level, kind in (("paragraph", "paragraph"), ("entity", "passage")):
                 for number, (context, _) in enumerate(contexts[level] if level in levels else (), 1):
                     texts[level, f"{name}, {kind} {number}"] = context
-    if not texts:
-        raise ValueError(f"the documents have no {' or '.join(levels)} that is not the whole of one")
     return texts

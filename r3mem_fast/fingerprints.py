@@ -14,6 +14,7 @@ from .integrations.compat import setting_of
 from .integrations.peft import base_parameters, own_parameters
 from .memory.layout import MemoryLayout, Origin
 from .reversible.convert import text_config
+from .reversible.replay import sum_of_bits
 
 # Settings of a model that change what the same weights compute.
 _CONFIG_KEYS = (
@@ -173,5 +174,9 @@ def _base_stamps(peft_model):
 
 
 def _stamps(parameters):
-    """Version stamps of parameters, which change with every in-place modification, except through `.data`."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    """Stamps of parameters, which change with their values; those of frozen ones not if `.data` is modified."""
+    parameters = list(parameters)
+    # Fused optimizers, transformers' default, change values and leave versions as they are.
+    learning = [sum_of_bits(p) for p in parameters if p.requires_grad]
+    sums = torch.stack([found.to(learning[0].device) for found in learning]).tolist() if learning else []
+    return [[(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters], sums]

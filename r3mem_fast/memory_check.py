@@ -11,6 +11,8 @@ from .integrations.scoped import evaluating
 from .model import R3MemModel
 from .reversible import restore
 
+# For three texts of some tokens each.
+LEAST_TOKENS = 12
 _MEMORY_TOKENS = 4
 
 
@@ -72,8 +74,8 @@ def check_memories(model: torch.nn.Module, input_ids: torch.Tensor) -> MemoryRep
         MemoryNotReadError: A layer did not read a memory, or did not write one.
         ValueError: There are too few tokens.
     """
-    if input_ids.dim() != 2 or input_ids.shape[1] < 12:
-        raise ValueError(f"input_ids must be [1, T] with at least 12 tokens, got {list(input_ids.shape)}")
+    if input_ids.dim() != 2 or input_ids.shape[1] < LEAST_TOKENS:
+        raise ValueError(f"input_ids must be [1, T] with at least {LEAST_TOKENS} tokens, got {list(input_ids.shape)}")
     length = input_ids.shape[1] // 3
     first, second, prompt = (input_ids[:1, part * length : (part + 1) * length] for part in range(3))
     if isinstance(model, R3MemModel):

@@ -61,9 +61,9 @@ def remember_documents(
     rehearsed = rehearsed_pairs(earlier, recall)
     report = remember(model, codec.tokenizer, [*rehearsed, *pairs], settings, folder=folder, progress=progress)
     learned = {pair.query for pair in report.pairs}
-    lost = [entry for entry in earlier if entry["query"] not in learned]
-    report = dataclasses.replace(report, lost=tuple(entry["query"] for entry in lost))
-    return report, [*as_not_exact(lost), *entries_of(report, whole_of, codec.count)]
+    gone = [entry for entry in earlier if entry["query"] not in learned]
+    report = dataclasses.replace(report, lost=tuple(entry["query"] for entry in gone if entry["exact"]))
+    return report, [*as_not_exact(gone), *entries_of(report, whole_of, codec.count)]
 
 
 def rehearsed_pairs(entries: Sequence[Entry], recall: Callable[[list[str]], list[str]]) -> list[Pair]:
@@ -77,7 +77,8 @@ def rehearsed_pairs(entries: Sequence[Entry], recall: Callable[[list[str]], list
     Returns:
         Pairs for the contexts that come back without a change.
     """
-    asked = sorted((entry for entry in entries if entry["exact"]), key=lambda entry: entry["tokens"])
+    # Those, too, that did not come back when they were learned, or may have been forgotten since: their digests tell.
+    asked = sorted(entries, key=lambda entry: entry["tokens"])
     contexts: list[str] = []
     for start in range(0, len(asked), _BATCH):
         contexts += recall([entry["query"] for entry in asked[start : start + _BATCH]])

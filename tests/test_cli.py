@@ -29,8 +29,10 @@ def test_check(folder, capsys):
         (["check", "{folder}", "--text", "no-such-file.txt"], "No such file"),
         (["check", "{folder}", "--text", "{empty}"], "holds no text"),
         (["check", "{folder}", "--text", "{binary}"], "is not UTF-8 text"),
-        (["check", "{folder}", "--text", "{short}"], "the text has 5 tokens; 512 are needed"),
-        (["check", "{folder}", "--fraction-bits", "40"], "fraction_bits must be"),
+        (["check", "{folder}", "--text", "{short}", "--tokens", "40"], "the text has 5 tokens; 40 are needed"),
+        (["check", "{folder}", "--tokens", "8"], "8 are too few to check memories: 12"),
+        (["check", "{folder}", "--tokens", "5000"], "5000 are more than the model's 128 positions"),
+        (["check", "{folder}", "--fraction-bits", "40", "--tokens", "40"], "fraction_bits must be"),
         (["demo", "--model", "{folder}", "--output", "no-such-folder/x.png"], "there is no folder no-such-folder"),
     ],
 )

@@ -193,6 +193,19 @@ def test_what_cannot_be_recalled_is_not_rehearsed(remembered):
     assert not pipeline.remembered[0]["exact"]
 
 
+def test_what_was_not_exact_is_asked_again(remembered):
+    """Training may have left it known all the same. What never was is not lost."""
+    _, report, target = remembered
+    pipeline = R3MemPipeline(target)
+    pipeline.remembered = [{**entry, "exact": False} for entry in pipeline.remembered]
+    never = {**pipeline.remembered[0], "query": "Never?", "sha256": "0" * 64}
+    pipeline.remembered.append(never)
+    few = RememberSettings(max_steps=1, divergence=None)
+    found = pipeline.remember("Something else.", settings=few, progress=False)
+    assert {pair.query for pair in report.pairs} <= {pair.query for pair in found.pairs}
+    assert found.lost == () and never in pipeline.remembered
+
+
 def test_ways_to_make_one(folder, remembered):
     model, tokenizer = load_model(str(folder))
     made = R3MemPipeline(R3MemModel(model, CONFIG), tokenizer)
@@ -344,6 +357,9 @@ def test_memories_of_anchors_have_the_size_that_is_asked_for(folder, tmp_path, c
     assert "leave out --segment-length" in capsys.readouterr().err
 
 
+TINY = ["--model", "{folder}", "--memory-tokens", "2", "--segment-length", "8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -355,6 +371,11 @@ def test_memories_of_anchors_have_the_size_that_is_asked_for(folder, tmp_path, c
         (["remember", "{tmp}/x", "{text}", "{text}", "--model", "{folder}"], "a text is named twice"),
         (["remember", "{unfinished}", "{text}", "--model", "{unfinished}"], "was interrupted there"),
         (["remember", "{text}", "{text}", "--model", "{folder}"], "is a file"),
+        (["remember", "{folder}", "{text}", "--model", "{folder}"], "is a model, and an adapter there would hide it"),
+        (["train", "{text}", "-o", "{folder}", *TINY], "is a model, and an adapter there would hide"),
+        (["train", "{text}", "-o", "{unfinished}", *TINY], "a run of another kind was interrupted"),
+        (["compress", "-o", "{text}", "{long}", "--model", "{folder}"], "holds no memory that could be replaced"),
+        (["refine", "{text}", "-o", "{text}", "--memory", "{long}"], "holds no memory that could be replaced"),
         (["recall", "{tmp}/none", "query"], "is no folder"),
         (["recall", "{folder}", "query"], "no adapter was saved there"),
         (["inspect", "{folder}"], "no adapter was saved there"),
@@ -377,7 +398,15 @@ def test_bad_input_of_commands_is_one_clear_line(folder, tmp_path, capsys, argum
     assert main([argument.format(**names) for argument in arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r3mem ")]
     assert len(errors) == 1 and message in errors[0]
-    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x").exists() and (tmp_path / "text").read_text() == TEXT
+
+
+def test_no_adapter_takes_the_name_of_the_embedded_model(folder, tmp_path, monkeypatch):
+    """Commands that name no model would find the adapter, and its base model under its own name."""
+    monkeypatch.chdir(tmp_path)
+    pipeline = R3MemPipeline(str(folder), config=CONFIG)
+    with pytest.raises(ValueError, match="smollm2-135m is a model, and an adapter there would hide it"):
+        pipeline.remember(TEXT, folder="smollm2-135m", progress=False)
 
 
 def test_an_adapter_that_comes_with_the_package(tmp_path, monkeypatch):

@@ -6,20 +6,22 @@
 concatenated, no mask is made, and no kernel is compiled anew when batch, tokens or memory change.
 
 Shapes: B is the number of rows (batch items), Hq and Hkv the numbers of query and key heads (Hq a multiple of Hkv), T,
-S and M the numbers of queries, keys of the segment and memory tokens, and D the head_dim, up to `MAX_HEAD_DIM`. Keys
-already carry their positions (rotary embeddings). A query that sees no key at all gives an output of zeros, and a
-log-sum-exp of -inf.
+S and M the numbers of queries, keys of the segment and memory tokens, and D the head_dim (up to `MAX_HEAD_DIM` for
+Triton's kernels). Keys already carry their positions (rotary embeddings). A query that sees no key at all gives an
+output of zeros, and a log-sum-exp of -inf.
 """
+
+import math
 
 import torch
 
+from ..common.compat import MAX_HEAD_DIM
 from . import ops
 from .reference import merge
 
 __all__ = ["MAX_HEAD_DIM", "memory_attention", "memory_attention_varlen", "memory_decode", "merge"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-MAX_HEAD_DIM = 256
 MAX_DECODED = 64  # queries that share a key head
 
 
@@ -115,8 +117,8 @@ def memory_attention_varlen(
             nothing else.
         value: `[total, Hkv, D]`.
         cu_seqlens: int32 `[N + 1]`, where each segment starts, and the total.
-        max_seqlen: Length of the longest segment, in tokens. A larger number costs time, a smaller one leaves tokens
-            out. It is not compared with `cu_seqlens`, which would synchronise with the GPU.
+        max_seqlen: Length of the longest segment, in tokens. A larger number costs time; what a smaller one gives is
+            not defined, and refused on a CPU alone: to compare it with `cu_seqlens` would synchronise with a GPU.
         memory_key: `[N, Hkv, M, D]`, or `[1, Hkv, M, D]` for one memory that all segments read. M may be 0. None for
             no memory.
         memory_value: Tensor of the shape of `memory_key`; None for no memory.
@@ -149,6 +151,9 @@ def memory_attention_varlen(
     _check_tensors(query, key, value, memory_key, memory_value, segments=segments)
     if len(key) != len(query):
         raise ValueError(f"key has {len(key)} tokens and query {len(query)}: as many of both")
+    on_host = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, and a segment has {longest} tokens")
     lengths = _checked_lengths("memory_lengths", memory_lengths, query, segments, needs=memory_key)
     settings = _checked_settings(query, sinks, scale, window, softcap)
     ends = cu_seqlens.contiguous()
@@ -272,8 +277,8 @@ def _check_tensors(
             raise ValueError(f"{name} must have {wanted} dimensions, got {list(tensor.shape)}")
         if tensor.shape[-1] != query.shape[-1]:
             raise ValueError(f"{name} has head_dim {tensor.shape[-1]}, query {query.shape[-1]}")
-    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must lie in 1..{MAX_HEAD_DIM}, got {query.shape[-1]}")
+    if query.shape[-1] < 1:
+        raise ValueError("head_dim must be at least 1")
     if key.shape != value.shape:
         raise ValueError(f"key {list(key.shape)} and value {list(value.shape)} must agree")
     if not packed and len(key) != rows:
@@ -312,6 +317,6 @@ def _checked_settings(
             raise ValueError(f"sinks must be [{query.shape[1]}] on {query.device}, got {_describe(sinks)}")
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window must be an integer of at least 1, or None, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, or None, got {softcap!r}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be finite and above 0, or None, got {softcap!r}")
     return query.shape[-1] ** -0.5 if scale is None else float(scale), window or 0, float(softcap or 0.0)

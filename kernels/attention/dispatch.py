@@ -43,7 +43,7 @@ def choose(inputs: AttentionInputs, settings: AttentionSettings) -> Choice:
     """
     forced = _forced()
     if _is_without_vendor(inputs.query, forced):
-        return _choose_without_vendor(inputs.query, forced)
+        return choose_without_vendor(inputs.query, forced)
     reason = (folded if inputs.key is None else vendor).why_not(inputs, settings)
     if reason is None:
         return Choice("vendor", f"{VARIABLE}=vendor" if forced else "the fastest on a CPU")
@@ -99,12 +99,12 @@ def choose_for_decoding(inputs: AttentionInputs, settings: AttentionSettings) ->
     """
     forced = _forced()
     if _is_without_vendor(inputs.query, forced):
-        return _choose_without_vendor(inputs.query, forced)
+        return choose_without_vendor(inputs.query, forced)
     reason = folded.why_not(inputs, settings)
     if reason is None:
         return Choice("vendor", f"{VARIABLE}=vendor" if forced else "the fastest on a CPU")
     if inputs.query.device.type != "cpu":  # where no vendor's kernel decodes, whatever is forced
-        return _choose_without_vendor(inputs.query, "")
+        return choose_without_vendor(inputs.query, "")
     return Choice("reference", reason)
 
 
@@ -123,8 +123,14 @@ def _is_without_vendor(query: torch.Tensor, forced: str) -> bool:
     return query.device.type != "cpu" or bool(os.environ.get(dispatch.VARIABLE))
 
 
-def _choose_without_vendor(query: torch.Tensor, forced: str) -> Choice:
-    """Choose between the reference and Triton: the one that is forced, else by device and dtype."""
+def choose_without_vendor(query: torch.Tensor, forced: str = "") -> Choice:
+    """Choose between the reference and Triton: the one that is forced, else by device, dtype and size of a head.
+
+    Args:
+        query: The queries.
+        forced: The one that is forced; an empty string for none.
+    """
     if query.dtype == torch.float64 and not forced and not os.environ.get(dispatch.VARIABLE):
         return Choice("reference", "float64")
-    return dispatch.choose(query.device, (query.dtype,), VARIABLE if forced else dispatch.VARIABLE)
+    variable = VARIABLE if forced else dispatch.VARIABLE
+    return dispatch.choose(query.device, (query.dtype,), variable, head_dim=query.shape[-1])

@@ -100,7 +100,7 @@ def _run_memory_attention_backward(
     chosen = dispatch.choose(inputs, settings).implementation
     # The vendors' kernels take no gradient of lse, and no memory alone.
     if chosen == "vendor" and (grad_lse is not None or inputs.key is None):
-        chosen = "triton" if query.device.type == "cuda" else "reference"
+        chosen = dispatch.choose_without_vendor(query).implementation
     if chosen == "triton":
         grads = _triton().memory_attention_backward(
             grad_output, grad_lse, inputs, output, lse, settings, frozen_memory=frozen_memory

@@ -133,7 +133,9 @@ def grad_of_sinks(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -
     Returns:
         g^sink, `[Hq]`, in the dtype of the sinks.
     """
-    return -(torch.exp(sinks.to(lse.dtype)[None, :, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+    weights = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+    weights = weights.masked_fill(lse == -torch.inf, 0.0)  # sinks of -inf where a query sees nothing else
+    return -(weights * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def merge(

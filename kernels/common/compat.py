@@ -7,6 +7,9 @@ import torch
 
 TRITON_RANGE = ((3, 6), (3, 10))  # from, up to but not including
 MIN_CUDA_CAPABILITY = (8, 0)
+MAX_HEAD_DIM = 256  # of kernels that have heads
+# AMD's architectures with as much shared memory, and as wide warps, as that which the kernels are compiled for.
+_HIP_ARCHITECTURES = ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
 
 
 @functools.cache
@@ -27,7 +30,7 @@ def why_no_triton() -> str | None:
     return None
 
 
-def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> str | None:
+def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = (), head_dim: int = 1) -> str | None:
     """Say why Triton kernels cannot run on tensors of this device and these dtypes.
 
     On a CPU they run in Triton's interpreter only.
@@ -35,6 +38,7 @@ def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ())
     Args:
         device: Device of the tensors.
         dtypes: Dtypes of the tensors.
+        head_dim: Size of a head, where there are any.
 
     Returns:
         The reason in a few words, or None if they can.
@@ -43,6 +47,8 @@ def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ())
         return reason
     if torch.float64 in dtypes:
         return "the kernels compute in float32"
+    if head_dim > MAX_HEAD_DIM:
+        return f"heads of {head_dim} elements are larger than the kernels' {MAX_HEAD_DIM}"
     if interpreting() and torch.bfloat16 in dtypes:
         return "Triton's interpreter computes bfloat16 wrongly (use float16 or float32 there)"
     if device.type == "cpu":
@@ -51,9 +57,9 @@ def why_no_triton_on(device: torch.device, dtypes: tuple[torch.dtype, ...] = ())
         return f"there are no Triton kernels for the device type {device.type!r}"
     if not _sees_gpu():
         return "PyTorch sees no GPU here"
-    if torch.version.hip is None and not interpreting():
-        return _why_not_capable(device.index if device.index is not None else torch.cuda.current_device())
-    return None
+    if interpreting():
+        return None
+    return _why_not_capable(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def interpreting() -> bool:
@@ -112,7 +118,11 @@ def _sees_gpu() -> bool:
 
 @functools.cache
 def _why_not_capable(index: int) -> str | None:
-    """Say why a GPU's compute capability does not suffice; None if it does."""
+    """Say why a GPU's architecture, or compute capability, does not suffice; None if it does."""
+    if torch.version.hip is not None:
+        architecture = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        known = ", ".join(_HIP_ARCHITECTURES)
+        return None if architecture in _HIP_ARCHITECTURES else f"{architecture} is none of {known}"
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CUDA_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (capability, MIN_CUDA_CAPABILITY))

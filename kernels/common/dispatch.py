@@ -30,13 +30,16 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = (), variable: str = VARIABLE) -> Choice:
+def choose(
+    device: torch.device, dtypes: tuple[torch.dtype, ...] = (), variable: str = VARIABLE, *, head_dim: int = 1
+) -> Choice:
     """Choose the implementation for tensors of this device and these dtypes.
 
     Args:
         device: Device of the tensors.
         dtypes: Dtypes of the tensors.
         variable: Environment variable that may force an implementation.
+        head_dim: Size of a head, where there are any.
 
     Returns:
         The implementation and the reason for it.
@@ -47,11 +50,11 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = (), variable:
     """
     forced = os.environ.get(variable, "")
     if not forced:
-        return _automatic(device, dtypes)
+        return _automatic(device, dtypes, head_dim)
     if forced not in IMPLEMENTATIONS:
         raise ValueError(f"{variable} must be {' or '.join(IMPLEMENTATIONS)}, or unset; it is {forced!r}")
     if forced == "triton":
-        reason = why_no_triton_on(device, dtypes)
+        reason = why_no_triton_on(device, dtypes, head_dim)
         if reason is not None:
             raise RuntimeError(f"{variable}=triton cannot run on {device}: {reason}")
         if interpreting():
@@ -59,10 +62,10 @@ def choose(device: torch.device, dtypes: tuple[torch.dtype, ...] = (), variable:
     return Choice(forced, f"{variable}={forced}")
 
 
-def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Choice:
+def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...], head_dim: int) -> Choice:
     """Choose Triton on a GPU, if it can run there, else the reference."""
     if device.type == "cuda":
-        reason = why_no_triton_on(device, dtypes)
+        reason = why_no_triton_on(device, dtypes, head_dim)
         if reason is None:
             return Choice("triton", "a GPU")
         _say_once(f"the reference implementation runs on {device}, slowly: {reason}")

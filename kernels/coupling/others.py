@@ -306,9 +306,9 @@ def add_quantized_(
         flags: int32 `[3]`, as `new_flags` makes it; None where the forward pass has set them.
         sign: 1 to add, -1 to take away.
     """
-    increment = quantize(value, fraction_bits, flags)
+    increment = sign * quantize(value, fraction_bits, flags)
     if flags is None:
-        stream.add_(increment, alpha=sign)
+        stream.add_(increment)
     else:
         add_checked_(stream, increment, flags)
 

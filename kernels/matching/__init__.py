@@ -7,19 +7,21 @@ functions below validate their arguments and call the operators `torch.ops.r3mem
 the softmax's mass they have.
 
 Shapes: B is the number of rows (batch items; layers may be rows, too), H and KV the numbers of query and key heads (H
-a multiple of KV), n, S and t the numbers of queries, keys and kept keys, and D the head_dim, up to `MAX_HEAD_DIM`.
-Keys and queries already carry their positions (rotary embeddings); positions here only say who sees whom. No matrix of
-queries by keys is held on a GPU, results are the same at every run, and nothing is differentiable.
+a multiple of KV), n, S and t the numbers of queries, keys and kept keys, and D the head_dim (up to `MAX_HEAD_DIM` for
+Triton's kernels). Keys and queries already carry their positions (rotary embeddings); positions here only say who sees
+whom. They hold no matrix of queries by keys, results are the same at every run, and nothing is differentiable.
 """
+
+import math
 
 import torch
 
+from ..common.compat import MAX_HEAD_DIM
 from . import ops
 
 __all__ = ["MAX_HEAD_DIM", "MAX_KEPT", "attention_scores", "value_system"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-MAX_HEAD_DIM = 256
 MAX_KEPT = 1024
 
 
@@ -156,8 +158,8 @@ def _check_tensors(
     head_dim = query.shape[-1]
     if key.shape[-1] != head_dim:
         raise ValueError(f"key has head_dim {key.shape[-1]}, query {head_dim}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must lie in 1..{MAX_HEAD_DIM}, got {head_dim}")
+    if head_dim < 1:
+        raise ValueError("head_dim must be at least 1")
     heads, key_heads = query.shape[1], key.shape[1]
     if key_heads == 0 or heads == 0 or heads % key_heads:
         raise ValueError(f"{heads} query heads must be a multiple of the {key_heads} key heads")
@@ -190,8 +192,8 @@ def _checked_settings(
             raise ValueError(f"sinks must be [{query.shape[1]}] on {query.device}, got {_describe(sinks)}")
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window must be an integer of at least 1, or None, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, or None, got {softcap!r}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be finite and above 0, or None, got {softcap!r}")
     # Positions are int32, so that a longer window sees no more.
     window = min(window or 0, 2**31 - 1)
     return query.shape[-1] ** -0.5 if scale is None else float(scale), window, float(softcap or 0.0)

@@ -26,7 +26,7 @@ def _implementation(query: torch.Tensor) -> ModuleType:
     """Return the module whose functions run for these queries; float64 is the reference's, unless it is forced."""
     if query.dtype == torch.float64 and not os.environ.get(dispatch.VARIABLE):
         return reference
-    if dispatch.choose(query.device, (query.dtype,)).implementation == "reference":
+    if dispatch.choose(query.device, (query.dtype,), head_dim=query.shape[-1]).implementation == "reference":
         return reference
     from . import triton
 

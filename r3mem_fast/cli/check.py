@@ -75,9 +75,16 @@ def _check(options: argparse.Namespace) -> int:
         restore,
     )
     from ..data.text import read_text, token_windows
+    from ..memory_check import LEAST_TOKENS
+    from ..positions import positions_of
 
+    if not options.no_memories and options.tokens < LEAST_TOKENS:
+        raise ValueError(f"--tokens {options.tokens} are too few to check memories: {LEAST_TOKENS}, or --no-memories")
     text = read_text(options.text)
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=device_of(options))
+    most = positions_of(model)
+    if most is not None and options.tokens > most:
+        raise ValueError(f"--tokens {options.tokens} are more than the model's {most} positions")
     ids = token_windows(tokenizer, text, tokens=options.tokens, count=1).to(model.device)
     make_reversible(model, MomentumCoupling(bits=options.bits, fraction_bits=options.fraction_bits))
     inverse = check_inverse(model, ids, per_layer=options.per_layer)

@@ -92,7 +92,22 @@ def _compress(options: argparse.Namespace) -> int:
 
     _name_folder(options)
     with locked_file(options.output):
+        _refuse_other(options.output)
         return _compress_to(options)
+
+
+def _refuse_other(output: str) -> None:
+    """Raise FileExistsError for a file that is no memory, such as a text that was to be read (`-o *.txt`)."""
+    from ..memory.file import read_header
+
+    if not os.path.exists(output) or not os.path.getsize(output):
+        return
+    try:
+        read_header(output)
+    except ValueError:
+        raise FileExistsError(
+            f"{output} is there, and holds no memory that could be replaced; name another file, or delete it first"
+        ) from None
 
 
 def _name_folder(options: argparse.Namespace) -> None:
@@ -147,6 +162,7 @@ def _refine(options: argparse.Namespace) -> int:
 
     _name_folder(options)
     with locked_file(options.output):
+        _refuse_other(options.output)
         return _refine_to(options)
 
 

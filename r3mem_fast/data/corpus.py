@@ -47,15 +47,17 @@ def read_texts(path: str | os.PathLike[str], column: str = "text") -> list[str]:
 
 def _rows_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield `(where it stands, row)` of a file of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 text ({error.reason})") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if text.strip():
+                yield f"line {number}", row
 
 
 def _rows_of_dataset(path: Path, column: str) -> Iterator[tuple[str, Any]]:

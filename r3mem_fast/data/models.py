@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..devices import as_device, as_dtype
-from ..files import locked
+from ..files import locked, permissions_of
 from ..integrations import attention  # noqa: F401  (registers attn_implementation="r3mem")
 from ..integrations.compat import bars_of_gguf_on_terminals_only, gguf_options
 from ..manifest import EMBEDDED_ADAPTERS, is_adapter
@@ -73,12 +73,12 @@ def load_model(
         if settings.get("device_map") is not None:
             raise ValueError("device and device_map both say where the model goes; pass one of them")
         device = as_device(device)
-    if is_adapter(name):
+    embedded = name == EMBEDDED_MODEL
+    if not embedded and is_adapter(name):
         raise ValueError(
             f"{str(name)!r} is an adapter, not a model of its own: R3MemPipeline({str(name)!r}) loads it with its "
             "base model, and so does R3MemModel.from_pretrained"
         )
-    embedded = name == EMBEDDED_MODEL
     source = embedded_model_folder() if embedded else _existing(name, settings)
     of_tokenizer = {key: settings[key] for key in _OF_BOTH if key in settings}
     try:
@@ -183,6 +183,8 @@ def _convert(folder: Path) -> None:
     """Convert the package's GGUF file into a new folder, which then takes the place of `folder`."""
     package = importlib.util.find_spec(_PACKAGE)
     assert package is not None and package.submodule_search_locations, "see missing_packages"
+    for leftover in folder.parent.glob(f".{folder.name}-????????"):  # of a process that was killed meanwhile
+        shutil.rmtree(leftover)
     convert_gguf(Path(package.submodule_search_locations[0]) / _GGUF, folder)
 
 
@@ -209,8 +211,17 @@ def convert_gguf(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(unfinished)
         sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
         (unfinished / _CONVERTED).write_text(json.dumps(sizes), encoding="utf-8")
+        _let_others_read(unfinished)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _let_others_read(folder):
+    """Give a temporary folder, and the files in it, the permissions that new ones have."""
+    usual = permissions_of(folder / _CONVERTED)
+    for path in folder.iterdir():
+        path.chmod(usual)
+    folder.chmod(usual | (usual & 0o444) >> 2)  # whoever may read a folder may look into it

@@ -15,7 +15,8 @@ def read_text(path: str | os.PathLike[str] | None = None) -> str:
     """Read a text.
 
     Args:
-        path: A UTF-8 text file; None: the topics of Python's own help, real English that every machine has.
+        path: A UTF-8 text file, with or without a byte order mark; None: the topics of Python's own help, real English
+            that every machine has.
 
     Returns:
         The text.
@@ -27,7 +28,7 @@ def read_text(path: str | os.PathLike[str] | None = None) -> str:
     if path is None:
         return "\n".join(pydoc_data.topics.topics.values())
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not text.strip():

@@ -17,7 +17,6 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # What ends a phrase: a key phrase never reaches over one of these.
 _PAUSE = re.compile(r"[.!?;:—\"“”()\[\]_]")
 _SEPARATOR = "; "
-_LONGEST_WORD = 24
 
 
 class ExtractiveBuilder:
@@ -185,7 +184,7 @@ def _pieces(passage: Passage) -> Iterator[str]:
     for words in ([word[0] for word in _WORD.finditer(passage.text)], passage.text.split()):
         for length, start in itertools.product(range(1, max(passage.tokens, 1) + 1), range(len(words))):
             yield " ".join(words[start : start + length])
-    if max(map(len, words)) <= _LONGEST_WORD:
+    if all(passage.count_tokens(word) <= max(passage.tokens, MAX_SHARED_RUN) for word in words):
         return
     # Scripts without spaces, and strings of characters that are no words, have to be cut inside of "words".
     for length, start in itertools.product((12, 8, 6, 4, 3, 2, 1), range(0, len(passage.text), 4)):

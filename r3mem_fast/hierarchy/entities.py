@@ -1,5 +1,6 @@
 """Finds the entities of a text: named entities by spaCy where it is installed, else capitalised words."""
 
+import functools
 import importlib.util
 import re
 from collections.abc import Iterable
@@ -25,8 +26,9 @@ class EntityFinder(Protocol):
         """Return the entities of a text, each once, in the order of their first mention."""
 
 
+@functools.cache
 def default_entity_finder() -> EntityFinder:
-    """Return the best entity finder that is installed.
+    """Return the best entity finder that is installed; it is made once.
 
     Returns:
         `SpacyEntities` if spaCy and an English model are installed (`pip install 'r3mem_fast[ner]'`), else

@@ -183,24 +183,24 @@ class Runs:
         return (tuple(items[start : start + self._length]) for start in range(len(items) - self._length + 1))
 
 
-def contexts_of(document: Document) -> dict[str, list[tuple[str, list[str]]]]:
+def contexts_of(document: Document, levels: Collection[str] = LEVELS) -> dict[str, list[tuple[str, list[str]]]]:
     """Return the contexts of a document by level.
 
-    A paragraph that is the whole document is left out.
+    A paragraph that is the whole document is left out, if the document is a context itself.
 
     Args:
         document: The document.
+        levels: Levels that are wanted. Contexts of the others are among what is returned, too.
 
     Returns:
         For each level its contexts, in order, each with its parts: the paragraphs of a document, the sentences of a
         paragraph, and for the level "entity" the passage itself.
     """
     paragraphs = document.paragraphs
+    doubled = document.span.text if "document" in levels else None
     return {
         "document": [(document.span.text, [p.span.text for p in paragraphs])],
-        "paragraph": [
-            (p.span.text, [s.text for s in p.sentences]) for p in paragraphs if p.span.text != document.span.text
-        ],
+        "paragraph": [(p.span.text, [s.text for s in p.sentences]) for p in paragraphs if p.span.text != doubled],
         "entity": [(passage.text, [passage.text]) for p in paragraphs for passage in p.passages],
     }
 
@@ -209,7 +209,7 @@ def _passages(
     document: Document, names: list[str], levels: Collection[str], count_tokens: Callable[[str], int]
 ) -> Iterator[Passage]:
     """Yield the contexts of a document, level by level."""
-    by_level = contexts_of(document)
+    by_level = contexts_of(document, levels)
     for level in LEVELS:
         if level not in levels:
             continue

@@ -139,10 +139,12 @@ def cut_document(
         ValueError: A sentence has more tokens, and is not to be cut.
     """
     borders = _BORDERS + _INSIDE if anywhere else _BORDERS
-    parts = [span.text for span in _cut(text, _span(text, 0, len(text)), name, count_tokens, most, borders)]
-    parts = [part for part in parts if re.search(r"\w", part)]
-    if len(parts) < 2:
+    cut = [span.text for span in _cut(text, _span(text, 0, len(text)), name, count_tokens, most, borders)]
+    parts = [part for part in cut if has_words(part)]
+    if len(cut) < 2 or not parts:
         return {name: text}
+    if len(parts) == 1:
+        return {name: parts[0]}
     return {f"{name}, part {number}": part for number, part in enumerate(parts, 1)}
 
 
@@ -200,19 +202,19 @@ def _sentences(segmenter: pysbd.Segmenter, text: str, block: Span) -> list[Span]
     """Return the sentences of a block; a piece without a word belongs to the sentence before it."""
     # White space becomes spaces, as a line break inside a paragraph ends no sentence.
     found = segmenter.segment(re.sub(r"\s", " ", block.text))
-    starts = [block.start + sentence.start for sentence in found if re.search(r"\w", sentence.sent)]
+    starts = [block.start + sentence.start for sentence in found if has_words(sentence.sent)]
     starts = [block.start, *(start for start in sorted(set(starts)) if start > block.start)]
     return [_span(text, start, end) for start, end in zip(starts, [*starts[1:], block.end], strict=True)]
 
 
 def _joined(spans: list[Span], text: str, least: int, count_tokens: Callable[[str], int]) -> list[Span]:
-    """Join neighbours until each span has `least` tokens; a short rest goes to the span before it."""
+    """Join neighbours until each span has `least` tokens and a word; a rest goes to the span before it."""
     joined: list[Span] = []
     start = None
     for span in spans:
         start = span.start if start is None else start
         whole = _span(text, start, span.end)
-        if count_tokens(whole.text) >= least:
+        if has_words(whole.text) and count_tokens(whole.text) >= least:
             joined.append(whole)
             start = None
     if start is not None:

@@ -108,10 +108,10 @@ class PrefixCache(CarryingCache):
         """
         self._columns = dict(enumerate(columns_in_use(ages))) if uneven and ages is not None else {}
         self.go_on_from(carried)
-        if visible.shape[-1]:
-            self._prefix, self._visible, self._placed, self._rooms = prefix, visible, {}, {}
-            self._all_visible, self._ages = all_visible, ages
-            self._windows, self._sizes = windows, sizes or self._sizes
+        self._prefix, self._visible = (prefix, visible) if visible.shape[-1] else (None, None)
+        self._placed, self._rooms = {}, {}
+        self._all_visible, self._ages = all_visible, ages
+        self._windows, self._sizes = windows, sizes or self._sizes
         return self
 
     @property

@@ -104,6 +104,9 @@ class Memory:
             found |= {"ages": self.ages, "slots": self.slots}
             if self.layout.is_adaptive:
                 found |= without_gaps(self.states, self.ages)
+            else:  # a row may have been one of others that have more
+                unused = self.ages.shape[-1] - int(self.slots.max() if len(self) else 0)
+                found |= {"states": self.states[..., unused:, :], "ages": self.ages[..., unused:]}
         if self.pinned is not None:
             found["pinned"] = self.pinned
         if self.refined is not None:

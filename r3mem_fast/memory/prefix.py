@@ -151,7 +151,8 @@ class Prefix:
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is damaged, or another kind of file.
+            ValueError: It is another kind of file, or cannot be read. Damaged values are not noticed, as those of a
+                `Memory`'s file are.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -164,7 +165,7 @@ class Prefix:
             keys, values = (tuple(found[f"{part}.{layer}"] for layer in layers) for part in ("keys", "values"))
             tail = found["tail"].split(found["tail_lengths"].tolist())
             return cls(keys, values, found["mask"], tail, **metadata)
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is no prefix of a memory, as Prefix.save writes it: {error}") from None
 
 

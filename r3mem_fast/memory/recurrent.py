@@ -4,12 +4,14 @@ Such a layer has no keys and values to be matched. What it knows of a text is a 
 goes on exactly; so a memory holds the states as they are, beside the slots of the layers with attention.
 """
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from ..integrations.compat import (
     has_recurrent_layers,
@@ -50,6 +52,14 @@ class CarryingCache(PassCache):
         self._idle = set(
             idle_layers(config)
         )  # now, because a model that is read backward names kinds in another order
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CarryingCache":
+        """Copy what it holds, for one of several continuations, but not the model that it is of."""
+        copied = copy.copy(self)
+        memo |= {id(value): value for value in vars(self).values() if isinstance(value, nn.Module)}
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
 
     def go_on_from(self, states: Mapping[str, torch.Tensor] | None) -> None:
         """Set the states from which the next pass begins.

@@ -69,6 +69,7 @@ class OwnTables:
 
     def __call__(self, like: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables `(cos, sin)` of positions, `[B, T, width]`, in the dtype of a tensor and on its device."""
-        found = self._tables.to(position_ids.device)[position_ids].to(like.device, like.dtype)
+        found = self._tables.to(position_ids.device)[position_ids.abs()].to(like.device, like.dtype)
         sin, cos = found.chunk(2, -1)
+        sin = torch.where(position_ids[..., None].to(like.device) < 0, -sin, sin)  # turned back as far
         return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)

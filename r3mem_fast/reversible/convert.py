@@ -33,7 +33,8 @@ def make_reversible(
     in inference alike.
 
     Args:
-        model: A `transformers` causal language model, or a PEFT model of one. Adapters may be put on before or after.
+        model: A `transformers` causal language model, or a PEFT model of one. Adapters may be put on before or after;
+            before, where the coupling has adapters of its own, which PEFT would freeze.
         coupling: Settings of the coupling; None: `MomentumCoupling()`, which keeps 4 side bits.
         integrity: What happens when values leave the range of the streams, are not finite, or are not reconstructed
             exactly. "auto": on the CPU, IntegrityError is raised at once; on a GPU, outputs or gradients become NaN
@@ -110,6 +111,7 @@ def restore(model: Any) -> Any:
     """Undo `make_reversible`, in place.
 
     Adapters that the coupling gave to layers are taken off, with a warning: the plain network has no place for them.
+    What `make_reversible` has warned of stays: gradient checkpointing is off, experts add in a fixed order.
 
     Args:
         model: A reversible model.

@@ -51,6 +51,8 @@ def run_to_observe(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> N
     with torch.random.fork_rng(), torch.no_grad():
         args, kwargs = without_new_cache(decoder, args, _without_past(args, kwargs))
         decoder.forward(*args, **kwargs)
+    # Under autocast it would hold casts of weights that carry no gradient, for the pass that follows.
+    torch.clear_autocast_cache()
 
 
 def fraction_bits_for(largest: float) -> int:

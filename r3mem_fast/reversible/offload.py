@@ -27,6 +27,11 @@ class HostCopy:
             self._values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self._values.nbytes
+
     def back(self) -> torch.Tensor:
         """Return the tensor, on the device that it came from."""
         return self._values.to(self._device, non_blocking=True)

@@ -120,6 +120,7 @@ class _Run:
         self._states: list[list[torch.Tensor]] = []
         self._surroundings: list[Surroundings] = []
         self._digests: list[list[torch.Tensor]] = []
+        self._begun = False  # the backward pass
         self._kept: Any = None  # the last segment's state and tensors, with its graph
 
     def first(self, leaves):
@@ -144,7 +145,7 @@ class _Run:
             if kept:
                 refuse_outside_tensors("a segment", [*outputs, *last], [*self.known, *given])
                 self._kept = (given, [*outputs, *last])
-            self._digests.append([_digest(tensor) for tensor in (*outputs, *last)])
+            self._digests.append([sum_of_bits(tensor) for tensor in (*outputs, *last)])
             values += [tensor.detach() for tensor in outputs]
             # Everything else is freed before the next segment runs, graphs too (that of a trained head, say).
             last = [_compact(tensor.detach()) for tensor in last]
@@ -157,11 +158,12 @@ class _Run:
 
         The latter are all None for a sharded model.
         """
-        if not self._states:
+        if self._begun:
             raise RuntimeError(
                 "these segments have already been run backward, which lets their states go: backward through them a "
-                "second time (retain_graph=True) is not supported"
+                "second time (retain_graph=True, or after an error) is not supported"
             )
+        self._begun = True
         flags = coupling.new_flags(self._device)
         totals = [None] * len(self.known)
         with fsdp.freed_after_forward(self._units):
@@ -229,7 +231,7 @@ class _Run:
         if not self.sharded:  # layers of a sharded model compute with other tensors than its parameters
             refuse_outside_tensors("a segment", tensors, [*self.known, *given])
         same = [
-            (_digest(t) == digest).all().to(flags.device)
+            (sum_of_bits(t) == digest).all().to(flags.device)
             for t, digest in zip(tensors, self._digests[index], strict=True)
         ]
         flags[2] |= (~torch.stack(same).all()).to(flags.dtype)
@@ -278,8 +280,12 @@ def _compact(tensor):
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
-def _digest(tensor):
-    """Checksum of a tensor: the sum of its elements' bits as integers, an int64 scalar on its device."""
+def sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Checksum of a tensor: the sum of its elements' bits as integers, an int64 scalar on its device.
+
+    Args:
+        tensor: The tensor, of any dtype whose elements have 1, 2, 4 or 8 bytes.
+    """
     tensor = tensor.detach().contiguous()
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(-1).view(kinds[tensor.element_size()]).sum(dtype=torch.int64)

@@ -215,11 +215,16 @@ def _watched_parts(layer):
     # One walk over the modules: it takes a good part of a small layer's time, and `parameters()` would walk again.
     modules = list(layer.modules())
     parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
-    modes = [(m.training, tuple(m.active_adapters) if "lora_A" in m._modules else None) for m in modules]
+    modes = [(m.training, _active_adapters(m)) for m in modules]
     trainable = {id(p) for p in parameters if p.requires_grad}
     inside = (m for m in modules if m is not layer)
     hooks = {(id(m), key) for m in inside for own in (m._forward_hooks, m._forward_pre_hooks) for key in own}
     return parameters, (modes, trainable), hooks
+
+
+def _active_adapters(module):
+    """Names of the active adapters of a module of PEFT's; () of one by somebody else with parts of the same names."""
+    return tuple(getattr(module, "active_adapters", ())) if "lora_A" in module._modules else None
 
 
 def refuse_outside_tensors(where: str, outputs: Iterable[torch.Tensor], known: Sequence[torch.Tensor]) -> None:

@@ -41,6 +41,7 @@ class TrainReport:
         seconds: Seconds that this process took.
         losses: Pairs `(step, loss)`, the loss in nats a token. It is a mean over the steps since the pair before, or
             since the run went on after an interruption.
+        left_out: Number of tokens that were not trained on, in windows of a segment at most, where no memory is read.
     """
 
     steps: int
@@ -48,10 +49,14 @@ class TrainReport:
     windows: int
     seconds: float
     losses: list[tuple[int, float]]
+    left_out: int = 0
 
     def __str__(self) -> str:
         loss = f", loss {self.losses[-1][1]:.4f}" if self.losses else ""
-        return f"{self.steps} steps on {self.windows} windows, {self.tokens} tokens{loss}, {self.seconds:.0f} s"
+        left_out = f"; {self.left_out} tokens too short for a memory were left out" if self.left_out else ""
+        return (
+            f"{self.steps} steps on {self.windows} windows, {self.tokens} tokens{loss}, {self.seconds:.0f} s{left_out}"
+        )
 
 
 class Windows(Dataset):
@@ -63,15 +68,25 @@ class Windows(Dataset):
         rows: Token ids of each text.
         segment_length: Tokens of a segment.
         segments: Segments of a window.
+        memories: Whether memories are read. If not, whole texts of two tokens or more are not left out, however short;
+            of longer texts the windows are the same, to compare models with and without memories.
+
+    Attributes:
+        left_out: Number of tokens in windows that are left out.
 
     Raises:
         ValueError: No window is left.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], segment_length: int, segments: int):
-        size = segment_length * segments
-        windows = [torch.tensor(row[i : i + size]) for row in rows for i in range(0, len(row), size)]
-        self._windows = [window for window in windows if len(window) > segment_length]
+    def __init__(self, rows: Sequence[Sequence[int]], segment_length: int, segments: int, *, memories: bool = True):
+        size, self._windows = segment_length * segments, []
+        for row in rows:
+            least = segment_length if memories or len(row) > segment_length else 1
+            windows = (torch.tensor(row[i : i + size]) for i in range(0, len(row), size))
+            self._windows += [window for window in windows if len(window) > least]
+        self.left_out = sum(map(len, rows)) - sum(map(len, self._windows))
+        if not self._windows and not memories:
+            raise ValueError("no text has two tokens, of which the second could be predicted")
         if not self._windows:
             raise ValueError(
                 f"no text has more than {segment_length} tokens, one segment, so no memory would be read; use longer "
@@ -160,7 +175,7 @@ def train(
     for size in sizes:
         model.reader.layout.with_memory_tokens(size)  # raises an error for one that cannot be
     kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]
-    windows = Windows(kept, model.r3mem_config.segment_length, settings.segments)
+    windows = Windows(kept, model.r3mem_config.segment_length, settings.segments, memories=model.learns_memories)
     checkpoints = Path(folder) / TRAIN_CHECKPOINTS
     last = _prepared(checkpoints, _identity(model, kept, settings))
     arguments = TrainingArguments(
@@ -225,7 +240,8 @@ def train(
 
 def _report(state, windows, seconds):
     losses = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-    return TrainReport(state.global_step, int(state.num_input_tokens_seen), len(windows), seconds, losses)
+    tokens = int(state.num_input_tokens_seen)
+    return TrainReport(state.global_step, tokens, len(windows), seconds, losses, windows.left_out)
 
 
 def discard_checkpoints(folder: str | Path) -> None:

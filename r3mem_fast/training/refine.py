@@ -142,7 +142,8 @@ def _refuse(model, memory, texts):
         if seen != len(text):
             raise ValueError(
                 f"the text of row {row} has {len(text)} tokens, and the memory was made of {seen}: give the very text "
-                "that was compressed, from its beginning"
+                "that was compressed, from its beginning. (One that was compressed in pieces can have other tokens "
+                "where they meet: compress the whole of it, to refine that)"
             )
     own = memory.slots - memory.pinned_slots()
     if (own <= 0).any():

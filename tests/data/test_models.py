@@ -15,6 +15,7 @@ from r3mem_fast import R3MemPipeline, load_model, make_reversible
 from r3mem_fast.data import hub, models
 from r3mem_fast.data.models import EMBEDDED_ADAPTER, EMBEDDED_MODEL, embedded_model_folder
 from r3mem_fast.devices import as_device, as_dtype
+from r3mem_fast.files import permissions_of
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +175,12 @@ def test_the_embedded_model_is_converted_once(convertible):
     for _ in range(2):
         assert embedded_model_folder() == cache / EMBEDDED_MODEL
     assert len(converted) == 2  # tokenizer and model, once
+    # Whoever may read new files may read these, made by another user; and nothing is left of a killed conversion.
+    (cache / "new").touch()
+    usual = permissions_of(cache / "new")
+    copy = cache / EMBEDDED_MODEL
+    assert {permissions_of(path) for path in copy.iterdir()} == {usual}
+    assert permissions_of(copy) & 0o444 == usual & 0o444 and permissions_of(copy) & 0o100
     assert load_model()[0].name_or_path == EMBEDDED_MODEL
 
 
@@ -183,9 +190,10 @@ def test_a_copy_that_is_not_whole_is_made_again(convertible):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
+    (killed := folder.with_name(f".{folder.name}-a1b2c3d4")).mkdir()
     with pytest.warns(UserWarning, match="is not whole; it is made again"):
         load_model()
-    assert weights.read_bytes() == whole and len(converted) == 4
+    assert weights.read_bytes() == whole and len(converted) == 4 and not killed.exists()
     (folder / "r3mem-converted.json").write_text(json.dumps([1]))
     with pytest.warns(UserWarning, match="is not whole"):
         embedded_model_folder()

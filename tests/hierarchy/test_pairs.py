@@ -191,3 +191,36 @@ def test_runs_that_two_sequences_share(left, right, length):
 def test_a_piece_without_a_word_asks_for_nothing(tokenizer, text):
     """Pieces of a text are cut at any token: one may be a rule alone."""
     assert queries_of(text, tokenizer) == []
+
+
+class Letters(Tokenizer):
+    """Two tokens a letter, as byte-level tokenizers of English read Chinese."""
+
+    def __call__(self, text, add_special_tokens=False):
+        tokens = type("Encoding", (), {})()
+        tokens.input_ids = [code for letter in text for code in (ord(letter), 0x110000)]
+        return tokens
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids[::2]))
+
+
+@pytest.mark.parametrize("text", ["安娜把钥匙放在磨坊里。", "清晨的阳光洒在古老的石桥上，河水静静地流过小镇。"])
+def test_a_clause_without_spaces_is_cut_where_it_is_too_long_for_a_query(text):
+    pairs = build_pairs({"zh": text}, Letters())
+    assert {pair.level for pair in pairs} == {"document", "entity"} and pairs[0].query != pairs[1].query
+    assert all(pair.query in text and 0 < len(pair.query) < 5 for pair in pairs)
+
+
+@pytest.mark.parametrize("rule", ["🎉🏆 " * 40, "◆◇ " * 40, "- - " * 40])
+def test_a_block_without_a_word_belongs_to_its_neighbour(tokenizer, rule):
+    pairs = build_pairs({"page": f"{PAGE}\n\n{rule}\n\n{PAGE.replace('Bennet', 'Lucas')}"}, tokenizer)
+    check(pairs, tokenizer)
+    assert any(rule.strip() in pair.context for pair in pairs if pair.level == "paragraph")
+
+
+def test_a_document_of_one_paragraph_has_one(tokenizer):
+    """The document is no context of its own where that level is left out."""
+    both = {"short": "Anna took the blue key to the mill.", "long": PAGE}
+    assert {pair.document for pair in build_pairs(both, tokenizer, levels=["paragraph"])} == set(both)
+    assert not [p for p in build_pairs(both, tokenizer) if (p.document, p.level) == ("short", "paragraph")]

@@ -106,3 +106,9 @@ def test_parts_fit_and_nothing_is_lost(most, text, count):
 def test_what_cannot_be_cut():
     with pytest.raises(ValueError, match=r"passage of 20 tokens without the end of a sentence .* at most 10 fit"):
         cut_document("long " * 20, "book", words, 10)
+
+
+def test_a_text_of_which_one_part_alone_has_words():
+    text = f"{PAGE}\n" + "- - - - -\n" * 40
+    assert cut_document(text, "page", words, 100) == {"page": PAGE.strip()}
+    assert cut_document(PAGE, "page", words, 200) == {"page": PAGE}

@@ -55,6 +55,18 @@ def test_rows_that_see_nothing_give_zeros():
     gradients = torch.autograd.grad(output.sum(), (query, key, value))
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert (gradients[0][:, :, :2] == 0).all()
+    # Nor do sinks that are switched off give them something to see.
+    sinks = torch.tensor([-torch.inf, 0.0]).requires_grad_()
+    output = memory_attention(query, key, value, segment_starts=starts, sinks=sinks)
+    gradient = torch.autograd.grad(output.sum(), sinks)[0]
+    assert gradient[0] == 0 and gradient[1].isfinite()
+
+
+def test_heads_larger_than_the_kernels_take():
+    """Gemma 4's full attention has heads of 512: on a GPU, too, the reference computes them."""
+    query, key, value = torch.randn(3, 1, 2, 4, 320)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(memory_attention(query, key, value), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", None])
@@ -277,14 +289,16 @@ def test_what_is_refused():
     refused(ValueError, r"sinks must be \[4\]", query, key, key, sinks=torch.zeros(3))
     refused(TypeError, "sinks must be float32", query, key, key, sinks=torch.zeros(4).double())
     refused(ValueError, "window must be an integer", query, key, key, window=0)
-    refused(ValueError, "softcap must be above 0", query, key, key, softcap=-1.0)
-    refused(ValueError, "head_dim must lie in 1..256", *torch.zeros(3, 1, 1, 1, 512))
+    for softcap in (-1.0, float("inf"), float("nan")):
+        refused(ValueError, "softcap must be finite and above 0", query, key, key, softcap=softcap)
+    refused(ValueError, "head_dim must be at least 1", *torch.zeros(3, 1, 1, 1, 0))
     ends = torch.tensor([0, 3], dtype=torch.int32)
     flat = torch.zeros(3, 2, 8)
     varlen = {"function": memory_attention_varlen}
     refused(ValueError, r"cu_seqlens must be int32", flat, flat, flat, ends.long(), 3, **varlen)
     refused(ValueError, r"query must be \[total, Hq, D\]", query, key, key, ends, 3, **varlen)
     refused(ValueError, "max_seqlen must be", flat, flat, flat, ends, 0, **varlen)
+    refused(ValueError, "max_seqlen is 2, and a segment has 3 tokens", flat, flat, flat, ends, 2, **varlen)
     refused(ValueError, "key has 2 tokens and query 3", flat, flat[:2], flat[:2], ends, 3, **varlen)
     decode = {"function": memory_decode}
     refused(ValueError, "fewer than the 5 queries", query, key[:, :, :2], key[:, :, :2], **decode)

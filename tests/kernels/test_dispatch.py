@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,3 +118,20 @@ def test_the_reference_needs_no_triton():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[8, 8, 8, 8]\n"
+
+
+def test_heads_that_are_too_large_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(compat, "why_no_triton", lambda: None)
+    assert "heads of 512 elements are larger" in compat.why_no_triton_on(torch.device("cuda"), head_dim=512)
+    monkeypatch.setenv(VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match="heads of 512 elements are larger than the kernels' 256"):
+        choose(CPU, head_dim=512)
+
+
+@pytest.mark.parametrize(("architecture", "known"), [("gfx90a:sramecc+", True), ("gfx942", True), ("gfx1100", False)])
+def test_amds_architectures(monkeypatch, architecture, known):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    reason = compat._why_not_capable.__wrapped__(0)
+    assert reason is None if known else "gfx1100 is none of gfx90a" in reason

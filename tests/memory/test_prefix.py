@@ -1,5 +1,6 @@
 """A matched memory as keys and values that transformers' own caches hold, and other engines read."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -126,7 +127,7 @@ def test_the_model_is_as_it_was_afterwards():
     assert int(read[0][0, 0]) == int(read[-1][0, 0]) == model.layout.first_position  # called in the order as before
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "olmo2", "gptj"])
 def test_a_model_of_transformers_reads_it(family):
     """From the position that its slots end at, with no offset, by a model that never saw this package."""
     model = network(family)
@@ -228,3 +229,40 @@ def test_memories_that_are_more_than_keys_and_values():
         learned.compress(ids_of(50)).to_prefix(learned)
     with pytest.raises(ValueError, match="of another base model"):
         network(seed=1).compress(ids_of(50)).to_prefix(network())
+
+
+def test_a_copy_of_a_cache_is_of_the_same_model():
+    """transformers' way to continue one beginning in several ways."""
+    model = network()
+    memory = model.compress(ids_of(50), finish=True)
+    with model.disable_adapters(), torch.no_grad():
+        memory = model.compress(ids_of(50), finish=True)
+        cache = memory.to_cache(model)
+        model.plain_model(TEXT[:, :4], past_key_values=cache)
+        for rest in (TEXT[:, 4:], TEXT[:, 4:].flip(1)):
+            copied = copy.deepcopy(cache)
+            assert copied._decoder is cache._decoder and copied.get_seq_length() == 4
+            found = model.plain_model(rest, past_key_values=copied).logits
+            whole = model.plain_model(torch.cat([TEXT[:, :4], rest], 1), past_key_values=memory.to_cache(model))
+            assert torch.allclose(found, whole.logits[:, 4:], atol=1e-5)
+        assert cache.get_seq_length() == 4
+
+
+def test_a_cache_that_is_given_an_empty_memory_holds_none():
+    model = network()
+    with model.disable_adapters(), torch.no_grad():
+        memory, nothing = model.compress(ids_of(50), finish=True), model.empty_memory()
+        cache = model.reader.read(model.reading_cache(memory), nothing)
+        found, expected = (model.plain_model(TEXT, past_key_values=c).logits for c in (cache, nothing.to_cache(model)))
+    assert cache.prefix_length == 0 and torch.equal(found, expected)
+
+
+def test_a_row_of_a_memory_of_longer_ones_is_saved(tmp_path):
+    model = network()
+    rows = [model.compress(ids_of(50), finish=True, pinned=n) for n in (6, 1)]
+    row = Memory.cat(rows)[1]
+    row.save(tmp_path / "row.safetensors")
+    rows[1].save(tmp_path / "alone.safetensors")
+    assert (tmp_path / "row.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    expected = model(TEXT, memory=row).logits
+    assert torch.allclose(model(TEXT, memory=Memory.load(tmp_path / "row.safetensors")).logits, expected, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from r3mem_fast import IntegrityError, check_integrity, make_reversible, replay
 from r3mem_fast.measure import StorageRecorder
+from r3mem_fast.reversible.replay import _Run
 from tests.reversible.tiny import assert_same_gradients, build, gradients, token_ids
 
 
@@ -219,3 +221,14 @@ def test_dropout_and_hooks_are_met_once():
         model.zero_grad(set_to_none=True)
         assert len(scaled) == 1
     assert_same_gradients(*found, 1e-5)
+
+
+def test_a_backward_pass_that_failed_is_not_gone_on_with():
+    """Half of the segments are gone then, and the rest would get other segments' gradients."""
+    model, segments = Recurrent(), [token_ids(), token_ids(seed=2)]
+    outputs, _ = replay(model.base, model, segments, model.start(), others=[model.places])
+    loss = sum(output["loss"] for output in outputs)
+    with mock.patch.object(_Run, "_again", side_effect=torch.OutOfMemoryError), pytest.raises(torch.OutOfMemoryError):
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="have already been run backward"):
+        loss.backward()

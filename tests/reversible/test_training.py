@@ -202,6 +202,11 @@ def test_autocast(weights, autocast):
         model.zero_grad()
         model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     assert_same_gradients(gradients(model), actual)
+    # Also where the first pass looks at hidden states before, without a gradient.
+    fresh = make_reversible(build(dtype=weights, scale=2.0), MomentumCoupling(fraction_bits="auto"))
+    with torch.autocast("cpu", dtype=autocast):
+        fresh(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert gradients(fresh).keys() == actual.keys()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

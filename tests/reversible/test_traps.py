@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch import nn
 from torch.autograd import forward_ad
 from transformers import DynamicCache
 
@@ -238,3 +239,30 @@ def test_compiled_model():
     compiled(input_ids=token_ids(), labels=token_ids()).loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+
+
+class _OwnLoRA(nn.Module):
+    """LoRA that somebody wrote, with PEFT's names for its parts."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Linear(base.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, hidden):
+        return self.base(hidden) + self.lora_B(self.lora_A(hidden))
+
+
+def test_adapters_that_are_not_pefts():
+    model = build().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = _OwnLoRA(layer.self_attn.q_proj)
+    make_reversible(model)
+    assert_gradients_as_stored(model, token_ids())
+    assert check_inverse(model, token_ids()).exact
+
+
+def test_check_inverse_of_side_bits_in_host_memory():
+    reports = [check_inverse(make_reversible(build(), offload_side_bits=on), token_ids()) for on in (False, True)]
+    assert reports[0] == reports[1] and reports[1].side_bytes > 0

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from r3mem_fast import R3MemConfig, R3MemPipeline, RememberSettings, manifest
+from r3mem_fast import R3MemConfig, R3MemModel, R3MemPipeline, RememberSettings, load_model, manifest
 from r3mem_fast.adapter_folder import put_weights, replace_weights, weights_of
 from r3mem_fast.manifest import adapters_in, read_manifest
 from r3mem_fast.store import adapters as module
@@ -398,3 +399,16 @@ def test_what_nobody_goes_on_with_is_swept_at_opening(store, opened, own_pipelin
         (store.folder / "adapters" / name).mkdir()
     opened(model=own_pipeline)
     assert folders(store) == sorted([kept, begun])
+
+
+def test_an_adapter_of_another_scale_takes_no_place(folder, tmp_path):
+    """Weights of the same names and sizes would compute something else."""
+
+    def network(alpha):
+        lora = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return R3MemModel(get_peft_model(load_model(str(folder))[0], lora))
+
+    network(8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was made with other settings than the model's adapters"):
+        replace_weights(network(4), tmp_path)
+    replace_weights(network(8), tmp_path)

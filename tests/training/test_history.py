@@ -47,8 +47,14 @@ def test_windows_are_all_of_the_texts_that_reads_a_memory():
     batch = collate_windows([windows[0], windows[2]])
     assert batch["attention_mask"].sum(1).tolist() == [24, 9]
     assert batch["labels"][1].tolist() == [*range(200, 209), *[-100] * 15]
+    assert windows.left_out == 2 + 8
     with pytest.raises(ValueError, match="no text has more than 8 tokens"):
         Windows([range(8)], 8, 3)
+    # Without memories short texts are read, too; of longer ones the same windows.
+    windows = Windows([range(50), range(100, 108), range(1)], 8, 3, memories=False)
+    assert [len(windows[i]["input_ids"]) for i in range(len(windows))] == [24, 24, 8] and windows.left_out == 2 + 1
+    with pytest.raises(ValueError, match="no text has two tokens"):
+        Windows([range(1)], 8, 3, memories=False)
 
 
 def test_it_learns(folder, tmp_path):
@@ -160,11 +166,14 @@ def test_texts_of_all_kinds(tmp_path):
         ('{"body": "x"}', r"line 1: there is no text in 'text' \(it has \['body'\]\); name the column"),
         ("[1]", "line 1: there is no text in 'text' .it is no object"),
         ("\n", "holds no text"),
-        (b"\xff\xfe", "is not UTF-8 text"),
+        (b'{"text": "x"}\n\xff\xfe', "line 2: not UTF-8 text"),
     ):
         (tmp_path / "c.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ValueError, match=message):
             read_texts(tmp_path / "c.jsonl")
+    for name in ("a.txt", "b.jsonl"):  # a byte order mark is no part of a text
+        (tmp_path / f"marked {name}").write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert read_texts(tmp_path / f"marked {name}") == read_texts(tmp_path / name)
     (tmp_path / "c.jsonl").write_text('{"body": "x"}')
     assert read_texts(tmp_path / "c.jsonl", column="body") == ["x"]
     with pytest.raises(FileNotFoundError):
@@ -188,7 +197,10 @@ def test_the_pipeline_saves_what_it_trained(folder, tmp_path):
     report = pipeline.train({"ship": TEXT}, folder=tmp_path, settings=SETTINGS, progress=False)
     assert report.steps == 6 and not (tmp_path / TRAIN_CHECKPOINTS).exists()
     again = R3MemPipeline(tmp_path)
-    assert torch.equal(again.compress(TEXT).states, pipeline.compress(TEXT).states)
+    memory = pipeline.compress(TEXT, progress=False)
+    assert torch.equal(again.compress(TEXT, progress=False).states, memory.states)
+    memory.save(tmp_path / "memory.safetensors")  # Trainer's optimizer is a fused one, which bumps no versions
+    assert again.generate("a", memory=tmp_path / "memory.safetensors", max_new_tokens=1) is not None
     with pytest.raises(ValueError, match="holds an adapter already"):
         R3MemPipeline(str(folder), config=CONFIG).train(TEXT, folder=tmp_path, progress=False)
 

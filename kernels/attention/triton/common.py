@@ -264,14 +264,14 @@ def select_configuration(table: ConfigurationTable, head_dim: int, dtype: torch.
         table: Configurations by target, bytes of an element and padded head_dim.
         head_dim: Size of a head.
         dtype: Dtype of the query.
-        target: As `resolve_target` returns it; one that the table lacks counts as cuda:80.
+        target: As `resolve_target` returns it; one that the table lacks counts as hip:gfx942, or as cuda:80.
 
     Returns:
         `(BLOCK_M, BLOCK_N, threads, num_stages)`.
     """
     if target == "interpreter":
         return 16, 16, 128, 1
-    by_size = table.get(target, table["cuda:80"])
+    by_size = table.get(target, table["hip:gfx942" if target.startswith("hip:") else "cuda:80"])
     return by_size[dtype.itemsize][max(64, pad_to_tile(head_dim))]
 
 

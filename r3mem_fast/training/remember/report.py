@@ -17,7 +17,7 @@ class RememberReport:
         seconds: Seconds of training, including those before an interruption.
         expand_loss: Last loss of contexts given their queries, in nats a token; None if it was never measured.
         compress_loss: Last loss of queries given their contexts, in nats a token; None if it was never measured.
-        lost: Queries of contexts that were remembered before, and that the adapter no longer knew when this run began.
+        lost: Queries of contexts that the adapter knew exactly before, and no longer knew when this run began.
         expanded: For each pair, whether its context came back from its memory alone; None if that was not learned (no
             memory tokens, or no `cycle_weight`).
         cycle_loss: Last loss of contexts given their memories, in nats a token; None if it was never measured.
