@@ -72,9 +72,9 @@ class Arms:
             with torch.autocast("cpu", torch.bfloat16, enabled=learned.peft_model.dtype == torch.bfloat16):
                 memory = dataclasses.replace(learned.compress(context[:, -2], finish=True), recent=tuple(tail))
                 logits = learned(segment, memory=memory).logits
-                arms[f"learned_{learned.r3mem_config.num_memory_tokens}"] = _mean_loss(logits, segment)
+                arms[f"learned_{learned.r3mem_config.num_memory_tokens}"] = mean_loss(logits, segment)
                 logits = learned(torch.cat([tail, segment], 1), logits_to_keep=options.length).logits
-                arms["learned_tail"] = _mean_loss(logits, segment)
+                arms["learned_tail"] = mean_loss(logits, segment)
         return arms
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Arms:
         with model.disable_adapters():
             ids = torch.cat([before, segment], 1)
             logits = model.plain_model(ids, logits_to_keep=segment.shape[1], use_cache=False).logits
-        return _mean_loss(logits, segment)
+        return mean_loss(logits, segment)
 
     def _writer(self) -> MatchedWriter:
         model = self._model
@@ -194,7 +194,7 @@ class Arms:
             memory = dataclasses.replace(memory, layout=model.layout, origin=model.origin())
             if tail is not None:
                 memory = dataclasses.replace(memory, recent=tuple(tail))
-            return _mean_loss(model(segment, memory=memory).logits, segment)
+            return mean_loss(model(segment, memory=memory).logits, segment)
 
     def _layout(self, slots: int, budget: int, allocation: str = "uniform") -> MemoryLayout:
         """Layout of matched memories with so many slots a segment, and in all."""
@@ -208,7 +208,13 @@ class Arms:
         return layout
 
 
-def _mean_loss(logits: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+def mean_loss(logits: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """Nats a token of segments, by row, their first tokens not counted.
+
+    Args:
+        logits: `[B, T, vocabulary]`.
+        segment: Token ids, int64 `[B, T]`.
+    """
     # By row, because a batch's logits take gigabytes in float32 where the vocabulary is large.
     rows = zip(logits, segment, strict=True)
     return torch.stack([cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in rows]).mean(1)

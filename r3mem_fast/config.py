@@ -173,8 +173,9 @@ class R3MemConfig:
     )
     adapter_rows: str = setting(
         "all",
-        "Tokens that the adapters act on, reading forward. `memory`: memory tokens alone, so that without a memory "
-        "the model is its base model, bit for bit. Backward they act on all in either case.",
+        "Tokens that the adapters act on, reading forward. `memory`: memory tokens, or anchors, alone, so that "
+        "without a memory the model is its base model, bit for bit; `all`: those that are read, too. Backward they "
+        "act on all in either case.",
         group=MEMORY,
         option="adapter-rows",
         choices=ADAPTER_ROWS,
@@ -266,8 +267,6 @@ class R3MemConfig:
         if wrong:
             given = f"{wrong[0]}={getattr(self, wrong[0])!r}"
             raise ValueError(f"{given} is for memory tokens, not for {self.memory_writer} memories")
-        if learns and self.adapter_rows != "memory":
-            raise ValueError('memory_writer="anchored" adapts anchors alone: it needs adapter_rows="memory"')
         if self.max_memory_segments is None and self.memory_budget is None:
             raise ValueError("max_memory_segments=None is for memory tokens; give a memory_budget, in slots")
 

@@ -21,6 +21,7 @@ from .network import Network
 from .objective import R3MemOutput, with_idle_parameters
 from .reading import compress_rows, is_one_pass, placed, read_segments, segments_of
 from .reversible import restore
+from .reversible.stack import Mode
 
 
 class R3MemModel(TrainerInterface, Network):
@@ -321,11 +322,8 @@ class R3MemModel(TrainerInterface, Network):
     def cache_of(self, memory: Memory) -> PrefixCache:
         """A memory as the key-value cache of the base model, or of its `generate`; see `Memory.to_cache`."""
         self.check_memory(memory)
-        if self.reads_as_base and not self.is_plain:
-            raise ValueError(
-                "this memory is the base model's, and the adapters would read its cache: make and use it within "
-                "`with model.disable_adapters():`, or call generate of this model"
-            )
+        if (self.reads_as_base or self.is_anchored) and self.stack.mode is not Mode.PLAIN:
+            raise ValueError("make and use this memory's cache within `with model.behind_memory():`, or call generate")
         return self.reading_cache(memory)
 
     def save_pretrained(self, folder: str | Path, *, adapter_dtype: torch.dtype | None = None, **details):

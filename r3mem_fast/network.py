@@ -51,6 +51,7 @@ class Network(nn.Module):
         memory_embeddings: Learned embeddings of memory tokens, or the one of anchors, `[n, width]`; None without any.
         stack: The stack of the reversible layers.
         layers: The reversible layers, in order.
+        is_plain: Whether it acts as its base model for now, see `disable_adapters`.
         slices_logits: Whether the base model can compute the logits of the last tokens alone (`logits_to_keep`).
         start_token_id: Token before and after a prompt of the backward direction.
         end_token_id: Token that ends every text that is written.
@@ -102,6 +103,7 @@ class Network(nn.Module):
             let_adapters_choose_tokens(self.layers)
         self.questions_of: QuestionsOf | None = None
         self.drawn_sizes: tuple[int, ...] = ()
+        self.is_plain = False
         self._fingerprints = FingerprintCache()
         # While adapters are merged: they, and the fingerprints that memories carry, which are those of before.
         self._merged: tuple[MergedAdapters, Origin] | None = None
@@ -151,7 +153,7 @@ class Network(nn.Module):
     @property
     def reads_as_base(self) -> bool:
         """Whether the base model reads behind memories, whoever has written them."""
-        return self.memories_are_of_base or self.is_anchored
+        return self.memories_are_of_base or (self.is_anchored and not self.adapts_tokens)
 
     @property
     def is_anchored(self) -> bool:
@@ -162,11 +164,6 @@ class Network(nn.Module):
     def adapts_tokens(self) -> bool:
         """Whether adapters act on all tokens of the forward direction, or on memory tokens alone."""
         return self.r3mem_config.adapter_rows == "all"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it acts as its base model for now, see `disable_adapters`."""
-        return self.stack.mode is Mode.PLAIN
 
     @property
     def is_reading_backward(self) -> bool:
@@ -187,12 +184,16 @@ class Network(nn.Module):
 
     def without_memory(self) -> contextlib.AbstractContextManager[None]:
         """Read the model forward without a memory, and adapters of memory tokens, in the block: a context manager."""
-        return contextlib.nullcontext() if self.adapts_tokens else self.disable_adapters()
+        return self._reading() if self.adapts_tokens else self.disable_adapters()
 
     def behind_memory(self) -> contextlib.AbstractContextManager[None]:
         """Read the model forward, behind memories or to write them, in the block: a context manager."""
-        # Anchors are trained so, too: in the coupled network they would learn to make up for the coupling.
-        return self.disable_adapters() if self.reads_as_base else contextlib.nullcontext()
+        return self.disable_adapters() if self.reads_as_base else self._reading()
+
+    def _reading(self):
+        """Let its adapters read forward, behind anchored memories in the network without the coupling."""
+        # In the coupled network anchors would learn to make up for the coupling.
+        return self.stack.in_mode(Mode.PLAIN) if self.is_anchored else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -205,7 +206,7 @@ class Network(nn.Module):
             yield
             return
         merged = contextlib.nullcontext() if self._merged is None else self._merged[0].set_aside()
-        with merged, adapters_off(self.peft_model), self.stack.in_mode(Mode.PLAIN):
+        with merged, adapters_off(self.peft_model), self.stack.in_mode(Mode.PLAIN), temporarily(self, is_plain=True):
             yield
 
     @contextlib.contextmanager
@@ -302,8 +303,8 @@ class Network(nn.Module):
         if rows not in (None, len(memory)):
             raise ValueError(f"{rows} rows of tokens and {len(memory)} of memory: one of each a row")
         mine, its = self.origin(), memory.origin
-        # The base model reads memories of whatever size, if slots stand where it looks for them.
-        matched = self.reads_as_base and memory.layout.writer == "matched"
+        # Attention reads memories of whatever size, if slots stand where it looks for them.
+        matched = self.reader.layout.writer == memory.layout.writer == "matched"
         any_size = matched and memory.layout.reach == self.reader.layout.reach
         if any_size and self.memories_are_of_base:
             mine = dataclasses.replace(mine, adapter=layout_fingerprint(memory.layout))

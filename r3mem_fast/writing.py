@@ -29,7 +29,7 @@ def writer_of(network: Network, layout: MemoryLayout, *, dropout: float = 0.0) -
         by_graphs = graphs.are_wanted(network.device) and not units_of(network)
         return GraphedWriter(writer, network.device) if by_graphs else writer
     if network.is_anchored:
-        on = functools.partial(adapters_on, network.peft_model)
-        longest = network.r3mem_config.longest_change
+        all_tokens, longest = network.adapts_tokens, network.r3mem_config.longest_change
+        on = None if all_tokens else functools.partial(adapters_on, network.peft_model)
         return AnchoredWriter(reader, layout, embeddings, on, longest, network.questions_of)
     return TokenWriter(reader, embeddings, adapts_tokens=network.adapts_tokens, dropout=dropout)

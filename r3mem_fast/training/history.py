@@ -214,8 +214,8 @@ def train(
         model.eval()
         return _report(TrainerState.load_from_json(last / TRAINER_STATE_NAME), windows, 0.0)
     _, of_optimizer = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    # The base model reads the first segment, behind no memory: there is nothing to learn.
-    unlearned = model.reader.layout.segment_length if model.is_anchored else 0
+    # Where the base model reads the first segment, behind no memory, there is nothing to learn.
+    unlearned = model.reader.layout.segment_length if model.is_anchored and model.reads_as_base else 0
     trainer = Trainer(
         model,
         arguments,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bench import anchored, compress_speed, matched, mixed_texts, perplexity, texts
+from bench import adapted, anchored, compress_speed, matched, mixed_texts, perplexity, texts
 from bench.matched_arms import Arms
 from r3mem_fast import R3MemConfig, R3MemPipeline
 from r3mem_fast.adapter_folder import weights_of
@@ -97,6 +97,25 @@ def test_anchors_that_have_learned_nothing_are_the_closed_form(folder, tmp_path,
     assert {arm: mean for (arm, rival), mean in better.items() if rival == closed and arm in places} == dict.fromkeys(
         places, 0
     )
+
+
+def test_adapters_that_have_learned_nothing_read_as_the_base_model(folder, tmp_path):
+    text, output = tmp_path / "text.txt", tmp_path / "out.jsonl"
+    text.write_text("".join(chr(40 + i * i % 50) for i in range(900)))
+    for rows in ("memory", "all"):
+        config = R3MemConfig(memory_writer="anchored", adapter_rows=rows, num_memory_tokens=4, segment_length=16)
+        config = dataclasses.replace(config, segment_overlap=4, memory_budget=4)
+        R3MemPipeline(folder, config=config, dtype="float32").save(tmp_path / rows)
+    arguments = [str(tmp_path / "memory"), str(tmp_path / "all"), "--text", str(text), "--slots", "3", "8"]
+    arguments += ["--dtype", "float32", "--segments", "6", "--batch", "4", "--output", str(output)]
+    assert adapted.main(arguments) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    arms = {record["arm"]: record["nats_per_token"] for record in found if "nats_per_token" in record}
+    for mine, its in (("adapted_tail", "tail"), ("adapted_full", "full"), ("adapted_3", "anchored_3")):
+        assert arms[mine] == arms[its]
+    assert arms["foreign_adapted_8"] == arms["foreign_anchored_8"] != arms["anchored_8"]
+    with pytest.raises(ValueError, match=r'the anchored adapter must be one of anchors .* with rows "memory"'):
+        adapted.main([str(tmp_path / "all"), *arguments[1:]])
 
 
 def test_an_adapter_of_anchors_goes_on_in_another_allocation(folder, tmp_path):

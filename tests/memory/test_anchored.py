@@ -200,12 +200,13 @@ def test_gradients_are_finite_differences(longest):
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), abs=1.5e-3)
 
 
+@pytest.mark.parametrize("adapted", ["memory", "all"])
 @pytest.mark.parametrize("kept", ["none", "host"])
-def test_what_is_kept_of_segments_changes_no_gradient(kept):
+def test_what_is_kept_of_segments_changes_no_gradient(kept, adapted):
     """Also where segments run again in the backward pass, in the network that the base model is."""
-    model, ids = network(kept_segments=kept).train(), ids_of(3 * LENGTH, rows=2)
+    model, ids = network(kept_segments=kept, adapter_rows=adapted).train(), ids_of(3 * LENGTH, rows=2)
     loss_of(model, ids).backward()
-    stored = network(kept_segments="device").train()
+    stored = network(kept_segments="device", adapter_rows=adapted).train()
     loss_of(stored, ids).backward()
     found, wanted = gradients(model), gradients(stored)
     assert_same_gradients(found, wanted, 1e-5)
@@ -248,7 +249,7 @@ def test_the_base_model_reads_and_writes_without_adapters():
         assert torch.equal(model.compress(ids).states, base.compress(ids).states)
         cache = memory.to_cache(model)
         assert cache.prefix_length == int(memory.slots[0])
-    with pytest.raises(ValueError, match="the adapters would read its cache"):
+    with pytest.raises(ValueError, match=r"within `with model.behind_memory\(\):`"):
         memory.to_cache(model)
     prefix = memory.to_prefix(model)
     assert len(prefix) == int(memory.slots[0])
@@ -281,6 +282,68 @@ def test_one_adapter_for_memories_of_any_size(tmp_path):
     assert few.slots.tolist() == [4] and matched(text, memory=few).logits.shape == (1, 6, 96)
 
 
+class TestAdaptersThatRead:
+    """`adapter_rows="all"`: what is read is adapted, too, in the network without the coupling."""
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+    @torch.no_grad()
+    def test_before_training_it_is_the_base_model(self, family):
+        model, matched = network(family=family, learned=0, adapter_rows="all"), network("matched", family)
+        ids, text = ids_of(70, rows=2), ids_of(5, rows=2, seed=1)
+        mine, its = model.compress(ids), matched.compress(ids)
+        assert torch.equal(mine.states, its.states) and torch.equal(mine.ages, its.ages)
+        assert torch.equal(model(text).logits, matched(text).logits)
+        found, wanted = (m(text, memory=of).logits for m, of in ((model, mine), (matched, its)))
+        assert torch.equal(found, wanted)
+        written = [m.generate(text, memory=of, max_new_tokens=6) for m, of in ((model, mine), (matched, its))]
+        assert torch.equal(*written)
+        assert torch.equal(model.generate(text, max_new_tokens=6), matched.generate(text, max_new_tokens=6))
+
+    @torch.no_grad()
+    def test_it_is_a_match_in_the_merged_model_but_for_the_embedding(self):
+        """PEFT's own merged model is another base model, whose matched memories are those without the embedding.
+
+        Every token has a slot, so that rounding changes no choice."""
+        sizes = {"num_memory_tokens": LENGTH, "memory_budget": 3 * LENGTH}
+        model = network(adapter_rows="all", learned=0.03, **sizes)
+        ids, text = ids_of(40, rows=2), ids_of(6, rows=2, seed=1)
+        learned = model.compress(ids).states
+        with model.merged_adapters():
+            assert (model.compress(ids).states - learned).abs().max() < 1e-5 * learned.abs().max()
+        model.memory_embeddings.zero_()
+        memory = model.compress(ids)
+        assert (memory.states - learned).abs().max() > 1e-2
+        logits = model(text).logits, model(text, memory=memory).logits
+        of_base = {"memory_writer": "matched", "adapter_rows": "memory", **sizes}
+        config = R3MemConfig(segment_length=LENGTH, segment_overlap=OVERLAP, **of_base)
+        merged = R3MemModel(model.merge_and_unload(), config).eval()
+        its = merged.compress(ids)
+        assert (its.states - memory.states).abs().max() < 1e-5 * memory.states.abs().max()
+        assert torch.allclose(merged(text).logits, logits[0], atol=1e-5)
+        assert torch.allclose(merged(text, memory=its).logits, logits[1], atol=1e-5)
+
+    @torch.no_grad()
+    def test_sizes_caches_and_files(self, tmp_path):
+        model, ids, text = network(adapter_rows="all"), ids_of(70), ids_of(6, seed=1)
+        model.compress(ids, memory_tokens=2).save(tmp_path / "small.safetensors")
+        small = Memory.load(tmp_path / "small.safetensors", model)
+        wanted = model(text, memory=small).logits
+        assert small.slots.tolist() == [4] and not torch.equal(wanted, model(text, memory=model.compress(ids)).logits)
+        with model.behind_memory():
+            cache = small.to_cache(model)
+            recent = torch.cat([small.recent[0], *small.unfinished])[None]
+            found = model.peft_model(torch.cat([recent, text], 1), past_key_values=cache).logits
+        assert torch.allclose(found[:, -6:], wanted, atol=1e-4)
+        with pytest.raises(ValueError, match=r"within `with model.behind_memory\(\):`"):
+            small.to_cache(model)
+        with pytest.raises(ValueError, match="only a matched memory of a base model"):
+            small.to_prefix(model)
+        with model.disable_adapters():
+            assert torch.equal(model.compress(ids).states, network("matched").compress(ids).states)
+        with pytest.raises(ValueError, match="made with other adapters or settings"):
+            network()(text, memory=small)
+
+
 def test_it_is_saved_and_loaded(tmp_path):
     model, ids = network(), ids_of(40)
     model.save_pretrained(tmp_path)
@@ -289,9 +352,11 @@ def test_it_is_saved_and_loaded(tmp_path):
     assert again.is_anchored and torch.equal(again.compress(ids).states, model.compress(ids).states)
 
 
-def test_training_improves_on_the_match(tmp_path):
+@pytest.mark.parametrize("adapted", ["memory", "all"])
+def test_training_improves_on_the_match(tmp_path, adapted):
     """On a text that it sees again and again; and a run that was interrupted would go on (`tests/training`)."""
-    model = network(learned=0, distillation_weight=1.0, num_memory_tokens=2, memory_budget=2, segment_overlap=0)
+    sizes = {"num_memory_tokens": 2, "memory_budget": 2, "segment_overlap": 0, "adapter_rows": adapted}
+    model = network(learned=0, distillation_weight=1.0, **sizes)
     ids = ids_of(2 * LENGTH)
 
     def divergence():
@@ -320,8 +385,6 @@ def test_training_improves_on_the_match(tmp_path):
 
 
 def test_what_it_cannot_go_with():
-    with pytest.raises(ValueError, match='it needs adapter_rows="memory"'):
-        network(adapter_rows="all")
     with pytest.raises(ValueError, match=r"memory_dropout=0\.5 is for memory tokens, not for anchored memories"):
         network(memory_dropout=0.5)
     with pytest.raises(ValueError, match="is for memory tokens, not for anchored memories"):

@@ -8,10 +8,11 @@ adapters, is added to the slots of the nearest token, in each head of each layer
 
     K_slot = K_matched + K_adapted(anchor) - K_base(anchor)
 
-and likewise the values. A change can be limited to a share of the mean length of the segment's keys, or values, in
-that head: far from the texts that it was trained on, an adapter changes some heads by much more than elsewhere, and
-that does harm. Before training the change is zero, to the bit, and a memory is the matched one. The slots of pinned
-tokens, and of earlier segments, stay what they are.
+and likewise the values. Where adapters read the segment, too, what they read is matched, and both terms are with
+adapters: the change is what the learned embedding makes. A change can be limited to a share of the mean length of the
+segment's keys, or values, in that head: far from the texts that it was trained on, an adapter changes some heads by
+much more than elsewhere, and that does harm. Before training the change is zero, to the bit, and a memory is the
+matched one. The slots of pinned tokens, and of earlier segments, stay what they are.
 """
 
 import contextlib
@@ -56,7 +57,8 @@ class AnchoredWriter(MatchedWriter):
         reader: Reads memories with the model's decoder.
         layout: Layout of the memories; its reach is that of the reader's.
         anchor_embedding: Embedding that is added to that of an anchor's token, `[1, width]`.
-        adapters_on: Makes a context manager in whose block the adapters act; elsewhere the base model may be reading.
+        adapters_on: Makes a context manager in whose block the adapters act, on anchors alone: elsewhere the base
+            model is reading. None: they act on all tokens, always.
         longest_change: Length of a change at most, of the mean length of what it changes; None: any.
         questions_of: Gives what will be asked of a segment, for a layout with queries of "pairs".
     """
@@ -66,11 +68,11 @@ class AnchoredWriter(MatchedWriter):
         reader: MemoryReader,
         layout: MemoryLayout,
         anchor_embedding: torch.Tensor,
-        adapters_on: Callable[[], contextlib.AbstractContextManager[None]],
+        adapters_on: Callable[[], contextlib.AbstractContextManager[None]] | None,
         longest_change: float | None = None,
         questions_of: QuestionsOf | None = None,
     ):
-        super().__init__(reader, layout, questions_of, adapted_tokens=0)
+        super().__init__(reader, layout, questions_of, adapted_tokens=None if adapters_on is None else 0)
         self._embedding, self._adapters_on = anchor_embedding, adapters_on
         self._longest_change = longest_change
 
@@ -153,11 +155,16 @@ class AnchoredWriter(MatchedWriter):
         positions = (on_host - self._fresh(segment)[:, None]).masked_fill(~exists, 0)
         with torch.no_grad():
             whole = self._whole(found, old, new).detach()
-            plain = self._read_anchors(whole, self._reader.embeddings_of(ids), exists, positions, ids, adapted=0)
         embeddings = self._reader.embeddings_of(ids)
-        embeddings = embeddings + self._embedding.to(embeddings.dtype)
-        with self._adapters_on():
-            learned = self._read_anchors(whole, embeddings, exists, positions, ids, adapted=ids.shape[1])
+        anchored = embeddings + self._embedding.to(embeddings.dtype)
+        if self._adapters_on is None:  # which learn through both
+            plain = self._read_anchors(whole, embeddings, exists, positions, ids, adapted=None)
+            learned = self._read_anchors(whole, anchored, exists, positions, ids, adapted=None)
+        else:
+            with torch.no_grad():
+                plain = self._read_anchors(whole, embeddings, exists, positions, ids, adapted=0)
+            with self._adapters_on():
+                learned = self._read_anchors(whole, anchored, exists, positions, ids, adapted=ids.shape[1])
         change = learned.float() - plain.float()
         return change if self._longest_change is None else _limited(change, new, self._longest_change)
 
