@@ -171,7 +171,7 @@ class AdaptedCoupling(UniformCoupling):
     """Momentum coupling with a bottleneck adapter G on the velocity: `x' = x + v' + G(v')`, the paper's adapter.
 
     Each layer gets a submodule `reversible_adapter` (`BottleneckAdapter`), which changes nothing at first and is
-    trained with the model; `restore` takes it off.
+    trained with the model; `restore` takes it off. Put PEFT's adapters on before: PEFT freezes what is there already.
 
     Attributes:
         bits: Side bits kept for each element and layer: 1, 2, 4 or 8.
