@@ -92,7 +92,9 @@ class TextCodec:
         before, after = around_words(self.tokenizer)
         return self.ids(before), self.ids(after)
 
-    def histories(self, texts: Sequence[str], *, chat: bool, begins: bool) -> tuple[list[list[int]], int]:
+    def histories(
+        self, texts: Sequence[str], *, chat: bool, begins: bool, behind: Sequence[int] | None = None
+    ) -> tuple[list[list[int]], int]:
         """Token ids of texts that are to be compressed, and how many of them are pinned at the beginning of each.
 
         In a user's turn special tokens of a text, such as the end of a turn, are mere letters.
@@ -101,6 +103,7 @@ class TextCodec:
             texts: The texts.
             chat: Whether each stands in a user's turn.
             begins: Whether nothing stands before them and their first tokens can be pinned, as in a matched memory.
+            behind: Pinned tokens of the memory that each goes on from; None: from none.
 
         Raises:
             ValueError: They cannot stand in a turn.
@@ -110,7 +113,10 @@ class TextCodec:
             return [before + self.said(text) for text in texts], len(before)
         if begins:
             return [self.begun(text) for text in texts], len(self.opening)
-        return [self.ids(text) for text in texts], 0
+        of_turns = [False] * len(texts) if behind is None else [self._is_of_turn(count) for count in behind]
+        return [
+            self.said(text) if of_turn else self.ids(text) for text, of_turn in zip(texts, of_turns, strict=True)
+        ], 0
 
     def read_again(self, texts: Sequence[str], pinned: Sequence[int]) -> list[torch.Tensor]:
         """Token ids of texts that were compressed, int64 `[T]` each, as `histories` gave them.

@@ -90,7 +90,8 @@ class R3MemConfig:
         "tokens",
         "How a memory is written. `tokens`: by learned memory tokens behind a segment; `matched`: with no training, "
         "by the keys of a segment that are attended most, with values that match the attention to all of them; "
-        "`anchored`: matched, with a change of keys and values that is learned.",
+        "`anchored`: matched, with a change of keys and values that is learned; the base model reads them, as stores "
+        "and other engines need it, with `adapter_rows` of `memory`.",
         group=MEMORY,
         option="memory-writer",
         choices=WRITERS,

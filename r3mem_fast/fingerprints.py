@@ -145,7 +145,9 @@ class FingerprintCache:
             adapters_off: Whether they are made while its adapters are off.
         """
         settings = adapter_settings(network.peft_model)
-        known = (_stamps(network.parameters()), settings)
+        of_base = {id(parameter) for parameter in base_parameters(network.peft_model)}
+        own = [parameter for parameter in network.parameters() if id(parameter) not in of_base]
+        known = (_base_stamps(network.peft_model), _stamps(own, changing=True), settings)
         if self._origins is None or self._origins[0] != known:
             self._origins = (known, {})
         found = self._origins[1]
@@ -173,10 +175,9 @@ def _base_stamps(peft_model):
     return _stamps(base_parameters(peft_model))
 
 
-def _stamps(parameters):
-    """Stamps of parameters, which change with their values; those of frozen ones not if `.data` is modified."""
-    parameters = list(parameters)
+def _stamps(parameters, changing=False):
+    """Stamps of parameters, which change with their values; of frozen ones, unless `changing`, as PyTorch says."""
     # Fused optimizers, transformers' default, change values and leave versions as they are.
-    learning = [sum_of_bits(p) for p in parameters if p.requires_grad]
+    learning = [sum_of_bits(p) for p in parameters if changing or p.requires_grad]
     sums = torch.stack([found.to(learning[0].device) for found in learning]).tolist() if learning else []
     return [[(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters], sums]

@@ -222,7 +222,8 @@ def pair_terms(network: Network, contexts: Rows, queries: Rows, terms: Sequence[
     asked = contexts.mask.any(1, keepdim=True)
     if "compress" in terms:
         given = contexts if memory is None else nothing_before(contexts)
-        logits, targets = continuation_logits(network, given, queries, memory, forward=True)
+        with contextlib.nullcontext() if memory is None else network.behind_memory():
+            logits, targets = continuation_logits(network, given, queries, memory, forward=True)
         found.compress_loss = _mean_loss(logits, targets.masked_fill(~asked, IGNORED))
     if "cycle" in terms:
         with network.reading_backward():

@@ -240,10 +240,10 @@ class R3MemPipeline:
             if chat or tuple(levels) != ("document",):
                 raise ValueError("chat and levels say how texts are read: leave them out where there are none")
             return self.model.compress(None, memory=memory, finish=finish, progress=progress, **sizes)
-        rows_before = None if memory is None else memory.labels
-        texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, rows_before)
+        known, before = (None, None) if memory is None else (memory.labels, memory.pinned_slots().tolist())
+        texts, labels = texts_and_labels(documents, tuple(levels), self.codec.count, known)
         begins = memory is None and self.model.reader.layout.most_pinned > 0  # room for what begins a text
-        rows, pinned = self.codec.histories(texts, chat=chat, begins=begins)
+        rows, pinned = self.codec.histories(texts, chat=chat, begins=begins, behind=before)
         parts = []
         for start in range(0, len(rows), _BATCH):
             some = None if memory is None else memory[start : start + _BATCH]

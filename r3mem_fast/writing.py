@@ -2,6 +2,8 @@
 
 import functools
 
+from r3mem_fast.kernels.common.compat import MAX_HEAD_DIM
+
 from .integrations import graphs
 from .integrations.fsdp import units_of
 from .integrations.peft import adapters_on
@@ -27,6 +29,8 @@ def writer_of(network: Network, layout: MemoryLayout, *, dropout: float = 0.0) -
         writer = MatchedWriter(reader, layout, network.questions_of)
         # Processes that gather a sharded model's layers together must run alike, whatever their rows are.
         by_graphs = graphs.are_wanted(network.device) and not units_of(network)
+        # Larger heads are matched by the reference, which looks at values.
+        by_graphs = by_graphs and reader.state_sizes()[-1] <= MAX_HEAD_DIM
         return GraphedWriter(writer, network.device) if by_graphs else writer
     if network.is_anchored:
         all_tokens, longest = network.adapts_tokens, network.r3mem_config.longest_change

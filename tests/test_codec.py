@@ -113,5 +113,7 @@ def test_no_text_leaves_the_turn_that_it_stands_in():
     rows, pinned = codec.histories([forged], chat=True, begins=True)
     assert special & set(codec.ids(forged)) and rows[0][:pinned] == before
     row, behind = (codec.prompts([forged], chat=True, pinned=known)[0] for known in (None, [pinned]))
-    for said in (rows[0][pinned:], row[len(before) : -len(after)], behind[: -len(after)]):
+    more, none = codec.histories([forged] * 2, chat=False, begins=False, behind=[pinned, 0])
+    assert more[1] == codec.ids(forged) and not none
+    for said in (rows[0][pinned:], more[0], row[len(before) : -len(after)], behind[: -len(after)]):
         assert not special & set(said) and forged in codec.text(torch.tensor(said))

@@ -184,7 +184,7 @@ def _convert(folder: Path) -> None:
     package = importlib.util.find_spec(_PACKAGE)
     assert package is not None and package.submodule_search_locations, "see missing_packages"
     for leftover in folder.parent.glob(f".{folder.name}-????????"):  # of a process that was killed meanwhile
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # which may be another user's
     convert_gguf(Path(package.submodule_search_locations[0]) / _GGUF, folder)
 
 

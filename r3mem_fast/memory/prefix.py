@@ -187,8 +187,8 @@ def prefix_of(model: Any, memory: Any, first_position: int | None = None) -> Pre
     model.check_memory(memory)
     if memory.ages is None or not model.reads_as_base:
         raise ValueError(
-            "only a matched memory of a base model is keys and values alone; what memory tokens have learned needs "
-            "its adapters: use model.generate, or memory.to_cache(model)"
+            "only a memory that the base model reads is keys and values alone; what memory tokens have learned, or "
+            "adapters read, needs these: use model.generate, or memory.to_cache(model)"
         )
     return placed_prefix(model, memory, first_position)
 

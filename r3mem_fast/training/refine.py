@@ -134,7 +134,8 @@ def _refuse(model, memory, texts):
     """Raise ValueError for memories whose values cannot be tuned, and for texts that are not theirs."""
     if memory.layout.writer != "matched" or not model.reads_as_base:
         raise ValueError(
-            "memories that the base model reads can be refined, matched and anchored ones: not learned ones"
+            "memories that the base model reads can be refined, matched and anchored ones: not those that adapters "
+            'write or read (adapter_rows="all")'
         )
     if model.reader.keeps_latents():
         raise ValueError("the model keeps latents in place of values, so that there is nothing to refine in a memory")

@@ -1,6 +1,7 @@
 """Anchored memories: matched ones with a change that adapters learn, at copies of the tokens that most heads keep."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from r3mem_fast.integrations.scoped import temporarily
 from r3mem_fast.memory.segments import cut_segments
 from r3mem_fast.objective import history_loss
 from r3mem_fast.reversible.stack import Mode
+from r3mem_fast.training.collate import collate_ids
 from r3mem_fast.training.history import train
 from r3mem_fast.training.settings import TrainSettings
 from r3mem_fast.writing import writer_of
@@ -322,6 +324,34 @@ class TestAdaptersThatRead:
         assert torch.allclose(merged(text).logits, logits[0], atol=1e-5)
         assert torch.allclose(merged(text, memory=its).logits, logits[1], atol=1e-5)
 
+    def test_queries_are_learned_as_they_are_read(self):
+        """The term of a query behind its context's memory: in the network that `generate` reads with."""
+        for rows in ("memory", "all"):
+            model, context, query = network(adapter_rows=rows, segment_overlap=0), ids_of(20), ids_of(5, seed=1)
+            output = model(**collate_ids([(context[0].tolist(), query[0].tolist())]), terms=["compress"])
+            memory, first = model.compress(context, finish=True), torch.full((1, 2), model.start_token_id)
+            with torch.no_grad():
+                logits = model(torch.cat([first, query], 1), memory=memory).logits[:, 1:]
+            targets = torch.cat([query[0], torch.tensor([model.end_token_id])])
+            wanted = torch.nn.functional.cross_entropy(logits[0], targets)
+            assert torch.isclose(output.compress_loss, wanted, atol=1e-5)
+            output.loss.backward()
+            assert model.memory_embeddings.grad.abs().sum() > 0
+
+    def test_dropout_changes_nothing_where_nothing_was_learned(self):
+        """Both readings of the anchors drop out the same."""
+        model, ids = network(adapter_rows="all", lora_dropout=0.5), ids_of(LENGTH)
+        with torch.no_grad():
+            model.memory_embeddings.zero_()
+        states = []
+        for longest in (None, 1e-9):  # with and without what is changed
+            model.r3mem_config = dataclasses.replace(model.r3mem_config, longest_change=longest)
+            torch.manual_seed(3)
+            segment, *_ = cut_segments(model.empty_memory(), list(ids), finish=True, writes_all=True)
+            with model.train().behind_memory():
+                states.append(writer_of(model, model.layout).read(segment, model.empty_memory())[1].states)
+        assert torch.allclose(*states, atol=1e-6)
+
     @torch.no_grad()
     def test_sizes_caches_and_files(self, tmp_path):
         model, ids, text = network(adapter_rows="all"), ids_of(70), ids_of(6, seed=1)
@@ -336,7 +366,7 @@ class TestAdaptersThatRead:
         assert torch.allclose(found[:, -6:], wanted, atol=1e-4)
         with pytest.raises(ValueError, match=r"within `with model.behind_memory\(\):`"):
             small.to_cache(model)
-        with pytest.raises(ValueError, match="only a matched memory of a base model"):
+        with pytest.raises(ValueError, match="only a memory that the base model reads"):
             small.to_prefix(model)
         with model.disable_adapters():
             assert torch.equal(model.compress(ids).states, network("matched").compress(ids).states)

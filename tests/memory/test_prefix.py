@@ -225,7 +225,7 @@ def test_memories_that_are_more_than_keys_and_values():
         with pytest.raises(ValueError, match=r"static.* is for matched memories"):
             other.generate(TEXT, memory=other.compress(ids_of(50)), cache_implementation="static")
     learned = R3MemModel(build(), R3MemConfig(num_memory_tokens=2, segment_length=LENGTH, core=(1, 3)))
-    with pytest.raises(ValueError, match="only a matched memory of a base model"):
+    with pytest.raises(ValueError, match="only a memory that the base model reads"):
         learned.compress(ids_of(50)).to_prefix(learned)
     with pytest.raises(ValueError, match="of another base model"):
         network(seed=1).compress(ids_of(50)).to_prefix(network())

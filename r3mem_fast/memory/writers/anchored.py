@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ...reversible.surroundings import Surroundings
 from ..layout import MemoryLayout
 from ..memory import Memory
 from ..reader import MemoryReader
@@ -157,9 +158,11 @@ class AnchoredWriter(MatchedWriter):
             whole = self._whole(found, old, new).detach()
         embeddings = self._reader.embeddings_of(ids)
         anchored = embeddings + self._embedding.to(embeddings.dtype)
-        if self._adapters_on is None:  # which learn through both
-            plain = self._read_anchors(whole, embeddings, exists, positions, ids, adapted=None)
-            learned = self._read_anchors(whole, anchored, exists, positions, ids, adapted=None)
+        if self._adapters_on is None:  # which learn through both, and drop out the same
+            with Surroundings(anchored.device).recorded() as surroundings:
+                plain = self._read_anchors(whole, embeddings, exists, positions, ids, adapted=None)
+            with surroundings.restored():
+                learned = self._read_anchors(whole, anchored, exists, positions, ids, adapted=None)
         else:
             with torch.no_grad():
                 plain = self._read_anchors(whole, embeddings, exists, positions, ids, adapted=0)
