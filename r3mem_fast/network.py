@@ -57,6 +57,7 @@ class Network(nn.Module):
         end_token_id: Token that ends every text that is written.
         questions_of: Gives what will be asked of the token ids of a text, for `memory_queries` of "pairs".
         drawn_sizes: Slots of a segment, of which each pass in training draws one; (): those of the layout.
+        foreign_share: Share of the passes in training in which rows read each other's memories, see `TrainSettings`.
 
     Raises:
         TypeError: The base is no model that can be made reversible. It is then as it was.
@@ -103,7 +104,7 @@ class Network(nn.Module):
             let_adapters_choose_tokens(self.layers)
         self.questions_of: QuestionsOf | None = None
         self.drawn_sizes: tuple[int, ...] = ()
-        self.is_plain = False
+        self.is_plain, self.foreign_share = False, 0.0
         self._fingerprints = FingerprintCache()
         # While adapters are merged: they, and the fingerprints that memories carry, which are those of before.
         self._merged: tuple[MergedAdapters, Origin] | None = None

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 from transformers.utils import ModelOutput
 
 from .batching import Rows, nothing_before, prompt_of
 from .integrations.compat import cache_argument
 from .integrations.fsdp import units_of
-from .integrations.scoped import evaluating
 from .memory.layout import MemoryLayout
 from .memory.memory import Memory
 from .memory.reader import positions_of_mask
-from .memory.segments import IGNORED, Segment
+from .memory.segments import IGNORED
 from .network import Network
 from .reading import compress_rows, placed, read_segments, segments_of, trains_through
+from .teacher import Teacher
 
 TERMS = ("compress", "expand", "cycle")
 
@@ -95,7 +94,8 @@ def history_loss(
         num_items = max(1, sum(int((segment.targets != IGNORED).sum()) for segment in segments))
     training = trains_through(network, segments)
     refuse_to_learn(network)
-    teacher = _Teacher(network, memory, rows) if training and network.r3mem_config.distillation_weight else None
+    teacher = Teacher(network, memory, rows) if training and network.r3mem_config.distillation_weight else None
+    foreign = segments[-1] if teacher is not None and _reads_foreign(network, len(memory)) else None
 
     # Anchors learn nothing from a first segment. Processes of FSDP2 must run alike, whatever counts.
     may_skip = training and network.is_anchored and not units_of(network)
@@ -106,10 +106,13 @@ def history_loss(
         targets = segment.targets.to(network.device)
         wanted = {"labels": targets, "shift_labels": targets, "num_items_in_batch": num_items}
         output = network.head(hidden, **(wanted if teacher is None or teacher.weight < 1 else {}))
-        loss = output.loss if teacher is None else teacher.blended(output, segment, targets, num_items)
+        if teacher is None:
+            loss = output.loss
+        else:
+            loss = teacher.blended(output, segment, targets, num_items, alone=segment is foreign)
         return {"loss": loss} if training else {"loss": loss, "logits": output.logits}
 
-    outcomes, _ = read_segments(network, segments, memory, outcome)
+    outcomes, _ = read_segments(network, segments, memory, outcome, foreign=foreign)
     loss = sum(found["loss"] for found in outcomes)
     if training or outcomes[0]["logits"] is None:
         return loss, None
@@ -179,6 +182,14 @@ def _of_drawn_size(network, memory):
         return memory
     size = network.drawn_sizes[int(torch.randint(len(network.drawn_sizes), ()))]
     return dataclasses.replace(memory, layout=memory.layout.with_memory_tokens(size))
+
+
+def _reads_foreign(network, rows):
+    """Draw whether so many rows read each other's memories in this pass."""
+    share = network.foreign_share
+    if share and units_of(network):
+        raise ValueError("foreign_memories is not for a model sharded by FSDP2, whose processes must run alike")
+    return rows > 1 and share > 0 and bool(torch.rand(()) < share)
 
 
 def _some_segments(network, memory, rows, in_one):
@@ -307,84 +318,6 @@ def _logits_behind_states(network, ids, mask, cache, kept):
     place = order.argsort(dim=1)[:, -kept:, None]
     hidden = hidden.gather(1, place.to(hidden.device).expand(-1, -1, hidden.shape[-1]))
     return network.head(hidden).logits
-
-
-class _Teacher:
-    """The base model, which reads rows in full, to compare with what is read through memories.
-
-    Args:
-        network: The model.
-        memory: The memory before the rows; it must be empty.
-        rows: Tokens.
-
-    Attributes:
-        weight: Weight of the divergence from it, the `distillation_weight`.
-
-    Raises:
-        ValueError: The base model cannot read the whole rows.
-    """
-
-    def __init__(self, network: Network, memory: Memory, rows: Rows):
-        self._network, self.weight = network, network.r3mem_config.distillation_weight
-        self._hidden = self._hidden_states(memory, rows)
-
-    def blended(
-        self, output: Any, segment: Segment, targets: torch.Tensor, num_items: float | torch.Tensor
-    ) -> torch.Tensor:
-        """Loss of a segment, `(1 - w) * cross-entropy + w * divergence`, where w is the `distillation_weight`.
-
-        Args:
-            output: The base model's output for the segment, with logits, and with the cross-entropy as loss unless
-                w is 1.
-            segment: The segment.
-            targets: Targets of the segment, int64 `[A, n]`, on the device of the logits.
-            num_items: Number that sums over tokens are divided by.
-
-        Raises:
-            ValueError: The output has no logits.
-        """
-        if output.logits is None:
-            raise ValueError(
-                "distillation needs the logits, which a fused loss (Liger's) does not make; apply it with "
-                "fused_linear_cross_entropy=False"
-            )
-        counted = targets != IGNORED
-        places = segment.places.clamp_max(self._hidden.shape[1] - 1)
-        rows = torch.tensor(segment.rows, device=targets.device)[:, None]
-        wanted = self._hidden[rows, places.to(targets.device)]
-        wanted = self._logits(wanted[counted]).float().log_softmax(-1)
-        divergence = kl_div(output.logits[counted].float().log_softmax(-1), wanted, reduction="sum", log_target=True)
-        if self.weight == 1:
-            return divergence / num_items
-        return (1 - self.weight) * output.loss + self.weight * divergence / num_items
-
-    @torch.no_grad()
-    def _hidden_states(self, memory, rows):
-        """Last hidden states of the base model for the whole rows: `[B, T, hidden_size]`, padded on the right."""
-        network = self._network
-        if memory.tokens_seen.any():
-            raise ValueError(
-                "distillation_weight: the teacher reads the full context, of which a memory holds only a part; train "
-                "without one, or set the weight to 0"
-            )
-        ids, mask, _ = rows.right_padded(network.end_token_id)
-        ids, mask = ids[:, :-1], mask[:, :-1]
-        if network.max_tokens is not None and ids.shape[1] > network.max_tokens:
-            raise ValueError(
-                f"distillation_weight: the teacher reads all {ids.shape[1]} tokens at once, and the model has "
-                f"{network.max_tokens} positions; use shorter rows, or set the weight to 0"
-            )
-        with evaluating(network), network.disable_adapters():
-            return network.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-    @torch.no_grad()
-    def _logits(self, hidden):
-        """The base model's logits `[N, V]` for last hidden states `[N, hidden_size]`."""
-        network = self._network
-        head = network.peft_model.get_output_embeddings()
-        adapted = head is not None and any(isinstance(module, BaseTunerLayer) for module in head.modules())
-        with network.disable_adapters() if adapted else contextlib.nullcontext():
-            return network.head(hidden[None]).logits[0]
 
 
 def _mean_loss(logits, targets):

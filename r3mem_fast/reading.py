@@ -15,6 +15,7 @@ from .integrations.fsdp import largest_of_ranks, units_of
 from .memory.cache import PrefixCache
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment, advance, cut_segments
+from .memory.states import BATCH
 from .memory.writers.diagonal import DiagonalReader
 from .memory.writers.graphed import GraphedWriter
 from .memory.writers.matched import MatchedWriter
@@ -79,6 +80,8 @@ def read_segments(
     memory: Memory,
     outcome: Callable[[Segment, torch.Tensor], Any],
     on_tokens: Callable[[int], Any] | None = None,
+    *,
+    foreign: Segment | None = None,
 ) -> tuple[list[Any], Memory]:
     """Read segments one after the other, each behind the memory of those before it.
 
@@ -91,6 +94,7 @@ def read_segments(
             training it may be called again in the backward pass.
         on_tokens: Function that is called after each segment with the number of tokens that were read; None: there is
             none. It is not called where segments are run again in the backward pass.
+        foreign: The last segment, if each row is to read it behind the memory of the row before; None: behind its own.
 
     Returns:
         The results of `outcome`, one for each segment, and the memory after the last one; what it carries as tokens is
@@ -105,6 +109,7 @@ def read_segments(
 
     def step(segment, state):
         before = _with_state(memory, state, num_segments=segment.num_segments)
+        before = _of_other_rows(before) if segment is foreign else before
         with network.behind_memory():  # also where a segment runs again
             hidden, after = writer.read(segment, before)
             return outcome(segment, hidden), _state_of(after)
@@ -120,6 +125,7 @@ def read_segments(
                 memory = memory.detach()
             with network.stack.on_host() if on_host else contextlib.nullcontext():
                 before = dataclasses.replace(memory, num_segments=segment.num_segments)
+                before = _of_other_rows(before) if segment is foreign else before
                 hidden, memory = writer.read(segment, before)
                 if training:  # the logits take as much memory as all else that a segment computes
                     outcomes.append(checkpoint(outcome, segment, hidden, use_reentrant=False))
@@ -146,6 +152,15 @@ def _state_of(memory):
     """The tensors of a memory that a segment changes, of which gradients pass through those with states."""
     beside = {} if memory.ages is None else {"ages": memory.ages, "slots": memory.slots}
     return memory.states, memory.carried or {}, beside
+
+
+def _of_other_rows(memory):
+    """A memory in which each row holds what the row before holds; differentiable."""
+    row_of = {"states": BATCH[memory.layout.placement], "num_segments": 0, "ages": 1, "slots": 0}
+    held = {name: getattr(memory, name) for name in row_of}
+    moved = {name: tensor.roll(1, row_of[name]) for name, tensor in held.items() if tensor is not None}
+    carried = memory.carried and {name: state.roll(1, 0) for name, state in memory.carried.items()}
+    return dataclasses.replace(memory, carried=carried, **moved)
 
 
 def _with_state(memory, state, **others):

@@ -172,6 +172,12 @@ def train(
     sizes = settings.drawn_memory_tokens or ()
     if sizes and not model.is_anchored:
         raise ValueError('drawn_memory_tokens is for anchored memories (memory_writer="anchored")')
+    share = settings.foreign_memories
+    if share and not (model.learns_memories and model.adapts_tokens and model.r3mem_config.distillation_weight):
+        raise ValueError(
+            f"foreign_memories={share!r} teaches adapters that read memories, by the base model: it needs these, "
+            'adapter_rows="all" and a distillation_weight'
+        )
     for size in sizes:
         model.reader.layout.with_memory_tokens(size)  # raises an error for one that cannot be
     kept = [row[: len(row) - int(len(row) * settings.held_out)] for row in rows]
@@ -214,8 +220,9 @@ def train(
         model.eval()
         return _report(TrainerState.load_from_json(last / TRAINER_STATE_NAME), windows, 0.0)
     _, of_optimizer = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    # Where the base model reads the first segment, behind no memory, there is nothing to learn.
-    unlearned = model.reader.layout.segment_length if model.is_anchored and model.reads_as_base else 0
+    # The base model reads the first segment, behind no memory, or is all that teaches adapters how: nothing to learn.
+    taught = model.is_anchored and (model.reads_as_base or model.r3mem_config.distillation_weight == 1)
+    unlearned = model.reader.layout.segment_length if taught else 0
     trainer = Trainer(
         model,
         arguments,
@@ -228,7 +235,8 @@ def train(
     started = time.monotonic()
     try:
         # What was learned is in the checkpoints.
-        with unchanged_on_failure(model), temporarily(model, drawn_sizes=sizes), contextlib.ExitStack() as afterwards:
+        drawn = temporarily(model, drawn_sizes=sizes, foreign_share=share)
+        with unchanged_on_failure(model), drawn, contextlib.ExitStack() as afterwards:
             afterwards.callback(keep_master_weights, model)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
@@ -295,8 +303,9 @@ def _identity(model, rows, settings):
     described = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     if settings.adapter_precision == "float32":  # a later setting: checkpoints from before it are of such runs
         del described["adapter_precision"]
-    if settings.drawn_memory_tokens is None:
-        del described["drawn_memory_tokens"]
+    for later in ("drawn_memory_tokens", "foreign_memories"):
+        if not described[later]:
+            del described[later]
     origin = model.origin_of_adapters()
     return {
         "settings": json.loads(json.dumps(described)),  # where a tuple is a list

@@ -184,10 +184,21 @@ class TrainSettings:
         option="drawn-memory-tokens",
         unset="the model's, always",
     )
+    foreign_memories: float = setting(
+        0.0,
+        "Share of the passes in which the rows of a batch read each other's memories in the last segment of a window, "
+        "and learn to predict there as the base model does without one. For adapters that read, by distillation.",
+        group=RUN,
+        option="foreign-memories",
+        least=0,
+        most=1,
+    )
     seed: int = setting(0, "Seed of the order.", group=RUN, option="seed", least=0)
 
     def __post_init__(self):
         check(self)
+        if self.foreign_memories and self.batch_size < 2:
+            raise ValueError("foreign_memories are those of other rows: it needs a batch_size of at least 2")
         sizes = self.drawn_memory_tokens
         if sizes is not None and not (sizes and all(type(size) is int and size > 0 for size in sizes)):
             raise ValueError(f"drawn_memory_tokens must be positive integers, or None, got {sizes!r}")

@@ -338,6 +338,32 @@ class TestAdaptersThatRead:
             output.loss.backward()
             assert model.memory_embeddings.grad.abs().sum() > 0
 
+    @pytest.mark.parametrize("kept", ["none", "device"])
+    def test_rows_that_read_each_others_memories(self, kept):
+        """The last segment is read behind the other row's memory, and taught by the base model without one."""
+        settings = {"adapter_rows": "all", "distillation_weight": 1.0, "kept_segments": kept}
+        model, ids = network(**settings).train(), ids_of(2 * LENGTH, rows=2)
+        model.foreign_share = 1.0
+        loss = loss_of(model, ids)
+        loss.backward()
+        assert model.memory_embeddings.grad.abs().sum() > 0
+        model.eval()
+        read = ids[:, LENGTH - OVERLAP :]
+        with torch.no_grad(), model.behind_memory():
+            memory = model.compress(ids[:, :LENGTH])
+            others = model.reading_cache(Memory.cat([memory[1], memory[0]]))
+            # The last token of the first segment predicts the first one of the second.
+            found = model.peft_model(read, past_key_values=others).logits[:, OVERLAP:-1]
+            found = torch.cat([model.peft_model(ids[:, :LENGTH]).logits[:, -1:], found], 1).log_softmax(-1)
+            with model.disable_adapters():
+                wanted = model.peft_model(read).logits[:, OVERLAP:-1]
+                wanted = torch.cat([model.peft_model(ids[:, :LENGTH]).logits[:, -1:], wanted], 1).log_softmax(-1)
+        expected = (wanted.exp() * (wanted - found)).sum() / wanted[..., 0].numel()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+        model.foreign_share = 0.0
+        with torch.no_grad():
+            assert loss_of(model.train(), ids).item() != pytest.approx(loss.item(), rel=1e-3)
+
     def test_dropout_changes_nothing_where_nothing_was_learned(self):
         """Both readings of the anchors drop out the same."""
         model, ids = network(adapter_rows="all", lora_dropout=0.5), ids_of(LENGTH)

@@ -155,6 +155,18 @@ def test_settings_and_models_that_are_refused(folder, tmp_path):
         train(R3MemModel(base, CONFIG), rows(tokenizer), SETTINGS, folder=tmp_path, progress=False)
 
 
+def test_foreign_memories_need_adapters_that_read(folder, tmp_path):
+    model, tokenizer = fresh(folder)
+    settings = dataclasses.replace(SETTINGS, foreign_memories=0.5, batch_size=2)
+    with pytest.raises(ValueError, match="teaches adapters that read memories, by the base model"):
+        train(model, rows(tokenizer), settings, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="it needs a batch_size of at least 2"):
+        dataclasses.replace(settings, batch_size=1)
+    taught, _ = fresh(folder, dataclasses.replace(CONFIG, distillation_weight=1.0))
+    report = train(taught, rows(tokenizer), settings, folder=tmp_path, progress=False)
+    assert report.steps == settings.steps and taught.foreign_share == 0.0
+
+
 def test_texts_of_all_kinds(tmp_path):
     (tmp_path / "a.txt").write_text("One text.\n\nOf two paragraphs.")
     assert read_texts(tmp_path / "a.txt") == ["One text.\n\nOf two paragraphs."]
