@@ -149,6 +149,33 @@ def _gained_rows(name: str, arms: dict[str, str]) -> list[tuple[str, ...]]:
     return [(what, *(interval(gained[arm, of]) for of in ("nats", "f1", "contains"))) for arm, what in arms.items()]
 
 
+def adapted_reading() -> str:
+    """Return the table of how novels are read behind anchored memories, by the base model and by adapters, too."""
+    runs = [_adapted("adapted_novels_smollm2"), _adapted("adapted_foreign_novels_smollm2")]
+    arms = (("the last 32 tokens before it", "tail", "adapted_tail"),
+            ("these, and a memory of 16 slots", "anchored_16", "adapted_16"),
+            ("these, and a memory of 64 slots", "anchored_64", "adapted_64"),
+            ("the whole segment before it", "full", "adapted_full"),
+            ("the last 32 tokens, and another novel's memory, 16 slots", "foreign_anchored_16", "foreign_adapted_16"),
+            ("the same, 64 slots", "foreign_anchored_64", "foreign_adapted_64"))  # fmt: skip
+    rows = []
+    for what, base, adapted in arms:
+        cells = [run["nats"][adapted] + f", {run['better'][adapted, base]}" for run in runs]
+        rows.append((what, runs[0]["nats"][base], *cells))
+    names = ("a segment is read behind", "by the base model: nats a token, share of its gap",
+             "**by adapters, too**: the same, better by", "these, taught that another text's is none")  # fmt: skip
+    return table(names, rows)
+
+
+def _adapted(name):
+    """Nats a token of each arm of a run of bench.adapted, with the share that it closes; and how much better it is."""
+    found = records(name)[1:]
+    closed = {r["closed_by"]: f", {r['mean']:.3f}" for r in found if "closed_by" in r}
+    nats = {r["arm"]: f"{r['nats_per_token']:.4f}" for r in found if "nats_per_token" in r}
+    better = {(r["arm"], r["nats_better_than"]): interval(r) for r in found if "nats_better_than" in r}
+    return {"nats": {arm: value + closed.get(arm, "") for arm, value in nats.items()}, "better": better}
+
+
 # Ways to refine memories, by what a result file calls them.
 _REFINED = {
     "": "**refined in 16 steps**",
@@ -197,6 +224,7 @@ TABLES = {
     "packaged_pairs": packaged_pairs,
     "anchored_chains": anchored_chains,
     "text_adapter": text_adapter,
+    "adapted_reading": adapted_reading,
     "anchored_answers": anchored_answers,
     "refined_answers": refined_answers,
     "refined_novels": refined_novels,

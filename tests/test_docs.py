@@ -538,6 +538,24 @@ def test_what_memories_are_worth_behind_a_lookup_where_heads_share_slots():
     assert costs["mean"] < 0 < costs["high"] and said in text_of("docs/documents.md")
 
 
+def test_what_adapters_that_read_add():
+    """The same segments in both runs, read by the same base model behind the same memories: the control."""
+    runs = [records(f"{name}_novels_smollm2.jsonl") for name in ("adapted", "adapted_foreign")]
+    nats = [{r["arm"]: r["nats_per_token"] for r in found if "nats_per_token" in r} for found in runs]
+    assert all(nats[0][arm] == nats[1][arm] for arm in nats[0] if "adapted" not in arm)
+    better, taught = ({(r["arm"], r["nats_better_than"]): r for r in run if "nats_better_than" in r} for run in runs)
+    text = text_of("docs/memory.md")
+    few, many = (better[f"adapted_{slots}", f"anchored_{slots}"] for slots in (16, 64))
+    said = [f"{r['mean']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in (few, many)]
+    assert f"16 slots by {said[0]} nats a token, and behind 64 by {said[1]}" in text and few["low"] > 0 > many["low"]
+    assert f"tokens alone, by {better['adapted_tail', 'tail']['mean']:.3f}" in text
+    lost = [[-run[f"foreign_adapted_{n}", "adapted_tail"]["mean"] for n in (64, 16)] for run in (taught, better)]
+    mine, others = ([f"{value:.3f}" for value in values] for values in lost)
+    assert f"they lose {mine[0]} behind one of 64 slots and {mine[1]} behind one of 16" in text
+    assert f"where the others lose {others[0]} and {others[1]}" in text
+    assert all(taught[f"adapted_{slots}", f"anchored_{slots}"]["low"] < 0 for slots in (16, 64))
+
+
 def test_what_training_from_the_match_adds():
     """Beside the matched memories of the same places, which are those of the other tables: the control."""
     head, *found = records("anchored_novels_smollm2.jsonl")

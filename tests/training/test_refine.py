@@ -172,7 +172,7 @@ def test_what_cannot_be_refined_is_refused():
         with pytest.raises(ValueError, match="row 0 has no slots that could be refined"):
             refine(model, model.compress(short[None], pinned=pinned), [short], itself, QUICK, progress=False)
     learned = network("tokens", memory_budget=None)
-    with pytest.raises(ValueError, match="not learned ones"):
+    with pytest.raises(ValueError, match="not those that adapters write or read"):
         refine(learned, learned.compress(text[None]), [text], itself, QUICK, progress=False)
     with pytest.raises(ValueError, match="learning_rate must be a number above 0"):
         RefineSettings(learning_rate=0.0)
