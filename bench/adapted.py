@@ -27,7 +27,7 @@ from r3mem_fast.data.text import opening_ids, read_text
 
 from .matched_arms import mean_loss
 from .places import Place, begun, foreign_of, interval, places_of
-from .records import add_output_option, add_records
+from .records import run
 from .texts import KINDS, texts_of
 from .unfinished import Losses, Unfinished, settings_of
 
@@ -45,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--segments", type=int, default=48, help="that are read, at most (%(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[64, 16], help="of a segment (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="segments at one time (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    add_output_option(parser)
-    options = parser.parse_args(arguments)
-    add_records(_records(options), options)
-    return 0
+    return run(parser, _records, arguments)
 
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -50,7 +50,7 @@ from .anchored import anchored_memory, load_adapter
 from .asking import Asked, add_grades, ask_in_each_way
 from .places import interval
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
-from .records import add_output_option, add_records
+from .records import run
 from .rivals import laid_out, values_kept
 from .talks import READERS, Talk, short_enough
 from .unfinished import Unfinished, settings_of
@@ -74,11 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_allocation_option(parser)
     add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer, at most; 0: none (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    add_output_option(parser)
-    options = parser.parse_args(arguments)
-    add_records(_records(options), options)
-    return 0
+    return run(parser, _records, arguments)
 
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -46,11 +46,7 @@ def _refuse_other(learned: R3MemModel, folder: str) -> None:
     """Raise ValueError for an adapter that is none of anchors, or of anchors that the base model does not read."""
     if not learned.is_anchored:
         raise ValueError(f"{folder} holds no adapter of anchors (memory_writer='anchored')")
-    _refuse_adapted(learned, folder)
-
-
-def _refuse_adapted(learned, folder):
-    if learned.is_anchored and not learned.reads_as_base:
+    if not learned.reads_as_base:
         raise ValueError(
             f"{folder} holds an adapter that reads, too (adapter_rows='all'): measure it by bench.adapted"
         )
@@ -68,9 +64,8 @@ def load_adapter(folder: str, model: R3MemModel, *, anchored: bool = False) -> R
         ValueError: It was made of another model, is none of anchors, or reads with its adapters.
     """
     learned = R3MemPipeline(folder, dtype=str(model.dtype).removeprefix("torch.")).model
-    if anchored:
+    if anchored or learned.is_anchored:
         _refuse_other(learned, folder)
-    _refuse_adapted(learned, folder)
     if learned.base_fingerprint() != model.base_fingerprint():
         raise ValueError(f"{folder} was made of another model than the one that it is compared with")
     return learned

@@ -32,7 +32,7 @@ from r3mem_fast import Memory, R3MemPipeline
 from r3mem_fast.data.text import read_text
 
 from .places import Place, foreign_of, interval, places_of, spread
-from .records import add_output_option, add_records
+from .records import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--segments", type=int, default=200, help="that are read, at most (%(default)s)")
     parser.add_argument("--chains", type=int, default=64, help="of them, read behind seven others (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="of them at one time (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    add_output_option(parser)
-    options = parser.parse_args(arguments)
-    add_records(_records(options), options)
-    return 0
+    return run(parser, _records, arguments)
 
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -44,7 +44,7 @@ from .answers_data import Question, read_xquad
 from .asking import Asked, ask_in_each_way
 from .presses import PRESSES, REPEAT, add_allocation_option, add_presses_option, keep, press_scores
 from .prompts import template_of
-from .records import add_output_option, add_records
+from .records import run
 from .rivals import values_kept
 from .unfinished import Unfinished, settings_of
 
@@ -62,11 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_presses_option(parser)
     parser.add_argument("--new-tokens", type=int, default=24, help="of an answer, at most; 0: none (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of questions (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    add_output_option(parser)
-    options = parser.parse_args(arguments)
-    add_records(_records(options), options)
-    return 0
+    return run(parser, _records, arguments)
 
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,25 @@ def add_records(found: Iterable[dict[str, Any]], options: argparse.Namespace) ->
     records: list[dict[str, Any]] = []
     for record in found:
         add_record(record, records, options)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measured: Callable[[argparse.Namespace], Iterable[dict[str, Any]]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Give a parser the options --json and --output, and print and write what is measured; returns the exit status.
+
+    Args:
+        parser: The parser, with all other options of the command.
+        measured: Function that makes records for the options.
+        arguments: Arguments of the command line; None: those of the process.
+    """
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    add_output_option(parser)
+    options = parser.parse_args(arguments)
+    add_records(measured(options), options)
+    return 0
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:

@@ -42,7 +42,7 @@ from .memory_answers import gains, graded, memories_of
 from .places import begun, interval, places_of
 from .presses import add_allocation_option
 from .prompts import KINDS, prompt_of
-from .records import add_output_option, add_records
+from .records import run
 from .rivals import laid_out
 from .texts import KINDS as TEXTS
 from .texts import texts_of
@@ -69,11 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_allocation_option(parser)
     parser.add_argument("--adapter", help="folder of an adapter of anchors, whose memories are refined, too")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of texts (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    add_output_option(parser)
-    options = parser.parse_args(arguments)
-    add_records(_records(options), options)
-    return 0
+    return run(parser, _records, arguments)
 
 
 def _records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -161,3 +161,27 @@ def prompt_of(rows: Rows, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids.scatter_(1, place, start)
     mask.scatter_(1, place, 1)
     return ids, mask
+
+
+def padding_behind(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put the padding of rows behind their tokens, which stay in order.
+
+    Args:
+        ids: Token ids, int64 `[B, T]`.
+        mask: Mask, int64 `[B, T]`, 0 for padding.
+
+    Returns:
+        Ids and mask in the new order, and where each column is then, int64 `[B, T]`.
+    """
+    order = (1 - mask).argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order), order.argsort(dim=1)
+
+
+def columns_at(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Values at some places of each row, `[B, n, C]`.
+
+    Args:
+        values: `[B, T, C]`.
+        places: int64 `[B, n]`, on any device.
+    """
+    return values.gather(1, places.to(values.device)[..., None].expand(-1, -1, values.shape[-1]))

@@ -145,9 +145,10 @@ class FingerprintCache:
             adapters_off: Whether they are made while its adapters are off.
         """
         settings = adapter_settings(network.peft_model)
-        of_base = {id(parameter) for parameter in base_parameters(network.peft_model)}
-        own = [parameter for parameter in network.parameters() if id(parameter) not in of_base]
-        known = (_base_stamps(network.peft_model), _stamps(own, changing=True), settings)
+        of_base = base_parameters(network.peft_model)
+        ids = set(map(id, of_base))
+        own = [parameter for parameter in network.parameters() if id(parameter) not in ids]
+        known = (_stamps(of_base), _stamps(own, changing=True), settings)
         if self._origins is None or self._origins[0] != known:
             self._origins = (known, {})
         found = self._origins[1]

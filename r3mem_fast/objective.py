@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from transformers.utils import ModelOutput
 
-from .batching import Rows, nothing_before, prompt_of
+from .batching import Rows, columns_at, nothing_before, padding_behind, prompt_of
 from .integrations.compat import cache_argument
 from .integrations.fsdp import units_of
 from .memory.layout import MemoryLayout
@@ -312,12 +312,9 @@ def continuation_logits(
 
 def _logits_behind_states(network, ids, mask, cache, kept):
     """Logits of the last columns of rows, all of whose padding is put behind them: recurrent layers would read it."""
-    order = (1 - mask).argsort(dim=1, stable=True)
-    ids, moved = ids.gather(1, order), mask.gather(1, order)
+    ids, moved, places = padding_behind(ids, mask)
     hidden = network.reader.decode(network.reader.embeddings_of(ids), moved.cpu(), cache, ids=ids)
-    place = order.argsort(dim=1)[:, -kept:, None]
-    hidden = hidden.gather(1, place.to(hidden.device).expand(-1, -1, hidden.shape[-1]))
-    return network.head(hidden).logits
+    return network.head(columns_at(hidden, places[:, -kept:])).logits
 
 
 def _mean_loss(logits, targets):

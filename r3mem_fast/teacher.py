@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.functional import kl_div
 
-from .batching import Rows
+from .batching import Rows, columns_at, padding_behind
 from .integrations.scoped import evaluating
 from .memory.memory import Memory
 from .memory.segments import IGNORED, Segment
@@ -97,10 +97,8 @@ class Teacher:
     def _read_alone(self, segment):
         """Last hidden states of the base model for a segment, with nothing before it, `[A, n, hidden_size]`."""
         # Its padding is on the left, where recurrent layers would read it, and positions would count it.
-        order = (1 - segment.mask).argsort(dim=1, stable=True)
-        hidden = self._read(segment.ids.gather(1, order), segment.mask.gather(1, order))
-        place = order.argsort(dim=1).to(hidden.device)[..., None]
-        return hidden.gather(1, place.expand(-1, -1, hidden.shape[-1]))
+        ids, mask, places = padding_behind(segment.ids, segment.mask)
+        return columns_at(self._read(ids, mask), places)
 
     @torch.no_grad()
     def _logits(self, hidden):

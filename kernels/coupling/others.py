@@ -306,11 +306,11 @@ def add_quantized_(
         flags: int32 `[3]`, as `new_flags` makes it; None where the forward pass has set them.
         sign: 1 to add, -1 to take away.
     """
-    increment = sign * quantize(value, fraction_bits, flags)
+    increment = quantize(value, fraction_bits, flags)
     if flags is None:
-        stream.add_(increment)
+        stream.add_(increment, alpha=sign)
     else:
-        add_checked_(stream, increment, flags)
+        add_checked_(stream, increment if sign == 1 else -increment, flags)
 
 
 def _by_row(signs, like, bits):
