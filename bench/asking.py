@@ -60,7 +60,7 @@ def ask_in_each_way(
     until: str | None = None,
     most: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Ask a question in each way: grades by way and measure.
+    """Ask a question in each way: grades by way and measure, in the order of the ways.
 
     Args:
         pipeline: The pipeline.
@@ -79,7 +79,7 @@ def ask_in_each_way(
         nats, texts = answered(pipeline.model, pipeline.tokenizer, memory, rows, answers, new_tokens, until)
         for name, loss, text in zip(names, nats, texts, strict=True):
             found[name] = {"nats": loss} | (grades(text, references) if new_tokens else {})
-    return found
+    return {name: found[name] for name in ways}
 
 
 @torch.no_grad()

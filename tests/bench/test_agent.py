@@ -124,6 +124,7 @@ def test_nats_behind_a_memory_are_those_of_the_text(pipeline):
         "nothing": Asked(head, codec.ids(" Who?.A:")),
     }
     found = asking.ask_in_each_way(pipeline, ways, ["Rex"], most=2)
+    assert list(found) == list(ways), "in their order, whatever is read first"
     nats = {way: grades["nats"] for way, grades in found.items()}
     ids = torch.tensor([codec.ids("U:Rex is a dog. Who?.A:Rex")])
     with torch.no_grad(), model.disable_adapters():
