@@ -330,7 +330,8 @@ def test_what_memories_of_conversations_are_worth():
     for way in ("bm25", "minilm"):
         same = better[f"memory+{way}_64", way]
         assert same["low"] < 0 < same["mean"] and better[f"memory+{way}_16", way]["high"] < 0
-        assert abs(nats[f"{way}_64"] - nats[f"{way}_16"]) < 0.03
+    bm25, minilm = (nats[f"{way}_16"] - nats[f"{way}_64"] for way in ("bm25", "minilm"))
+    assert f"more turns add next to nothing, {bm25:.3f} nats a token by BM25 and {minilm:.3f} by MiniLM" in text
     assert better["memory+minilm_64", "bm25"]["low"] > 0
     times, shared = records("store_times_smollm2.jsonl"), records("store_times_adaptive_smollm2.jsonl")
     add = next(r for r in times if "turn" in r)
@@ -516,14 +517,14 @@ def test_what_a_matched_memory_is_worth():
 
 
 def test_what_memories_are_worth_behind_a_lookup_where_heads_share_slots():
-    """On the questions of the other run, in which what has no slots is the same, but for a lookup that was mended."""
+    """On the questions of the other run, where what has no slots is the same but for another processor's rounding."""
     others = records("rag_smollm2.jsonl")
     head, *found = records("rag_adaptive_smollm2.jsonl")
     assert head["questions"] == others[0]["questions"] and head["found_first"] == others[0]["found_first"]
     nats, its = ({r["way"]: r["nats"] for r in some if "nats" in r} for some in (found, others))
     for way in nats:
-        if not way.startswith(("memor", "attended", "kvzip", "foreign", "bm25+")):
-            assert nats[way] == pytest.approx(its[way], abs=0.01)
+        if not way.startswith(("memor", "attended", "kvzip", "foreign")):
+            assert nats[way] == pytest.approx(its[way], abs=0.02)
     better = {(r["way"], r["better_than"]): r for r in found if r.get("of") == "nats"}
     for rival in ("bm25", "minilm", "bm25+", "minilm+"):
         assert better["memory_48", rival]["low"] > 0
