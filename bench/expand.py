@@ -18,6 +18,7 @@ import functools
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class _Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self._add_record = options, functools.partial(add_record, records=[], options=options)
         self.texts = [read_text(path) for path in options.text]
+        self.names = ["Python's help topics" if path is None else Path(path).name for path in options.text]
         if options.held_out:
             self.held_out = read_text(options.held_out)
         else:
@@ -85,7 +87,12 @@ class _Bench:
             report = pipeline.remember(pages, settings=settings, levels=("document",), progress=not options.json)
             rows = [pipeline.codec.ids(pair.context) for pair in report.pairs]
             loss = report.cycle_loss and round(report.cycle_loss, 4)
-            details = {"steps": report.steps, "seconds": round(report.seconds, 1), "loss": loss}
+            details = {
+                "texts": self.names[:1],
+                "steps": report.steps,
+                "seconds": round(report.seconds, 1),
+                "loss": loss,
+            }
             self._evaluate("seen", placement, pipeline.model, rows, details)
 
     def unseen(self) -> None:
@@ -97,8 +104,14 @@ class _Bench:
         windows = torch.cat([token_windows(tokenizer, text, tokens=options.window) for text in self.texts])
         started = time.perf_counter()
         losses = self._train(model, windows)
-        details = {"steps": options.steps, "batch": options.batch, "seconds": round(time.perf_counter() - started, 1)}
-        details["loss"] = round(statistics.fmean(losses[-50:]), 4)
+        details = {
+            "texts": self.names,
+            "held_out": Path(options.held_out).name if options.held_out else "the last tenth",
+            "steps": options.steps,
+            "batch": options.batch,
+            "seconds": round(time.perf_counter() - started, 1),
+            "loss": round(statistics.fmean(losses[-50:]), 4),
+        }
         unseen = token_windows(tokenizer, self.held_out, tokens=options.window)
         step = max(1, len(unseen) // options.windows)
         self._evaluate("unseen", "every_layer", model.eval(), unseen[::step][: options.windows].tolist(), details)

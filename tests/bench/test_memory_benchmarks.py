@@ -65,11 +65,11 @@ def test_expand(folder, tmp_path, capsys):
     for index, record in enumerate(records):
         assert record["control"] == expand.CONTROLS[index % 3]
         assert 0 <= record["exact"] <= record["rows"] == (2 if record["suite"] == "seen" else 30)
-        assert 0 < record["edit_distance"] <= 1
+        assert 0 < record["edit_distance"] <= 1 and record["texts"] == ["text.txt"]
         if index % 3:
             low, high = record["more_than_own"]["ci95"]
             assert low <= record["more_than_own"]["mean"] <= high
-    assert records[-1]["loss"] > 0 and records[-1]["steps"] == 2
+    assert records[-1]["loss"] > 0 and records[-1]["steps"] == 2 and records[-1]["held_out"] == "the last tenth"
 
 
 @pytest.mark.parametrize(
