@@ -475,7 +475,8 @@ def test_what_recalling_is_worth_before_a_question():
     assert f"on average is worth {interval(ways['by_query']['share'])} of the paragraph" in text
     assert f"whole document's query {interval(ways['by_document']['share'])}" in text
     assert f"its sentence is worth {interval(ways['bm25+']['share'])}" in text
-    assert f"is {head['bytes_of_text']} bytes, its adapter {head['bytes_a_paragraph'] / 1e6:.1f} MB" in text
+    assert f"is {head['bytes_of_text']} bytes, its adapter {head['bytes_a_paragraph'] / 1e6:.1f} MB and" in text
+    assert f"{head['seconds_a_paragraph']:.0f} seconds of training on one core" in text
     assert ways["bm25"]["share"]["mean"] == 1 and ways["another"]["share"]["high"] < 0.1
     assert better["by_document", "another"]["low"] > 0 > better["by_document", "bm25"]["high"]
 
