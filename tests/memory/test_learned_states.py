@@ -88,15 +88,15 @@ class ByHand:
 @of_each_kind
 def test_it_is_the_whole_model_by_hand(kind, adapters):
     """Forward, and as a reversible network or the base model; without the states it is another text: the control."""
-    model, ids = network(kind), ids_of(57, rows=2)
+    # A fine grid: on a coarse one a rounding of the last bit, which differs between CPUs, becomes a step of it.
+    model, ids = network(kind, fraction_bits=24), ids_of(57, rows=2)
     text = ids[:, 3 * LENGTH :]
     with torch.no_grad(), contextlib.nullcontext() if adapters else model.disable_adapters():
         expected = ByHand(model).read_in_segments(ids)[:, 3 * LENGTH :]
         memory = model.compress(ids[:, : 3 * LENGTH])
         behind = model(text, memory=memory).logits
         without = model(text, memory=without_states(memory)).logits
-    tolerance = 2e-4 if adapters else 1e-5  # the grid of the streams turns rounding into steps of it
-    assert difference(behind, expected) < tolerance and difference(without, expected) > 5e-3
+    assert difference(behind, expected) < 1e-5 and difference(without, expected) > 5e-3
 
 
 @of_each_kind
