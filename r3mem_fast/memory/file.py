@@ -1,9 +1,12 @@
-"""Reads the header of a `Memory`'s file and checks the file. Needs no torch, so that looking at a file is quick.
+"""Reads the header of a `Memory`'s file and checks the file, as that of a `Prefix`.
+
+Needs no torch, so that looking at a file is quick.
 
 The file is a safetensors file. Its metadata have one entry (several would come in another order every time), JSON with
 the kind, the format version, what the memory was made with, and a checksum of every byte.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,6 +14,7 @@ import mmap
 import os
 import re
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -88,10 +92,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         ValueError: The file is damaged, no memory, or of another format.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            start, expected = digest(content)
-            if content[start : start + len(expected)] != expected.encode():
-                raise ValueError("its content does not match its checksum")
+        with opened(path) as content:
             return _header(content)
     except _UnreadableError as error:
         raise ValueError(f"{path} is no memory that this version of r3mem_fast can read: {error}") from None
@@ -99,12 +100,33 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise ValueError(f"{path} is damaged, or no memory of r3mem_fast: {error}") from None
 
 
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[mmap.mmap]:
+    """Map a file that has a checksum, once all of its bytes agree with that.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is empty, has no header or no checksum, or is damaged.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start, expected = digest(content)
+        if content[start : start + len(expected)] != expected.encode():
+            raise ValueError("its content does not match its checksum")
+        yield content
+
+
+def seal(content: bytearray) -> None:
+    """Write the checksum to where `NO_DIGEST` stands for it in a file's metadata, at `digest`."""
+    start, checksum = digest(content)
+    content[start : start + len(checksum)] = checksum.encode()
+
+
 class _UnreadableError(ValueError):
     """Says that a file is whole, but is not what this version reads."""
 
 
 def digest(content: Any) -> tuple[int, str]:
-    """Compute the checksum of a memory file.
+    """Compute the checksum of a file.
 
     Args:
         content: All bytes of the file: bytes, a bytearray or an mmap.

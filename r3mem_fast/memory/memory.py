@@ -290,8 +290,7 @@ class Memory:
         }
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors().items()}
         content = bytearray(to_safetensors(tensors, {memory_file.METADATA: json.dumps(metadata)}))
-        start, digest = memory_file.digest(content)
-        content[start : start + len(digest)] = digest.encode()
+        memory_file.seal(content)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, StaticCache
 from ..files import replacing
 from ..integrations.capture import SlotsOfHeads
 from ..reversible.convert import text_config
+from . import file as prefix_file
 from .masks import columns_in_use
 from .room import roomy_cache
 from .rotary import Rotation, is_rotary
@@ -123,7 +124,7 @@ class Prefix:
 
         The file has `keys.LAYER` and `values.LAYER`, `[B, kv_heads, N, head_dim]`, `mask`, and `tail` (the ids of all
         rows, joined) with `tail_lengths`; its metadata, JSON at "r3mem", have `kind`, `first_position`, `base`,
-        `vocabulary`, and, where an engine can count slots as tokens, `placeholder_ids`.
+        `vocabulary`, a checksum of every byte, and, where an engine can count slots as tokens, `placeholder_ids`.
 
         Args:
             path: The file, replaced if it is there. Folders above it are made.
@@ -132,15 +133,17 @@ class Prefix:
         tensors = {"mask": self.mask, "tail": torch.cat(self.tail), "tail_lengths": lengths}
         for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors |= {f"keys.{index}": keys, f"values.{index}": values}
-        metadata: dict[str, Any] = {"kind": KIND}
+        metadata: dict[str, Any] = {"kind": KIND, "digest": prefix_file.NO_DIGEST}
         metadata |= {name: getattr(self, name) for name in ("first_position", "base", "vocabulary")}
         if self._is_single() and self.first_position == len(self):
             metadata["placeholder_ids"] = self.placeholder_ids()
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = bytearray(to_safetensors(tensors, {prefix_file.METADATA: json.dumps(metadata)}))
+        prefix_file.seal(content)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
-            unfinished.write_bytes(to_safetensors(content, {"r3mem": json.dumps(metadata)}))
+            unfinished.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | Path) -> "Prefix":
@@ -151,14 +154,14 @@ class Prefix:
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: It is another kind of file, or cannot be read. Damaged values are not noticed, as those of a
-                `Memory`'s file are.
+            ValueError: It is damaged, or another kind of file.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("r3mem", "{}"))
+            with prefix_file.opened(path), safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(prefix_file.METADATA, "{}"))
                 if metadata.pop("kind", None) != KIND:
                     raise ValueError("it is another kind of file")
+                del metadata["digest"]
                 metadata.pop("placeholder_ids", None)
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             layers = range(sum(name.startswith("keys.") for name in found))

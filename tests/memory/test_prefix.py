@@ -160,10 +160,17 @@ def test_its_file(tmp_path):
     both = Memory.cat([model.compress(ids_of(50)), model.compress(ids_of(20, seed=3))]).to_prefix(model)
     both.save(path)
     assert [len(row) for row in Prefix.load(path).tail] == [len(row) for row in both.tail]
-    for content in (b"", path.read_bytes()[:-9]):
+    whole = path.read_bytes()
+    for content in (b"", whole[:-9]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is no prefix of a memory"):
             Prefix.load(path)
+    for place in (len(whole) - 1, whole.index(b"vocabulary") + 15):  # a value, and a digit of the description
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="does not match its checksum"):
+            Prefix.load(path)
+    path.write_bytes(whole)
+    assert (Prefix.load(path).mask == both.mask).all()
     model.compress(ids_of(50)).save(path)
     with pytest.raises(ValueError, match="another kind of file"):
         Prefix.load(path)
