@@ -395,7 +395,9 @@ def test_what_memories_of_conversations_are_worth_to_a_second_model():
     assert f"the match adds {interval(better['memory_16', 'attended'])} nats a token to the most attended" in text
     alone, turns = better["memory+found_16", "memory"], better["memory+found_16", "found"]
     assert f"with 16 slots {interval(alone)} nats a token better than the memory alone, and {interval(turns)}" in text
-    assert f"by BM25 {interval(better['memory+bm25_64', 'bm25'])} nats a token better, and worse with 16" in text
+    beside, few = better["memory+bm25_64", "bm25"], better["memory+bm25_16", "bm25"]
+    assert beside["low"] > 0 and few["low"] < 0 < few["high"]
+    assert f"by BM25 {interval(beside)} nats a token, and with 16 {interval(few)}, which" in text
     said = (
         f"on Gemma 3 270M, most of whose layers see 512 keys, one a seventh as long {share['memory_16']['mean']:.3f},"
     )
@@ -409,7 +411,7 @@ def test_what_memories_of_conversations_are_worth_to_a_second_model():
         assert all(better[f"memory_{slots}", way]["high"] < 0 for way in ("bm25", "minilm"))
         assert all(better[f"memory+found_{slots}", way]["low"] > 0 for way in ("memory", "found"))
     assert better["memory_16", "attended"]["low"] > 0
-    assert better["memory+bm25_16", "bm25"]["high"] < 0 and better["memory+minilm_64", "minilm"]["mean"] > 0
+    assert better["memory+minilm_64", "minilm"]["mean"] > 0
 
 
 def test_what_memories_of_meetings_are_worth():
