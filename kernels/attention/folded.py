@@ -60,8 +60,8 @@ def memory_attention(inputs: AttentionInputs, settings: AttentionSettings) -> tu
     if inputs.sinks is not None:  # keys of these logits with values of 0
         parts.append((torch.zeros_like(query), inputs.sinks.to(lse.dtype)[None, :, None].expand(query.shape[:3])))
     for part in parts[1:]:
-        output, lse = reference.merge(output, lse, *part)
-    return output, lse
+        output, lse = reference.merge(output.to(lse.dtype), lse, *part)
+    return output.to(query.dtype), lse  # rounded once, however many parts there are
 
 
 def _read(query, key, value, visible, scale):
