@@ -153,9 +153,9 @@ def eager_attention(inputs, settings):
 def assert_within_budget(ours, exact, eager, what, factor=2, dtype=None):
     """|ours - exact| <= factor * |eager - exact|, largest errors.
 
-    Eager's error counts as what one rounding to its dtype costs, at least (or to dtype, of what is computed from numbers
-    of that): of few numbers it may be next to nothing by chance. Beside that what rounding costs where weights are made
-    anew, from logits and lse in float32: 2^-24 |z| of each.
+    Eager's error counts as what one rounding to its dtype costs, at least (or to dtype, of what is computed from
+    numbers of that): of few numbers it may be next to nothing by chance. Beside that what rounding costs where weights
+    are made anew, from logits and lse in float32: 2^-24 |z| of each.
     """
     assert ours.shape == exact.shape, what
     finite = exact.isfinite()
