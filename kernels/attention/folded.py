@@ -61,7 +61,7 @@ def memory_attention(inputs: AttentionInputs, settings: AttentionSettings) -> tu
         parts.append((torch.zeros_like(query), inputs.sinks.to(lse.dtype)[None, :, None].expand(query.shape[:3])))
     for part in parts[1:]:
         output, lse = reference.merge(output.to(lse.dtype), lse, *part)
-    return output.to(query.dtype), lse  # rounded once, however many parts there are
+    return output.to(query.dtype), lse  # what is merged is rounded once
 
 
 def _read(query, key, value, visible, scale):

@@ -1,4 +1,4 @@
-"""Reads the header of a `Memory`'s file and checks the file, as that of a `Prefix`.
+"""Writes and checks the files of a `Memory` and a `Prefix`, and reads the header of a memory's.
 
 Needs no torch, so that looking at a file is quick.
 
@@ -15,7 +15,10 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from ..files import replacing
 
 FORMAT_VERSION = 1
 MATCHED_VERSION = 2  # of a matched memory, which earlier versions cannot read
@@ -109,23 +112,33 @@ def opened(path: str | os.PathLike[str]) -> Iterator[mmap.mmap]:
         ValueError: It is empty, has no header or no checksum, or is damaged.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start, expected = digest(content)
+        start, expected = _digest(content)
         if content[start : start + len(expected)] != expected.encode():
             raise ValueError("its content does not match its checksum")
         yield content
 
 
-def seal(content: bytearray) -> None:
-    """Write the checksum to where `NO_DIGEST` stands for it in a file's metadata, at `digest`."""
-    start, checksum = digest(content)
-    content[start : start + len(checksum)] = checksum.encode()
+def write(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file with its checksum, whole or not at all.
+
+    Args:
+        path: The file, replaced if it is there. Folders above it are made.
+        content: A safetensors file, in whose metadata `NO_DIGEST` stands at `digest`.
+    """
+    sealed = bytearray(content)
+    start, checksum = _digest(sealed)
+    sealed[start : start + len(checksum)] = checksum.encode()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(sealed)
 
 
 class _UnreadableError(ValueError):
     """Says that a file is whole, but is not what this version reads."""
 
 
-def digest(content: Any) -> tuple[int, str]:
+def _digest(content: Any) -> tuple[int, str]:
     """Compute the checksum of a file.
 
     Args:

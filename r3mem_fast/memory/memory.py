@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from ..files import replacing
 from . import file as memory_file
 from .layout import MemoryLayout, Origin
 from .prefix import Prefix, prefix_of
@@ -289,12 +288,7 @@ class Memory:
             "labels": self.labels,
         }
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors().items()}
-        content = bytearray(to_safetensors(tensors, {memory_file.METADATA: json.dumps(metadata)}))
-        memory_file.seal(content)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
-            unfinished.write_bytes(content)
+        memory_file.write(path, to_safetensors(tensors, {memory_file.METADATA: json.dumps(metadata)}))
 
     def _format_version(self):
         if self.layout.is_adaptive:

@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from transformers.cache_utils import Cache, StaticCache
 
-from ..files import replacing
 from ..integrations.capture import SlotsOfHeads
 from ..reversible.convert import text_config
-from . import file as prefix_file
+from . import file as memory_file
 from .masks import columns_in_use
 from .room import roomy_cache
 from .rotary import Rotation, is_rotary
@@ -133,17 +132,12 @@ class Prefix:
         tensors = {"mask": self.mask, "tail": torch.cat(self.tail), "tail_lengths": lengths}
         for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors |= {f"keys.{index}": keys, f"values.{index}": values}
-        metadata: dict[str, Any] = {"kind": KIND, "digest": prefix_file.NO_DIGEST}
+        metadata: dict[str, Any] = {"kind": KIND, "digest": memory_file.NO_DIGEST}
         metadata |= {name: getattr(self, name) for name in ("first_position", "base", "vocabulary")}
         if self._is_single() and self.first_position == len(self):
             metadata["placeholder_ids"] = self.placeholder_ids()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        content = bytearray(to_safetensors(tensors, {prefix_file.METADATA: json.dumps(metadata)}))
-        prefix_file.seal(content)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
-            unfinished.write_bytes(content)
+        memory_file.write(path, to_safetensors(tensors, {memory_file.METADATA: json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Prefix":
@@ -157,8 +151,8 @@ class Prefix:
             ValueError: It is damaged, or another kind of file.
         """
         try:
-            with prefix_file.opened(path), safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get(prefix_file.METADATA, "{}"))
+            with memory_file.opened(path), safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(memory_file.METADATA, "{}"))
                 if metadata.pop("kind", None) != KIND:
                     raise ValueError("it is another kind of file")
                 del metadata["digest"]

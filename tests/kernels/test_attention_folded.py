@@ -24,7 +24,9 @@ def unset(monkeypatch):
 @example(Case(rows=3, shared=2, group=3, tokens=1, offset=40, memory=20, head_dim=64, dtype=torch.bfloat16))
 @example(Case(tokens=1, offset=3, memory=7, memory_lengths=True, segment_starts=True, sinks=True, window=2))
 @example(Case(rows=2, tokens=1, memory=4, memory_lengths=True, seed=3))
-@example(Case(rows=1, group=1, tokens=1, offset=0, memory=16, head_dim=8, dtype=torch.float16, seed=2))
+@example(Case(rows=1, shared=2, tokens=1, memory=16, head_dim=8, dtype=torch.float16, seed=2))
+@example(Case(rows=1, shared=2, tokens=1, memory=16, head_dim=64, dtype=torch.float16, seed=29, sinks=True,
+              memory_lengths=True, segment_starts=True))  # fmt: skip
 def test_decoding_one_token(case):
     """By the vendor's kernel, whose parts are rounded before they are merged; what no query sees may be NaN."""
     tensors = case.tensors()
